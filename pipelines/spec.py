@@ -1,0 +1,133 @@
+"""What to load and how: frozen dataclasses, no behaviour beyond checking themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Engine = Literal["auto", "ffcv", "dali", "folder", "synthetic"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A box of random area and aspect ratio, resized to a square (Inception's crop)."""
+
+    size: int = 224
+    """Side of the output in pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the box's share of the picture's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the box's width / height, drawn uniformly in its logarithm."""
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A square at a random place, after an optional resize of the short side; black padding."""
+
+    size: int = 32
+    """Side of the output in pixels."""
+    padding: int = 4
+    """Black pixels added on each side of the (resized) picture before the crop."""
+    resize: int | None = None
+    """Length in pixels that the short side is resized to first; None keeps the picture's own."""
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The middle square, after a resize of the short side: the usual evaluation crop."""
+
+    size: int = 224
+    """Side of the output in pixels."""
+    resize: int | None = 256
+    """Length in pixels that the short side is resized to first; None keeps the picture's own."""
+
+
+@dataclass(frozen=True)
+class Squash:
+    """The whole picture resized to a square, its aspect ratio ignored (VOC07 SVM features)."""
+
+    size: int = 224
+    """Side of the output in pixels."""
+
+
+Crop = RandomResizedCrop | RandomCrop | CenterCrop | Squash
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Mean and standard deviation of each RGB channel, in units of 0 to 255."""
+
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+IMAGENET = Normalize()
+"""The ImageNet statistics that every model zoo uses: 0.485/0.456/0.406 and 0.229/0.224/0.225."""
+
+CIFAR10 = Normalize((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+"""The RotNet authors' CIFAR-10 statistics (gidariss/FeatureLearningRotNet, dataloader.py)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every global batch this process takes: rank of world."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} is not in a world of {self.world}")
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """Everything that decides what a loader emits. Equal specs emit equal samples and crops."""
+
+    data: str = "synthetic"
+    """A .beton file, a folder of images, or a list file; "synthetic" makes random images."""
+    engine: Engine = "auto"
+    """auto takes the fastest engine present for this data (ffcv, dali, folder) and logs why."""
+    batch_size: int = 64
+    """Source images per process and step; the network sees four times as many with rotate4."""
+    crop: Crop = field(default_factory=RandomResizedCrop)
+    """The crop; every engine cuts the same boxes."""
+    flip: bool = True
+    """Mirror left to right with probability one half, before any rotation."""
+    normalize: Normalize = IMAGENET
+    """Channel statistics applied on the device."""
+    views: Literal["rotate4", "plain"] = "rotate4"
+    """rotate4 emits each crop at 0, 90, 180 and 270 degrees; plain emits it once."""
+    shuffle: bool = True
+    """A new permutation each epoch; False keeps the order of the index."""
+    drop_last: bool = True
+    """Drop the last incomplete global batch; False pads it with samples marked not valid."""
+    limit: int | None = None
+    """Use only this many samples, drawn once with the seed, equal for all engines."""
+    seed: int = 0
+    """Decides permutations, crops and flips, together with epoch and sample index."""
+    workers: int = 0
+    """Decoding threads per process; 0 shares the allowed cores among the local processes."""
+    max_bad: int = 0
+    """Undecodable samples per epoch that are masked and counted; one more stops the run."""
+    timeout: float = 120.0
+    """Seconds to wait for a batch (twice that for the first one) before giving up."""
+    samples: int = 1024
+    """Length of the synthetic data set; nothing else reads it."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if self.crop.size < 1:
+            raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
+        if self.workers < 0 or self.max_bad < 0 or self.timeout <= 0:
+            raise ValueError("workers and max_bad must not be negative, timeout must be positive")
+
+    @property
+    def view_count(self) -> int:
+        """Views emitted per source image."""
+        return 4 if self.views == "rotate4" else 1
