@@ -1,0 +1,35 @@
+# What a person types. Every target sets up first; a set-up that is up to date costs nothing.
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/setup.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: ## system packages, .venv, dependencies, FFCV and DALI; retries what was missing
+	@bash scripts/setup.sh
+
+$(STAMP): setup.cfg pyproject.toml scripts/setup.sh
+	@bash scripts/setup.sh
+
+demo: $(STAMP) ## the main job on real images: convert, pretrain, evaluate (3 minutes, two cores)
+	@$(BIN)/python scripts/demo.py
+
+test: $(STAMP) ## the test suite
+	@$(BIN)/python -m pytest -q --durations=10
+
+check: $(STAMP) ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict rotpred pipelines
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP) ## loader throughput of every engine present, as JSON lines
+	@$(BIN)/python benchmarks/loaders.py
+
+clean: ## remove .venv and caches; runs and beton files stay
+	rm -rf .venv rotpred.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
