@@ -1,0 +1,253 @@
+"""JPEG bytes: what the markers say. No pixels are decoded here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels than this are refused before anything is allocated for them."""
+
+_SOI, _EOI, _SOS, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xDD, 0xDC
+_APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
+_ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ORIENTATION = 0x0112
+# In entropy-coded data FF is followed by 00 (a stuffed FF), by FF (fill) or by a marker.
+_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)
+
+
+class JpegError(ValueError):
+    """The bytes are not a complete JPEG stream; the message says what is wrong at which byte."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """What a JPEG stream says about its picture before any of it is decoded."""
+
+    height: int
+    """Rows as stored, before the orientation is applied."""
+    width: int
+    """Columns as stored."""
+    components: int
+    """1 grey, 3 YCbCr or RGB, 4 CMYK or YCCK."""
+    precision: int
+    """Bits per component."""
+    frame: int
+    """The start-of-frame marker's second byte, 0xC0 to 0xCF: how the picture is coded."""
+    orientation: int
+    """Exif orientation, 1 to 8; 1 where the stream has none that is valid."""
+    adobe_transform: int | None
+    """Colour transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None without one."""
+    scan: int
+    """Offset of the first start-of-scan marker."""
+    end: int | None
+    """Offset just behind the end marker; None where only the header was read."""
+    odd: str | None
+    """The first thing that a strict decoder warns of though it can go on; None in clean streams."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Height and width after the orientation is applied."""
+        if self.orientation >= 5:
+            return self.width, self.height
+        return self.height, self.width
+
+    @property
+    def progressive(self) -> bool:
+        """Whether the picture comes in several scans of rising detail."""
+        return self.frame in (0xC2, 0xC6, 0xCA, 0xCE)
+
+    @property
+    def arithmetic(self) -> bool:
+        """Whether arithmetic coding replaces Huffman coding."""
+        return self.frame >= 0xC9
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the frame is of the lossless process, which common decoders lack."""
+        return self.frame in (0xC3, 0xC7, 0xCB, 0xCF)
+
+
+class _Walk:
+    """State gathered while the markers are walked."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.frame: tuple[int, int, int, int, int] | None = None
+        self.orientation: int | None = None
+        self.adobe: int | None = None
+        self.restart = 0
+        self.odd: str | None = None
+
+    def note(self, what: str) -> None:
+        """Keep the first oddity."""
+        self.odd = self.odd or what
+
+    def marker(self, pos: int) -> tuple[int, int]:
+        """Read the marker at or behind `pos`: its code and the offset behind it."""
+        start = self.data.find(b"\xff", pos)
+        if start > pos:
+            self.note(f"{start - pos} stray bytes before a marker at byte {pos}")
+        while 0 <= start < len(self.data) - 1:
+            code = self.data[start + 1]
+            if code == 0xFF:
+                start += 1
+            elif code == 0:
+                self.note(f"stray bytes before a marker at byte {pos}")
+                start = self.data.find(b"\xff", start + 2)
+            else:
+                return code, start + 2
+        raise JpegError(f"the stream ends at byte {len(self.data)} where a marker was expected")
+
+    def segment(self, code: int, pos: int) -> tuple[int, int]:
+        """Bounds of the body of the segment whose length field is at `pos`."""
+        if pos + 2 > len(self.data):
+            raise JpegError(f"the stream ends inside marker FF{code:02X} at byte {pos - 2}")
+        length = int.from_bytes(self.data[pos : pos + 2], "big")
+        if length < 2:
+            raise JpegError(f"marker FF{code:02X} at byte {pos - 2} has length {length}")
+        if pos + length > len(self.data):
+            raise JpegError(
+                f"marker FF{code:02X} at byte {pos - 2} wants {length} bytes, "
+                f"{len(self.data) - pos} are left"
+            )
+        return pos + 2, pos + length
+
+    def body(self, code: int, start: int, stop: int) -> None:
+        """Take what one segment tells."""
+        if code in _FRAMES:
+            self._frame(code, start, stop)
+        elif code == _APP0 and self.data[start : start + 5] == b"JFIF\0" and stop - start >= 7:
+            if self.data[start + 5] != 1:
+                self.note(f"JFIF version {self.data[start + 5]} at byte {start + 5}")
+        elif code == _APP1 and self.data[start : start + 6] == b"Exif\0\0":
+            if self.orientation is None:
+                self.orientation = _exif_orientation(self.data[start + 6 : stop])
+        elif code == _APP14 and self.data[start : start + 5] == b"Adobe" and stop - start >= 12:
+            self.adobe = self.data[start + 11]
+            if self.adobe > 2:
+                self.note(f"Adobe transform {self.adobe} at byte {start + 11}")
+        elif code == _DRI and stop - start >= 2:
+            self.restart = int.from_bytes(self.data[start : start + 2], "big")
+
+    def _frame(self, code: int, start: int, stop: int) -> None:
+        data = self.data
+        if self.frame is not None:
+            raise JpegError(f"a second frame header at byte {start - 4}")
+        if stop - start < 6 or stop - start < 6 + 3 * data[start + 5]:
+            raise JpegError(f"the frame header at byte {start - 4} is too short")
+        precision, components = data[start], data[start + 5]
+        height = int.from_bytes(data[start + 1 : start + 3], "big")
+        width = int.from_bytes(data[start + 3 : start + 5], "big")
+        if not height or not width:
+            raise JpegError(f"the frame header at byte {start - 4} says {height} x {width} pixels")
+        if components not in (1, 2, 3, 4):
+            raise JpegError(f"the frame header at byte {start - 4} has {components} components")
+        self.frame = (code, precision, height, width, components)
+
+    def check_scan(self, start: int, stop: int) -> None:
+        """Note parameters that a sequential scan must not have."""
+        if self.frame is not None and self.frame[0] in (0xC0, 0xC1):
+            if self.data[stop - 3 : stop] != b"\x00\x3f\x00":
+                self.note(f"a sequential scan with other parameters at byte {start}")
+
+    def entropy(self, pos: int) -> int:
+        """Offset of the marker that ends the entropy-coded data at `pos`."""
+        expected = 0
+        for found in _MARKER.finditer(self.data, pos):
+            code = found[0][-1]
+            if not 0xD0 <= code <= 0xD7:
+                return found.start()
+            if not self.restart or code != 0xD0 + expected:
+                self.note(f"an unexpected restart marker FF{code:02X} at byte {found.start()}")
+            expected = (code - 0xD0 + 1) % 8
+        raise JpegError(f"truncated: no end marker in {len(self.data)} bytes")
+
+
+def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
+    """Walk the markers up to the first scan, or with `whole` through all scans to the end marker.
+
+    Bytes behind the end marker are not looked at. Work is linear in the bytes walked over.
+
+    Args:
+        data: The JPEG stream, from its first byte.
+        whole: Also find the end marker and look for oddities between and inside the scans.
+
+    Raises:
+        JpegError: Where a marker is missing, cut short or contradicts another.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
+    walk, pos, scan, end = _Walk(data), 2, None, None
+    while True:
+        code, pos = walk.marker(pos)
+        if code == _EOI:
+            end = pos
+            break
+        if code in _ALONE:
+            walk.note(f"stray marker FF{code:02X} at byte {pos - 2}")
+            continue
+        if code == _SOI:
+            raise JpegError(f"a second start marker at byte {pos - 2}")
+        if code == _DNL:
+            walk.note(f"a line-count segment at byte {pos - 2}")
+        start, stop = walk.segment(code, pos)
+        if code != _SOS:
+            walk.body(code, start, stop)
+            pos = stop
+            continue
+        if walk.frame is None:
+            raise JpegError(f"a scan at byte {pos - 2} before any frame header")
+        scan = pos - 2 if scan is None else scan
+        if not whole:
+            break
+        walk.check_scan(start, stop)
+        pos = walk.entropy(stop)
+    if walk.frame is None or scan is None:
+        raise JpegError(f"the stream ends at byte {pos} without a picture")
+    frame, precision, height, width, components = walk.frame
+    return JpegHeader(
+        height=height,
+        width=width,
+        components=components,
+        precision=precision,
+        frame=frame,
+        orientation=walk.orientation or 1,
+        adobe_transform=walk.adobe,
+        scan=scan,
+        end=end,
+        odd=walk.odd,
+    )
+
+
+def check_ends(data: bytes) -> None:
+    """Raise `JpegError` unless the bytes start with SOI and hold an EOI marker in their last part.
+
+    Fast and shallow: finds truncation, nothing else. Up to 64 KiB behind the end are tolerated.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
+    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in data[-65536:]:
+        raise JpegError(f"truncated: no end marker in {len(data)} bytes")
+
+
+def _exif_orientation(tiff: bytes) -> int | None:
+    """Orientation in the first directory of an Exif block; None where there is no valid one."""
+    order: Literal["little", "big"]
+    if tiff[:4] == b"II*\0":
+        order = "little"
+    elif tiff[:4] == b"MM\0*":
+        order = "big"
+    else:
+        return None
+    start = int.from_bytes(tiff[4:8], order)
+    entries = int.from_bytes(tiff[start : start + 2], order)
+    for at in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
+        if int.from_bytes(tiff[at : at + 2], order) != _ORIENTATION:
+            continue
+        kind = int.from_bytes(tiff[at + 2 : at + 4], order)
+        value = int.from_bytes(tiff[at + 8 : at + 10], order)
+        return value if kind == 3 and 1 <= value <= 8 else None
+    return None
