@@ -1,0 +1,142 @@
+"""The file beside a beton that says what is in it: class names, checksums, and how it was made."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+VERSION = 1
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """Everything known about a beton. JSON, and the same for the same input and options."""
+
+    samples: int
+    """Pictures in the file."""
+    classes: tuple[str, ...]
+    """Class names by id; empty without labels."""
+    fields: tuple[str, ...]
+    """Field names in the file's order."""
+    fingerprint: str
+    """`Beton.fingerprint` of the file that this belongs to."""
+    sha256: str
+    """Of the whole file: for comparing copies, not checked on reading."""
+    crc32: npt.NDArray[np.uint32]
+    """(N,): checksum of each sample's bytes, taken when they were made."""
+    passed: int = 0
+    """JPEG files stored as they were."""
+    reencoded: dict[str, int] = field(default_factory=dict)
+    """Pictures encoded anew, by reason."""
+    quarantined: int = 0
+    """Files left out because they are no usable picture."""
+    options: dict[str, object] = field(default_factory=dict)
+    """Arguments of the conversion."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of what made it."""
+    source: dict[str, object] = field(default_factory=dict)
+    """What it was made from, without absolute paths."""
+
+    def dumps(self) -> str:
+        """The manifest as JSON text."""
+        return json.dumps(
+            {
+                "format": "rotpred beton manifest",
+                "version": VERSION,
+                "samples": self.samples,
+                "classes": list(self.classes),
+                "fields": list(self.fields),
+                "fingerprint": self.fingerprint,
+                "sha256": self.sha256,
+                "passed": self.passed,
+                "reencoded": self.reencoded,
+                "quarantined": self.quarantined,
+                "options": self.options,
+                "versions": self.versions,
+                "source": self.source,
+                "crc32": base64.b64encode(self.crc32.astype("<u4").tobytes()).decode(),
+            },
+            indent=1,
+        )
+
+
+def manifest_path(beton: str | os.PathLike[str]) -> Path:
+    """Where the manifest of a beton lies: NAME.json."""
+    return Path(f"{os.fspath(beton)}.json")
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        ValueError: One line naming the file, the key, what was expected and what was found.
+        OSError: The file cannot be read.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: longer than {_MAX_BYTES} bytes")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        version = found.get("version") if isinstance(found, dict) else None
+        raise ValueError(f"{path}: key 'version': expected {VERSION}, found {version!r}")
+
+    def get(key: str, kind: type) -> object:
+        value = found.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{path}: key {key!r}: expected {kind.__name__}, found {value!r:.60}")
+        return value
+
+    def names(key: str) -> tuple[str, ...]:
+        values = get(key, list)
+        assert isinstance(values, list)
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path}: key {key!r}: expected a list of strings")
+        return tuple(values)
+
+    def number(key: str) -> int:
+        value = get(key, int)
+        assert isinstance(value, int)
+        return value
+
+    def table(key: str) -> dict[str, object]:
+        value = get(key, dict)
+        assert isinstance(value, dict)
+        return value
+
+    reencoded = {}
+    for reason, count in table("reencoded").items():
+        if not isinstance(count, int):
+            raise ValueError(f"{path}: key 'reencoded': {reason!r} is no number")
+        reencoded[reason] = count
+    try:
+        sums = np.frombuffer(base64.b64decode(str(get("crc32", str)), validate=True), "<u4")
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{path}: key 'crc32': {error}") from error
+    if len(sums) != number("samples"):
+        raise ValueError(
+            f"{path}: key 'crc32': expected {number('samples')} checksums, found {len(sums)}"
+        )
+    return Manifest(
+        samples=number("samples"),
+        classes=names("classes"),
+        fields=names("fields"),
+        fingerprint=str(get("fingerprint", str)),
+        sha256=str(get("sha256", str)),
+        crc32=sums.astype(np.uint32),
+        passed=number("passed"),
+        reencoded=reencoded,
+        quarantined=number("quarantined"),
+        options=table("options"),
+        versions={key: str(value) for key, value in table("versions").items()},
+        source=table("source"),
+    )
