@@ -229,61 +229,6 @@ class _Checker:
         self._all((labels >= -1) & (labels < limit), f"a label in -1..{limit - 1}", labels)
         return labels
 
-    def _alloc_table(self, table: int, count: int, meta_end: int, page: int) -> Array:
-        left, start = len(self.data) - table, -(-meta_end // page) * page
-        if left != count * ALLOC.itemsize:
-            raise self.fail(
-                f"byte {table}", f"an allocation table of {count * ALLOC.itemsize} bytes", left
-            )
-        if table < start or (table - start) % page:
-            raise self.fail("byte 16", f"an end of whole pages of {page} from {start}", table)
-        return self.data[table:].view(ALLOC)
-
-    def _allocation(
-        self, table: Array, count: int, meta_end: int, page: int
-    ) -> tuple[Array, Array]:
-        """Offsets and sizes by sample id."""
-        ids, ptr, size = table["sample_id"], table["ptr"].copy(), table["size"].copy()
-        end = len(self.data) - table.nbytes
-        row = "row of the allocation table"
-        self._all(ids < count, f"a sample below {count}", ids, row)
-        ordered = bool((ids == np.arange(count, dtype=np.uint64)).all())
-        if not ordered:
-            seen = np.zeros(count, np.bool_)
-            seen[ids.astype(np.int64)] = True
-            self._all(seen, "one place for each sample", seen)
-        self._all((size > 0) & (size <= page), f"a size from 1 to {page}", size, row)
-        self._all((ptr >= meta_end) & (ptr < end), f"a place in {meta_end}..{end}", ptr, row)
-        last = ptr + size - np.uint64(1)
-        shift = np.uint64(page.bit_length() - 1)
-        self._all(last >> shift == ptr >> shift, f"a sample in one page of {page}", ptr, row)
-        self._all(last < end, f"an end of at most {end}", last, row)
-        if (ptr[1:] > last[:-1]).all():
-            pass  # In file order, as most writers leave it: no sort needed.
-        else:
-            order = np.argsort(ptr)
-            apart = np.ones(count, np.bool_)
-            apart[order[1:]] = ptr[order[1:]] > last[order[:-1]]
-            self._all(apart, "samples that do not overlap", ptr, row)
-        if ordered:
-            return ptr, size
-        offsets, sizes = np.empty_like(ptr), np.empty_like(size)
-        offsets[ids], sizes[ids] = ptr, size
-        return offsets, sizes
-
-    def _labels(
-        self, rows: Array, fields: tuple[str, ...], manifest: Manifest | None
-    ) -> npt.NDArray[np.int64]:
-        count = len(rows)
-        if manifest is not None and manifest.samples != count:
-            raise self.fail("byte 8", f"{manifest.samples} samples as in the manifest", count)
-        if "label" not in fields:
-            return np.full(count, -1, np.int64)
-        labels = rows["label"].astype(np.int64)
-        limit = len(manifest.classes) if manifest is not None else _MAX_LABEL
-        self._all((labels >= -1) & (labels < limit), f"a label in -1..{limit - 1}", labels)
-        return labels
-
     def _all(self, fine: Array, expected: str, found: Array, what: str = "sample") -> None:
         """Fail at the first element that is not fine."""
         if not fine.all():
