@@ -1,0 +1,339 @@
+"""Optimisers, weight-decay rules by module type, and learning rates as a pure function of time."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
+
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm of any dimension
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+"""Module types whose parameters count as norm parameters. Types, not names or shapes: downsample.1
+is a norm without saying so, and a linear layer may have a single output."""
+
+APEX_INSTALL = (
+    'APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "apex @ '
+    'git+https://github.com/NVIDIA/apex"'
+)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """An optimiser and its constants. The defaults are mmselfsup's for RotNet with ResNet-50."""
+
+    lr: float = 0.2
+    """Learning rate at the top of the schedule, for `reference_batch` source images per step."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_rule: DecayRule = "all"
+    """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
+    no_norm_no_bias (LARS)."""
+    kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
+    """apex_sgd is NVIDIA apex's FusedSGD; it is never taken unless it is asked for here."""
+    reference_batch: int | None = None
+    """Source images per global step that `lr` belongs to; other batches scale it linearly (Goyal et
+    al. 2017, section 2.1). None never scales."""
+    trust: float = 0.001
+    """Trust coefficient of LARS (You et al. 2017, eta); nothing else reads it."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.trust <= 0:
+            raise ValueError(
+                f"momentum must be in [0, 1), weight_decay not negative and trust positive, got "
+                f"{self.momentum}, {self.weight_decay}, {self.trust}"
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum")
+        if self.reference_batch is not None and self.reference_batch < 1:
+            raise ValueError(f"reference_batch must be at least 1, got {self.reference_batch}")
+        if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
+            raise ValueError('lars goes with decay_rule="no_norm_no_bias" and without nesterov')
+
+    def lr_for(self, source_images: int) -> float:
+        """Return the learning rate for a global step of so many source images (not views)."""
+        if self.reference_batch is None:
+            return self.lr
+        return self.lr * source_images / self.reference_batch
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Multiply by gamma at each milestone, after a linear warm-up from start_factor to 1.
+
+    mmselfsup, ResNet-50: milestones 30 and 50 of 70 epochs, 5 epochs of warm-up from 0.1, a new
+    value at every step.
+    """
+
+    milestones: tuple[float, ...] = ()
+    """In epochs; the new factor holds from the first step of that epoch on."""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    warmup_start_factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rate of an epoch is that of the first entry whose bound lies above it, else the last one.
+
+    As in the paper's code (algorithms/Algorithm.py, `LUT_lr`). The table gives the shape: its rates
+    are scaled so that the first one is the base learning rate, which for the authors' own tables
+    means that `Optim.lr` repeats the first entry (0.01 for AlexNet, not the nominal 0.1).
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    """(bound in epochs, learning rate), bounds ascending."""
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound, _ in self.pairs]
+        if not bounds or bounds != sorted(set(bounds)) or min(lr for _, lr in self.pairs) <= 0:
+            raise ValueError(f"a table needs ascending bounds and positive rates, got {self.pairs}")
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 to `final` at the end, after a linear warm-up."""
+
+    warmup_epochs: float = 0.0
+    final: float = 0.0
+    """Share of the base learning rate that is left at the end."""
+    warmup_start_factor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Linear from `start` up to 1 at `warmup` (a share of the run), then linear down to `final`."""
+
+    warmup: float = 0.2
+    start: float = 0.0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the run in [0, 1), got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class Poly:
+    """(1 - t) ** power, from 1 to `final` (segmentation: power 0.9, final 0.01)."""
+
+    power: float = 0.9
+    final: float = 0.0
+
+
+Schedule = Steps | Table | Cosine | Triangle | Poly
+
+
+def lr_at(schedule: Schedule, base_lr: float, epoch_float: float, epochs: float) -> float:
+    """Return the learning rate at a point in time. Pure: equal arguments, equal answer.
+
+    Args:
+        schedule: the shape.
+        base_lr: what the shape is multiplied with (`Optim.lr_for`).
+        epoch_float: epochs done, with fractions: epoch + step / steps_per_epoch.
+        epochs: length of the run; an `epoch_float` beyond it counts as its end.
+
+    Raises:
+        ValueError: negative time, or a run without length.
+    """
+    if epochs <= 0 or epoch_float < 0:
+        raise ValueError(f"cannot place epoch {epoch_float} in a run of {epochs} epochs")
+    now = min(epoch_float, epochs)
+    match schedule:
+        case Steps():
+            passed = sum(now >= milestone for milestone in schedule.milestones)
+            factor = schedule.gamma**passed
+            factor *= _warmup(now, schedule.warmup_epochs, schedule.warmup_start_factor)
+        case Table():
+            rates = (lr for bound, lr in schedule.pairs if bound > now)
+            factor = next(rates, schedule.pairs[-1][1]) / schedule.pairs[0][1]
+        case Cosine():
+            if now < schedule.warmup_epochs:
+                factor = _warmup(now, schedule.warmup_epochs, schedule.warmup_start_factor)
+            else:
+                rest = epochs - schedule.warmup_epochs
+                t = (now - schedule.warmup_epochs) / rest if rest > 0 else 1.0
+                factor = _between(schedule.final, (1 + math.cos(math.pi * t)) / 2)
+        case Triangle():
+            top = schedule.warmup * epochs
+            if now < top:
+                factor = _between(schedule.start, now / top)
+            else:
+                factor = _between(schedule.final, (epochs - now) / (epochs - top))
+        case Poly():
+            factor = _between(schedule.final, (1 - now / epochs) ** schedule.power)
+    return base_lr * factor
+
+
+def _between(low: float, share: float) -> float:
+    """Return the point that lies `share` of the way from `low` to 1."""
+    return low + (1 - low) * share
+
+
+def _warmup(now: float, length: float, start: float) -> float:
+    return _between(start, now / length) if now < length else 1.0
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    rule: DecayRule,
+    weight_decay: float,
+    scales: Mapping[str, float] | None = None,
+) -> list[dict[str, object]]:
+    """Sort the trainable parameters by weight decay, LARS adaptation and learning-rate scale.
+
+    Args:
+        model: every parameter that requires a gradient is taken once.
+        rule: which of them decay.
+        weight_decay: for those that do.
+        scales: learning-rate factors by prefix of the parameter's name, for example {"head.": 10}.
+
+    Returns:
+        Groups with `params`, `weight_decay`, `scale` and `adapt` (True for what is neither a norm's
+        nor a bias: LARS adapts only those).
+
+    Raises:
+        ValueError: nothing to train, or a prefix that fits no parameter.
+    """
+    scales = scales or {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    unused = set(scales)
+    for module_name, module in model.named_modules():
+        is_norm = isinstance(module, NORMS)
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            # A bias is what its module calls so; a one-dimensional weight is still a weight.
+            is_bias = name.rpartition(".")[2] == "bias"
+            spared = (rule != "all" and is_norm) or (rule == "no_norm_no_bias" and is_bias)
+            prefixes = [prefix for prefix in scales if name.startswith(prefix)]
+            unused.difference_update(prefixes)
+            scale = scales[max(prefixes, key=len)] if prefixes else 1.0
+            key = (0.0 if spared else weight_decay, scale, not (is_norm or is_bias))
+            groups.setdefault(key, []).append(parameter)
+    if unused:
+        raise ValueError(f"no trainable parameter begins with {', '.join(sorted(unused))}")
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    return [
+        {"params": parameters, "weight_decay": decay, "scale": scale, "adapt": adapt}
+        for (decay, scale, adapt), parameters in groups.items()
+    ]
+
+
+def build(
+    model: nn.Module, optim: Optim, lr: float, *, scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimiser for a model that already lies on its device.
+
+    SGD runs fused on CUDA (one kernel per group, and no read-back under a GradScaler) and foreach
+    on a CPU.
+
+    Args:
+        model: its trainable parameters, grouped by `param_groups`.
+        optim: what to build.
+        lr: the learning rate to begin with; `set_lr` changes it.
+        scales: see `param_groups`.
+
+    Raises:
+        ValueError: apex was asked for and is not there, or there is nothing to train.
+    """
+    groups = param_groups(
+        model, rule=optim.decay_rule, weight_decay=optim.weight_decay, scales=scales
+    )
+    on_cuda = all(p.is_cuda for p in model.parameters() if p.requires_grad)
+    built: torch.optim.Optimizer
+    if optim.kind == "lars":
+        built = Lars(groups, lr=lr, momentum=optim.momentum, trust=optim.trust)
+    elif optim.kind == "apex_sgd":
+        built = _apex_sgd()(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
+    else:
+        built = torch.optim.SGD(
+            groups,
+            lr=lr,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            fused=True if on_cuda else None,
+            foreach=None if on_cuda else True,
+        )
+    set_lr(built, lr)
+    return built
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr` times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg 2017 (arXiv 1708.03888), algorithm 1.
+
+    For each tensor w with gradient g and decay b:
+    rate = trust * |w| / (|g| + b * |w|); v <- momentum * v + lr * rate * (g + b * w); w <- w - v.
+    The learning rate is inside the momentum, as in the paper. Groups with adapt=False (norms and
+    biases) and tensors whose own or whose gradient's norm is zero take a rate of 1.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, object]], *, lr: float, momentum: float, trust: float
+    ) -> None:
+        """Take the groups of `param_groups`."""
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0}
+        super().__init__(params, {**defaults, "adapt": True, "scale": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters, without reading anything back to the host."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad.add(p, alpha=decay)
+                if group["adapt"]:
+                    w_norm, g_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(p.grad)
+                    rate = group["trust"] * w_norm / (g_norm + decay * w_norm)
+                    update.mul_(torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0))
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                velocity = state["momentum_buffer"]
+                velocity.mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                p.sub_(velocity)
+        return loss
+
+
+def _apex_sgd() -> Callable[..., torch.optim.Optimizer]:
+    """Return apex.optimizers.FusedSGD, or say how to get it."""
+    try:
+        found: Callable[..., torch.optim.Optimizer] = importlib.import_module(
+            "apex.optimizers"
+        ).FusedSGD
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"kind apex_sgd needs NVIDIA apex ({error}). It is built from source: {APEX_INSTALL} "
+            "(the package called apex on PyPI is something else). Or use kind sgd, which is fused "
+            "on CUDA as well."
+        ) from error
+    return found

@@ -1,0 +1,286 @@
+"""Learning rates against the published tables, decay groups by type, LARS against its formula."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from rotpred.backbone import build_backbone
+from rotpred.heads import make_rotnet
+from rotpred.optim import (
+    Cosine,
+    Lars,
+    Optim,
+    Poly,
+    Schedule,
+    Steps,
+    Table,
+    Triangle,
+    build,
+    lr_at,
+    param_groups,
+    set_lr,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+MMSELFSUP = Steps((30, 50), warmup_epochs=5)
+VISSL = Steps((30, 60, 90, 100))
+ALEXNET = Table(((15, 0.01), (30, 1e-3), (45, 1e-4), (50, 1e-5)))
+NIN = Table(((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "base", "epochs", "expected"),
+    [
+        (MMSELFSUP, 0.2, 70, {5: 0.2, 29.999: 0.2, 30: 0.02, 49.999: 0.02, 50: 0.002, 70: 0.002}),
+        (VISSL, 0.1, 105, {0: 0.1, 30: 1e-2, 60: 1e-3, 90: 1e-4, 99.9: 1e-4, 100: 1e-5}),
+        (ALEXNET, 0.01, 50, {0: 0.01, 14.99: 0.01, 15: 1e-3, 30: 1e-4, 44.9: 1e-4, 45: 1e-5}),
+        (NIN, 0.1, 200, {0: 0.1, 60: 0.02, 119.9: 0.02, 120: 0.004, 160: 0.0008, 200: 0.0008}),
+    ],
+)
+def test_published_pretraining_rates(
+    schedule: Schedule, base: float, epochs: int, expected: dict[float, float]
+) -> None:
+    got = {epoch: lr_at(schedule, base, epoch, epochs) for epoch in expected}
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_warmup_of_mmselfsup_is_linear_from_a_tenth() -> None:
+    # 0.02 -> 0.2 over 5 epochs, at every step.
+    steps_per_epoch = 10_010
+    got = [lr_at(MMSELFSUP, 0.2, step / steps_per_epoch, 70) for step in (0, 10_010, 25_025)]
+    assert got == pytest.approx([0.02, 0.056, 0.11])
+    assert lr_at(MMSELFSUP, 0.2, 5 - 1 / steps_per_epoch, 70) < 0.2
+
+
+def test_a_table_scales_with_the_base_rate() -> None:
+    assert lr_at(NIN, 0.2, 60, 200) == pytest.approx(0.04)
+    with pytest.raises(ValueError, match="ascending"):
+        Table(((30, 0.1), (10, 0.01)))
+    with pytest.raises(ValueError, match="ascending"):
+        Table(())
+
+
+def test_cosine_follows_torch() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([parameter], lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=100, eta_min=0.003)
+    for epoch in range(101):
+        ours = lr_at(Cosine(final=0.01), 0.3, epoch, 100)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        sgd.step()
+        theirs.step()
+    warm = Cosine(warmup_epochs=10)
+    values = [lr_at(warm, 1.0, epoch, 100) for epoch in (0, 5, 10, 55, 100)]
+    assert values == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
+
+
+def test_poly_follows_torch() -> None:
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    theirs = torch.optim.lr_scheduler.PolynomialLR(sgd, total_iters=40, power=0.9)
+    for step in range(41):
+        assert lr_at(Poly(), 0.01, step, 40) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        sgd.step()
+        theirs.step()
+    # mmsegmentation's minimum is absolute: 1e-4 for a base of 0.01.
+    assert lr_at(Poly(final=0.01), 0.01, 40, 40) == pytest.approx(1e-4)
+
+
+def test_triangle() -> None:
+    schedule = Triangle(warmup=0.25, start=0.2, final=0.1)
+    values = [lr_at(schedule, 2.0, epoch, 16) for epoch in (0, 2, 4, 10, 16, 99)]
+    assert values == pytest.approx([0.4, 1.2, 2.0, 1.1, 0.2, 0.2])
+    assert lr_at(Triangle(warmup=0.0), 1.0, 0, 10) == 1.0
+
+
+def test_impossible_times_are_refused() -> None:
+    for epoch, epochs in ((-0.1, 10), (0, 0)):
+        with pytest.raises(ValueError, match="cannot place"):
+            lr_at(Steps(), 1.0, epoch, epochs)
+
+
+def test_linear_scaling_counts_source_images() -> None:
+    # VISSL: 0.1 per 256 images. mmselfsup's 0.2 belongs to 128 sources and is not scaled.
+    vissl = Optim(lr=0.1, reference_batch=256)
+    assert vissl.lr_for(1024) == pytest.approx(0.4)
+    assert vissl.lr == 0.1
+    assert Optim(lr=0.2).lr_for(4096) == 0.2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr": 0.0}, {"lr": math.nan}, {"momentum": 1.0}, {"weight_decay": -1.0},
+        {"nesterov": True, "momentum": 0.0}, {"reference_batch": 0}, {"kind": "lars"},
+    ],
+)  # fmt: skip
+def test_contradictory_optimisers_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        Optim(**values)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "alexnet", "nin4"])
+def test_every_norm_parameter_is_spared_and_nothing_else(name: str) -> None:
+    net = make_rotnet(name)
+    norms = {
+        id(p)
+        for m in net.modules()
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+        for p in m.parameters(recurse=False)
+    }
+    if name == "resnet50":  # 53 norms, four of them in shortcuts
+        assert len(norms) == 106
+        assert id(net.backbone.layer1[0].downsample[1].weight) in norms
+    groups = param_groups(net, rule="no_norm", weight_decay=0.5)
+    spared = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    assert spared == norms
+    everything = [id(p) for g in groups for p in g["params"]]
+    assert sorted(everything) == sorted(id(p) for p in net.parameters())
+
+
+def test_biases_are_spared_only_where_the_rule_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 1), nn.GroupNorm(1, 1), nn.LayerNorm(1))
+    net = nn.ModuleDict({"head": net, "sync": nn.SyncBatchNorm(3)})
+    everything = {name for name, _ in net.named_parameters()}
+    names = {id(p): name for name, p in net.named_parameters()}
+
+    def decayed(rule: str) -> set[str]:
+        groups = param_groups(net, rule=rule, weight_decay=1e-4)
+        return {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+
+    assert decayed("all") == everything
+    assert decayed("no_norm") == {"head.0.weight", "head.0.bias"}
+    assert decayed("no_norm_no_bias") == {"head.0.weight"}
+
+
+def test_frozen_and_shared_parameters() -> None:
+    first = nn.Linear(2, 2)
+    net = nn.Sequential(first, first, nn.Linear(2, 2))
+    net[2].weight.requires_grad_(False)
+    taken = [p for g in param_groups(net, rule="all", weight_decay=0.0) for p in g["params"]]
+    assert len(taken) == 3
+    for p in net.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter"):
+        param_groups(net, rule="all", weight_decay=0.0)
+
+
+def test_the_head_can_have_its_own_rate() -> None:
+    net = make_rotnet("nin3")
+    sgd = build(net, Optim(), 0.01, scales={"head.": 100.0})
+    rates = {id(p): g["lr"] for g in sgd.param_groups for p in g["params"]}
+    assert rates[id(net.head.fc.weight)] == pytest.approx(1.0)
+    assert rates[id(net.backbone.block1.conv1.weight)] == pytest.approx(0.01)
+    set_lr(sgd, 0.001)
+    assert sorted({round(g["lr"], 6) for g in sgd.param_groups}) == [0.001, 0.1]
+    with pytest.raises(ValueError, match="begins with neck"):
+        build(net, Optim(), 0.01, scales={"neck.": 2.0})
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_steps_as_written_down(nesterov: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    weight, velocity = net.weight.detach().clone(), torch.zeros(2, 3)
+    sgd = build(net, Optim(nesterov=nesterov, weight_decay=0.01), 0.1)
+    assert isinstance(sgd, torch.optim.SGD)
+    for _ in range(3):
+        gradient = torch.randn(2, 3)
+        net.weight.grad, net.bias.grad = gradient.clone(), torch.zeros(2)
+        sgd.step()
+        decayed = gradient + 0.01 * weight
+        velocity = 0.9 * velocity + decayed
+        weight -= 0.1 * (decayed + 0.9 * velocity if nesterov else velocity)
+        torch.testing.assert_close(net.weight.detach(), weight)
+
+
+def test_lars_steps_as_in_the_paper() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    optim = Optim(kind="lars", decay_rule="no_norm_no_bias", weight_decay=0.05, trust=0.02)
+    lars = build(net, optim, 0.5)
+    assert isinstance(lars, Lars)
+    wanted = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in wanted.items()}
+    for lr in (0.5, 0.5, 0.1):
+        set_lr(lars, lr)
+        for name, p in net.named_parameters():
+            p.grad = torch.randn_like(p)
+            w, g = wanted[name], p.grad.double()
+            rate, decay = 1.0, 0.0
+            if name == "0.weight":
+                decay = 0.05
+                rate = 0.02 * w.norm().item() / (g.norm().item() + decay * w.norm().item())
+            velocity[name] = 0.9 * velocity[name] + lr * rate * (g + decay * w)
+            wanted[name] = w - velocity[name]
+        lars.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach().double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_lars_survives_zero_weights_and_zero_gradients() -> None:
+    net = nn.Linear(2, 2, bias=False)
+    lars = build(net, Optim(kind="lars", decay_rule="no_norm_no_bias", weight_decay=0.0), 0.1)
+    for weight, gradient, expected in ((0.0, 1.0, -0.1), (1.0, 0.0, 1.0)):
+        lars.state.clear()
+        nn.init.constant_(net.weight, weight)
+        net.weight.grad = torch.full((2, 2), gradient)
+        lars.step()
+        assert torch.allclose(net.weight, torch.full((2, 2), expected))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars"])
+def test_the_state_survives_saving(kind: str) -> None:
+    torch.manual_seed(0)
+    rule = "no_norm_no_bias"
+    net = build_backbone("nin3")
+    first = build(net, Optim(kind=kind, decay_rule=rule), 0.1)
+    gradients = [torch.randn_like(p) for p in net.parameters()]
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for p, gradient in zip(module.parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+
+    step(net, first)
+    twin = copy.deepcopy(net)
+    second = build(twin, Optim(kind=kind, decay_rule=rule), 0.1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    step(net, first)
+    step(twin, second)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+def test_apex_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Linear(1, 1)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ValueError, match=r"git\+https://github.com/NVIDIA/apex"):
+        build(net, Optim(kind="apex_sgd"), 0.1)
+    # Something else that is called apex.
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.ModuleType("apex.optimizers"))
+    with pytest.raises(ValueError, match="on PyPI is something else"):
+        build(net, Optim(kind="apex_sgd"), 0.1)
+
+
+def test_apex_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = types.ModuleType("apex.optimizers")
+    stand_in.FusedSGD = torch.optim.SGD
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
+    built = build(nn.Linear(1, 1), Optim(kind="apex_sgd", decay_rule="no_norm"), 0.1)
+    assert built.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sgd_is_fused_on_cuda() -> None:
+    built = build(nn.Linear(2, 2).cuda(), Optim(), 0.1)
+    assert built.param_groups[0]["fused"] is True
