@@ -1,0 +1,112 @@
+"""What a person reads while a program runs: where log lines go, and what one says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+
+
+def configure_logging(*, rank: int = 0) -> None:
+    """Send the log of rotpred and pipelines to the console: all of it on rank 0, else warnings.
+
+    Progress goes to standard output, warnings and errors to standard error. Calling it again
+    replaces what the call before had set.
+    """
+    handler = Console()
+    name = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s  {name}%(message)s", "%H:%M:%S"))
+    for package in ("rotpred", "pipelines"):
+        log = logging.getLogger(package)
+        log.handlers = [h for h in log.handlers if not isinstance(h, Console)] + [handler]
+        log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class Console(logging.Handler):
+    """Writes lines around a progress bar, and stays quiet where nobody listens any more.
+
+    `logging.StreamHandler` prints a traceback for every line after the reader of a pipe has left
+    (`| head`), and the interpreter fails at exit when it flushes what is left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gone: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; the first failure of a stream is reported once, on standard error."""
+        name = "stderr" if record.levelno >= logging.WARNING else "stdout"
+        stream = getattr(sys, name)
+        if name in self._gone:
+            return
+        try:
+            if stream is None:  # the process was started with the stream closed
+                raise OSError("it is closed")
+            line = self.format(record)
+            if "tqdm" in sys.modules:  # only then can there be a bar to write around
+                from tqdm import tqdm
+
+                tqdm.write(line, file=stream)
+            else:
+                stream.write(line + "\n")
+            stream.flush()
+        except (OSError, ValueError) as error:  # ValueError: the file object was closed
+            self._gone.add(name)
+            _discard(name)
+            if name == "stdout":
+                logging.getLogger(__name__).warning(
+                    "standard output cannot be written (%s): the run goes on without it", error
+                )
+
+
+def _discard(name: str) -> None:
+    """Point a stream at nothing, so that flushing its rest at exit does not fail."""
+    stream = getattr(sys, name)
+    if stream is None or stream.closed:
+        return
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a stream without a file, in a notebook or a test
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_steps: int) -> str:
+    """One line about one row of log.jsonl, its columns of equal width from line to line."""
+    width = len(str(total_steps))
+    parts = [f"step {row['step']:>{width}}/{total_steps}", f"epoch {row['epoch']}"]
+    for name, value in values.items():
+        match name:
+            case "accuracy":
+                parts.append(f"accuracy {value:5.1f} %")
+            case "loss":
+                parts.append(f"loss {value:.4f}")
+            case _:
+                parts.append(f"{name} {value:.4g}")
+    memory = row.get("cuda_peak_mib", row["rss_mib"])
+    assert isinstance(memory, int | float)
+    parts += [
+        f"{row['images_per_s']:,.0f} images/s",
+        f"{row['views_per_s']:,.0f} views/s",
+        f"data wait {row['wait_percent']:.0f} %",
+        f"{'GPU' if 'cuda_peak_mib' in row else 'memory'} {memory / 1024:.1f} GiB",
+    ]
+    left = row["seconds_left"]
+    if isinstance(left, int | float):
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Words for a time span: 42 s, 12 min 03 s, 5 h 07 min, 2 d 03 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
