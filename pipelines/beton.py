@@ -25,6 +25,8 @@ from pipelines.beton_layout import HEADER, BetonError, check_layout
 from pipelines.jpeg import JpegError, read_header
 from pipelines.manifest import Manifest, load_manifest, manifest_path
 
+__all__ = ["Beton", "BetonError", "Verified", "check_sums", "verify"]
+
 
 @dataclass(frozen=True, eq=False)
 class Beton:

@@ -11,6 +11,7 @@ import stat
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -156,24 +157,32 @@ def read_file(path: str | os.PathLike[str], *, root: str | os.PathLike[str]) -> 
     Raises:
         OSError: With a message in words.
     """
-    real, base = os.path.realpath(path), os.path.realpath(root)
-    if not _inside(real, base):
+    real = os.path.realpath(path)
+    if not _inside(real, _real_root(os.fspath(root))):
         raise PermissionError("the link leads outside the data folder")
-    if not os.path.exists(real):
-        link = os.path.islink(path)
-        raise FileNotFoundError(
-            "a link to a file that does not exist" if link else "the file does not exist"
-        )
-    if os.path.isdir(real):
-        raise IsADirectoryError("a folder, not a file")
-    # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
-    with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
+        handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        what = "a link to a file" if os.path.islink(path) else "a file"
+        raise FileNotFoundError(f"{what} that does not exist") from error
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError("a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
             raise OSError("a pipe, socket or device, not a file")
-        data = stream.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise OSError(f"longer than {MAX_FILE_BYTES} bytes")
-    return data
+        if status.st_size > MAX_FILE_BYTES:
+            raise OSError(f"longer than {MAX_FILE_BYTES} bytes")
+        with open(handle, "rb", buffering=0, closefd=False) as stream:
+            return stream.readall()
+    finally:
+        os.close(handle)
+
+
+@lru_cache(maxsize=64)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)
 
 
 def _pack(names: Iterable[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:

@@ -1,0 +1,137 @@
+"""One picture as it will be stored: its own JPEG bytes where possible, encoded anew where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipelines.decode import ImageError, decode_rgb, inspect
+from pipelines.jpeg import JpegError, JpegHeader, read_header
+
+Check = Literal["decode", "header"]
+
+PASSED = "passed"
+"""`Prepared.kind` of pictures stored as they were."""
+
+_EXACT_QUALITY = 95
+_MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pictures are stored."""
+
+    max_side: int | None = None
+    """Longest side in pixels; longer ones are shrunk. None keeps all sizes."""
+    short_side: int | None = None
+    """Length in pixels that a longer short side is shrunk to. None keeps all sizes."""
+    quality: int = 90
+    """JPEG quality of shrunk pictures; others that must be encoded take 95 without subsampling."""
+    check: Check = "decode"
+    """decode runs a decoder over JPEG streams stored unchanged; header reads their markers only,
+    which finds truncation but not damage."""
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.short_side is not None:
+            raise ValueError("give max_side or short_side, not both")
+        for name in ("max_side", "short_side"):
+            side = getattr(self, name)
+            if side is not None and not 1 <= side <= _MAX_JPEG_SIDE:
+                raise ValueError(f"{name} must be in 1..{_MAX_JPEG_SIDE}, got {side}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be in 1..100, got {self.quality}")
+        if self.check not in ("decode", "header"):
+            raise ValueError(f"check must be 'decode' or 'header', got {self.check!r}")
+
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to store an upright picture at: never larger, never below 1."""
+        if self.max_side is not None:
+            scale = self.max_side / max(height, width)
+        elif self.short_side is not None:
+            scale = self.short_side / min(height, width)
+        else:
+            scale = 1.0
+        if scale >= 1:
+            return height, width
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class Prepared(NamedTuple):
+    """One picture, ready to be stored."""
+
+    data: bytes
+    """A JPEG stream that every decoder reads alike."""
+    height: int
+    """Rows."""
+    width: int
+    """Columns."""
+    kind: str
+    """`PASSED`, or why it was encoded anew."""
+
+
+def prepare(picture: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepared:
+    """Check one picture and bring it into the form that is stored.
+
+    A JPEG stream passes unchanged, but for bytes behind its end, unless it is shrunk, turned by
+    Exif, not 8-bit grey or RGB, arithmetic-coded, or odd in a way that FFCV's decoder rejects.
+
+    Args:
+        picture: A file's bytes, or upright pixels (H, W, 3).
+        options: How to store it.
+
+    Raises:
+        ImageError: It is no usable picture.
+    """
+    if not isinstance(picture, bytes):
+        return _encode(picture, "array", options)
+    if picture[:2] != b"\xff\xd8":
+        return _encode(decode_rgb(picture), "format", options)
+    try:
+        header = read_header(picture, whole=True)
+    except JpegError as error:
+        raise ImageError(str(error)) from error
+    reason = _needs_encoding(header, options)
+    if reason is not None:
+        return _encode(decode_rgb(picture), reason, options)
+    if options.check == "decode":
+        fault = inspect(picture, header=header)
+        if fault is not None:
+            raise ImageError(fault)
+    return Prepared(picture[: header.end], header.height, header.width, PASSED)
+
+
+def _needs_encoding(header: JpegHeader, options: Options) -> str | None:
+    """Why the stream cannot be stored as it is; None where it can."""
+    if options.target(*header.upright) != header.upright:
+        return "resized"
+    if header.orientation != 1:
+        return "orientation"
+    if header.components not in (1, 3):
+        return "cmyk" if header.components == 4 else "components"
+    if header.precision != 8 or header.lossless:
+        return "precision"
+    if header.arithmetic:
+        return "arithmetic"
+    return "cleaned" if header.odd else None
+
+
+def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> Prepared:
+    height, width = pixels.shape[:2]
+    target = options.target(height, width)
+    image = Image.fromarray(pixels)
+    if target != (height, width):
+        reason = "resized"
+        image = image.resize((target[1], target[0]), Image.Resampling.BICUBIC)
+    if max(target) > _MAX_JPEG_SIDE:
+        raise ImageError(f"a side of {max(target)} pixels is more than JPEG's {_MAX_JPEG_SIDE}")
+    out = BytesIO()
+    if reason == "resized":
+        image.save(out, "JPEG", quality=options.quality)
+    else:
+        image.save(out, "JPEG", quality=_EXACT_QUALITY, subsampling=0)
+    return Prepared(out.getvalue(), target[0], target[1], reason)

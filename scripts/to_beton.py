@@ -1,0 +1,99 @@
+"""Convert images to a beton file, or verify one."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from pipelines.beton import verify
+from pipelines.convert import write_beton
+from pipelines.images import open_images
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Convert images to a beton file, or verify one. JPEG files are stored unchanged."""
+
+    input: str | None = None
+    """A folder of class folders or of images, a list file (`path label` a line),
+    torchvision:NAME (such as torchvision:CIFAR10), or digits."""
+    output: Path | None = None
+    """The .beton file to write, with its manifest OUTPUT.json beside it."""
+    verify: Path | None = None
+    """Check this .beton file, every byte of it, and write nothing."""
+    root: Path | None = None
+    """Folder that a list's paths are relative to, or where torchvision keeps its data."""
+    max_side: int | None = None
+    """Shrink pictures whose longer side has more pixels."""
+    short_side: int | None = None
+    """Shrink pictures whose shorter side has more pixels. Not with --max-side."""
+    quality: int = 90
+    """JPEG quality of shrunk pictures."""
+    workers: int = 0
+    """Worker processes; 0: one for each allowed core."""
+    unlabelled: bool = False
+    """Drop labels; take a folder's images wherever they lie."""
+    split: Literal["train", "val"] = "train"
+    """Part of torchvision:NAME or digits; folders and lists are one part each."""
+    budget: int | None = None
+    """Unusable files that are left out and listed; with one more nothing is written.
+    Default: one in a thousand, at least ten."""
+    check: Literal["decode", "header"] = "decode"
+    """decode runs every picture through a decoder; header reads markers only, and is faster."""
+    overwrite: bool = False
+    """Replace an existing output, once the new one is complete and verified."""
+
+
+def main(args: Arguments) -> str:
+    """Do what is asked for and return one line about it; `ValueError` or `OSError` in words."""
+    if args.verify is not None:
+        if args.input is not None or args.output is not None:
+            raise ValueError("--verify goes alone")
+        found = verify(args.verify)
+        against = "checksums" if found.checksums else "structure only: there is no manifest"
+        return (
+            f"{args.verify}: good: {found.samples} samples ({found.jpegs} JPEG, "
+            f"{found.labelled} labelled), {found.payload_bytes / 1e6:.1f} MB, {against}"
+        )
+    if args.input is None or args.output is None:
+        raise ValueError("give --input and --output, or --verify")
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists: give --overwrite to replace it")
+    images = open_images(args.input, root=args.root, labelled=not args.unlabelled, split=args.split)
+    with tqdm(total=len(images), unit="img", smoothing=0.1, disable=None) as bar:
+        made = write_beton(
+            images,
+            args.output,
+            max_side=args.max_side,
+            short_side=args.short_side,
+            quality=args.quality,
+            workers=args.workers,
+            budget=args.budget,
+            check=args.check,
+            overwrite=args.overwrite,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
+        )
+    again = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
+    return (
+        f"{args.output}: {made.samples} samples, {len(made.classes)} classes, "
+        f"{args.output.stat().st_size / 1e6:.1f} MB; {made.passed} stored unchanged, "
+        f"encoded anew: {again}; {made.quarantined} left out"
+        + (f" ({args.output}.quarantine.jsonl)" if made.quarantined else "")
+    )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Let cleanup run.
+    try:
+        print(main(tyro.cli(Arguments)))
+    except (ValueError, OSError, ImportError) as problem:
+        print(f"to_beton: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
