@@ -75,6 +75,8 @@ class Shard:
 
     rank: int = 0
     world: int = 1
+    local_world: int = 1
+    """Processes on this machine: they share its cores."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
