@@ -58,7 +58,7 @@ def views_grid(
     views_NHWC = ((shown * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     labels = targets.detach()[chosen.to(targets.device)].tolist()
 
-    fig = Figure(figsize=(max(3.2, 1.15 * n), 5.7), dpi=120, layout="constrained")
+    fig = Figure(figsize=(max(3.8, 1.15 * n), 5.7), dpi=120, layout="constrained")
     fig.suptitle("Views and their labels (counter-clockwise)", fontsize=11, color=INK)
     axes = fig.subplots(4, n, squeeze=False)
     for ax, view, label in zip(axes.flat, views_NHWC, labels, strict=True):
@@ -132,7 +132,9 @@ def filters(weight: torch.Tensor) -> Figure:
     low, high = w_NHWC.amin((1, 2, 3), keepdim=True), w_NHWC.amax((1, 2, 3), keepdim=True)
     tiles = ((w_NHWC - low) / (high - low).clamp_min(1e-12)).numpy()
 
-    columns = int(np.ceil(np.sqrt(count * 1.6)))
+    # A full rectangle where the count allows one that is not much wider than it is high.
+    square = int(np.ceil(np.sqrt(count)))
+    columns = next((c for c in range(square, 3 * square) if count % c == 0), square)
     rows = -(-count // columns)
     # Enlarged to whole pixels, with a gap that stays thin however small the filters are.
     zoom, gap = max(1, 42 // max(height, width)), 4
@@ -160,7 +162,7 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
             left out; a value that was not finite leaves a gap.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: there is nothing to draw.
     """
     if not rows:
         raise ValueError("no rows to draw: the log is empty")
@@ -170,7 +172,13 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
         "Learning rate": ("lr",),
         "Throughput (1/s)": ("views_per_s", "images_per_s"),
     }
-    drawn = [t for t, names in panels.items() if any(name in row for row in rows for name in names)]
+    drawn = [
+        title
+        for title, names in panels.items()
+        if any(isinstance(row.get(name), int | float) for row in rows for name in names)
+    ]
+    if not drawn:
+        raise ValueError("no rows to draw: none has a loss, an accuracy, a rate or a throughput")
     columns = min(2, len(drawn))
     lines = -(-len(drawn) // 2)
     fig = Figure(figsize=(4.6 * columns, 2.9 * lines), dpi=120, layout="constrained")
@@ -198,6 +206,8 @@ def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[st
     if len(names) > 1:
         ax.legend(fontsize=8, frameon=False)
         ax.set_ylim(bottom=0)
+    if len(rows) == 1:
+        ax.set_xlim(steps[0] - 1, steps[0] + 1)
     ax.set_xlabel("step", fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
