@@ -1,0 +1,474 @@
+"""Checkpoints under kills, bit flips, full disks and hostile files."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from rotpred import checkpoint
+from rotpred.backbone import build_backbone
+from rotpred.checkpoint import (
+    CheckpointError,
+    load,
+    load_backbone,
+    load_latest,
+    save,
+    save_backbone,
+    sha256_file,
+)
+from rotpred.heads import RotNet, make_rotnet
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def state(value: float) -> dict[str, object]:
+    return {"w": torch.full((1000,), value), "epoch": 1, "lr": 0.1, "list": [1, (2.0, "a")]}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+def flip_bit(path: Path, text: bytes | None = None) -> None:
+    """Flip one bit in the middle of the file, where the tensor's bytes are."""
+    data = bytearray(path.read_bytes())
+    at = len(data) // 2 if text is None else data.index(text)
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+# --- training state -----------------------------------------------------------------------------
+
+
+def test_round_trip_of_everything_a_run_saves(tmp_path: Path) -> None:
+    net = make_rotnet("nin3")
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    sgd.step()
+    saved = {
+        "model": net.state_dict(),
+        "optimizer": sgd.state_dict(),
+        "rng": torch.get_rng_state(),
+        "loader": b"\x00\xff",
+        "python_rng": (3, (1, 2, 3), None),
+        "epoch": 3,
+        "best": None,
+    }
+    path = save(tmp_path / "new" / "folder", 123, saved)
+    assert path.name == "step_0000123.pt"
+    got = load_latest(path.parent)
+    assert got is not None
+    assert (got.step, got.path, got.sha256) == (123, path, sha256_file(path))
+    assert {k: got.state[k] for k in ("loader", "python_rng", "epoch", "best")} == {
+        k: saved[k] for k in ("loader", "python_rng", "epoch", "best")
+    }
+    make_rotnet("nin3").load_state_dict(got.state["model"], strict=True)
+    sgd.load_state_dict(got.state["optimizer"])
+    assert all(torch.equal(v, got.state["model"][k]) for k, v in net.state_dict().items())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == got.sha256
+
+
+def test_none_where_there_is_nothing(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "absent") is None
+    (tmp_path / "other.pt").write_text("x")
+    assert load_latest(tmp_path) is None
+
+
+def test_the_latest_is_chosen_by_number(tmp_path: Path) -> None:
+    for step in (9_999_999, 10_000_000, 123_456_789):  # one more digit than the name pads to
+        save(tmp_path, step, state(step))
+    os.utime(tmp_path / "step_9999999.pt")  # neither by time nor by name
+    got = load_latest(tmp_path)
+    assert got is not None and got.step == 123_456_789
+
+
+@pytest.mark.parametrize(
+    ("bad", "where"),
+    [
+        ({"a": np.float64(1)}, r"state\['a'\] is a numpy.float64"),
+        ({"a": [0, {"b": Path("x")}]}, r"state\['a'\]\[1\]\['b'\] is a pathlib"),
+        ({"a": np.zeros(2)}, "numpy.ndarray"),
+        ({"a": collections.Counter()}, "collections.Counter"),
+        ({"a": {(1, 2): 3}}, r"key \(1, 2\)"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, bad: object, where: str) -> None:
+    with pytest.raises(CheckpointError, match=where):
+        save(tmp_path, 1, bad)
+    assert names(tmp_path) == []
+
+
+def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
+    for step, score in enumerate((0.1, 0.9, 0.3, 0.4, 0.5), start=1):
+        save(tmp_path, step, state(step), keep=2, score=score)
+    assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 4, 5)]
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    save(tmp_path, 6, state(6), keep=2, score=0.95)
+    assert names(tmp_path) == [f"step_000000{k}.pt" for k in (5, 6)]
+    for keep, score in ((1, None), (2, float("nan"))):
+        with pytest.raises(ValueError, match=r"keep|score"):
+            save(tmp_path, 7, state(7), keep=keep, score=score)
+
+
+def test_a_damaged_file_does_not_take_the_place_of_a_valid_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, state(step), keep=3)
+    flip_bit(tmp_path / "step_0000003.pt")
+    save(tmp_path, 4, state(4), keep=2)
+    assert "step_0000002.pt" in names(tmp_path), "3 is damaged: 4 and 2 are the last two"
+    assert "step_0000001.pt" not in names(tmp_path)
+
+
+def test_steps_of_an_abandoned_run_are_left_alone(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step, state(step), keep=2)
+    for step in (5, 6, 7):
+        save(tmp_path, step, state(step), keep=2)
+    assert names(tmp_path) == [f"step_{k:07d}.pt" for k in (6, 7, 20, 30)]
+
+
+def test_a_flipped_bit_is_noticed_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, state(step))
+    damaged = tmp_path / "step_0000002.pt"
+    flip_bit(damaged)
+    torch.load(damaged, weights_only=True)  # torch alone does not notice: the reason for the digest
+    with caplog.at_level(logging.WARNING):
+        got = load_latest(tmp_path)
+    assert got is not None and got.step == 1 and torch.equal(got.state["w"], torch.ones(1000))
+    assert "skipping the checkpoint of step 2" in caplog.text
+    assert "going back to the checkpoint of step 1" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "no sidecar", "sidecar cut"])
+def test_other_damage_is_noticed_too(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, state(step))
+    path = tmp_path / "step_0000002.pt"
+    if damage == "no sidecar":
+        path.with_suffix(".json").unlink()
+    elif damage == "sidecar cut":
+        path.with_suffix(".json").write_text('{"sha')
+    else:
+        os.truncate(path, 0 if damage == "empty" else 700)
+    with pytest.raises(CheckpointError):
+        load(path)
+    got = load_latest(tmp_path)
+    assert got is not None and got.step == 1
+    save(tmp_path, 2, state(2))  # the damaged step can be written again
+    assert load(path).step == 2
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_bit(save(tmp_path, step, state(step)))
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        load_latest(tmp_path)
+
+
+class Evil:
+    """Runs a command when unpickled by a careless reader."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    path = save(tmp_path, 1, state(1))
+    torch.save({"w": Evil(marker)}, path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**record, "sha256": sha256_file(path)}))
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        load(path)
+    weights = tmp_path / "weights.pth"
+    torch.save({"state_dict": Evil(marker)}, weights)
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        load_backbone(build_backbone("nin3"), weights)
+    assert not marker.exists()
+    torch.load(weights, weights_only=False)
+    assert marker.exists(), "the file does attack a careless reader"
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["same step again", "next step"])
+@pytest.mark.parametrize("count", [0, 1], ids=["at the sidecar", "at the checkpoint"])
+def test_killed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, count: int
+) -> None:
+    save(tmp_path, 1, state(1))
+    calls = []
+    real = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die)
+        save(tmp_path, step, state(7))
+    got = load_latest(tmp_path)
+    assert got is not None and got.step == 1 and torch.equal(got.state["w"], torch.ones(1000))
+    save(tmp_path, 3, state(3))
+    assert not list(tmp_path.glob(".*")), "strays are swept"
+    assert len(list(tmp_path.glob("*.json"))) == len(names(tmp_path))
+
+
+KILLED = """
+import json, logging, os, pathlib, random, signal, sys, time
+import torch
+from rotpred.checkpoint import load_latest, save
+
+torch.set_num_threads(1)
+random.seed(0)
+folder = pathlib.Path(sys.argv[1])
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("rotpred").addHandler(handler)
+
+def state(step):
+    return {"step": step, "w": torch.full((500_000,), float(step))}
+
+save(folder, 1, state(1), keep=2)
+strays, steps = 0, [1]
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        step = steps[-1]
+        while True:
+            step += 1
+            save(folder, step, state(step), keep=2)
+    time.sleep(random.uniform(0.005, 0.12))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    strays += bool(list(folder.glob(".*.tmp")))
+    found = load_latest(folder)
+    assert found.state["step"] == found.step >= steps[-1], (found.step, steps)
+    assert bool((found.state["w"] == found.step).all())
+    steps.append(found.step)
+json.dump({"strays": strays, "steps": steps, "warnings": warnings}, sys.stdout)
+"""
+
+
+def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["strays"] > 0, "no kill hit a save: the test has proved nothing"
+    assert got["steps"][-1] > 5
+    assert got["warnings"] == []
+
+
+def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, state(1))
+    big = {"w": torch.zeros(200_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writes fail in the middle
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            save(tmp_path, 2, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match="2 MB are free"):
+        save(tmp_path, 2, big)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000001.json", "step_0000001.pt"]
+    assert load(tmp_path / "step_0000001.pt").state["w"][0] == 1
+
+
+def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, state(1))
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda _: "0" * 64)
+    with pytest.raises(CheckpointError, match="reads back other bytes"):
+        save(tmp_path, 2, state(2))
+    assert names(tmp_path) == ["step_0000001.pt"]
+
+
+# --- backbone weights ---------------------------------------------------------------------------
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(value, other[key]) for key, value in a.state_dict().items())
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    first = build_backbone("resnet18").to(memory_format=torch.channels_last)
+    path = tmp_path / "run" / "backbone.safetensors"
+    digest = save_backbone(path, first, {"recipe": "smoke"})
+    assert digest == sha256_file(path)
+    with checkpoint.safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"recipe": "smoke", "arch": "resnet18"}
+    second = build_backbone("resnet18")
+    report = load_backbone(second, path)
+    assert same(first, second)
+    assert set(report.loaded) == set(first.state_dict())
+    assert (report.ignored, report.missing, report.sha256) == ((), (), digest)
+    torchvision.models.resnet18().load_state_dict(
+        {
+            **checkpoint.safetensors.torch.load_file(path),
+            "fc.weight": torch.zeros(1000, 512),
+            "fc.bias": torch.zeros(1000),
+        },
+        strict=True,
+    )
+
+
+def test_our_training_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
+    net = make_rotnet("nin4")
+    path = save(tmp_path, 5, {"model": net.state_dict(), "arch": "nin4", "epoch": 1})
+    backbone = build_backbone("nin4")
+    report = load_backbone(backbone, path)
+    assert same(net.backbone, backbone)
+    assert report.ignored == ("head.fc.weight", "head.fc.bias")
+    with pytest.raises(CheckpointError, match="weights of nin4, not of nin5"):
+        load_backbone(build_backbone("nin5"), path)
+    flip_bit(path)
+    with pytest.raises(CheckpointError, match="changed since"):
+        load_backbone(backbone, path)
+
+
+def test_the_alexnet_head_is_ignored_whole(tmp_path: Path) -> None:
+    backbone = build_backbone("alexnet")
+    head = torch.nn.ModuleDict({"fc6": torch.nn.Linear(2, 2), "bn6": torch.nn.BatchNorm1d(2)})
+    torch.save(RotNet(backbone, head).state_dict(), tmp_path / "a.pt")
+    report = load_backbone(build_backbone("alexnet"), tmp_path / "a.pt")
+    assert len(report.ignored) == 7
+
+
+def test_torchvision_and_mmselfsup_files(tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "flat.pth")
+    backbone = build_backbone("resnet18")
+    report = load_backbone(backbone, tmp_path / "flat.pth")
+    assert set(report.ignored) == {"fc.weight", "fc.bias"}
+    assert same(backbone, theirs)
+    content = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    content |= {"head.fc_cls.weight": torch.zeros(4, 512), "head.fc_cls.bias": torch.zeros(4)}
+    torch.save({"state_dict": content, "meta": {"epoch": 70}}, tmp_path / "mm.pth")
+    other = build_backbone("resnet18")
+    assert load_backbone(other, tmp_path / "mm.pth").ignored == (
+        "head.fc_cls.weight", "head.fc_cls.bias"
+    )  # fmt: skip
+    assert same(backbone, other)
+
+
+def test_old_files_without_batch_counters(tmp_path: Path) -> None:
+    first, second = build_backbone("nin3"), build_backbone("nin3")
+    content = {k: v for k, v in first.state_dict().items() if "num_batches" not in k}
+    torch.save(content, tmp_path / "old.pt")
+    report = load_backbone(second, tmp_path / "old.pt")
+    assert len(report.missing) == 9 and all("num_batches_tracked" in k for k in report.missing)
+    assert torch.equal(first.block1.conv1.weight, second.block1.conv1.weight)
+
+
+def spoil(content: dict[str, torch.Tensor], how: str) -> dict[str, object]:
+    key = "layer1.0.conv1.weight"
+    spoilt: dict[str, object] = dict(content)
+    if how == "prefix":
+        return {f"module.{k}": v for k, v in content.items()}
+    if how == "missing":
+        del spoilt[key]
+    elif how == "unknown":
+        spoilt["neck.fc0.weight"] = torch.zeros(1)
+    elif how == "shape":
+        spoilt[key] = content[key][:, :-1]
+    elif how == "type":
+        spoilt[key] = content[key].int()
+    elif how == "nan":
+        spoilt[key] = content[key].clone()
+        spoilt[key][0, 0, 0, 0] = float("nan")  # type: ignore[index]
+    elif how == "infinite statistics":
+        spoilt["bn1.running_var"] = torch.full((64,), float("inf"))
+    elif how == "no tensor":
+        spoilt[key] = 1.0
+    elif how == "half prefixed":
+        spoilt[f"backbone.{key}"] = spoilt.pop(key)
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("prefix", r"100 missing \(conv1.weight.*120 unknown \(module.conv1.weight"),
+        ("missing", r"1 missing \(layer1.0.conv1.weight\)"),
+        ("unknown", r"1 unknown \(neck.fc0.weight\)"),
+        ("shape", r"layer1.0.conv1.weight \(64, 63, 3, 3\), expected \(64, 64, 3, 3\)"),
+        ("type", "of another shape or type"),
+        ("nan", r"1 not finite \(layer1.0.conv1.weight\)"),
+        ("infinite statistics", r"1 not finite \(bn1.running_var\)"),
+        ("no tensor", "are not tensors"),
+        ("half prefixed", "missing"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, how: str, words: str) -> None:
+    backbone = build_backbone("resnet18")
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    torch.save(spoil(build_backbone("resnet18").state_dict(), how), path)
+    with pytest.raises(CheckpointError, match=words):
+        load_backbone(backbone, path)
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    save_backbone(path, build_backbone("resnet18_small"), {})
+    with pytest.raises(CheckpointError, match="weights of resnet18_small, not of resnet18"):
+        load_backbone(build_backbone("resnet18"), path)
+    torch.save(build_backbone("nin3").state_dict(), tmp_path / "nin.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit resnet18: .*missing.*unknown"):
+        load_backbone(build_backbone("resnet18"), tmp_path / "nin.pth")
+
+
+def test_broken_and_absent_files_are_refused(tmp_path: Path) -> None:
+    backbone = build_backbone("nin3")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_backbone(backbone, tmp_path / "absent.pth")
+    path = tmp_path / "cut.safetensors"
+    save_backbone(path, backbone, {})
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        load_backbone(backbone, path)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_backbone(backbone, tmp_path / "text.pth")
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        load_backbone(backbone, tmp_path / "list.pth")
+
+
+def test_sick_weights_are_not_exported(tmp_path: Path) -> None:
+    backbone = build_backbone("nin3")
+    torch.nn.init.constant_(backbone.block1.bn1.weight, float("nan"))
+    with pytest.raises(CheckpointError, match=r"not finite: block1.bn1.weight"):
+        save_backbone(tmp_path / "x.safetensors", backbone, {})
+    assert list(tmp_path.iterdir()) == []
