@@ -229,10 +229,14 @@ def _lock(handle: int, path: Path) -> None:
 def _map(handle: int, path: Path) -> npt.NDArray[np.uint8]:
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
-        raise BetonError(f"{path}: not a plain file")
+        raise BetonError(f"{path}: expected a plain file, found another kind")
     if status.st_size < HEADER.itemsize:
         raise BetonError(
             f"{path}: byte 0: expected a header of {HEADER.itemsize} bytes, "
             f"found a file of {status.st_size}"
         )
-    return np.frombuffer(mmap.mmap(handle, 0, prot=mmap.PROT_READ), np.uint8)
+    # mmap keeps a duplicate of its descriptor, and with it a lock: so it gets one of its own.
+    with open(path, "rb", buffering=0) as own:
+        if not os.path.sameopenfile(handle, own.fileno()):
+            raise BetonError(f"{path}: was replaced while it was opened: try again")
+        return np.frombuffer(mmap.mmap(own.fileno(), 0, prot=mmap.PROT_READ), np.uint8)

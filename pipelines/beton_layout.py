@@ -189,7 +189,7 @@ class _Checker:
     ) -> tuple[Array, Array]:
         """Offsets and sizes by sample id."""
         ids, ptr, size = table["sample_id"], table["ptr"].copy(), table["size"].copy()
-        end = len(self.data) - table.nbytes
+        start, end = -(-meta_end // page) * page, len(self.data) - table.nbytes
         row = "row of the allocation table"
         self._all(ids < count, f"a sample below {count}", ids, row)
         ordered = bool((ids == np.arange(count, dtype=np.uint64)).all())
@@ -198,7 +198,7 @@ class _Checker:
             seen[ids.astype(np.int64)] = True
             self._all(seen, "one place for each sample", seen)
         self._all((size > 0) & (size <= page), f"a size from 1 to {page}", size, row)
-        self._all((ptr >= meta_end) & (ptr < end), f"a place in {meta_end}..{end}", ptr, row)
+        self._all((ptr >= start) & (ptr < end), f"a place in {start}..{end}", ptr, row)
         last = ptr + size - np.uint64(1)
         shift = np.uint64(page.bit_length() - 1)
         self._all(last >> shift == ptr >> shift, f"a sample in one page of {page}", ptr, row)

@@ -34,7 +34,7 @@ _PILLOW_ERRORS = (
     TypeError,
     OverflowError,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
+    Warning,  # Its remarks on metadata, where the caller's filters make errors of them.
 )
 
 _TURN = {
