@@ -209,8 +209,10 @@ class RunLog:
             row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
         self.tick(step)
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
+        written = False
         with self._keeps_going():
             self._append(row)
+            written = True
         scalars = {f"train/{name}": value for name, value in values.items()}
         for name in ("images_per_s", "views_per_s", "wait_percent", "rss_mib", "cuda_peak_mib"):
             if isinstance(number := row.get(name), int | float):
@@ -220,7 +222,8 @@ class RunLog:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
 
-        self._tensorboard(add)
+        if written:
+            self._tensorboard(add)
 
     def result(
         self,
@@ -283,10 +286,11 @@ class RunLog:
         from rotpred.figures import pixels
 
         picture = pixels(fig)
-        with self._keeps_going(), replaced(self.out / "figures" / f"{name}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
         at = self._step if step is None else step
-        self._tensorboard(lambda writer: writer.add_image(name, picture, at, dataformats="HWC"))
+        with self._keeps_going():
+            with replaced(self.out / "figures" / f"{name}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+            self._tensorboard(lambda writer: writer.add_image(name, picture, at, dataformats="HWC"))
 
     def _open_log(self) -> None:
         """Before the first row: drop those of work that is about to be done again."""
@@ -311,7 +315,12 @@ class RunLog:
         self._torn = False
 
     def _tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Call `write` with the writer, made at first use: its import takes a second."""
+        """Call `write` with the writer, made at first use: its import takes a second.
+
+        Call it only after a file of our own was written: TensorBoard writes in a thread, and a
+        disk that is full there ends the thread with a traceback on the console. For the same
+        reason everything is flushed here, in this thread, rather than some time later in that one.
+        """
         if self._writer_lost:
             return
         with self._keeps_going():
@@ -321,10 +330,12 @@ class RunLog:
 
                     # Where a run resumes, TensorBoard hides what the lost work had written.
                     purge = self._resumed + 1 if self._resumed else None
-                    self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
+                    self._writer = SummaryWriter(
+                        str(self.out / "tensorboard"), purge_step=purge, flush_secs=10**6
+                    )
                 write(self._writer)
+                self._writer.flush()
             except OSError:
-                # Its thread is dead from here on, and closing it would raise the same again.
                 self._writer, self._writer_lost = None, True
                 raise
 
