@@ -161,7 +161,7 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
         meta: provenance for the file's header; the name of the architecture is added as "arch".
 
     Returns:
-        The file's SHA-256.
+        The file's SHA-256. Equal weights and equal meta give equal files.
 
     Raises:
         CheckpointError: weights that are not finite, or no space.
@@ -171,7 +171,7 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
     if sick:
         raise CheckpointError(f"not written, because of values that are not finite: {_some(sick)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save(tensors, {**meta, "arch": backbone.arch})
+    data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
     _check_space(path.parent, len(data))
     temporary, digest = _write(path, lambda file: file.write(data))
     _replace(temporary, path)
@@ -219,6 +219,17 @@ def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
         raise CheckpointError(f"{path} does not fit {backbone.arch}: {'; '.join(words)}")
     backbone.load_state_dict({**{k: own[k] for k in counters}, **{k: given[k] for k in shared}})
     return LoadReport(tuple(shared), tuple(heads), tuple(counters), sha256_file(path))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """Put the header of safetensors in order: the library writes metadata in a random one.
+
+    Layout: length of the header (8 bytes, little-endian), JSON padded with spaces, the tensors.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

@@ -342,6 +342,16 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     )
 
 
+def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
+    backbone = build_backbone("nin3")
+    meta = {key: "é" for key in "zaqxsw"}
+    found = {save_backbone(tmp_path / f"{k}.safetensors", backbone, meta) for k in range(8)}
+    assert len(found) == 1
+    load_backbone(build_backbone("nin3"), tmp_path / "0.safetensors")
+    with checkpoint.safetensors.safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == {**meta, "arch": "nin3"}
+
+
 def test_our_training_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
     net = make_rotnet("nin4")
     path = save(tmp_path, 5, {"model": net.state_dict(), "arch": "nin4", "epoch": 1})
