@@ -344,7 +344,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
 
 def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
     backbone = build_backbone("nin3")
-    meta = {key: "é" for key in "zaqxsw"}
+    meta = dict.fromkeys("zaqxsw", "é")
     found = {save_backbone(tmp_path / f"{k}.safetensors", backbone, meta) for k in range(8)}
     assert len(found) == 1
     load_backbone(build_backbone("nin3"), tmp_path / "0.safetensors")
