@@ -88,6 +88,14 @@ def _side(length: int, resize: int | None, heights: Int64, widths: Int64) -> Int
     return np.maximum(np.rint(short * (length / resize)).astype(np.int64), 1)
 
 
+def patch_side(crop: Crop, heights: Int32, widths: Int32) -> int:
+    """Longest side in pixels of any box that may stick out of its picture; 1 where none can."""
+    if isinstance(crop, RandomResizedCrop | Squash):
+        return 1
+    h, w = heights.astype(np.int64), widths.astype(np.int64)
+    return int(_side(crop.size, crop.resize, h, w).max())
+
+
 def _below(draws: Float64, stop: Int64) -> Int64:
     """Uniform integers in [0, stop) from uniforms in [0, 1)."""
     return np.minimum((draws * stop).astype(np.int64), stop - 1)

@@ -7,6 +7,8 @@ quarter turn is the opposite quarter turn of the mirrored picture.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from pipelines.spec import Normalize, Precision
@@ -16,6 +18,14 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+@functools.cache
+def _constants(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / std, float32 (3,), made once: a host-to-device copy per batch would wait."""
+    std = torch.tensor(normalize.std, dtype=torch.float32)
+    mean = torch.tensor(normalize.mean, dtype=torch.float32)
+    return mean.to(device), (1.0 / std).to(device)
 
 
 def normalize_views(
@@ -45,8 +55,7 @@ def normalize_views(
     batch, side, width, _ = x_NHWC.shape
     if side != width:
         raise ValueError(f"crops must be square to be turned, got {side}x{width}")
-    mean = torch.tensor(normalize.mean, device=x_NHWC.device)
-    scale = 1.0 / torch.tensor(normalize.std, device=x_NHWC.device)
+    mean, scale = _constants(normalize, x_NHWC.device)
     plain = ((x_NHWC.float() - mean) * scale).to(dtype)
     if views == 1:
         return plain.permute(0, 3, 1, 2)

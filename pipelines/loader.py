@@ -1,0 +1,261 @@
+"""The only loader class: what every protocol needs alike, whichever engine decodes.
+
+An engine is a `Source`. `Loader` moves its crops to the device, turns and normalises them, and
+yields batches that belong to the consumer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from pipelines.augment import digest64
+from pipelines.batch import IGNORE, Batch, RawBatch
+from pipelines.beton import Beton
+from pipelines.faults import BadSamples
+from pipelines.rotate import DTYPES, normalize_views, rotation_labels
+from pipelines.samples import Samples, fingerprint, open_samples
+from pipelines.spec import Engine, LoaderSpec, Precision, Shard
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
+
+
+class Source(Protocol):
+    """What an engine implements."""
+
+    bad: BadSamples
+    """Undecodable samples met so far."""
+
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """The batches of an epoch from a step on: a pure function of both, and of the spec.
+
+        Each item is borrowed until the next one is asked for. Closing the iterator early releases
+        what it holds; a second epoch may follow at once.
+        """
+
+    def close(self) -> None:
+        """Release threads, buffers and files."""
+
+
+class Loader:
+    """Batches on the device, ready for the network."""
+
+    def __init__(
+        self,
+        source: Source,
+        spec: LoaderSpec,
+        *,
+        engine: str,
+        device: torch.device,
+        precision: Precision = "fp32",
+        classes: tuple[str, ...] = (),
+        data_id: str = "",
+    ) -> None:
+        self.spec, self.engine, self.device = spec, engine, device
+        self.classes = classes
+        """Class names, empty where the data set has none."""
+        self.data_id = data_id
+        """Short hash that identifies the data set."""
+        self.wait_seconds = 0.0
+        """Time that consumers have spent waiting for decoded crops, over all epochs."""
+        self.digest = 0
+        """Sum over all valid samples served of the hash of (epoch, index, box), modulo 2**64."""
+        self._source = source
+        self._dtype = DTYPES[precision]
+        self._rotations = rotation_labels(spec.batch_size, device=device)
+
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+        return len(self._source)
+
+    @property
+    def bad(self) -> int:
+        """Undecodable samples masked so far."""
+        return self._source.bad.total
+
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from a step on.
+
+        Args:
+            epoch: counted from 0; with the spec's seed it decides order, crops and flips.
+            start_step: steps to skip, without reading them.
+
+        Raises:
+            ImageError: more undecodable samples than the spec allows.
+            TimeoutError: the engine gave no batch within the spec's timeout.
+        """
+        source = self._source.epoch(epoch, start_step)
+        copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        first = True
+        try:
+            while True:
+                if copied is not None and not first:
+                    # The next item may overwrite the buffer that this copy still reads.
+                    copied.synchronize()
+                first = False
+                begin = time.perf_counter()
+                raw = next(source, None)
+                self.wait_seconds += time.perf_counter() - begin
+                if raw is None:
+                    return
+                keep = raw.valid.numpy()
+                served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
+                self.digest = (self.digest + served) % 2**64
+                moved = RawBatch(*(self._move(tensor) for tensor in raw))
+                if copied is not None:
+                    copied.record()
+                yield self._finish(moved)
+        finally:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
+
+    def close(self) -> None:
+        """Release the engine's threads, buffers and files."""
+        self._source.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            # Small ones are kept as they are served (labels, indices): they must be owned too.
+            return tensor if tensor.dim() == 4 else tensor.clone()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _finish(self, raw: RawBatch) -> Batch:
+        views = self.spec.view_count
+        images = normalize_views(
+            raw.images, views=views, normalize=self.spec.normalize, dtype=self._dtype
+        )
+        valid = raw.valid.repeat(views)
+        targets = raw.labels if views == 1 else self._rotations
+        targets = torch.where(valid, targets, IGNORE)
+        return Batch(images, targets, valid, raw.labels, raw.indices)
+
+
+def missing_engines() -> dict[str, str]:
+    """Engines that cannot be used here, each with the reason in one line."""
+    missing = {}
+    for engine, package in _PACKAGES.items():
+        try:
+            # Our module, not the bare package: it undoes what importing ffcv does to torch.
+            importlib.import_module(f"pipelines.{engine}")
+        except (ImportError, OSError) as error:
+            missing[engine] = f"{package} cannot be imported ({str(error).splitlines()[0]})"
+    return missing
+
+
+def choose_engine(spec: LoaderSpec) -> Engine:
+    """The engine that `auto` means for this data: the fastest one present. Logs why.
+
+    Raises:
+        ValueError: the engine that the spec names cannot read this data, or is not installed.
+    """
+    beton = spec.data.endswith(".beton")
+    if spec.data == "synthetic" or spec.engine == "synthetic":
+        if spec.engine not in ("auto", "synthetic"):
+            raise ValueError(f'data "synthetic" needs engine synthetic, not {spec.engine}')
+        return "synthetic"
+    if spec.engine == "ffcv" and not beton:
+        raise ValueError(
+            f"{spec.data}: engine=ffcv reads .beton files; convert it with scripts/to_beton.py"
+        )
+    if spec.engine == "folder":
+        return "folder"
+    missing = missing_engines()
+    if spec.engine != "auto":
+        if spec.engine in missing:
+            raise ValueError(f"engine={spec.engine}: {missing[spec.engine]}; see README, Engines")
+        return spec.engine
+    ranking: tuple[Engine, ...] = ("ffcv", "dali", "folder")
+    notes = []
+    for engine in ranking:
+        if engine == "ffcv" and not beton:
+            notes.append("not ffcv: it reads .beton files only")
+        elif engine in missing:
+            notes.append(f"not {engine}: {missing[engine]}")
+        elif engine == "dali" and spec.max_bad:
+            notes.append("not dali: it cannot mask undecodable samples (max_bad)")
+        else:
+            reason = "; ".join(notes) if notes else "the fastest for a .beton file"
+            log.info("engine %s for %s: %s", engine, spec.data, reason)
+            return engine
+    raise ValueError(f"no engine can read {spec.data}: " + "; ".join(notes))
+
+
+def open_loader(
+    spec: LoaderSpec,
+    *,
+    shard: Shard | None = None,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+) -> Loader:
+    """Open the data set that a spec names, with the engine that it names.
+
+    Args:
+        spec: what to load and how.
+        shard: which part of each global batch; the whole of it by default.
+        device: where batches go.
+        precision: type of the emitted images.
+
+    Raises:
+        FileNotFoundError: there is no such data.
+        ValueError: the data, the engine and the options do not fit together, in words.
+    """
+    shard = shard if shard is not None else Shard()
+    device = torch.device(device)
+    engine = choose_engine(spec)
+    if engine == "synthetic":
+        from pipelines.synthetic import SyntheticSource
+
+        source: Source = SyntheticSource(spec, shard=shard, device=device)
+        return Loader(source, spec, engine=engine, device=device, precision=precision)
+    samples = open_samples(spec.data)
+    source = _open_source(engine, samples, spec, shard, device)
+    return Loader(
+        source,
+        spec,
+        engine=engine,
+        device=device,
+        precision=precision,
+        classes=samples.classes,
+        data_id=fingerprint(samples),
+    )
+
+
+def _open_source(
+    engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
+) -> Source:
+    """Engines are imported here only, and only when asked for: each is a heavy package."""
+    cores = len(os.sched_getaffinity(0))
+    workers = spec.workers or max(1, cores // shard.local_world)
+    match engine:
+        case "ffcv":
+            from pipelines.ffcv import FfcvSource
+
+            assert isinstance(samples, Beton)
+            return FfcvSource(samples, spec, shard=shard, workers=workers)
+        case "dali":
+            from pipelines.dali import DaliSource
+
+            return DaliSource(samples, spec, shard=shard, workers=workers, device=device)
+        case _:
+            from pipelines.folder import FolderSource
+
+            pin = device.type == "cuda"
+            return FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)

@@ -1,0 +1,57 @@
+"""The data sets that engines read: encoded pictures with labels, from files or from a beton."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.beton import Beton
+from pipelines.index import SampleIndex
+
+Samples = SampleIndex | Beton
+
+RAW = 1
+"""Value of `Beton.modes` for uncompressed pixels (stock FFCV writes them; we do not)."""
+
+
+def open_samples(data: str) -> Samples:
+    """Open what `LoaderSpec.data` names: a .beton file, a folder of images or a list file.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is not a data set, in words.
+    """
+    path = Path(data)
+    if path.suffix == ".beton":
+        return Beton.open(path)
+    if path.is_dir():
+        return SampleIndex.from_folder(path)
+    if path.is_file():
+        return SampleIndex.from_list(path, path.parent)
+    raise FileNotFoundError(f"{data}: no such .beton file, image folder or list file")
+
+
+def encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:
+    """The bytes of sample i as they are stored: from a beton a view, without a copy."""
+    if isinstance(samples, Beton):
+        return samples.payload(i)
+    return samples.read(i)
+
+
+def name(samples: Samples, i: int) -> str:
+    """How messages call sample i: its file, or its number in the beton."""
+    if isinstance(samples, Beton):
+        return f"{samples.path}: sample {i}"
+    return str(samples.path(i))
+
+
+def fingerprint(samples: Samples) -> str:
+    """A short hash that identifies the data set: of a beton its tables, else paths and labels."""
+    if isinstance(samples, Beton):
+        return samples.fingerprint
+    digest = hashlib.sha256(samples.blob)
+    digest.update(samples.labels.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""Engine: random images that already lie on the device.
+
+A part of the product: the ceiling of a training step (nothing is read, decoded or transferred), and
+smoke runs on a machine without data. Labels are drawn once per sample, so a probe has something to
+fit; pixels are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pipelines.augment import boxes
+from pipelines.batch import RawBatch
+from pipelines.faults import BadSamples
+from pipelines.order import Order
+from pipelines.spec import LoaderSpec, Shard
+
+CLASSES = 10
+
+
+class SyntheticSource:
+    """Random crops: the same few batches of pixels over and over, honest indices and labels."""
+
+    def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
+        self._spec = spec
+        self._order = Order(spec.samples, spec, shard)
+        self.bad = BadSamples(spec.max_bad)
+        generator = torch.Generator().manual_seed(spec.seed)
+        shape = (spec.batch_size, spec.crop.size, spec.crop.size, 3)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        self._images = pixels.to(device)
+        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
+
+    def __len__(self) -> int:
+        return self._order.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """As `pipelines.loader.Source.epoch`."""
+        side = self._spec.crop.size
+        for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
+            sizes = torch.full((len(indices),), side, dtype=torch.int32).numpy()
+            where = boxes(
+                self._spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes
+            )
+            yield RawBatch(
+                self._images,
+                self._labels[torch.from_numpy(indices)],
+                torch.from_numpy(indices),
+                torch.from_numpy(valid),
+                torch.from_numpy(where),
+            )
+
+    def close(self) -> None:
+        """Nothing to release."""
