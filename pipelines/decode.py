@@ -83,7 +83,9 @@ def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
 def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
     """Decode all of a JPEG's coefficients, but only an eighth of its size.
 
-    A quarter cheaper than a full decode, and finds the same truncations.
+    A quarter cheaper than a full decode, and finds the same truncations. Neither finds damage that
+    libjpeg papers over with a warning, which Pillow does not pass on: flipped bits, or an end
+    marker that comes too early.
 
     Args:
         data: The JPEG stream.

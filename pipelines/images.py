@@ -93,7 +93,10 @@ class MemoryImages:
 
     def size(self, i: int) -> int:
         """Half of the pixels' bytes: JPEG at high quality rarely needs more."""
-        picture = self.read(i)
+        try:
+            picture = self.read(i)
+        except (OSError, ValueError):
+            return 0  # The conversion reports it; this is an estimate only.
         return len(picture) if isinstance(picture, bytes) else picture.nbytes // 2 + 1024
 
     def describe(self) -> dict[str, object]:
