@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused before anything is allocated for them."""
@@ -14,8 +16,6 @@ _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ORIENTATION = 0x0112
-# In entropy-coded data FF is followed by 00 (a stuffed FF), by FF (fill) or by a marker.
-_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)
 
 
 class JpegError(ValueError):
@@ -80,6 +80,7 @@ class _Walk:
         self.adobe: int | None = None
         self.restart = 0
         self.odd: str | None = None
+        self._markers: list[int] | None = None
 
     def note(self, what: str) -> None:
         """Keep the first oddity."""
@@ -155,13 +156,20 @@ class _Walk:
 
     def entropy(self, pos: int) -> int:
         """Offset of the marker that ends the entropy-coded data at `pos`."""
+        if self._markers is None:
+            # In entropy-coded data FF is followed by 00 (a stuffed FF), FF (fill) or a marker.
+            stream = np.frombuffer(self.data, np.uint8)
+            places = np.flatnonzero(stream[:-1] == 0xFF)
+            codes = stream[places + 1]
+            self._markers = places[(codes != 0) & (codes != 0xFF)].tolist()
         expected = 0
-        for found in _MARKER.finditer(self.data, pos):
-            code = found[0][-1]
+        for n in range(bisect_left(self._markers, pos), len(self._markers)):
+            found = self._markers[n]
+            code = self.data[found + 1]
             if not 0xD0 <= code <= 0xD7:
-                return found.start()
+                return found
             if not self.restart or code != 0xD0 + expected:
-                self.note(f"an unexpected restart marker FF{code:02X} at byte {found.start()}")
+                self.note(f"an unexpected restart marker FF{code:02X} at byte {found}")
             expected = (code - 0xD0 + 1) % 8
         raise JpegError(f"truncated: no end marker in {len(self.data)} bytes")
 
