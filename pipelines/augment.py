@@ -1,8 +1,8 @@
 """Crop box and flip of a sample: a pure function of (seed, epoch, sample index).
 
-All engines cut the boxes made here, so they differ only in decoder and resampling filter, and a run
-resumed at any step, on any number of workers or ranks, sees the same crops. Random numbers come from
-a counter-based generator: no state, no order of calls.
+All engines cut the boxes made here, so they differ only in decoder and resampling filter, and a
+run resumed at any step, on any number of workers or ranks, sees the same crops. Random numbers come
+from a counter-based generator: no state, no order of calls.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def uniforms(seed: int, epoch: int, indices: Int64) -> Float64:
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def boxes(
-    spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32
-) -> Int32:
+def boxes(spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32) -> Int32:
     """Boxes of some samples.
 
     Args:
@@ -88,9 +86,20 @@ def _side(length: int, resize: int | None, heights: Int64, widths: Int64) -> Int
     return np.maximum(np.rint(short * (length / resize)).astype(np.int64), 1)
 
 
+def may_stick_out(crop: Crop) -> bool:
+    """Whether any box of this crop can leave its picture, whatever the picture's size."""
+    match crop:
+        case RandomCrop():
+            return crop.padding > 0  # without padding, too small a picture is refused
+        case CenterCrop():
+            return crop.resize is None or crop.size > crop.resize
+        case RandomResizedCrop() | Squash():
+            return False
+
+
 def patch_side(crop: Crop, heights: Int32, widths: Int32) -> int:
     """Longest side in pixels of any box that may stick out of its picture; 1 where none can."""
-    if isinstance(crop, RandomResizedCrop | Squash):
+    if isinstance(crop, RandomResizedCrop | Squash) or not may_stick_out(crop):
         return 1
     h, w = heights.astype(np.int64), widths.astype(np.int64)
     return int(_side(crop.size, crop.resize, h, w).max())

@@ -37,8 +37,8 @@ class RawBatch(NamedTuple):
 class Batch(NamedTuple):
     """What protocols train and evaluate on. Owned: the loader never touches it again.
 
-    V is 4 with `views="rotate4"` and 1 with `views="plain"`. Rows are rotation-major: row k*B + i is
-    sample i turned by k*90 degrees counter-clockwise, so the first B rows are the plain batch.
+    V is 4 with `views="rotate4"` and 1 with `views="plain"`. Rows are rotation-major: row k*B + i
+    is sample i turned by k*90 degrees counter-clockwise, so the first B rows are the plain batch.
     """
 
     images: torch.Tensor

@@ -1,24 +1,26 @@
 """Engine: NVIDIA DALI. Decodes only the region of the crop, on the CPU or with nvJPEG.
 
-Order and boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs, padding and
-seeds, which differ between ranks and policies, play no part. The feed runs on from epoch to epoch
-and every batch carries its (epoch, step); a consumer that left early, or resumes elsewhere, just
-discards what was prefetched. DALI cannot go on after a picture that it cannot decode: such a sample
-ends the run by name.
+Order and boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs, padding
+and seeds, which differ between ranks and policies, play no part. The feed runs on from epoch to
+epoch and every batch carries its (epoch, step); a consumer that left early, or resumes elsewhere,
+just discards what was prefetched. DALI cannot go on after a picture that it cannot decode: such a
+sample ends the run by name.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn as _fn
+from nvidia.dali import types as _types
+from nvidia.dali.pipeline import pipeline_def as _pipeline_def
+from torch.utils.dlpack import from_dlpack
 
 from pipelines import samples as data_sets
-from pipelines.augment import boxes
+from pipelines.augment import boxes, may_stick_out
 from pipelines.batch import RawBatch
 from pipelines.beton import Beton
 from pipelines.decode import ImageError
@@ -27,9 +29,12 @@ from pipelines.jpeg import JpegError, read_header
 from pipelines.order import Int64, Order
 from pipelines.picture import decode
 from pipelines.samples import RAW, Samples
-from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, Shard
+from pipelines.spec import LoaderSpec, Shard
 
-log = logging.getLogger(__name__)
+# DALI makes most of these names at import, where its own type stubs do not follow.
+fn: Any = _fn
+types: Any = _types
+pipeline_def: Any = _pipeline_def
 
 _PREFETCH = 2  # batches that DALI prepares in advance
 """DALI's own default; the feed below may run this far ahead of the consumer."""
@@ -68,7 +73,10 @@ class _Feed:
         )
 
     def _payload(self, i: int) -> Any:
-        return np.frombuffer(data_sets.encoded(self._samples, i), dtype=np.uint8)
+        try:
+            return np.frombuffer(data_sets.encoded(self._samples, i), dtype=np.uint8)
+        except ImageError as error:
+            raise ImageError(f"{data_sets.name(self._samples, i)}: {error}") from error
 
     def _sizes(self, indices: Int64, payloads: list[Any]) -> tuple[Any, Any]:
         """Heights and widths of the upright pictures, int32 (B,)."""
@@ -116,7 +124,7 @@ class DaliSource:
         self._next: tuple[int, int] | None = None
         self.bad = BadSamples(0)
         place: Literal["cpu", "mixed"] = "mixed" if device.type == "cuda" else "cpu"
-        self._pipe = _graph(
+        self._pipe: Any = _graph(
             self._feed,
             spec,
             place,
@@ -125,7 +133,7 @@ class DaliSource:
             batch_size=spec.batch_size,
             num_threads=workers,
             # None, not 0: with a device id DALI wants a GPU even for a graph without one.
-            device_id=device.index if place == "mixed" else None,
+            device_id=_gpu(device) if place == "mixed" else None,
             prefetch_queue_depth=_PREFETCH,
         )
         self._pipe.build()
@@ -152,8 +160,9 @@ class DaliSource:
             )
 
     def close(self) -> None:
-        """Release DALI's threads and memory pools."""
-        del self._pipe
+        """Release DALI's threads and memory pools, and the file."""
+        self._pipe = None
+        data_sets.close(self._samples)
 
     def _run(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and boxes of one step, past anything prefetched for another place."""
@@ -165,7 +174,7 @@ class DaliSource:
             if tuple(tag.as_array()[0]) == (epoch, step):
                 parts = [np.asarray(part.as_array()) for part in (corner, extent, flip)]
                 where = np.ascontiguousarray(np.concatenate(parts, axis=1), np.int32)
-                return torch.from_dlpack(images.as_tensor()), torch.from_numpy(where)
+                return from_dlpack(images.as_tensor()), torch.from_numpy(where)
         raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
 
     def _blame(self, epoch: int, step: int, error: BaseException) -> ImageError | RuntimeError:
@@ -181,15 +190,23 @@ class DaliSource:
         return RuntimeError(f"DALI stopped at step {step} of epoch {epoch}: {error}")
 
 
+def _gpu(device: torch.device) -> int:
+    index: int | None = device.index
+    return torch.cuda.current_device() if index is None else index
+
+
 @pipeline_def  # type: ignore[untyped-decorator]
 def _graph(feed: _Feed, spec: LoaderSpec, place: str, adjust: bool) -> tuple[Any, ...]:
     """Encoded bytes and boxes in; uint8 (S, S, 3) crops and the same boxes out."""
     size = spec.crop.size
     payloads, corner, extent, flip, tag = fn.external_source(
-        source=feed, num_outputs=5, batch=True, dtype=[types.UINT8] + [types.INT32] * 3 + [types.INT64]
+        source=feed,
+        num_outputs=5,
+        batch=True,
+        dtype=[types.UINT8] + [types.INT32] * 3 + [types.INT64],
     )
-    if isinstance(spec.crop, RandomCrop | CenterCrop) and spec.crop.resize is None:
-        # Such boxes may stick out of the picture, which region decoding refuses.
+    if may_stick_out(spec.crop):
+        # Region decoding refuses such boxes.
         images = fn.decoders.image(
             payloads, device=place, output_type=types.RGB, adjust_orientation=adjust
         )
@@ -206,8 +223,6 @@ def _graph(feed: _Feed, spec: LoaderSpec, place: str, adjust: bool) -> tuple[Any
             output_type=types.RGB,
             adjust_orientation=adjust,
         )
-    images = fn.resize(
-        images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True
-    )
+    images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
     images = fn.flip(images, horizontal=flip)
     return images, corner, extent, flip, tag

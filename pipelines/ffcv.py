@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -65,6 +66,11 @@ for _name, _function in ((kernels.IMDECODE, ctypes_imdecode), (kernels.RESIZE, c
 
 _AHEAD = 3  # batches that FFCV's thread prepares in advance; its ring has two slots more
 _POLL_SECONDS = 0.2  # how soon a waiting side notices that the other one is gone
+
+
+def _threads(lanes: int) -> int:
+    """numba refuses more threads than it started with; the lanes beyond wait for their turn."""
+    return min(lanes, int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 class _CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
@@ -149,7 +155,8 @@ class _Tables(MemoryManager, MemoryContext):  # type: ignore[misc]
 
     @property
     def state_type(self) -> Any:
-        return numba.typeof(self.state_arrays)
+        typeof: Callable[[object], Any] = numba.typeof
+        return typeof(self.state_arrays)
 
 
 class _EpochIterator(StockEpochIterator):  # type: ignore[misc]
@@ -163,7 +170,7 @@ class _EpochIterator(StockEpochIterator):  # type: ignore[misc]
 
     def run(self) -> None:
         try:
-            numba.set_num_threads(min(self.loader.num_workers, numba.config.NUMBA_NUM_THREADS))
+            numba.set_num_threads(_threads(self.loader.num_workers))
             slots = self.loader.batches_ahead + 2
             for number, indices in enumerate(self.iter_ixes):
                 slot = number % slots
@@ -201,6 +208,7 @@ class _EpochIterator(StockEpochIterator):  # type: ignore[misc]
                 if not alive:
                     raise RuntimeError("FFCV's loader thread ended without an error") from None
                 if time.monotonic() > deadline:
+                    self._timeout = _POLL_SECONDS  # it is stuck: closing waits no longer
                     raise TimeoutError(
                         f"no batch from FFCV's loader thread for {limit:.0f} s"
                     ) from None
@@ -213,7 +221,7 @@ class _EpochIterator(StockEpochIterator):  # type: ignore[misc]
     def close(self) -> None:
         """End the thread and wait for it; the ring of buffers goes with the iterator."""
         self.terminate_event.set()
-        if self.is_alive():
+        if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=self._timeout)
 
 
@@ -232,7 +240,7 @@ class _Loader(StockLoader):  # type: ignore[misc]
         specs = {"image": PipelineSpec("image", _CropDecoder(spec.crop.size, lanes))}
         fields = {"image": RGBImageField()}
         with torch_threads_kept():
-            Compiler.set_num_threads(lanes)
+            Compiler.set_num_threads(_threads(lanes))
             self.graph = Graph(specs, fields, {"image": 0}, self.metadata, None)
             self.generate_code()
 
@@ -246,9 +254,7 @@ class _Loader(StockLoader):  # type: ignore[misc]
 class FfcvSource:
     """Decoded crops of a beton, by FFCV."""
 
-    def __init__(
-        self, beton: Beton, spec: LoaderSpec, *, shard: Shard, workers: int
-    ) -> None:
+    def __init__(self, beton: Beton, spec: LoaderSpec, *, shard: Shard, workers: int) -> None:
         self._beton, self._spec = beton, spec
         self._order = Order(len(beton), spec, shard)
         self._loader = _Loader(beton, spec, workers)
@@ -264,18 +270,16 @@ class FfcvSource:
         if len(indices) == 0:
             return
         # One epoch at a time: the boxes of the batch in work belong to the loader.
-        self.close()
+        self._stop()
         self.bad.start_epoch()
-        running = self._loader.iterate(
-            indices.reshape(-1), epoch=epoch, timeout=self._spec.timeout
-        )
+        running = self._loader.iterate(indices.reshape(-1), epoch=epoch, timeout=self._spec.timeout)
         self._running = running
         try:
             for step, (images, boxes_, status) in enumerate(running):
                 pixels = torch.from_numpy(images)
                 ok = valid[step].copy()
-                for i in np.flatnonzero(status != kernels.OK):
-                    ok[i] &= self._second_opinion(int(indices[step, i]), boxes_[i], pixels[i])
+                for i in np.flatnonzero(ok & (status != kernels.OK)):
+                    ok[i] = self._second_opinion(int(indices[step, i]), boxes_[i], pixels[i])
                 yield RawBatch(
                     pixels,
                     torch.from_numpy(self._beton.labels[indices[step]]),
@@ -287,10 +291,17 @@ class FfcvSource:
             running.close()
 
     def close(self) -> None:
-        """End the decoding thread."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        """End the decoding thread and release the file."""
+        self._stop()
+        data_sets.close(self._beton)
+
+    def _stop(self) -> None:
+        if self._running is None:
+            return
+        self._running.close()
+        if self._running.is_alive():
+            raise RuntimeError("FFCV's loader thread of the last epoch is stuck and does not end")
+        self._running = None
 
     def _second_opinion(self, sample: int, box: Any, pixels: torch.Tensor) -> bool:
         """Decode a refused sample with torchvision: FFCV's code also stands for mere warnings."""

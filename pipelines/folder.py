@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -65,8 +65,7 @@ class FolderSource:
                     work.append((step, *self._submit(epoch, indices[step], stop)))
                     step += 1
                 done, buffers, futures = work.popleft()
-                for future in futures:
-                    future.result(timeout=self._spec.timeout)
+                self._wait(futures)
                 ok = valid[done].copy()
                 for i, reason in buffers.bad.items():
                     if ok[i]:
@@ -84,16 +83,25 @@ class FolderSource:
             stop.set()
 
     def close(self) -> None:
-        """End the decoding threads."""
+        """End the decoding threads and release the file."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        data_sets.close(self._samples)
+
+    def _wait(self, futures: list[Future[None]]) -> None:
+        """Until all have ended, raising what a thread raised."""
+        limit = self._spec.timeout
+        late = wait(futures, timeout=limit, return_when=FIRST_EXCEPTION).not_done
+        for future in futures:
+            if future.done():
+                future.result()
+        if late:
+            raise TimeoutError(f"no batch from the decoding threads for {limit:.0f} s")
 
     def _submit(
         self, epoch: int, indices: Int64, stop: threading.Event
     ) -> tuple[_Buffers, list[Future[None]]]:
         size = self._spec.crop.size
-        images = torch.empty(
-            (len(indices), size, size, 3), dtype=torch.uint8, pin_memory=self._pin
-        )
+        images = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
         buffers = _Buffers(images, np.zeros((len(indices), 5), np.int32), {})
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
         return buffers, [
@@ -135,4 +143,3 @@ class FolderSource:
             pixels = np.asarray(payload).reshape(shape)
             return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         return decode(payload)
-

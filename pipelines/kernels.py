@@ -39,10 +39,8 @@ OK, UNDECODABLE = 0, 1
 _JPEG = 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _crop_into(
-    picture: Any, box: Any, patch: Any, out: Any
-) -> None:  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, error_model="numpy")
+def _crop_into(picture: Any, box: Any, patch: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Cut box out of picture (H, W, 3), black outside, resize to out (S, S, 3), flip."""
     height, width = picture.shape[0], picture.shape[1]
     top, left, h, w = box[0], box[1], box[2], box[3]
@@ -73,7 +71,7 @@ def _crop_into(
                     out[y, x, c] = far
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def decode_crops(
     indices: Any, out: Any, state: Any, lanes: int
 ) -> None:  # pragma: no cover - compiled
@@ -83,8 +81,8 @@ def decode_crops(
         indices: int64 (B,).
         out: uint8 (B, S, S, 3); black where the sample could not be decoded.
         state: data (file bytes), offsets, sizes, heights, widths, modes of all samples, then boxes
-            int32 (B, 5), status uint8 (B,) to be written, and one decode buffer and one patch buffer
-            per lane.
+            int32 (B, 5), status uint8 (B,) to be written, and per lane one decode buffer and one
+            patch buffer.
         lanes: threads; each takes every lanes-th sample, with its own buffers.
     """
     data, offsets, sizes, heights, widths, modes, boxes, status, scratch, patches = state

@@ -10,8 +10,8 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
@@ -96,13 +96,14 @@ class Loader:
             TimeoutError: the engine gave no batch within the spec's timeout.
         """
         source = self._source.epoch(epoch, start_step)
-        copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        event: Callable[[], Any] = torch.cuda.Event
+        read = event() if self.device.type == "cuda" else None
         first = True
         try:
             while True:
-                if copied is not None and not first:
-                    # The next item may overwrite the buffer that this copy still reads.
-                    copied.synchronize()
+                if read is not None and not first:
+                    # The next item may overwrite the buffers that the device still reads.
+                    read.synchronize()
                 first = False
                 begin = time.perf_counter()
                 raw = next(source, None)
@@ -113,9 +114,11 @@ class Loader:
                 served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
                 self.digest = (self.digest + served) % 2**64
                 moved = RawBatch(*(self._move(tensor) for tensor in raw))
-                if copied is not None:
-                    copied.record()
-                yield self._finish(moved)
+                batch = self._finish(moved)
+                if read is not None:
+                    # After the views: an engine's crops may lie on the device, and not be copied.
+                    read.record()
+                yield batch
         finally:
             close = getattr(source, "close", None)
             if close is not None:

@@ -94,9 +94,7 @@ class Order:
             return base
         return base[permutation(self.size, seed=self.spec.seed, epoch=epoch)]
 
-    def batches(
-        self, epoch: int, start_step: int = 0
-    ) -> tuple[Int64, npt.NDArray[np.bool_]]:
+    def batches(self, epoch: int, start_step: int = 0) -> tuple[Int64, npt.NDArray[np.bool_]]:
         """This rank's indices and validity for the steps from start_step on.
 
         Returns:

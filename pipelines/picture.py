@@ -10,8 +10,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import Int32
-from pipelines.decode import MAX_PIXELS, ImageError, decode_rgb
-from pipelines.jpeg import JpegError, read_header
+from pipelines.decode import ImageError, decode_rgb
+from pipelines.jpeg import MAX_PIXELS, JpegError, read_header
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,9 +39,12 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
         return torch.from_numpy(decode_rgb(bytes(data))).permute(2, 0, 1)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        picture: torch.Tensor = decode_jpeg(
+            buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True
+        )
     except RuntimeError as error:
         raise ImageError(str(error).splitlines()[0]) from error
+    return picture
 
 
 def crop(picture: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
@@ -56,7 +59,7 @@ def crop(picture: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
         uint8 (3, size, size).
     """
     top, left, height, width, flip = (int(v) for v in box)
-    region = F.crop(picture, top, left, height, width)
+    region: torch.Tensor = F.crop(picture, top, left, height, width)
     if (height, width) != (size, size):
         region = F.resize(region, [size, size], antialias=True)
     return region.flip(2) if flip else region

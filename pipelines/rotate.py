@@ -33,8 +33,8 @@ def normalize_views(
 ) -> torch.Tensor:
     """Uint8 crops to normalised views, rotation-major.
 
-    Each pixel is computed once as (x - mean) / std in float32 and rounded to dtype once; turning is a
-    pure permutation, so the order of the two does not change a bit.
+    Each pixel is computed once as (x - mean) * (1 / std) in float32 and rounded to dtype once;
+    turning is a pure permutation, so the order of the two does not change a bit.
 
     Args:
         x_NHWC: uint8 (B, S, S, 3), RGB, on any device.
@@ -49,9 +49,7 @@ def normalize_views(
         ValueError: x_NHWC is not uint8, not square, or has not three channels.
     """
     if x_NHWC.dtype != torch.uint8 or x_NHWC.dim() != 4 or x_NHWC.shape[3] != 3:
-        raise ValueError(
-            f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}"
-        )
+        raise ValueError(f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}")
     batch, side, width, _ = x_NHWC.shape
     if side != width:
         raise ValueError(f"crops must be square to be turned, got {side}x{width}")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.beton import Beton
+from pipelines.decode import ImageError
 from pipelines.index import SampleIndex
 
 Samples = SampleIndex | Beton
@@ -30,15 +31,22 @@ def open_samples(data: str) -> Samples:
     if path.is_dir():
         return SampleIndex.from_folder(path)
     if path.is_file():
-        return SampleIndex.from_list(path, path.parent)
+        return SampleIndex.from_list(path)
     raise FileNotFoundError(f"{data}: no such .beton file, image folder or list file")
 
 
 def encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:
-    """The bytes of sample i as they are stored: from a beton a view, without a copy."""
+    """The bytes of sample i as they are stored: from a beton a view, without a copy.
+
+    Raises:
+        ImageError: the file cannot be read; like one that cannot be decoded, it may be masked.
+    """
     if isinstance(samples, Beton):
         return samples.payload(i)
-    return samples.read(i)
+    try:
+        return samples.read(i)
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
 
 
 def name(samples: Samples, i: int) -> str:
@@ -46,6 +54,12 @@ def name(samples: Samples, i: int) -> str:
     if isinstance(samples, Beton):
         return f"{samples.path}: sample {i}"
     return str(samples.path(i))
+
+
+def close(samples: Samples) -> None:
+    """Release the file that a beton holds open and locked."""
+    if isinstance(samples, Beton):
+        samples.close()
 
 
 def fingerprint(samples: Samples) -> str:

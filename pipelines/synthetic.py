@@ -41,9 +41,7 @@ class SyntheticSource:
         side = self._spec.crop.size
         for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
             sizes = torch.full((len(indices),), side, dtype=torch.int32).numpy()
-            where = boxes(
-                self._spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes
-            )
+            where = boxes(self._spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
             yield RawBatch(
                 self._images,
                 self._labels[torch.from_numpy(indices)],
