@@ -1,4 +1,4 @@
-"""Training state that survives being killed, and backbone weights that are refused unless they fit.
+"""Training state that survives being killed at any moment.
 
 A file is written under a temporary name, read back, renamed; whatever is read has been checked
 first, and nothing is ever unpickled beyond tensors and plain types (`weights_only=True`).
@@ -6,34 +6,30 @@ first, and nothing is ever unpickled beyond tensors and plain types (`weights_on
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 
-from rotpred.backbone import Backbone
+from rotpred.durable import (
+    CheckpointError,
+    check_space,
+    load_plain,
+    replace,
+    sha256_file,
+    write_verified,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "load_latest", "save", "sidecar_of"]
 
 log = logging.getLogger(__name__)
 
 PLAIN = (type(None), bool, int, float, str, bytes)
-KNOWN_HEADS = ("head.", "fc.")
-"""Prefixes of keys that a backbone does without: our own and mmselfsup's heads, torchvision's."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or one that was found cannot be used; says why."""
 
 
 class Checkpoint(NamedTuple):
@@ -43,24 +39,6 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     path: Path
     sha256: str
-
-
-class LoadReport(NamedTuple):
-    """What `load_backbone` did, by keys of the backbone (loaded, missing) or the file (ignored)."""
-
-    loaded: tuple[str, ...]
-    ignored: tuple[str, ...]
-    """Keys of a known head."""
-    missing: tuple[str, ...]
-    """BN step counters that older files lack; nothing computes with them. Else empty."""
-    sha256: str
-    """Of the file, for the results' provenance."""
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(
@@ -93,8 +71,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     path = folder / f"step_{step:07d}.pt"
-    _check_space(folder, size)
-    temporary, digest = _write(path, lambda file: torch.save(state, file))
+    check_space(folder, size)
+    temporary, digest = write_verified(path, lambda file: torch.save(state, file))
     previous = None
     if path.exists():
         try:
@@ -104,8 +82,8 @@ def save(
     # The sidecar first: a checkpoint is never without one. Where this step is written again, the
     # sidecar vouches for the old content too, until that has been replaced.
     record = {"step": step, "score": score, "sha256": digest, "previous": previous}
-    _write_json(_sidecar(path), record)
-    _replace(temporary, path)
+    _write_json(sidecar_of(path), record)
+    replace(temporary, path)
     _rotate(folder, keep=keep, newest=step)
     return path
 
@@ -120,7 +98,7 @@ def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
     if match is None:
         raise CheckpointError(f"{path} is not called step_N.pt")
     digest = _verify(path)
-    return Checkpoint(int(match[1]), _torch_load(path, map_location), path, digest)
+    return Checkpoint(int(match[1]), load_plain(path, map_location), path, digest)
 
 
 def load_latest(folder: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint | None:
@@ -152,121 +130,6 @@ def load_latest(folder: Path, *, map_location: str | torch.device = "cpu") -> Ch
     return None
 
 
-def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> str:
-    """Write a backbone's weights as safetensors with its own (torchvision's) keys.
-
-    Args:
-        path: replaced as a whole or not at all.
-        backbone: on any device, in any memory format.
-        meta: provenance for the file's header; the name of the architecture is added as "arch".
-
-    Returns:
-        The file's SHA-256. Equal weights and equal meta give equal files.
-
-    Raises:
-        CheckpointError: weights that are not finite, or no space.
-    """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    sick = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
-    if sick:
-        raise CheckpointError(f"not written, because of values that are not finite: {_some(sick)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
-    _check_space(path.parent, len(data))
-    temporary, digest = _write(path, lambda file: file.write(data))
-    _replace(temporary, path)
-    return digest
-
-
-def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
-    """Fill a backbone from a file, completely or not at all.
-
-    Read are: our safetensors; our training checkpoints and mmselfsup's files (`model` or
-    `state_dict` within, prefix `backbone.`); flat state dicts with torchvision's keys.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: damaged or unsafe file, another architecture, missing or unknown keys,
-            other shapes, values that are not finite. The backbone is unchanged then.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    tensors, arch = _read_weights(path)
-    if arch is not None and arch != backbone.arch:
-        raise CheckpointError(f"{path} holds weights of {arch}, not of {backbone.arch}")
-    prefix = "backbone." if any(key.startswith("backbone.") for key in tensors) else ""
-    own = backbone.state_dict()
-    given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    heads = [k for k in tensors if k.startswith(KNOWN_HEADS) and k not in own]
-    expected = {*heads, *(prefix + k for k in own)}
-    unknown = [k for k in tensors if k not in expected]
-    missing = [k for k in own if k not in given]
-    counters = [k for k in missing if k.endswith(".num_batches_tracked")]
-    shared = [k for k in own if k in given]
-    problems = {
-        "missing": [k for k in missing if k not in counters],
-        "unknown": unknown,
-        "of another shape or type": [
-            f"{k} {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
-            for k in shared
-            if given[k].shape != own[k].shape
-            or given[k].is_floating_point() != own[k].is_floating_point()
-        ],
-        "not finite": [k for k in shared if not bool(given[k].isfinite().all())],
-    }
-    words = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys]
-    if words:
-        raise CheckpointError(f"{path} does not fit {backbone.arch}: {'; '.join(words)}")
-    backbone.load_state_dict({**{k: own[k] for k in counters}, **{k: given[k] for k in shared}})
-    return LoadReport(tuple(shared), tuple(heads), tuple(counters), sha256_file(path))
-
-
-def _sorted_header(data: bytes) -> bytes:
-    """Put the header of safetensors in order: the library writes metadata in a random one.
-
-    Layout: length of the header (8 bytes, little-endian), JSON padded with spaces, the tensors.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
-    """Return the state dict in a file, and the architecture if the file names it."""
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                return tensors, (file.metadata() or {}).get("arch")
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
-    content = load(path).state if _sidecar(path).exists() else _torch_load(path, "cpu")
-    arch = content.get("arch")
-    for container in ("model", "state_dict"):
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    odd = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if odd:
-        raise CheckpointError(f"{path} is no state dict: {_some(odd)} are not tensors")
-    return content, arch if isinstance(arch, str) else None
-
-
-def _torch_load(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    # Damaged files raise whatever their bytes lead to; all of it means the same here.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain types: {reason}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict")
-    return content
-
-
 def _verify(path: Path) -> str:
     """Return the digest of a checkpoint that its sidecar vouches for."""
     record = _record(path)
@@ -277,7 +140,7 @@ def _verify(path: Path) -> str:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    sidecar = _sidecar(path)
+    sidecar = sidecar_of(path)
     try:
         record = json.loads(sidecar.read_text())
     except (OSError, ValueError) as error:
@@ -287,7 +150,8 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_of(path: Path) -> Path:
+    """Return the name of the file that vouches for a checkpoint."""
     return path.with_suffix(".json")
 
 
@@ -323,7 +187,7 @@ def _rotate(folder: Path, *, keep: int, newest: int) -> None:
     for step, path in candidates:
         if step < oldest and (best is None or step != best[1]):
             path.unlink(missing_ok=True)
-            _sidecar(path).unlink(missing_ok=True)
+            sidecar_of(path).unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
@@ -359,70 +223,7 @@ def _check_plain(value: object, where: str) -> int:
     )
 
 
-def _check_space(folder: Path, size: int) -> None:
-    needed = size + size // 50 + 2**20  # names, alignment and the archive's index
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"no space for a checkpoint in {folder}: needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} "
-            "MB are free"
-        )
-
-
-class _HashingFile(io.FileIO):
-    """A file that knows the digest of what it was told to write, whatever reaches the disk."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any, /) -> int:  # raw files may write less than asked
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        done = 0
-        while done < len(view):
-            done += super().write(view[done:])
-        return done
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Path, str]:
-    """Write a temporary file beside `path`, force it to the disk, and read it back."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _HashingFile(temporary) as file:
-            fill(file)
-            os.fsync(file.fileno())
-        digest = file.digest.hexdigest()
-        if sha256_file(temporary) != digest:
-            raise CheckpointError(f"{temporary} reads back other bytes than were written")
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary, digest
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, and make the name last."""
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record) + "\n"
-    temporary, _ = _write(path, lambda file: file.write(text.encode()))
-    _replace(temporary, path)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    temporary, _ = write_verified(path, lambda file: file.write(text.encode()))
+    replace(temporary, path)

@@ -14,13 +14,12 @@ costs one warning and the run goes on. Nothing here waits for a GPU or for anoth
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from rotpred.console import configure_logging, describe
+from rotpred.rows import Rows
 from rotpred.runfolder import (
     environment,
     lock,
@@ -36,15 +36,13 @@ from rotpred.runfolder import (
     read_results,
     read_rows,
     replaced,
-    row_step,
     rss_mib,
-    write_atomic,
     write_json,
 )
+from rotpred.scalars import Scalars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard.writer import SummaryWriter
     from tqdm import tqdm
 
 __all__ = ["RunLog", "configure_logging", "lock", "read_results", "read_rows"]
@@ -86,13 +84,11 @@ class RunLog:
         self._device = torch.device(device)
         self._step = start_step
         self._resumed = start_step
-        self._opened = False
-        self._torn = False
         self._warned = False
         self._seconds_per_step: float | None = None
         self._results: list[dict[str, object]] = []
-        self._writer: SummaryWriter | None = None
-        self._writer_lost = False
+        self._rows = Rows(out / "log.jsonl")
+        self._scalars = Scalars(out / "tensorboard")
         self._bar: tqdm | None = None
         self._began = time.monotonic()
 
@@ -137,10 +133,9 @@ class RunLog:
         with self._keeps_going():
             if self._bar is not None:
                 self._bar.close()
+        self._bar = None
         with self._keeps_going():
-            if self._writer is not None:
-                self._writer.close()
-        self._bar = self._writer = None
+            self._scalars.close()
 
     def resume(self, step: int) -> None:
         """Go on after `step` (0: from the start). Call it before the first `interval`.
@@ -183,7 +178,8 @@ class RunLog:
         """
         if not self._main:
             return
-        self._open_log()
+        with self._keeps_going():
+            self._rows.open(after=self._resumed)
         steps, self._step = step - self._step, step
         if steps > 0 and seconds > 0:
             # Smoothed, because one interval holds a checkpoint or the compilation of the first.
@@ -209,21 +205,9 @@ class RunLog:
             row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
         self.tick(step)
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
-        written = False
         with self._keeps_going():
-            self._append(row)
-            written = True
-        scalars = {f"train/{name}": value for name, value in values.items()}
-        for name in ("images_per_s", "views_per_s", "wait_percent", "rss_mib", "cuda_peak_mib"):
-            if isinstance(number := row.get(name), int | float):
-                scalars[f"loader/{name}"] = number
-
-        def add(writer: SummaryWriter) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-
-        if written:
-            self._tensorboard(add)
+            self._rows.append(row)
+            self._scalars.interval(row, values, step=step, resumed=self._resumed)
 
     def result(
         self,
@@ -290,54 +274,7 @@ class RunLog:
         with self._keeps_going():
             with replaced(self.out / "figures" / f"{name}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
-            self._tensorboard(lambda writer: writer.add_image(name, picture, at, dataformats="HWC"))
-
-    def _open_log(self) -> None:
-        """Before the first row: drop those of work that is about to be done again."""
-        if self._opened:
-            return
-        self._opened = True
-        path = self.out / "log.jsonl"
-        with self._keeps_going():
-            if path.exists():
-                rows = [row for row in read_rows(path) if row_step(row) <= self._resumed]
-                write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-    def _append(self, row: dict[str, object]) -> None:
-        """Append one line. Opened each time, so that a disk that has room again is used again."""
-        # After a write that a full disk cut short, the next row starts on a line of its own.
-        data = (b"\n" if self._torn else b"") + (json.dumps(row) + "\n").encode()
-        with (self.out / "log.jsonl").open("ab", buffering=0) as file:
-            written = file.write(data)
-        if written != len(data):
-            self._torn = self._torn or bool(written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.out / "log.jsonl"))
-        self._torn = False
-
-    def _tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Call `write` with the writer, made at first use: its import takes a second.
-
-        Call it only after a file of our own was written: TensorBoard writes in a thread, and a
-        disk that is full there ends the thread with a traceback on the console. For the same
-        reason everything is flushed here, in this thread, rather than some time later in that one.
-        """
-        if self._writer_lost:
-            return
-        with self._keeps_going():
-            try:
-                if self._writer is None:
-                    from torch.utils.tensorboard.writer import SummaryWriter
-
-                    # Where a run resumes, TensorBoard hides what the lost work had written.
-                    purge = self._resumed + 1 if self._resumed else None
-                    self._writer = SummaryWriter(
-                        str(self.out / "tensorboard"), purge_step=purge, flush_secs=10**6
-                    )
-                write(self._writer)
-                self._writer.flush()
-            except OSError:
-                self._writer, self._writer_lost = None, True
-                raise
+            self._scalars.picture(name, picture, step=at, resumed=self._resumed)
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:
