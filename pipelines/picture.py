@@ -59,7 +59,17 @@ def crop(picture: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
         uint8 (3, size, size).
     """
     top, left, height, width, flip = (int(v) for v in box)
-    region: torch.Tensor = F.crop(picture, top, left, height, width)
+    # Cut, copied and flipped by numpy, in (H, W, 3): torch would start a team of threads for each
+    # of the folder engine's own.
+    pixels = picture.permute(1, 2, 0).numpy()
+    region = np.zeros((height, width, 3), np.uint8)
+    y0, y1 = max(top, 0), min(top + height, pixels.shape[0])
+    x0, x1 = max(left, 0), min(left + width, pixels.shape[1])
+    if y1 > y0 and x1 > x0:
+        region[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
+    square: torch.Tensor = torch.from_numpy(region).permute(2, 0, 1)
     if (height, width) != (size, size):
-        region = F.resize(region, [size, size], antialias=True)
-    return region.flip(2) if flip else region
+        square = F.resize(square[None], [size, size], antialias=True)[0]
+    if flip:
+        square = torch.from_numpy(square.permute(1, 2, 0).numpy()[:, ::-1].copy()).permute(2, 0, 1)
+    return square
