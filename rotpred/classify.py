@@ -1,0 +1,241 @@
+"""Classification with a frozen trunk: several kinds of probes, trained in one pass of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipelines.loader import Loader, open_loader
+from pipelines.spec import LoaderSpec, Shard
+from rotpred import figures, probes
+from rotpred.backbone import Backbone, build_backbone
+from rotpred.distributed import Rank, check_equal
+from rotpred.loop import steps, stream_digest
+from rotpred.metrics import TopK
+from rotpred.probes import ProbeSet, StageProbe
+from rotpred.recipes import Linear, Probe
+from rotpred.runfolder import plain
+from rotpred.runlog import RunLog, lock, read_rows
+from rotpred.state import Trained, TrainState, autocast
+from rotpred.weights import load_backbone
+
+logger = logging.getLogger(__name__)
+
+RANDOM = "random"
+"""Value of `Linear.weights` for the control: the same network, untrained."""
+
+
+def run(recipe: Linear, rank: Rank) -> Path:
+    """Train the probes, count exact top-1 and top-5 over the validation set, write the run folder.
+
+    Returns:
+        The run folder, with one row per probe and metric in results.json.
+
+    Raises:
+        ValueError: weights, data and recipe do not fit together, in words.
+        Stopped: a signal ended the run after a checkpoint.
+    """
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    torch.manual_seed(recipe.train.seed)
+    with contextlib.ExitStack() as stack:
+        if rank.main:
+            stack.enter_context(lock(out))
+        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+        loader = stack.enter_context(_open(recipe.train, recipe, rank))
+        val = stack.enter_context(_open(recipe.val, recipe, rank))
+        check_equal(len(loader), rank, what="steps in an epoch")
+        classes = _classes(loader, val)
+        parts = [
+            (ProbeSet(build_probes(probe, trunk, classes, recipe.train.crop.size)), probe)
+            for probe in recipe.probes
+        ]
+        heads = ProbeSet(probe for part, _ in parts for probe in part).to(rank.device)
+        state = TrainState(
+            heads,
+            [Trained(part, probe.optim, probe.schedule) for part, probe in parts],
+            rank=rank,
+            run=recipe.run,
+            folder=out / "checkpoints",
+            global_batch=recipe.train.batch_size * rank.world,
+            identity=_identity(recipe, loader, rank, sha),
+        )
+        state.resume()
+        total = min(recipe.run.epochs * len(loader), recipe.run.max_steps or 2**62)
+        log = stack.enter_context(
+            RunLog(
+                out,
+                recipe=recipe,
+                rank_main=rank.main,
+                world=rank.world,
+                total_steps=total,
+                device=str(rank.device),
+                start_step=state.step,
+            )
+        )
+        logger.info(
+            "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
+            recipe.name, len(heads), recipe.backbone, recipe.weights, loader.engine, classes, total,
+        )  # fmt: skip
+        _train(recipe, state, trunk, loader, val, log)
+        _finish(recipe, state, trunk, loader, val, log, sha)
+    return out
+
+
+def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
+    """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
+
+    Raises:
+        ValueError: no weights were named, or they do not fit (`CheckpointError`), in words.
+    """
+    if not weights:
+        raise ValueError(
+            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), or "
+            "--weights random for the untrained control"
+        )
+    trunk = build_backbone(name)
+    sha = ""
+    if weights != RANDOM:
+        report = load_backbone(trunk, Path(weights))
+        sha = report.sha256
+        logger.info(
+            "%s: %d tensors loaded, %d ignored (%s), %d missing",
+            weights, len(report.loaded), len(report.ignored),
+            ", ".join(report.ignored[:3]) or "none", len(report.missing),
+        )  # fmt: skip
+    trunk = trunk.to(rank.device, memory_format=torch.channels_last)
+    # eval() for good: batch norm must use the trained statistics and must not move them.
+    return trunk.eval().requires_grad_(False), sha
+
+
+def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list[StageProbe]:
+    """The classifiers that a recipe's entry stands for."""
+    match probe.kind:
+        case "avgpool":
+            return probes.avgpool(trunk, classes)
+        case "stages":
+            return probes.stages(trunk, classes, size)
+        case "conv":
+            return probes.conv(trunk, classes)
+        case "nonlinear":
+            return probes.nonlinear(trunk, classes, size)
+
+
+def _train(
+    recipe: Linear, state: TrainState, trunk: Backbone, loader: Loader, val: Loader, log: RunLog
+) -> None:
+    def validate(finished: int) -> float:
+        scores = evaluate(recipe, state, trunk, val)
+        best = max(scores, key=lambda name: scores[name]["top1"])
+        logger.info("epoch %d: best %s %.2f %%", finished, best, 100 * scores[best]["top1"])
+        return scores[best]["top1"]
+
+    for batch in steps(
+        state, loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
+    ):
+        with state.autocast():
+            with torch.no_grad():
+                maps = trunk.stages(batch.images)
+            losses = [cross_entropy(logits, batch.targets) for logits in state.model(maps)]
+        # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
+        state.update(torch.stack(losses).sum())
+        state.record(loss=torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def evaluate(
+    recipe: Linear, state: TrainState, trunk: Backbone, val: Loader
+) -> dict[str, dict[str, float]]:
+    """Top-1, and top-5 where there are more than five classes, of every probe by name."""
+    state.agree()
+    heads = state.module
+    assert isinstance(heads, ProbeSet)
+    names = [probe.name for probe in heads]
+    counts: TopK | None = None
+    heads.eval()
+    try:
+        for batch in val.epoch(0):
+            with autocast(state.rank.device, recipe.run.precision):
+                outputs = heads(trunk.stages(batch.images))
+            if counts is None:
+                ks = (1, 5) if outputs[0].shape[1] > 5 else (1,)
+                counts = TopK(ks=ks, heads=len(names), device=state.rank.device)
+            counts.update(outputs, batch.targets, batch.valid)
+    finally:
+        heads.train()
+    assert counts is not None
+    return dict(zip(names, counts.compute(state.rank), strict=True))
+
+
+def _finish(
+    recipe: Linear,
+    state: TrainState,
+    trunk: Backbone,
+    loader: Loader,
+    val: Loader,
+    log: RunLog,
+    sha: str,
+) -> None:
+    logger.info("digest of all sample ids and crop boxes: %s", stream_digest(loader, state.rank))
+    for name, scores in evaluate(recipe, state, trunk, val).items():
+        for metric in ("top1", "top5"):
+            if metric in scores:
+                log.result(
+                    recipe.name,
+                    metric=f"{metric}/{name}",
+                    value=100 * scores[metric],
+                    unit="%",
+                    n=int(scores["n"]),
+                    checkpoint_sha256=sha or None,
+                    weights=Path(recipe.weights).name,
+                )
+    if state.rank.main:
+        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+
+
+def _open(spec: LoaderSpec, recipe: Linear, rank: Rank) -> Loader:
+    if spec.views != "plain":
+        raise ValueError("classification reads each picture once: views must be plain")
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    return open_loader(spec, shard=shard, device=rank.device, precision=recipe.run.precision)
+
+
+def _classes(loader: Loader, val: Loader) -> int:
+    """Number of classes, which training and validation data must share by name and order."""
+    if loader.engine == "synthetic":
+        from pipelines.synthetic import CLASSES
+
+        return CLASSES
+    if not loader.classes:
+        raise ValueError(f"{loader.spec.data} has no class names: it was converted unlabelled")
+    if loader.classes != val.classes:
+        raise ValueError(
+            f"{loader.spec.data} and {val.spec.data} have different classes "
+            f"({len(loader.classes)} and {len(val.classes)})"
+        )
+    return len(loader.classes)
+
+
+def _identity(recipe: Linear, loader: Loader, rank: Rank, sha: str) -> dict[str, Any]:
+    train = asdict(recipe.train)
+    kept = ("crop", "flip", "normalize", "shuffle", "drop_last", "limit", "seed", "max_bad")
+    identity = plain(
+        {
+            "backbone": recipe.backbone,
+            "weights": sha,
+            "data": loader.data_id,
+            "global_batch": recipe.train.batch_size * rank.world,
+            "epochs": recipe.run.epochs,
+            "precision": recipe.run.precision,
+            "accumulate": recipe.run.accumulate,
+            "probes": [asdict(probe) for probe in recipe.probes],
+            **{name: train[name] for name in kept},
+        }
+    )
+    assert isinstance(identity, dict)
+    return identity

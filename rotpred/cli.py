@@ -1,0 +1,74 @@
+"""The command lines of the scripts: pick a recipe, change its fields."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import tyro
+
+from pipelines.decode import ImageError
+from rotpred import classify, distributed, pretrain
+from rotpred.console import configure_logging
+from rotpred.loop import STOP_STATUS, Stopped
+from rotpred.recipes import Linear, Pretrain, linear
+from rotpred.recipes import pretrain as pretraining
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", Pretrain, Linear)
+
+USER_ERROR = 2
+"""Exit status where the command, the data or the machine must change."""
+
+
+def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: str) -> R:
+    """The recipe that the first argument names, with the fields that the others change.
+
+    Exits with status 2, after one line and suggestions, on a name or field that does not exist.
+    """
+    defaults = {name: ((make.__doc__ or "").strip(), make()) for name, make in recipes.items()}
+    return tyro.extras.overridable_config_cli(
+        defaults, args=list(args), description=about, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def pretrain_main(args: Sequence[str] | None = None) -> int:
+    """scripts/pretrain.py: returns the exit status."""
+    recipe = choose(
+        pretraining.RECIPES,
+        sys.argv[1:] if args is None else args,
+        "Pretrain by rotation prediction. Start with torchrun for several processes.",
+    )
+    return _drive(recipe)
+
+
+def evaluate_main(args: Sequence[str] | None = None) -> int:
+    """scripts/evaluate.py: returns the exit status."""
+    recipe = choose(
+        linear.RECIPES,
+        sys.argv[1:] if args is None else args,
+        "Evaluate pretrained weights. Start with torchrun for several processes.",
+    )
+    return _drive(recipe)
+
+
+def _drive(recipe: Pretrain | Linear) -> int:
+    try:
+        with distributed.session(recipe.run.device, timeout_seconds=recipe.run.timeout) as rank:
+            configure_logging(rank=rank.rank)
+            match recipe:
+                case Pretrain():
+                    pretrain.run(recipe, rank)
+                case Linear():
+                    classify.run(recipe, rank)
+    except Stopped as stop:
+        logger.warning("%s", stop)
+        return STOP_STATUS
+    except (ValueError, FileNotFoundError, PermissionError, ImageError) as error:
+        # One line for what the person at the keyboard can change; a traceback is for our mistakes.
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+    return 0

@@ -1,0 +1,177 @@
+"""The training loop: epoch, resume point, learning rate, log and checkpoint cadence, signals.
+
+`steps` is a generator over batches; the mathematics of a protocol stays in its own file:
+
+    for batch in steps(state, loader, run, log=log):
+        with state.autocast():
+            loss = cross_entropy(state.model(batch.images), batch.targets)
+        state.update(loss)
+
+Nothing in a step reads the device back. At the log cadence the sums that `state.record` gathered
+are read, and all ranks agree on whether a signal has come or a loss was not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import torch
+
+from pipelines.batch import Batch
+from pipelines.loader import Loader
+from rotpred.distributed import Rank, all_sum, any_true
+from rotpred.runlog import RunLog
+from rotpred.settings import Run
+from rotpred.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+STOP_STATUS = 75
+"""Exit status of a run that a signal ended after a checkpoint (BSD's EX_TEMPFAIL: try again)."""
+
+_AGREE_EVERY = 10  # steps between agreements on signals, where a log interval is longer
+
+
+class Stopped(Exception):
+    """A signal asked for the end; a checkpoint was written at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by a signal after step {step}; a checkpoint was written")
+        self.step = step
+
+
+class NotFiniteError(ValueError):
+    """A loss was infinite or not a number. No checkpoint holds weights that it has touched."""
+
+
+class _Signals:
+    """Turns SIGTERM and SIGUSR1 into a flag, and a second one into the end."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.arrived:
+            raise KeyboardInterrupt(f"second signal {number}")
+        self.arrived = True
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def steps(
+    state: TrainState,
+    loader: Loader,
+    run: Run,
+    *,
+    log: RunLog,
+    evaluate: Callable[[int], float] | None = None,
+    eval_every: int = 1,
+) -> Iterator[Batch]:
+    """The batches of a run, from where `state` stands to the end.
+
+    Args:
+        state: what is trained; its `step` says where to go on.
+        loader: training data.
+        run: length and cadences.
+        log: where progress is written.
+        evaluate: called with the number of finished epochs after every eval_every-th and the last
+            one; the score it returns decides which checkpoint is the best.
+        eval_every: epochs.
+
+    Raises:
+        NotFiniteError: on all ranks together, within a log interval of the loss.
+        Stopped: on all ranks together, after a checkpoint.
+    """
+    per_epoch = len(loader)
+    total = run.epochs * per_epoch
+    last = total if run.max_steps is None else min(total, run.max_steps)
+    meter = _Meter(state, loader, log, run)
+    signals = _Signals()
+    with signals.caught():
+        while state.step < last:
+            epoch, start = divmod(state.step, per_epoch)
+            with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
+                for batch in batches:
+                    state.begin(state.step / per_epoch, run)
+                    yield batch
+                    state.step += 1
+                    log.tick(state.step)
+                    done = state.step == last or state.step % per_epoch == 0
+                    if done or state.step % run.log_every == 0:
+                        meter.report(epoch)
+                    # Weights with half of an accumulated gradient are no place to go on from.
+                    whole = state.step % run.accumulate == 0
+                    check = done or state.step % min(run.log_every, _AGREE_EVERY) == 0
+                    if whole and check and any_true(signals.arrived, state.rank):
+                        meter.check_finite()
+                        state.save(run.keep)
+                        raise Stopped(state.step)
+                    if whole and not done and state.step % run.save_every == 0:
+                        meter.check_finite()
+                        state.save(run.keep)
+                    if done:
+                        break
+            finished = state.step // per_epoch
+            due = finished % eval_every == 0 or finished == run.epochs
+            score = None
+            if evaluate is not None and state.step % per_epoch == 0 and due:
+                score = evaluate(finished)
+            state.save(run.keep, score=score)
+            meter.restart()
+
+
+class _Meter:
+    """Throughput and means between two log lines."""
+
+    def __init__(self, state: TrainState, loader: Loader, log: RunLog, run: Run) -> None:
+        self._state, self._loader, self._log, self._run = state, loader, log, run
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval now: what lies between (an evaluation) is not training time."""
+        self._step = self._state.step
+        self._began, self._waited = time.perf_counter(), self._loader.wait_seconds
+
+    def report(self, epoch: int) -> None:
+        """Read the sums back, write a line, raise if a loss was not finite."""
+        means = self._state.means()
+        self.check_finite()
+        steps_done = self._state.step - self._step
+        spec = self._loader.spec
+        self._log.interval(
+            step=self._state.step,
+            epoch=epoch,
+            values={**means, "lr": self._state.lr},
+            images=steps_done * spec.batch_size,
+            views=steps_done * spec.batch_size * spec.view_count,
+            wait_seconds=self._loader.wait_seconds - self._waited,
+            seconds=time.perf_counter() - self._began,
+        )
+        self.restart()
+
+    def check_finite(self) -> None:
+        if any_true(self._state.broken, self._state.rank):
+            raise NotFiniteError(
+                f"the loss was not finite before step {self._state.step}: a smaller learning rate, "
+                "a longer warm-up or precision fp32 may help; the last checkpoint is sound"
+            )
+
+
+def stream_digest(loader: Loader, rank: Rank) -> str:
+    """Hash of all (epoch, index, box) that all ranks have trained on: equal runs, equal digest."""
+    # Two's complement addition wraps exactly as unsigned addition does.
+    signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest
+    total = int(all_sum(torch.tensor(signed, dtype=torch.int64), rank))
+    return f"{total % 2**64:016x}"

@@ -1,0 +1,238 @@
+"""Pretraining by rotation prediction (Gidaris et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pipelines.loader import Loader, open_loader
+from pipelines.spec import LoaderSpec, Shard
+from rotpred import figures
+from rotpred.backbone import Backbone
+from rotpred.distributed import Rank, check_equal
+from rotpred.heads import RotNet, make_rotnet
+from rotpred.loop import Stopped, steps, stream_digest
+from rotpred.metrics import Confusion, ConfusionResult
+from rotpred.recipes import Pretrain
+from rotpred.runfolder import plain
+from rotpred.runlog import RunLog, lock, read_rows
+from rotpred.state import Trained, TrainState, autocast
+from rotpred.weights import save_backbone
+
+logger = logging.getLogger(__name__)
+
+ROTATIONS = 4
+
+
+def run(recipe: Pretrain, rank: Rank) -> Path:
+    """Train, validate, and write the run folder; on a folder with checkpoints, go on.
+
+    Returns:
+        The run folder. It holds backbone.safetensors when the last epoch is done.
+
+    Raises:
+        ValueError: the recipe, the data and the machine do not fit together, in words.
+        Stopped: a signal ended the run after a checkpoint.
+    """
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    torch.manual_seed(recipe.train.seed)
+    with contextlib.ExitStack() as stack:
+        if rank.main:
+            stack.enter_context(lock(out))
+        loader = stack.enter_context(_open(recipe.train, recipe, rank))
+        val = stack.enter_context(_open(recipe.val, recipe, rank)) if recipe.val else None
+        check_equal(len(loader), rank, what="steps in an epoch")
+        model = _network(recipe, rank)
+        state = TrainState(
+            model,
+            [Trained(model, recipe.optim, recipe.schedule)],
+            rank=rank,
+            run=recipe.run,
+            folder=out / "checkpoints",
+            global_batch=recipe.train.batch_size * rank.world,
+            identity=_identity(recipe, loader, rank),
+        )
+        resumed = state.resume()
+        total = min(recipe.run.epochs * len(loader), recipe.run.max_steps or 2**62)
+        log = stack.enter_context(
+            RunLog(
+                out,
+                recipe=recipe,
+                rank_main=rank.main,
+                world=rank.world,
+                total_steps=total,
+                device=str(rank.device),
+                start_step=state.step,
+            )
+        )
+        if resumed and state.step >= total and (out / "backbone.safetensors").exists():
+            logger.info("%s is finished already (step %d)", out, state.step)
+            return out
+        _announce(recipe, loader, rank, total)
+        _train(recipe, state, loader, val, log)
+        _finish(recipe, state, loader, val, log)
+    return out
+
+
+def _train(
+    recipe: Pretrain, state: TrainState, loader: Loader, val: Loader | None, log: RunLog
+) -> None:
+    def validate(finished: int) -> float:
+        result = evaluate(state, val, recipe)
+        logger.info("epoch %d: rotation accuracy %.2f %%", finished, 100 * result.accuracy)
+        return result.accuracy
+
+    pictured = state.step > 0
+    for batch in steps(
+        state,
+        loader,
+        recipe.run,
+        log=log,
+        evaluate=validate if val is not None else None,
+        eval_every=recipe.eval_every,
+    ):
+        if not pictured:
+            pictured = True
+            grid = figures.views_grid(
+                batch.images, targets=batch.targets, normalize=recipe.train.normalize
+            )
+            log.figure("views", grid)
+        with state.autocast():
+            logits = state.model(batch.images)
+            loss = cross_entropy(logits, batch.targets)
+        state.update(loss)
+        state.record(loss=loss, accuracy=100 * (logits.argmax(1) == batch.targets).float().mean())
+
+
+@torch.no_grad()
+def evaluate(state: TrainState, val: Loader | None, recipe: Pretrain) -> ConfusionResult:
+    """Count predicted against true rotations over the whole validation set, on any world size."""
+    assert val is not None
+    state.agree()
+    state.module.eval()
+    counts = Confusion(ROTATIONS, device=state.rank.device)
+    try:
+        for batch in val.epoch(0):
+            with autocast(state.rank.device, recipe.run.precision):
+                predicted = state.module(batch.images).argmax(1)
+            counts.update(predicted, batch.targets, batch.valid)
+    finally:
+        state.module.train()
+    return counts.compute(state.rank)
+
+
+def _finish(
+    recipe: Pretrain, state: TrainState, loader: Loader, val: Loader | None, log: RunLog
+) -> None:
+    """Weights, results and figures."""
+    model = state.module
+    assert isinstance(model, RotNet)
+    digest = stream_digest(loader, state.rank)
+    logger.info("digest of all sample ids and crop boxes in this process group: %s", digest)
+    sha = ""
+    if state.rank.main:
+        meta = {"recipe": recipe.name, "step": str(state.step), "data": loader.data_id}
+        sha = save_backbone(log.out / "backbone.safetensors", model.backbone, meta)
+    if val is not None:
+        result = evaluate(state, val, recipe)
+        log.result(
+            "rotation",
+            metric="accuracy",
+            value=100 * result.accuracy,
+            unit="%",
+            n=result.n,
+            checkpoint_sha256=sha,
+            chance=100 / ROTATIONS,
+            stream_digest=digest,
+        )
+        log.figure("confusion", figures.confusion(result.matrix))
+    log.figure("filters", figures.filters(_first_filters(model.backbone)))
+    if state.rank.main:
+        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+
+
+def _open(spec: LoaderSpec, recipe: Pretrain, rank: Rank) -> Loader:
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    # Under autocast the first convolution rounds its input anyway: emit half the bytes.
+    precision = recipe.run.precision
+    return open_loader(
+        replace(spec, views="rotate4"), shard=shard, device=rank.device, precision=precision
+    )
+
+
+def _network(recipe: Pretrain, rank: Rank) -> RotNet:
+    model: nn.Module = make_rotnet(recipe.backbone)
+    if recipe.sync_bn != "off":
+        if rank.device.type != "cuda":
+            raise ValueError(f"sync_bn={recipe.sync_bn} needs GPUs: on a CPU pass --sync-bn off")
+        model = _apex_sync_bn(model) if recipe.sync_bn == "apex" else _torch_sync_bn(model)
+    model = model.to(rank.device, memory_format=torch.channels_last)
+    assert isinstance(model, RotNet)
+    return model.train()
+
+
+def _torch_sync_bn(model: nn.Module) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+
+
+def _apex_sync_bn(model: nn.Module) -> nn.Module:
+    try:
+        from apex.parallel import convert_syncbn_model
+    except ImportError as error:
+        raise ValueError(
+            "sync_bn=apex: NVIDIA apex is not installed. It is not on PyPI (the package of that "
+            "name is something else): git clone https://github.com/NVIDIA/apex && cd apex && "
+            "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+        ) from error
+    return convert_syncbn_model(model)  # type: ignore[no-any-return]
+
+
+def _identity(recipe: Pretrain, loader: Loader, rank: Rank) -> dict[str, Any]:
+    """What decides the weights; how fast they come (engine, workers, cadences) may change."""
+    train = asdict(recipe.train)
+    kept = ("crop", "flip", "normalize", "shuffle", "drop_last", "limit", "seed", "max_bad")
+    identity = {
+        "backbone": recipe.backbone,
+        "data": loader.data_id,
+        "global_batch": recipe.train.batch_size * rank.world,
+        "epochs": recipe.run.epochs,
+        "precision": recipe.run.precision,
+        "accumulate": recipe.run.accumulate,
+        "sync_bn": recipe.sync_bn,
+        "optim": asdict(recipe.optim),
+        "schedule": {"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
+        **{name: train[name] for name in kept},
+    }
+    result = plain(identity)
+    assert isinstance(result, dict)
+    return result
+
+
+def _announce(recipe: Pretrain, loader: Loader, rank: Rank, total: int) -> None:
+    images = recipe.train.batch_size * rank.world
+    logger.info(
+        "%s: %s on %s x %d, engine %s, %d images = %d views a step, %d steps",
+        recipe.name,
+        recipe.backbone,
+        rank.device.type,
+        rank.world,
+        loader.engine,
+        images,
+        ROTATIONS * images,
+        total,
+    )
+
+
+def _first_filters(backbone: Backbone) -> torch.Tensor:
+    conv = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    return conv.weight.detach().float().cpu()
+
+
+__all__ = ["Stopped", "evaluate", "run"]

@@ -1,0 +1,84 @@
+"""What a run does: frozen dataclasses, with the functions that return them beside.
+
+Building a recipe touches no file and no device. Derived values (the scaled learning rate) are
+computed where they are used, never written back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred.optim import Optim
+from rotpred.schedule import Schedule, Steps
+from rotpred.settings import Run
+
+__all__ = ["Linear", "Pretrain", "Probe", "ProbeKind", "Run"]
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretraining by rotation prediction."""
+
+    name: str = "pretrain"
+    """Names the run in results and in the default run folder."""
+    backbone: str = "resnet50"
+    """resnet50, resnet18, resnet18_small, resnet18_tiny, alexnet, nin3, nin4 or nin5."""
+    train: LoaderSpec = field(default_factory=LoaderSpec)
+    """Training data."""
+    val: LoaderSpec | None = None
+    """Validation data, all of it, four views of each image; None for no validation."""
+    optim: Optim = field(default_factory=Optim)
+    """Optimiser."""
+    schedule: Schedule = field(default_factory=Steps)
+    """Learning rate over time."""
+    sync_bn: Literal["off", "torch", "apex"] = "off"
+    """Batch norm statistics over all GPUs (torch's or apex's SyncBN) or over each process's own."""
+    eval_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    run: Run = field(default_factory=Run)
+    """Length, precision, logs and checkpoints."""
+
+
+ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Classifiers on frozen features, trained side by side in one pass of the trunk."""
+
+    kind: ProbeKind = "avgpool"
+    """avgpool: Linear on the globally averaged last map. stages: pool, batch norm without affine
+    parameters and Linear on every stage. conv, nonlinear: the RotNet authors' probes of every
+    stage (three convolutions, or two hidden layers of 200)."""
+    optim: Optim = field(default_factory=lambda: Optim(lr=30.0, weight_decay=0.0))
+    """Optimiser of these classifiers; others have their own."""
+    schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
+    """Learning rate over time."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Classification with a frozen trunk."""
+
+    name: str = "linear"
+    """Names the run in results and in the default run folder."""
+    weights: str = ""
+    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
+    backbone: str = "resnet50"
+    """The architecture of the weights."""
+    train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
+    """Labelled training data."""
+    val: LoaderSpec = field(
+        default_factory=lambda: LoaderSpec(
+            views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False
+        )
+    )
+    """Labelled validation data."""
+    probes: tuple[Probe, ...] = (Probe(),)
+    """Sets of classifiers; all are trained in the same pass."""
+    eval_every: int = 10
+    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    run: Run = field(default_factory=lambda: Run(epochs=100))
+    """Length, precision, logs and checkpoints."""

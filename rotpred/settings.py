@@ -1,0 +1,44 @@
+"""How a run is driven, whatever it trains: a part of every recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.spec import Precision
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run is driven, whatever it trains."""
+
+    out: str = ""
+    """Run folder; empty for runs/NAME. A folder with checkpoints is gone on with."""
+    epochs: int = 70
+    """Passes over the training data; schedules are stretched over them or count them."""
+    max_steps: int | None = None
+    """Stop after this many steps, with the schedule of the whole run (smoke runs, benchmarks)."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, or cuda."""
+    precision: Precision = "bf16"
+    """Autocast type: bf16, fp16 (with a gradient scaler) or fp32 (no autocast)."""
+    compile: bool = False
+    """torch.compile the network."""
+    accumulate: int = 1
+    """Steps whose gradients are added up before one update of the weights."""
+    log_every: int = 50
+    """Steps between progress lines; the only times at which the host reads the device."""
+    save_every: int = 1000
+    """Steps between checkpoints; one more is written at the end of each epoch."""
+    keep: int = 3
+    """Newest checkpoints kept, at least 2, besides the best one."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for its peers before the job is ended."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep < 2:
+            raise ValueError(f"run.keep must be at least 2, got {self.keep}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"run.max_steps must be at least 1, got {self.max_steps}")

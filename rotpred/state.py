@@ -1,0 +1,204 @@
+"""What is trained: network, optimisers, gradient scaler and the step they stand at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.rotate import DTYPES
+from pipelines.spec import Precision
+from rotpred import checkpoint
+from rotpred.distributed import Rank, barrier, broadcast_str
+from rotpred.optim import Optim, build, set_lr
+from rotpred.schedule import Schedule, lr_at
+from rotpred.settings import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A part of the network with an optimiser of its own."""
+
+    module: nn.Module
+    optim: Optim
+    schedule: Schedule
+
+
+class TrainState:
+    """Network, optimisers and step, with one path for fp32, bf16 and fp16."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: list[Trained],
+        *,
+        rank: Rank,
+        run: Run,
+        folder: Path,
+        global_batch: int,
+        identity: dict[str, Any],
+    ) -> None:
+        """Wrap a network that lies on its device.
+
+        Args:
+            module: what is called in a step, and saved.
+            trained: its parts, each with optimiser and schedule; together all trainable weights.
+            rank: this process.
+            run: precision, compile, accumulation.
+            folder: where checkpoints lie.
+            global_batch: source images per step over all ranks, for scaled learning rates.
+            identity: what must be equal for a checkpoint to be gone on with, as plain JSON.
+        """
+        self.rank, self.module, self.folder = rank, module, folder
+        self.step = 0
+        self._run, self._identity = run, identity
+        self._epochs = run.epochs
+        self._parts = [(part, part.optim.lr_for(global_batch * run.accumulate)) for part in trained]
+        self._optimizers = [build(part.module, part.optim, lr) for part, lr in self._parts]
+        # A disabled scaler passes everything through: one path for all precisions.
+        self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+        self._broken = torch.zeros((), dtype=torch.bool, device=rank.device)
+        self.model = _wrap(module, rank, run.compile)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first part, in the step that is being made."""
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def broken(self) -> bool:
+        """Whether a loss was not finite. Reads the device."""
+        return bool(self._broken)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision, or nothing in fp32."""
+        return autocast(self.rank.device, self._run.precision)
+
+    def begin(self, epoch: float, run: Run) -> None:
+        """Set the learning rates of the coming step, and whether it ends an accumulation."""
+        self._last = (self.step + 1) % run.accumulate == 0
+        if isinstance(self.model, DistributedDataParallel):
+            # Gradients travel once per update; `no_sync` would have to wrap the protocol's lines.
+            self.model.require_backward_grad_sync = self._last
+        for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
+            set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Backward, and a step of the optimisers where an accumulation ends."""
+        self._broken |= ~torch.isfinite(loss.detach())
+        self._scaler.scale(loss / self._run.accumulate).backward()  # type: ignore[no-untyped-call]
+        if not self._last:
+            return
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def record(self, **values: torch.Tensor) -> None:
+        """Add scalars to the means of the log interval, on the device."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call, on this rank. Reads the device."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def agree(self) -> None:
+        """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
+        if self.rank.world > 1:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def save(self, keep: int, *, score: float | None = None) -> None:
+        """Write a checkpoint, by rank 0, while the others wait."""
+        self.agree()
+        if self.rank.main:
+            state = {
+                "arch": self._identity["backbone"],
+                "model": self.module.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+                "scaler": self._scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "identity": json.dumps(self._identity, sort_keys=True),
+            }
+            checkpoint.save(self.folder, self.step, state, keep=keep, score=score)
+        barrier(self.rank)
+
+    def resume(self) -> bool:
+        """Go on from the newest valid checkpoint in the folder, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another run, with the differences, or all are damaged.
+        """
+        found = ""
+        failure = ""
+        if self.rank.main:
+            try:
+                latest = checkpoint.load_latest(self.folder)
+                found = str(latest.path) if latest is not None else ""
+            except checkpoint.CheckpointError as error:
+                failure = str(error)
+        # One rank looks, all load the same file, or all fail with the same words.
+        failure = broadcast_str(failure, self.rank)
+        if failure:
+            raise checkpoint.CheckpointError(failure)
+        found = broadcast_str(found, self.rank)
+        if not found:
+            return False
+        loaded = checkpoint.load(Path(found), map_location="cpu")
+        self._refuse_other(found, json.loads(loaded.state["identity"]))
+        self.module.load_state_dict(loaded.state["model"])
+        for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._scaler.load_state_dict(loaded.state["scaler"])
+        torch.set_rng_state(loaded.state["rng"])
+        self.step = loaded.step
+        logger.info("going on from %s, after step %d", found, loaded.step)
+        return True
+
+    def _refuse_other(self, path: str, saved: dict[str, Any]) -> None:
+        names = sorted(saved.keys() | self._identity.keys())
+        changes = [
+            f"{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} now"
+            for name in names
+            if saved.get(name) != self._identity.get(name)
+        ]
+        if changes:
+            raise checkpoint.CheckpointError(
+                f"{path} belongs to another run ({'; '.join(changes)}): choose another --run.out"
+            )
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Autocast to bf16 or fp16, or nothing in fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def _wrap(module: nn.Module, rank: Rank, compiled: bool) -> nn.Module:
+    """Compile, then DDP; the unwrapped module is what is saved."""
+    if compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    if rank.world == 1:
+        return module
+    device_ids = [rank.device.index] if rank.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
