@@ -32,7 +32,9 @@ from pipelines.manifest import Manifest, manifest_path
 
 pytestmark = pytest.mark.timeout(120)
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "to_beton.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "to_beton.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # The tests need no installation.
 
 
 def convert(folder: Path, files: dict[str, bytes], **options: object) -> Manifest:
@@ -328,7 +330,9 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
 
 def script(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, **options
+    )
 
 
 def test_script_converts_and_verifies(tmp_path: Path) -> None:
@@ -389,14 +393,15 @@ def test_script_killed_half_way_can_be_run_again(tmp_path: Path, how: signal.Sig
     for i in range(600):
         (tmp_path / f"data/{i}.jpg").write_bytes(noisy)
     args = ("--input", tmp_path / "data", "--output", tmp_path / "out.beton", "--workers", 1)
-    run = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, args)], start_new_session=True)
-    temporary = tmp_path / f"out.beton.tmp.{run.pid}"
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
     deadline = time.monotonic() + 30
-    while not temporary.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert temporary.exists()
-    run.send_signal(how)
-    run.wait(timeout=10)
+    with subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT) as run:
+        temporary = tmp_path / f"out.beton.tmp.{run.pid}"
+        while not temporary.exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert temporary.exists()
+        run.send_signal(how)
+        run.wait(timeout=10)
     assert not (tmp_path / "out.beton").exists()
     while time.monotonic() < deadline:  # The worker notices that its parent is gone.
         try:
