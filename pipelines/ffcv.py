@@ -242,7 +242,13 @@ class _Loader(StockLoader):  # type: ignore[misc]
         with torch_threads_kept():
             Compiler.set_num_threads(_threads(lanes))
             self.graph = Graph(specs, fields, {"image": 0}, self.metadata, None)
-            self.generate_code()
+            # The kernel is compiled already, and kept on disk; FFCV would compile what calls it
+            # again for every loader, six seconds each time.
+            Compiler.set_enabled(False)
+            try:
+                self.generate_code()
+            finally:
+                Compiler.set_enabled(True)
 
     def iterate(self, order: Int64, *, epoch: int, timeout: float) -> _EpochIterator:
         """Start decoding the samples of `order`, int64 (steps * B,)."""

@@ -10,7 +10,7 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +84,7 @@ class Loader:
         """Undecodable samples masked so far."""
         return self._source.bad.total
 
-    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch, from a step on.
 
         Args:

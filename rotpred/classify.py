@@ -22,7 +22,7 @@ from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
 from rotpred.runfolder import plain
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast
+from rotpred.state import Trained, TrainState, autocast, channels_last
 from rotpred.weights import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
             weights, len(report.loaded), len(report.ignored),
             ", ".join(report.ignored[:3]) or "none", len(report.missing),
         )  # fmt: skip
-    trunk = trunk.to(rank.device, memory_format=torch.channels_last)
+    trunk = channels_last(trunk, rank.device)
     # eval() for good: batch norm must use the trained statistics and must not move them.
     return trunk.eval().requires_grad_(False), sha
 
@@ -155,7 +155,7 @@ def evaluate(
     state.agree()
     heads = state.module
     assert isinstance(heads, ProbeSet)
-    names = [probe.name for probe in heads]
+    names = heads.names
     counts: TopK | None = None
     heads.eval()
     try:

@@ -23,7 +23,7 @@ from rotpred.metrics import Confusion, ConfusionResult
 from rotpred.recipes import Pretrain
 from rotpred.runfolder import plain
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast
+from rotpred.state import Trained, TrainState, autocast, channels_last
 from rotpred.weights import save_backbone
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _finish(
             chance=100 / ROTATIONS,
             stream_digest=digest,
         )
-        log.figure("confusion", figures.confusion(result.matrix))
+        log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
     log.figure("filters", figures.filters(_first_filters(model.backbone)))
     if state.rank.main:
         log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
@@ -173,13 +173,13 @@ def _network(recipe: Pretrain, rank: Rank) -> RotNet:
         if rank.device.type != "cuda":
             raise ValueError(f"sync_bn={recipe.sync_bn} needs GPUs: on a CPU pass --sync-bn off")
         model = _apex_sync_bn(model) if recipe.sync_bn == "apex" else _torch_sync_bn(model)
-    model = model.to(rank.device, memory_format=torch.channels_last)
     assert isinstance(model, RotNet)
-    return model.train()
+    return channels_last(model, rank.device).train()
 
 
 def _torch_sync_bn(model: nn.Module) -> nn.Module:
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def _apex_sync_bn(model: nn.Module) -> nn.Module:

@@ -37,6 +37,11 @@ class StageProbe(nn.Module):
 class ProbeSet(nn.ModuleList):
     """Classifiers side by side; one forward pass gives the logits of all."""
 
+    @property
+    def names(self) -> list[str]:
+        """What results call the probes, in order."""
+        return [str(probe.name) for probe in self]
+
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All stages' maps to one (N, classes) per probe."""
         return [probe(maps) for probe in self]

@@ -8,7 +8,7 @@ import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from rotpred.schedule import Schedule, lr_at
 from rotpred.settings import Run
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ class TrainState:
             raise checkpoint.CheckpointError(
                 f"{path} belongs to another run ({'; '.join(changes)}): choose another --run.out"
             )
+
+
+def channels_last(module: M, device: torch.device) -> M:
+    """Move a network to its device, weights laid out for channels_last convolutions."""
+    return module.to(device).to(memory_format=torch.channels_last)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
