@@ -58,6 +58,9 @@ class Arguments:
     """Type of the normalised images."""
     workers: int = 0
     """Decoding threads; 0: one for each allowed core."""
+    torch_threads: int = 1
+    """Threads of torch itself, which normalise where the device is a CPU. More of them wait for
+    cores that are busy decoding, and hide what the engines differ in."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where batches go."""
     output: Path | None = None
@@ -66,18 +69,21 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Measure, publish; `ValueError` or `OSError` in words."""
-    if args.repeats < 1 or args.seconds <= 0:
-        raise ValueError("--repeats must be at least 1, --seconds positive")
+    if args.repeats < 1 or args.torch_threads < 1 or args.seconds <= 0:
+        raise ValueError("--repeats and --torch-threads must be at least 1, --seconds positive")
     if args.output is not None and not args.output.parent.is_dir():
         raise ValueError(f"--output: {args.output.parent} is not a folder")
-    missing = missing_engines()
+    torch.set_num_threads(args.torch_threads)
+    wanted = args.engines or ALL
+    # Looking for the two imports them, which takes seconds.
+    missing = missing_engines() if {"ffcv", "dali"} & set(wanted) else {}
     refused = [f"{name}: {missing[name]}" for name in args.engines if name in missing]
     if refused:
         raise ValueError(f"--engines: {'; '.join(refused)}")
     for name in ALL if not args.engines else ():
         if name in missing:
             _say(f"left out: {name}: {missing[name]}")
-    names = tuple(n for n in args.engines or ALL if n not in missing)
+    names = tuple(name for name in wanted if name not in missing)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for data in args.data or (_digits(Path(folder)),):
@@ -89,7 +95,7 @@ def main(args: Arguments) -> None:
 def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[dict[str, object]]:
     """The rows of one data set."""
     device = torch.device(args.device)
-    specs: dict[str, LoaderSpec] = {}
+    specs: dict[Name, LoaderSpec] = {}
     for name in dict.fromkeys(names):
         spec = LoaderSpec(
             data=data,
@@ -108,13 +114,13 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[dict[s
     if not specs:
         raise ValueError(f"{data}: none of these engines can read it: {', '.join(names)}")
     with ExitStack() as stack:
-        loaders: dict[str, Loader] = {}
-        first: dict[str, float] = {}
+        loaders: dict[Name, Loader] = {}
+        first: dict[Name, float] = {}
         for name, spec in specs.items():
             begin = time.perf_counter()
             loader = open_loader(spec, device=device, precision=args.precision)
             loaders[name] = stack.enter_context(loader)
-            with closing(loader.epoch(0)) as batches:
+            with closing(endless(loader, epoch=0)) as batches:
                 next(batches)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -123,7 +129,7 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[dict[s
         served = {loader.digest for name, loader in loaders.items() if name != "synthetic"}
         if len(served) > 1:
             raise ValueError(f"{data}: {', '.join(loaders)} do not cut the same crops")
-        windows: dict[str, list[Window]] = {name: [] for name in loaders}
+        windows: dict[Name, list[Window]] = {name: [] for name in loaders}
         order = abba(tuple(loaders), args.repeats)
         for name in tqdm(order, desc=Path(data).name, unit="window", leave=False, disable=None):
             epoch = 1 + len(windows[name])
@@ -134,6 +140,8 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[dict[s
     threads = args.workers or "all"
     variant = f"{Path(data).name} {args.size}px {args.views} {args.precision}"
     variant += f" batch {args.batch_size} workers {threads}"
+    if device.type == "cpu" and args.torch_threads > 1:
+        variant += f" torch threads {args.torch_threads}"
     return [
         row(
             "loaders",

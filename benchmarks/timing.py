@@ -6,16 +6,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from rotpred.runfolder import cpu_model, environment, write_atomic
+
+T = TypeVar("T")
 
 WARMUP_BATCHES = 6
 """Batches that are taken before the clock starts: more than any engine keeps prepared, so that a
@@ -32,7 +34,7 @@ class Window(NamedTuple):
     """Of all threads of this process, user and system."""
 
 
-def abba(names: Sequence[str], repeats: int) -> list[str]:
+def abba(names: Sequence[T], repeats: int) -> list[T]:
     """Every name `repeats` times: forwards, backwards, forwards, ...
 
     A machine that slows down (heat, neighbours) then does not favour whoever comes first.
@@ -40,7 +42,7 @@ def abba(names: Sequence[str], repeats: int) -> list[str]:
     return [name for k in range(repeats) for name in (names if k % 2 == 0 else reversed(names))]
 
 
-def endless(loader: Loader, *, epoch: int) -> Iterator[Batch]:
+def endless(loader: Loader, *, epoch: int) -> Generator[Batch, None, None]:
     """Batches from an epoch on, one epoch after the other; close it to stop the engine."""
     while True:
         yield from loader.epoch(epoch)
