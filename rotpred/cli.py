@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: s
 
     Exits with status 2, after one line and suggestions, on a name or field that does not exist.
     """
-    defaults = {name: ((make.__doc__ or "").strip(), make()) for name, make in recipes.items()}
+    defaults = {name: (inspect.getdoc(make) or "", make()) for name, make in recipes.items()}
     return tyro.extras.overridable_config_cli(
         defaults, args=list(args), description=about, config=(tyro.conf.AvoidSubcommands,)
     )

@@ -66,6 +66,7 @@ def main(args: Arguments) -> str:
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: give --overwrite to replace it")
     images = open_images(args.input, root=args.root, labelled=not args.unlabelled, split=args.split)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(images), unit="img", smoothing=0.1, disable=None) as bar:
         made = write_beton(
             images,
