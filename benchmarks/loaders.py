@@ -5,6 +5,8 @@
 What is timed is what a trainer gets: decoded, cropped, moved to the device, turned, normalised. The
 windows of the engines alternate (ABBA), each window begins with an epoch of its own and starts its
 clock a few batches later. A beton that fits into memory is read from there after the first pass.
+The first batch's latency includes opening the data, not importing the engine; FFCV's holds seconds
+of compilation where numba's cache is cold.
 """
 
 from __future__ import annotations
