@@ -44,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(COUNT):
         height, width = (int(v) for v in draw.integers(41, 120, 2))
         picture = smooth_picture(i, height, width)
-        save_jpeg(root / "abc"[i % 3] / f"{i:02}.jpg", picture.convert("L") if i % 9 == 4 else picture)
+        if i % 9 == 4:
+            picture = picture.convert("L")
+        save_jpeg(root / "abc"[i % 3] / f"{i:02}.jpg", picture)
     return root
 
 
