@@ -27,6 +27,9 @@ from rotpred.weights import load_backbone
 
 logger = logging.getLogger(__name__)
 
+Scores = dict[str, dict[str, float]]
+"""Metrics (top1, top5, n) by probe."""
+
 RANDOM = "random"
 """Value of `Linear.weights` for the control: the same network, untrained."""
 
@@ -82,8 +85,8 @@ def run(recipe: Linear, rank: Rank) -> Path:
             "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
             recipe.name, len(heads), recipe.backbone, recipe.weights, loader.engine, classes, total,
         )  # fmt: skip
-        _train(recipe, state, trunk, loader, val, log)
-        _finish(recipe, state, trunk, loader, val, log, sha)
+        scores = _train(recipe, state, trunk, loader, val, log)
+        _finish(recipe, state, loader, scores or evaluate(recipe, state, trunk, val), log, sha)
     return out
 
 
@@ -128,9 +131,12 @@ def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list
 
 def _train(
     recipe: Linear, state: TrainState, trunk: Backbone, loader: Loader, val: Loader, log: RunLog
-) -> None:
+) -> Scores | None:
+    """Train to the end; returns the validation of the final probes, where an epoch ended there."""
+    results: dict[int, Scores] = {}
+
     def validate(finished: int) -> float:
-        scores = evaluate(recipe, state, trunk, val)
+        scores = results[state.step] = evaluate(recipe, state, trunk, val)
         best = max(scores, key=lambda name: scores[name]["top1"])
         logger.info("epoch %d: best %s %.2f %%", finished, best, 100 * scores[best]["top1"])
         return scores[best]["top1"]
@@ -145,12 +151,11 @@ def _train(
         # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
         state.update(torch.stack(losses).sum())
         state.record(loss=torch.stack(losses).mean())
+    return results.get(state.step)
 
 
 @torch.no_grad()
-def evaluate(
-    recipe: Linear, state: TrainState, trunk: Backbone, val: Loader
-) -> dict[str, dict[str, float]]:
+def evaluate(recipe: Linear, state: TrainState, trunk: Backbone, val: Loader) -> Scores:
     """Top-1, and top-5 where there are more than five classes, of every probe by name."""
     state.agree()
     heads = state.module
@@ -173,24 +178,18 @@ def evaluate(
 
 
 def _finish(
-    recipe: Linear,
-    state: TrainState,
-    trunk: Backbone,
-    loader: Loader,
-    val: Loader,
-    log: RunLog,
-    sha: str,
+    recipe: Linear, state: TrainState, loader: Loader, scores: Scores, log: RunLog, sha: str
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", stream_digest(loader, state.rank))
-    for name, scores in evaluate(recipe, state, trunk, val).items():
+    for name, score in scores.items():
         for metric in ("top1", "top5"):
-            if metric in scores:
+            if metric in score:
                 log.result(
                     recipe.name,
                     metric=f"{metric}/{name}",
-                    value=100 * scores[metric],
+                    value=100 * score[metric],
                     unit="%",
-                    n=int(scores["n"]),
+                    n=int(score["n"]),
                     checkpoint_sha256=sha or None,
                     weights=Path(recipe.weights).name,
                 )

@@ -76,16 +76,22 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
             logger.info("%s is finished already (step %d)", out, state.step)
             return out
         _announce(recipe, loader, rank, total)
-        _train(recipe, state, loader, val, log)
-        _finish(recipe, state, loader, val, log)
+        result = _train(recipe, state, loader, val, log)
+        if result is None and val is not None:  # stopped by max_steps inside an epoch
+            result = evaluate(state, val, recipe)
+        _finish(recipe, state, loader, result, log)
     return out
 
 
 def _train(
     recipe: Pretrain, state: TrainState, loader: Loader, val: Loader | None, log: RunLog
-) -> None:
+) -> ConfusionResult | None:
+    """Train to the end; returns the validation of the final weights, where an epoch ended there."""
+    results: dict[int, ConfusionResult] = {}
+
     def validate(finished: int) -> float:
-        result = evaluate(state, val, recipe)
+        assert val is not None
+        result = results[state.step] = evaluate(state, val, recipe)
         logger.info("epoch %d: rotation accuracy %.2f %%", finished, 100 * result.accuracy)
         return result.accuracy
 
@@ -109,12 +115,12 @@ def _train(
             loss = cross_entropy(logits, batch.targets)
         state.update(loss)
         state.record(loss=loss, accuracy=100 * (logits.argmax(1) == batch.targets).float().mean())
+    return results.get(state.step)
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, val: Loader | None, recipe: Pretrain) -> ConfusionResult:
+def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResult:
     """Count predicted against true rotations over the whole validation set, on any world size."""
-    assert val is not None
     state.agree()
     state.module.eval()
     counts = Confusion(ROTATIONS, device=state.rank.device)
@@ -129,7 +135,7 @@ def evaluate(state: TrainState, val: Loader | None, recipe: Pretrain) -> Confusi
 
 
 def _finish(
-    recipe: Pretrain, state: TrainState, loader: Loader, val: Loader | None, log: RunLog
+    recipe: Pretrain, state: TrainState, loader: Loader, result: ConfusionResult | None, log: RunLog
 ) -> None:
     """Weights, results and figures."""
     model = state.module
@@ -140,8 +146,7 @@ def _finish(
     if state.rank.main:
         meta = {"recipe": recipe.name, "step": str(state.step), "data": loader.data_id}
         sha = save_backbone(log.out / "backbone.safetensors", model.backbone, meta)
-    if val is not None:
-        result = evaluate(state, val, recipe)
+    if result is not None:
         log.result(
             "rotation",
             metric="accuracy",
