@@ -276,7 +276,10 @@ class FfcvSource:
         if len(indices) == 0:
             return
         # One epoch at a time: the boxes of the batch in work belong to the loader.
-        self._stop()
+        if self._running is not None:
+            self._running.close()
+            if self._running.is_alive():
+                raise RuntimeError("FFCV's loader thread of an earlier epoch is stuck")
         self.bad.start_epoch()
         running = self._loader.iterate(indices.reshape(-1), epoch=epoch, timeout=self._spec.timeout)
         self._running = running
@@ -298,16 +301,9 @@ class FfcvSource:
 
     def close(self) -> None:
         """End the decoding thread and release the file."""
-        self._stop()
+        if self._running is not None:
+            self._running.close()
         data_sets.close(self._beton)
-
-    def _stop(self) -> None:
-        if self._running is None:
-            return
-        self._running.close()
-        if self._running.is_alive():
-            raise RuntimeError("FFCV's loader thread of the last epoch is stuck and does not end")
-        self._running = None
 
     def _second_opinion(self, sample: int, box: Any, pixels: torch.Tensor) -> bool:
         """Decode a refused sample with torchvision: FFCV's code also stands for mere warnings."""
