@@ -10,8 +10,8 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Generator, Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator
+from typing import Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ from pipelines.faults import BadSamples
 from pipelines.rotate import DTYPES, normalize_views, rotation_labels
 from pipelines.samples import Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
+from pipelines.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Loader:
         self.digest = 0
         """Sum over all valid samples served of the hash of (epoch, index, box), modulo 2**64."""
         self._source = source
+        self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
         self._rotations = rotation_labels(spec.batch_size, device=device)
 
@@ -96,29 +98,17 @@ class Loader:
             TimeoutError: the engine gave no batch within the spec's timeout.
         """
         source = self._source.epoch(epoch, start_step)
-        event: Callable[[], Any] = torch.cuda.Event
-        read = event() if self.device.type == "cuda" else None
-        first = True
         try:
             while True:
-                if read is not None and not first:
-                    # The next item may overwrite the buffers that the device still reads.
-                    read.synchronize()
-                first = False
                 begin = time.perf_counter()
-                raw = next(source, None)
+                raw = self._transfer.fetch(source)
                 self.wait_seconds += time.perf_counter() - begin
                 if raw is None:
                     return
                 keep = raw.valid.numpy()
                 served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
                 self.digest = (self.digest + served) % 2**64
-                moved = RawBatch(*(self._move(tensor) for tensor in raw))
-                batch = self._finish(moved)
-                if read is not None:
-                    # After the views: an engine's crops may lie on the device, and not be copied.
-                    read.record()
-                yield batch
+                yield self._finish(self._transfer.copy(raw))
         finally:
             close = getattr(source, "close", None)
             if close is not None:
@@ -133,12 +123,6 @@ class Loader:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            # Small ones are kept as they are served (labels, indices): they must be owned too.
-            return tensor if tensor.dim() == 4 else tensor.clone()
-        return tensor.to(self.device, non_blocking=True)
 
     def _finish(self, raw: RawBatch) -> Batch:
         views = self.spec.view_count

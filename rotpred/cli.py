@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -20,6 +21,9 @@ from rotpred.recipes import pretrain as pretraining
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", Pretrain, Linear)
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 USER_ERROR = 2
 """Exit status where the command, the data or the machine must change."""
@@ -68,8 +72,12 @@ def _drive(recipe: Pretrain | Linear) -> int:
     except Stopped as stop:
         logger.warning("%s", stop)
         return STOP_STATUS
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, FileNotFoundError, PermissionError, ImageError) as error:
         # One line for what the person at the keyboard can change; a traceback is for our mistakes.
+        if os.environ.get("ROTPRED_DEBUG"):
+            raise
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     return 0

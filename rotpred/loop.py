@@ -128,7 +128,8 @@ def steps(
             score = None
             if evaluate is not None and state.step % per_epoch == 0 and due:
                 score = evaluate(finished)
-            state.save(run.keep, score=score)
+            if state.step % run.accumulate == 0 or state.step == last:
+                state.save(run.keep, score=score)
             meter.restart()
 
 
