@@ -1,0 +1,95 @@
+"""What only a GPU shows: transfer, views and steps without a wait of the host. Skipped elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipelines.loader import missing_engines, open_loader
+from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
+from rotpred import pretrain
+from rotpred.distributed import Rank
+from rotpred.heads import make_rotnet
+from rotpred.optim import Optim
+from rotpred.recipes import Pretrain, Run
+from rotpred.schedule import Steps
+from rotpred.state import Trained, TrainState, channels_last
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("engine", ["ffcv", "folder", "dali"])
+def test_batches_on_the_gpu_equal_those_on_the_cpu(beton: Path, engine: str) -> None:
+    """Kept for a whole epoch while the device is busy: owned, and the same as on the CPU."""
+    if engine in (missing := missing_engines()):
+        pytest.skip(missing[engine])
+    spec = LoaderSpec(
+        data=str(beton), engine=engine, batch_size=4, crop=RandomResizedCrop(32), workers=2
+    )
+    busy = torch.randn(2048, 2048, device="cuda")
+    with open_loader(spec, device="cuda:0") as there, open_loader(spec) as here:
+        kept = []
+        for batch in there.epoch(0):
+            busy = busy @ busy * 1e-3  # the copies must not rely on an idle device
+            kept.append(batch)
+        for found, expected in zip(kept, here.epoch(0), strict=True):
+            assert torch.equal(found.indices.cpu(), expected.indices)
+            assert torch.equal(found.targets.cpu(), expected.targets)
+            # nvJPEG's inverse DCT is not libjpeg's; the other engines decode on the CPU.
+            limit = 0.05 if engine == "dali" else 1e-5
+            assert (found.images.cpu() - expected.images).abs().mean() < limit
+        assert there.digest == here.digest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> None:
+    spec = LoaderSpec(data="synthetic", samples=64, batch_size=8, crop=RandomCrop(32, 0))
+    rank = Rank(device=torch.device("cuda:0"))
+    run = Run(epochs=1, precision=precision)  # type: ignore[arg-type]
+    model = channels_last(make_rotnet("resnet18_small"), rank.device).train()
+    state = TrainState(
+        model,
+        [Trained(model, Optim(lr=0.01), Steps())],
+        rank=rank,
+        run=run,
+        folder=tmp_path,
+        global_batch=8,
+        identity={"backbone": "resnet18_small"},
+    )
+    with open_loader(spec, device="cuda:0", precision=run.precision) as loader:
+        for number, batch in enumerate(loader.epoch(0)):
+            if number == 2:  # the first steps allocate, tune and make constants
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                state.begin(0.0, run)
+                with state.autocast():
+                    logits = state.model(batch.images)
+                    loss = cross_entropy(logits, batch.targets)
+                state.update(loss)
+                state.record(loss=loss)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert state.means()["loss"] < 10 and not state.broken
+
+
+def test_a_run_on_the_gpu_resumes(tmp_path: Path) -> None:
+    spec = LoaderSpec(data="synthetic", samples=64, batch_size=8, crop=RandomCrop(32, 0))
+    recipe = Pretrain(
+        name="tiny",
+        backbone="resnet18_small",
+        train=spec,
+        val=replace(
+            spec, samples=19, crop=CenterCrop(32, None), flip=False, shuffle=False, drop_last=False
+        ),
+        optim=Optim(lr=0.01),
+        run=Run(out=str(tmp_path / "run"), epochs=2, max_steps=5, log_every=2, save_every=2),
+    )
+    rank = Rank(device=torch.device("cuda:0"))
+    pretrain.run(recipe, rank)
+    longer = replace(recipe, run=replace(recipe.run, max_steps=None))
+    out = pretrain.run(longer, rank)
+    assert (out / "backbone.safetensors").exists() and (out / "results.json").exists()
