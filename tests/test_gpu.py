@@ -1,4 +1,4 @@
-"""What only a GPU shows: transfer, views and steps without a wait of the host. Skipped elsewhere."""
+"""What only a GPU shows: transfer, views, steps without a wait of the host. Skipped elsewhere."""
 
 from __future__ import annotations
 
