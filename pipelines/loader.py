@@ -20,7 +20,7 @@ from pipelines.batch import IGNORE, Batch, RawBatch
 from pipelines.beton import Beton
 from pipelines.faults import BadSamples
 from pipelines.rotate import DTYPES, normalize_views, rotation_labels
-from pipelines.samples import Samples, fingerprint, open_samples
+from pipelines.samples import RAW, Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
 from pipelines.transfer import Transfer
 
@@ -136,19 +136,26 @@ class Loader:
 
 
 def missing_engines() -> dict[str, str]:
-    """Engines that cannot be used here, each with the reason in one line."""
-    missing = {}
-    for engine, package in _PACKAGES.items():
-        try:
-            # Our module, not the bare package: it undoes what importing ffcv does to torch.
-            importlib.import_module(f"pipelines.{engine}")
-        except (ImportError, OSError) as error:
-            missing[engine] = f"{package} cannot be imported ({str(error).splitlines()[0]})"
-    return missing
+    """Engines that cannot be used here, each with the reason in one line. Imports all of them."""
+    return {engine: reason for engine in _PACKAGES if (reason := _missing(engine)) is not None}
 
 
-def choose_engine(spec: LoaderSpec) -> Engine:
+def _missing(engine: str) -> str | None:
+    """Why an engine cannot be used here, or None. Imports its package, which may take seconds."""
+    try:
+        # Our module, not the bare package: it undoes what importing ffcv does to torch.
+        importlib.import_module(f"pipelines.{engine}")
+    except (ImportError, OSError) as error:
+        return f"{_PACKAGES[engine]} cannot be imported ({str(error).splitlines()[0]})"
+    return None
+
+
+def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     """The engine that `auto` means for this data: the fastest one present. Logs why.
+
+    Args:
+        spec: names the data and the engine.
+        raw: whether the beton holds uncompressed samples, which DALI cannot read.
 
     Raises:
         ValueError: the engine that the spec names cannot read this data, or is not installed.
@@ -164,20 +171,22 @@ def choose_engine(spec: LoaderSpec) -> Engine:
         )
     if spec.engine == "folder":
         return "folder"
-    missing = missing_engines()
     if spec.engine != "auto":
-        if spec.engine in missing:
-            raise ValueError(f"engine={spec.engine}: {missing[spec.engine]}; see README, Engines")
+        missing = _missing(spec.engine)
+        if missing is not None:
+            raise ValueError(f"engine={spec.engine}: {missing}; see README, Engines")
         return spec.engine
     ranking: tuple[Engine, ...] = ("ffcv", "dali", "folder")
     notes = []
     for engine in ranking:
         if engine == "ffcv" and not beton:
             notes.append("not ffcv: it reads .beton files only")
-        elif engine in missing:
-            notes.append(f"not {engine}: {missing[engine]}")
         elif engine == "dali" and spec.max_bad:
             notes.append("not dali: it cannot mask undecodable samples (max_bad)")
+        elif engine == "dali" and raw:
+            notes.append("not dali: it cannot read uncompressed samples")
+        elif (missing := _missing(engine)) is not None:
+            notes.append(f"not {engine}: {missing}")
         else:
             reason = "; ".join(notes) if notes else "the fastest for a .beton file"
             log.info("engine %s for %s: %s", engine, spec.data, reason)
@@ -206,13 +215,17 @@ def open_loader(
     """
     shard = shard if shard is not None else Shard()
     device = torch.device(device)
-    engine = choose_engine(spec)
+    # A beton opens in no time, a folder of a million files does not: refuse what cannot be first.
+    samples = open_samples(spec.data) if spec.data.endswith(".beton") else None
+    engine = choose_engine(
+        spec, raw=isinstance(samples, Beton) and bool((samples.modes == RAW).any())
+    )
     if engine == "synthetic":
         from pipelines.synthetic import SyntheticSource
 
         source: Source = SyntheticSource(spec, shard=shard, device=device)
         return Loader(source, spec, engine=engine, device=device, precision=precision)
-    samples = open_samples(spec.data)
+    samples = samples or open_samples(spec.data)
     source = _open_source(engine, samples, spec, shard, device)
     return Loader(
         source,

@@ -365,14 +365,16 @@ def test_auto_takes_the_best_present(
 ) -> None:
     caplog.set_level(logging.INFO, "pipelines.loader")
     missing: dict[str, str] = {}
-    monkeypatch.setattr("pipelines.loader.missing_engines", lambda: missing)
+    monkeypatch.setattr("pipelines.loader._missing", missing.get)
     assert choose_engine(LoaderSpec()) == "synthetic"
     assert choose_engine(LoaderSpec(data="x.beton")) == "ffcv"
     assert "engine ffcv for x.beton: the fastest for a .beton file" in caplog.text
     assert choose_engine(LoaderSpec(data=str(folder))) == "dali"
     assert f"engine dali for {folder}: not ffcv: it reads .beton files only" in caplog.text
     assert choose_engine(LoaderSpec(data=str(folder), max_bad=1)) == "folder"
+    assert choose_engine(LoaderSpec(data="x.beton"), raw=True) == "ffcv"
     missing["ffcv"] = "ffcv cannot be imported (no compiler)"
+    assert choose_engine(LoaderSpec(data="x.beton"), raw=True) == "folder"
     missing["dali"] = "nvidia.dali cannot be imported (no wheel)"
     caplog.clear()
     assert choose_engine(LoaderSpec(data="x.beton")) == "folder"
