@@ -156,14 +156,20 @@ class BetonWriter:
             self._page.clear()
 
 
+def stage_text(path: Path, text: str) -> Path:
+    """Write a small file beside its place, down to the disk; a rename puts it there."""
+    temporary = Path(f"{path}.tmp.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    return temporary
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, down to the disk."""
-    temporary = Path(f"{path}.tmp.{os.getpid()}")
+    temporary = stage_text(path, text)
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

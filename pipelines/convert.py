@@ -23,6 +23,7 @@ from pipelines.beton_write import (
     PageTooSmall,
     exclusive,
     page_for,
+    stage_text,
     sync_folder,
     write_text,
 )
@@ -173,8 +174,13 @@ class _Run:
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            writer.publish()
-        write_text(manifest_path(self.target), manifest.dumps())
+            # Both are on the disk before either takes its place: what can fail has not.
+            staged = stage_text(manifest_path(self.target), manifest.dumps())
+            try:
+                writer.publish()
+                os.replace(staged, manifest_path(self.target))
+            finally:
+                staged.unlink(missing_ok=True)
         self._report("quarantine")
         Path(f"{self.target}.failed.jsonl").unlink(missing_ok=True)
         sync_folder(self.target.parent)

@@ -177,9 +177,9 @@ class DaliSource:
                 return from_dlpack(images.as_tensor()), torch.from_numpy(where)
         raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
 
-    def _blame(self, epoch: int, step: int, error: BaseException) -> ImageError | RuntimeError:
+    def _blame(self, epoch: int, step: int, error: BaseException) -> ValueError | RuntimeError:
         """DALI often does not say which picture it refused: find it among those in flight."""
-        if isinstance(error.__cause__, ImageError):
+        if isinstance(error.__cause__, ValueError):
             return error.__cause__
         indices, _ = self._order.batches(epoch, step)
         for i in indices[: _PREFETCH + 2].reshape(-1):

@@ -32,6 +32,6 @@ class BadSamples:
         if self._in_epoch > self._limit:
             raise ImageError(
                 f"{name}: {reason} ({self._in_epoch} undecodable this epoch, max_bad is "
-                f"{self._limit}; scripts/to_beton.py --verify finds them all)"
+                f"{self._limit}; raise it, or convert the data anew, which sets them aside)"
             )
         log.warning("masked %s: %s", name, reason)

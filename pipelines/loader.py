@@ -19,7 +19,7 @@ from pipelines.augment import digest64
 from pipelines.batch import IGNORE, Batch, RawBatch
 from pipelines.beton import Beton
 from pipelines.faults import BadSamples
-from pipelines.rotate import DTYPES, normalize_views, rotation_labels
+from pipelines.rotate import DTYPES, normalize_views, rotate4
 from pipelines.samples import RAW, Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
 from pipelines.transfer import Transfer
@@ -62,12 +62,15 @@ class Loader:
         precision: Precision = "fp32",
         classes: tuple[str, ...] = (),
         data_id: str = "",
+        label_range: tuple[int, int] = (-1, -1),
     ) -> None:
         self.spec, self.engine, self.device = spec, engine, device
         self.classes = classes
         """Class names, empty where the data set has none."""
         self.data_id = data_id
         """Short hash that identifies the data set."""
+        self.label_range = label_range
+        """Smallest and largest label of the data set; -1 stands for none."""
         self.wait_seconds = 0.0
         """Time that consumers have spent waiting for decoded crops, over all epochs."""
         self.digest = 0
@@ -75,7 +78,6 @@ class Loader:
         self._source = source
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
-        self._rotations = rotation_labels(spec.batch_size, device=device)
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
@@ -125,12 +127,13 @@ class Loader:
         self.close()
 
     def _finish(self, raw: RawBatch) -> Batch:
-        views = self.spec.view_count
-        images = normalize_views(
-            raw.images, views=views, normalize=self.spec.normalize, dtype=self._dtype
-        )
-        valid = raw.valid.repeat(views)
-        targets = raw.labels if views == 1 else self._rotations
+        normalize, dtype = self.spec.normalize, self._dtype
+        valid = raw.valid.repeat(self.spec.view_count)
+        if self.spec.views == "rotate4":
+            images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype)
+        else:
+            images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype)
+            targets = raw.labels
         targets = torch.where(valid, targets, IGNORE)
         return Batch(images, targets, valid, raw.labels, raw.indices)
 
@@ -145,8 +148,10 @@ def _missing(engine: str) -> str | None:
     try:
         # Our module, not the bare package: it undoes what importing ffcv does to torch.
         importlib.import_module(f"pipelines.{engine}")
-    except (ImportError, OSError) as error:
-        return f"{_PACKAGES[engine]} cannot be imported ({str(error).splitlines()[0]})"
+    except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
+        # The last three: what a package built for another numpy or numba fails with.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{_PACKAGES[engine]} cannot be imported ({reason})"
     return None
 
 
@@ -174,7 +179,7 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     if spec.engine != "auto":
         missing = _missing(spec.engine)
         if missing is not None:
-            raise ValueError(f"engine={spec.engine}: {missing}; see README, Engines")
+            raise ValueError(f"engine={spec.engine}: {missing}; README says how to install it")
         return spec.engine
     ranking: tuple[Engine, ...] = ("ffcv", "dali", "folder")
     notes = []
@@ -216,15 +221,24 @@ def open_loader(
     shard = shard if shard is not None else Shard()
     device = torch.device(device)
     # A beton opens in no time, a folder of a million files does not: refuse what cannot be first.
-    samples = open_samples(spec.data) if spec.data.endswith(".beton") else None
+    samples = None
+    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
+        samples = open_samples(spec.data)
     engine = choose_engine(
         spec, raw=isinstance(samples, Beton) and bool((samples.modes == RAW).any())
     )
     if engine == "synthetic":
-        from pipelines.synthetic import SyntheticSource
+        from pipelines.synthetic import CLASSES, SyntheticSource
 
         source: Source = SyntheticSource(spec, shard=shard, device=device)
-        return Loader(source, spec, engine=engine, device=device, precision=precision)
+        return Loader(
+            source,
+            spec,
+            engine=engine,
+            device=device,
+            precision=precision,
+            label_range=(0, CLASSES - 1),
+        )
     samples = samples or open_samples(spec.data)
     source = _open_source(engine, samples, spec, shard, device)
     return Loader(
@@ -235,6 +249,7 @@ def open_loader(
         precision=precision,
         classes=samples.classes,
         data_id=fingerprint(samples),
+        label_range=(int(samples.labels.min()), int(samples.labels.max())),
     )
 
 

@@ -1,8 +1,8 @@
 """Engine: random images that already lie on the device.
 
-A part of the product: the ceiling of a training step (nothing is read, decoded or transferred), and
-smoke runs on a machine without data. Labels are drawn once per sample, so a probe has something to
-fit; pixels are noise.
+A part of the product: the ceiling of a training step (nothing is read, decoded or sent over the
+bus), and smoke runs on a machine without data. Labels are drawn once per sample, so a probe has
+something to fit; pixels are noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLASSES = 10
 
 
 class SyntheticSource:
-    """Random crops: the same few batches of pixels over and over, honest indices and labels."""
+    """Random crops: one batch of pixels over and over, with honest indices and labels."""
 
     def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
         self._spec = spec

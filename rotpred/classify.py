@@ -15,14 +15,14 @@ from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
 from rotpred import figures, probes
 from rotpred.backbone import Backbone, build_backbone
-from rotpred.distributed import Rank, check_equal
+from rotpred.distributed import Rank
 from rotpred.loop import steps, stream_digest
 from rotpred.metrics import TopK
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
 from rotpred.runfolder import plain
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last
+from rotpred.state import Trained, TrainState, autocast, channels_last, check_data
 from rotpred.weights import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,16 @@ def run(recipe: Linear, rank: Rank) -> Path:
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
         loader = stack.enter_context(_open(recipe.train, recipe, rank))
         val = stack.enter_context(_open(recipe.val, recipe, rank))
-        check_equal(len(loader), rank, what="steps in an epoch")
+        check_data(loader, rank)
         classes = _classes(loader, val)
         parts = [
             (ProbeSet(build_probes(probe, trunk, classes, recipe.train.crop.size)), probe)
             for probe in recipe.probes
         ]
         heads = ProbeSet(probe for part, _ in parts for probe in part).to(rank.device)
+        if rank.world > 1 and rank.device.type == "cuda":
+            # As mmselfsup's heads; in place, below the StageProbes that the optimisers hold.
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
         state = TrainState(
             heads,
             [Trained(part, probe.optim, probe.schedule) for part, probe in parts],
@@ -135,19 +138,22 @@ def _train(
     """Train to the end; returns the validation of the final probes, where an epoch ended there."""
     results: dict[int, Scores] = {}
 
-    def validate(finished: int) -> float:
+    stages = torch.compile(trunk.stages) if recipe.run.compile else trunk.stages
+
+    def validate(_finished: int) -> float:
         scores = results[state.step] = evaluate(recipe, state, trunk, val)
         best = max(scores, key=lambda name: scores[name]["top1"])
-        logger.info("epoch %d: best %s %.2f %%", finished, best, 100 * scores[best]["top1"])
+        tops = {f"top1/{name}": 100 * score["top1"] for name, score in scores.items()}
+        log.validation(step=state.step, values=tops)
         return scores[best]["top1"]
 
     for batch in steps(
         state, loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
     ):
-        with state.autocast():
-            with torch.no_grad():
-                maps = trunk.stages(batch.images)
-            losses = [cross_entropy(logits, batch.targets) for logits in state.model(maps)]
+        with state.autocast(), torch.no_grad():
+            maps = stages(batch.images)
+        # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
+        losses = [cross_entropy(logits, batch.targets) for logits in state.model(maps)]
         # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
         state.update(torch.stack(losses).sum())
         state.record(loss=torch.stack(losses).mean())
@@ -166,7 +172,8 @@ def evaluate(recipe: Linear, state: TrainState, trunk: Backbone, val: Loader) ->
     try:
         for batch in val.epoch(0):
             with autocast(state.rank.device, recipe.run.precision):
-                outputs = heads(trunk.stages(batch.images))
+                maps = trunk.stages(batch.images)
+            outputs = heads(maps)
             if counts is None:
                 ks = (1, 5) if outputs[0].shape[1] > 5 else (1,)
                 counts = TopK(ks=ks, heads=len(names), device=state.rank.device)
@@ -205,19 +212,24 @@ def _open(spec: LoaderSpec, recipe: Linear, rank: Rank) -> Loader:
 
 
 def _classes(loader: Loader, val: Loader) -> int:
-    """Number of classes, which training and validation data must share by name and order."""
-    if loader.engine == "synthetic":
-        from pipelines.synthetic import CLASSES
+    """Number of classes, which training and validation data must share by name and order.
 
-        return CLASSES
-    if not loader.classes:
-        raise ValueError(f"{loader.spec.data} has no class names: it was converted unlabelled")
-    if loader.classes != val.classes:
+    Raises:
+        ValueError: the data carry no labels, or not the same ones.
+    """
+    highest = 0
+    for part in (loader, val):
+        low, high = part.label_range
+        if low < 0:
+            raise ValueError(f"{part.spec.data} has samples without a label")
+        highest = max(highest, high)
+    if loader.classes and val.classes and loader.classes != val.classes:
         raise ValueError(
             f"{loader.spec.data} and {val.spec.data} have different classes "
             f"({len(loader.classes)} and {len(val.classes)})"
         )
-    return len(loader.classes)
+    # A beton that stock FFCV wrote has labels, but no names for them.
+    return max(highest + 1, len(loader.classes))
 
 
 def _identity(recipe: Linear, loader: Loader, rank: Rank, sha: str) -> dict[str, Any]:

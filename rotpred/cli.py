@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import tyro
 
-from pipelines.decode import ImageError
 from rotpred import classify, distributed, pretrain
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
@@ -74,10 +73,10 @@ def _drive(recipe: Pretrain | Linear) -> int:
         return STOP_STATUS
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, FileNotFoundError, PermissionError, ImageError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         # One line for what the person at the keyboard can change; a traceback is for our mistakes.
         if os.environ.get("ROTPRED_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error} (ROTPRED_DEBUG=1 shows where)", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     return 0

@@ -65,6 +65,7 @@ def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int =
     torch.set_num_threads(threads or cpu_threads(rank.local_world))
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
+        torch.backends.cudnn.benchmark = True  # shapes do not change within a run
     if rank.world > 1:
         on_gpu = rank.device.type == "cuda"
         dist.init_process_group(

@@ -168,7 +168,7 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
         raise ValueError("no rows to draw: the log is empty")
     panels = {
         "Loss": ("loss",),
-        "Accuracy (%)": ("accuracy",),
+        "Accuracy (%)": ("accuracy", "val/accuracy"),
         "Learning rate": ("lr",),
         "Throughput (1/s)": ("views_per_s", "images_per_s"),
     }
@@ -197,13 +197,16 @@ def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[st
         points = [
             (row["step"], value if isinstance(value := row.get(name), int | float) else np.nan)
             for row in rows
+            if name in row
         ]
+        if not points:
+            continue
         steps, values = np.array(points, dtype=np.float64).T
         # A run of one interval is a point, which a line would not show.
         marker = "o" if len(points) < 30 else ""
         label = name.replace("_per_s", "/s")
         ax.plot(steps, values, color=colour, lw=1.5, marker=marker, ms=3, label=label)
-    if len(names) > 1:
+    if len(ax.lines) > 1:
         ax.legend(fontsize=8, frameon=False)
         ax.set_ylim(bottom=0)
     if len(rows) == 1:

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 STOP_STATUS = 75
 """Exit status of a run that a signal ended after a checkpoint (BSD's EX_TEMPFAIL: try again)."""
 
-_AGREE_EVERY = 10  # steps between agreements on signals, where a log interval is longer
+_AGREE_EVERY = 10  # steps between the ranks' agreements on signals, on GPUs
+_PATIENCE_SECONDS = 5.0
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -46,23 +48,33 @@ class Stopped(Exception):
 
 
 class NotFiniteError(ValueError):
-    """A loss was infinite or not a number. No checkpoint holds weights that it has touched."""
+    """A loss or a weight was infinite or not a number. No checkpoint holds such weights."""
 
 
 class _Signals:
-    """Turns SIGTERM and SIGUSR1 into a flag, and a second one into the end."""
+    """Turns a request to stop into a flag, and one repeated later into the end.
+
+    Job schedulers signal every process and torchrun passes signals on, so that the same request
+    arrives twice at once; a person who has waited and asks again wants the end.
+    """
 
     def __init__(self) -> None:
-        self.arrived = False
+        self._first: float | None = None
+
+    @property
+    def arrived(self) -> bool:
+        return self._first is not None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if self.arrived:
-            raise KeyboardInterrupt(f"second signal {number}")
-        self.arrived = True
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > _PATIENCE_SECONDS:
+            raise KeyboardInterrupt(f"signal {number}, again")
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {s: signal.signal(s, self) for s in _STOPPING}
         try:
             yield
         finally:
@@ -91,7 +103,7 @@ def steps(
         eval_every: epochs.
 
     Raises:
-        NotFiniteError: on all ranks together, within a log interval of the loss.
+        NotFiniteError: on all ranks together, at the next log line or before the next checkpoint.
         Stopped: on all ranks together, after a checkpoint.
     """
     per_epoch = len(loader)
@@ -99,37 +111,58 @@ def steps(
     last = total if run.max_steps is None else min(total, run.max_steps)
     meter = _Meter(state, loader, log, run)
     signals = _Signals()
+    # The sum over ranks goes on from where the checkpoint stood.
+    loader.digest = int(state.digest, 16) if state.rank.main else 0
+    # On GPUs the hosts run ahead of the devices: rarer agreements keep them from waiting.
+    agree_every = 1 if state.rank.device.type == "cpu" else _AGREE_EVERY
+
+    def save(score: float | None = None) -> None:
+        meter.check_finite()
+        state.digest = stream_digest(loader, state.rank)
+        state.save(run.keep, score=score)
+
+    def stop_if_asked() -> None:
+        if any_true(signals.arrived, state.rank):
+            save()
+            raise Stopped(state.step)
+
     with signals.caught():
         while state.step < last:
             epoch, start = divmod(state.step, per_epoch)
+            save_due = agree_due = False
             with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
                 for batch in batches:
-                    state.begin(state.step / per_epoch, run)
+                    state.begin(state.step / per_epoch, final=state.step + 1 == last)
                     yield batch
                     state.step += 1
                     log.tick(state.step)
-                    done = state.step == last or state.step % per_epoch == 0
-                    if done or state.step % run.log_every == 0:
+                    ended = state.step == last or state.step % per_epoch == 0
+                    if ended or state.step % run.log_every == 0:
                         meter.report(epoch)
-                    # Weights with half of an accumulated gradient are no place to go on from.
-                    whole = state.step % run.accumulate == 0
-                    check = done or state.step % min(run.log_every, _AGREE_EVERY) == 0
-                    if whole and check and any_true(signals.arrived, state.rank):
-                        meter.check_finite()
-                        state.save(run.keep)
-                        raise Stopped(state.step)
-                    if whole and not done and state.step % run.save_every == 0:
-                        meter.check_finite()
-                        state.save(run.keep)
-                    if done:
+                    if ended:
                         break
-            finished = state.step // per_epoch
-            due = finished % eval_every == 0 or finished == run.epochs
-            score = None
-            if evaluate is not None and state.step % per_epoch == 0 and due:
+                    save_due |= state.step % run.save_every == 0
+                    agree_due |= state.step % agree_every == 0
+                    # Weights with half of an accumulated gradient are no place to go on from.
+                    if state.whole and agree_due:
+                        agree_due = False
+                        stop_if_asked()
+                    if state.whole and save_due:
+                        save_due = False
+                        save()
+                else:
+                    raise RuntimeError(f"{loader.engine} ended epoch {epoch} at step {state.step}")
+            # Before the validation, which may take longer than a signal leaves.
+            if state.whole:
+                save()
+            finished, rest = divmod(state.step, per_epoch)
+            due = rest == 0 and (finished % eval_every == 0 or finished == run.epochs)
+            if evaluate is not None and due:
                 score = evaluate(finished)
-            if state.step % run.accumulate == 0 or state.step == last:
-                state.save(run.keep, score=score)
+                if state.whole:
+                    save(score)
+            if state.whole and state.step < last:
+                stop_if_asked()
             meter.restart()
 
 
@@ -165,13 +198,14 @@ class _Meter:
     def check_finite(self) -> None:
         if any_true(self._state.broken, self._state.rank):
             raise NotFiniteError(
-                f"the loss was not finite before step {self._state.step}: a smaller learning rate, "
-                "a longer warm-up or precision fp32 may help; the last checkpoint is sound"
+                f"the loss or a weight was not finite at step {self._state.step}: a smaller "
+                "learning rate, a longer warm-up or precision fp32 may help; "
+                "the last checkpoint is sound"
             )
 
 
 def stream_digest(loader: Loader, rank: Rank) -> str:
-    """Hash of all (epoch, index, box) that all ranks have trained on: equal runs, equal digest."""
+    """Hash of all (epoch, index, box) that the run has trained on: equal runs, equal digest."""
     # Two's complement addition wraps exactly as unsigned addition does.
     signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest
     total = int(all_sum(torch.tensor(signed, dtype=torch.int64), rank))

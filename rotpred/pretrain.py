@@ -16,19 +16,23 @@ from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
 from rotpred import figures
 from rotpred.backbone import Backbone
-from rotpred.distributed import Rank, check_equal
+from rotpred.distributed import Rank
 from rotpred.heads import RotNet, make_rotnet
-from rotpred.loop import Stopped, steps, stream_digest
+from rotpred.loop import steps, stream_digest
 from rotpred.metrics import Confusion, ConfusionResult
+from rotpred.optim import APEX_INSTALL
 from rotpred.recipes import Pretrain
-from rotpred.runfolder import plain
+from rotpred.runfolder import plain, write_json
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last
+from rotpred.state import Trained, TrainState, autocast, channels_last, check_data
 from rotpred.weights import save_backbone
 
 logger = logging.getLogger(__name__)
 
 ROTATIONS = 4
+
+DONE = "done.json"
+"""Name of the file that marks a run folder as finished, results and figures included."""
 
 
 def run(recipe: Pretrain, rank: Rank) -> Path:
@@ -48,7 +52,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
             stack.enter_context(lock(out))
         loader = stack.enter_context(_open(recipe.train, recipe, rank))
         val = stack.enter_context(_open(recipe.val, recipe, rank)) if recipe.val else None
-        check_equal(len(loader), rank, what="steps in an epoch")
+        check_data(loader, rank)
         model = _network(recipe, rank)
         state = TrainState(
             model,
@@ -72,7 +76,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
                 start_step=state.step,
             )
         )
-        if resumed and state.step >= total and (out / "backbone.safetensors").exists():
+        if resumed and state.step >= total and (out / DONE).exists():
             logger.info("%s is finished already (step %d)", out, state.step)
             return out
         _announce(recipe, loader, rank, total)
@@ -89,21 +93,23 @@ def _train(
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, ConfusionResult] = {}
 
-    def validate(finished: int) -> float:
+    def validate(_finished: int) -> float:
         assert val is not None
         result = results[state.step] = evaluate(state, val, recipe)
-        logger.info("epoch %d: rotation accuracy %.2f %%", finished, 100 * result.accuracy)
+        log.validation(step=state.step, values={"accuracy": 100 * result.accuracy})
+        log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
         return result.accuracy
 
-    pictured = state.step > 0
-    for batch in steps(
+    pictured = state.step > 0 or not state.rank.main
+    batches = steps(
         state,
         loader,
         recipe.run,
         log=log,
         evaluate=validate if val is not None else None,
         eval_every=recipe.eval_every,
-    ):
+    )
+    for batch in batches:
         if not pictured:
             pictured = True
             grid = figures.views_grid(
@@ -114,7 +120,8 @@ def _train(
             logits = state.model(batch.images)
             loss = cross_entropy(logits, batch.targets)
         state.update(loss)
-        state.record(loss=loss, accuracy=100 * (logits.argmax(1) == batch.targets).float().mean())
+        hits = (logits.argmax(1) == batch.targets).sum() / batch.valid.sum()
+        state.record(loss=loss, accuracy=100 * hits)
     return results.get(state.step)
 
 
@@ -137,15 +144,15 @@ def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResul
 def _finish(
     recipe: Pretrain, state: TrainState, loader: Loader, result: ConfusionResult | None, log: RunLog
 ) -> None:
-    """Weights, results and figures."""
+    """Weights, results and figures; the mark of a finished run comes last."""
     model = state.module
     assert isinstance(model, RotNet)
     digest = stream_digest(loader, state.rank)
-    logger.info("digest of all sample ids and crop boxes in this process group: %s", digest)
-    sha = ""
-    if state.rank.main:
-        meta = {"recipe": recipe.name, "step": str(state.step), "data": loader.data_id}
-        sha = save_backbone(log.out / "backbone.safetensors", model.backbone, meta)
+    logger.info("digest of all sample ids and crop boxes: %s", digest)
+    if not state.rank.main:
+        return
+    meta = {"recipe": recipe.name, "step": str(state.step), "data": loader.data_id}
+    sha = save_backbone(log.out / "backbone.safetensors", model.backbone, meta)
     if result is not None:
         log.result(
             "rotation",
@@ -159,8 +166,8 @@ def _finish(
         )
         log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
     log.figure("filters", figures.filters(_first_filters(model.backbone)))
-    if state.rank.main:
-        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+    log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+    write_json(log.out / DONE, {"step": state.step, "stream_digest": digest})
 
 
 def _open(spec: LoaderSpec, recipe: Pretrain, rank: Rank) -> Loader:
@@ -192,9 +199,8 @@ def _apex_sync_bn(model: nn.Module) -> nn.Module:
         from apex.parallel import convert_syncbn_model
     except ImportError as error:
         raise ValueError(
-            "sync_bn=apex: NVIDIA apex is not installed. It is not on PyPI (the package of that "
-            "name is something else): git clone https://github.com/NVIDIA/apex && cd apex && "
-            "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+            "sync_bn=apex needs NVIDIA apex, which is not installed. It is built from source "
+            f"(the package apex on PyPI is something else): {APEX_INSTALL}"
         ) from error
     return convert_syncbn_model(model)  # type: ignore[no-any-return]
 
@@ -238,6 +244,3 @@ def _announce(recipe: Pretrain, loader: Loader, rank: Rank, total: int) -> None:
 def _first_filters(backbone: Backbone) -> torch.Tensor:
     conv = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     return conv.weight.detach().float().cpu()
-
-
-__all__ = ["Stopped", "evaluate", "run"]

@@ -209,6 +209,26 @@ class RunLog:
             self._rows.append(row)
             self._scalars.interval(row, values, step=step, resumed=self._resumed)
 
+    def validation(self, *, step: int, values: Mapping[str, float]) -> None:
+        """Record a validation in the middle of a run: a row, a console line, TensorBoard scalars.
+
+        Args:
+            step: steps done since the beginning of the run.
+            values: in percent, by name; the row and TensorBoard call them val/NAME.
+        """
+        if not self._main:
+            return
+        self._rows.open(after=self._resumed)
+        named = {f"val/{name}": float(value) for name, value in values.items()}
+        logger.info(
+            "step %d  validation  %s",
+            step,
+            "  ".join(f"{name} {value:.2f} %" for name, value in values.items()),
+        )
+        with self._keeps_going():
+            self._rows.append({"step": step, **named, "time": round(time.time(), 3)})
+            self._scalars.add(named, step=step, resumed=self._resumed)
+
     def result(
         self,
         benchmark: str,

@@ -38,12 +38,16 @@ class Scalars:
         for name in LOADER:
             if isinstance(number := row.get(name), int | float):
                 scalars[f"loader/{name}"] = number
+        self.add(scalars, step=step, resumed=resumed)
 
-        def add(writer: SummaryWriter) -> None:
+    def add(self, scalars: Mapping[str, float], *, step: int, resumed: int) -> None:
+        """Add scalars under their full names."""
+
+        def write(writer: SummaryWriter) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
 
-        self._write(add, resumed=resumed)
+        self._write(write, resumed=resumed)
 
     def picture(self, name: str, pixels_HWC: NDArray[np.uint8], *, step: int, resumed: int) -> None:
         """Add a picture (H, W, 3)."""

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.loader import Loader
 from pipelines.rotate import DTYPES
 from pipelines.spec import Precision
 from rotpred import checkpoint
-from rotpred.distributed import Rank, barrier, broadcast_str
+from rotpred.distributed import Rank, barrier, broadcast_str, check_equal
 from rotpred.optim import Optim, build, set_lr
 from rotpred.schedule import Schedule, lr_at
 from rotpred.settings import Run
@@ -64,12 +65,15 @@ class TrainState:
         """
         self.rank, self.module, self.folder = rank, module, folder
         self.step = 0
+        self.digest = "0"
+        """`loop.stream_digest` of the samples trained on up to the last checkpoint."""
         self._run, self._identity = run, identity
         self._epochs = run.epochs
         self._parts = [(part, part.optim.lr_for(global_batch * run.accumulate)) for part in trained]
         self._optimizers = [build(part.module, part.optim, lr) for part, lr in self._parts]
         # A disabled scaler passes everything through: one path for all precisions.
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
+        self._last = True
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
         self._broken = torch.zeros((), dtype=torch.bool, device=rank.device)
@@ -82,16 +86,27 @@ class TrainState:
 
     @property
     def broken(self) -> bool:
-        """Whether a loss was not finite. Reads the device."""
-        return bool(self._broken)
+        """Whether a loss or a weight is not finite. Reads the device."""
+        sound = [tensor.isfinite().all() for tensor in self.module.parameters()]
+        return bool(self._broken | ~torch.stack(sound).all())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last step ended an accumulation, so that no gradient is pending."""
+        return self._last
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision, or nothing in fp32."""
         return autocast(self.rank.device, self._run.precision)
 
-    def begin(self, epoch: float, run: Run) -> None:
-        """Set the learning rates of the coming step, and whether it ends an accumulation."""
-        self._last = (self.step + 1) % run.accumulate == 0
+    def begin(self, epoch: float, *, final: bool = False) -> None:
+        """Set the learning rates of the coming step, and whether it ends an accumulation.
+
+        Args:
+            epoch: now, with its fraction.
+            final: the last step of the run, which uses whatever gradient has come together.
+        """
+        self._last = final or (self.step + 1) % self._run.accumulate == 0
         if isinstance(self.model, DistributedDataParallel):
             # Gradients travel once per update; `no_sync` would have to wrap the protocol's lines.
             self.model.require_backward_grad_sync = self._last
@@ -125,9 +140,16 @@ class TrainState:
 
     def agree(self) -> None:
         """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
-        if self.rank.world > 1:
-            for buffer in self.module.buffers():
-                dist.broadcast(buffer, src=0)
+        if self.rank.world == 1:
+            return
+        # Together, one message for each type: a ResNet-50 has 160 of them.
+        for dtype in {buffer.dtype for buffer in self.module.buffers()}:
+            alike = [buffer for buffer in self.module.buffers() if buffer.dtype == dtype]
+            message = torch.cat([buffer.flatten() for buffer in alike])
+            dist.broadcast(message, src=0)
+            parts = torch.split(message, [buffer.numel() for buffer in alike])
+            for buffer, part in zip(alike, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def save(self, keep: int, *, score: float | None = None) -> None:
         """Write a checkpoint, by rank 0, while the others wait."""
@@ -138,6 +160,7 @@ class TrainState:
                 "model": self.module.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
                 "scaler": self._scaler.state_dict(),
+                "digest": self.digest,
                 "rng": torch.get_rng_state(),
                 "identity": json.dumps(self._identity, sort_keys=True),
             }
@@ -172,7 +195,7 @@ class TrainState:
             optimizer.load_state_dict(saved)
         self._scaler.load_state_dict(loaded.state["scaler"])
         torch.set_rng_state(loaded.state["rng"])
-        self.step = loaded.step
+        self.step, self.digest = loaded.step, loaded.state["digest"]
         logger.info("going on from %s, after step %d", found, loaded.step)
         return True
 
@@ -194,6 +217,19 @@ def channels_last(module: M, device: torch.device) -> M:
     return module.to(device).to(memory_format=torch.channels_last)
 
 
+def check_data(loader: Loader, rank: Rank) -> None:
+    """Refuse what would let ranks drift apart: other data on another machine, padded training.
+
+    Raises:
+        RuntimeError: the ranks have data of different length or content.
+        ValueError: training data are padded.
+    """
+    if not loader.spec.drop_last:
+        raise ValueError("train.drop_last must be True: a batch of padding has no loss to average")
+    check_equal(len(loader), rank, what="steps in an epoch")
+    check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the training data")
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Autocast to bf16 or fp16, or nothing in fp32."""
     if precision == "fp32":
@@ -208,4 +244,10 @@ def _wrap(module: nn.Module, rank: Rank, compiled: bool) -> nn.Module:
     if rank.world == 1:
         return module
     device_ids = [rank.device.index] if rank.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
+    return DistributedDataParallel(
+        module,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )

@@ -65,7 +65,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
             if number == 2:  # the first steps allocate, tune and make constants
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                state.begin(0.0, run)
+                state.begin(0.0)
                 with state.autocast():
                     logits = state.model(batch.images)
                     loss = cross_entropy(logits, batch.targets)

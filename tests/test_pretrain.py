@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,10 @@ def test_run_folder(whole: Path) -> None:
     for name in ("views", "confusion", "filters", "curves"):
         assert (whole / "figures" / f"{name}.png").stat().st_size > 2000
     rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    checks = [row for row in rows if "val/accuracy" in row]
+    assert [row["step"] for row in checks] == [12]
+    assert checks[-1]["val/accuracy"] == results(whole)["accuracy"]["value"]
+    rows = [row for row in rows if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert rows[-1]["images_per_s"] * 4 == pytest.approx(rows[-1]["views_per_s"], rel=1e-3)
     report = load_backbone(build_backbone("nin3"), whole / "backbone.safetensors")
@@ -131,11 +136,12 @@ def test_killed_run_resumes_bit_for_bit(data: Path, whole: Path, tmp_path: Path,
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
-    same = ("value", "n", "checkpoint_sha256")
+    same = ("value", "n", "checkpoint_sha256", "stream_digest")
     assert [results(out)["accuracy"][k] for k in same] == [
         results(whole)["accuracy"][k] for k in same
     ]
-    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
     assert steps == sorted(set(steps))
 
 
@@ -192,6 +198,54 @@ def test_two_processes_meet_the_samples_of_one(data: Path, tmp_path: Path) -> No
     first, second = results(one)["accuracy"], results(two)["accuracy"]
     assert first["stream_digest"] == second["stream_digest"]
     assert first["n"] == second["n"] == 76
+
+
+def test_resumed_on_another_number_of_processes(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Begun by one process, ended by two: the digest covers every sample and box of the run."""
+    out = tmp_path / "run"
+    execute(command("pretrain.py", data, out, *SMALL, "--run.max-steps", "5"))
+    execute(command("pretrain.py", data, out, *SMALL, "--train.batch-size", "4", processes=2))
+    digest = results(out)["accuracy"]["stream_digest"]
+    assert digest == results(whole)["accuracy"]["stream_digest"]
+
+
+def test_sigterm_stops_all_processes_at_the_same_step(data: Path, tmp_path: Path) -> None:
+    """And what goes on from there ends with the bits of an uninterrupted run of two."""
+    pair = [*SMALL, "--train.batch-size", "4", "--run.save-every", "1000"]
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    execute(command("pretrain.py", data, calm, *pair, processes=2))
+    args = command("pretrain.py", data, out, *pair, processes=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "console").open("w") as console:
+        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
+        assert wait_for_step(job, out, 1), (tmp_path / "console").read_text()[-3000:]
+        job.send_signal(signal.SIGTERM)
+        job.wait(timeout=60)
+    text = (tmp_path / "console").read_text()
+    steps = set(re.findall(r"stopped by a signal after step (\d+)", text))
+    assert len(steps) == 1, text[-3000:]
+    latest = load_latest(out / "checkpoints")
+    assert latest is not None and latest.step == int(steps.pop())
+    execute(args)
+    for name, tensor in final(calm).items():
+        assert torch.equal(tensor, final(out)[name]), name
+
+
+def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """Checkpoints fall between updates only, so no pending gradient is lost."""
+    options = [*SMALL, "--run.accumulate", "4", "--run.save-every", "1"]
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    execute(command("pretrain.py", data, calm, *options))
+    with (tmp_path / "console").open("w") as console:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        args = command("pretrain.py", data, out, *options)
+        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
+        assert wait_for_step(job, out, 6), (tmp_path / "console").read_text()[-3000:]
+        job.kill()
+        job.wait(timeout=30)
+    execute(args)
+    for name, tensor in final(calm).items():
+        assert torch.equal(tensor, final(out)[name]), name
 
 
 @pytest.mark.parametrize("engine", ["folder", "dali"])

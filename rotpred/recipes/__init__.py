@@ -28,7 +28,7 @@ class Pretrain:
     train: LoaderSpec = field(default_factory=LoaderSpec)
     """Training data."""
     val: LoaderSpec | None = None
-    """Validation data, all of it, four views of each image; None for no validation."""
+    """Validation data, all of it, four views of each image. None (in Python): no validation."""
     optim: Optim = field(default_factory=Optim)
     """Optimiser."""
     schedule: Schedule = field(default_factory=Steps)
