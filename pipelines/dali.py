@@ -123,7 +123,10 @@ class DaliSource:
         self._feed = _Feed(samples, spec, self._order)
         self._next: tuple[int, int] | None = None
         self.bad = BadSamples(0)
-        place: Literal["cpu", "mixed"] = "mixed" if device.type == "cuda" else "cpu"
+        if spec.decoder == "mixed" and device.type != "cuda":
+            raise ValueError("decoder=mixed decodes on a GPU: give it one, or decoder=cpu")
+        on_gpu = device.type == "cuda" and spec.decoder != "cpu"
+        place: Literal["cpu", "mixed"] = "mixed" if on_gpu else "cpu"
         self._pipe: Any = _graph(
             self._feed,
             spec,

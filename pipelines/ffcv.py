@@ -54,6 +54,7 @@ with torch_threads_kept():
     from ffcv.libffcv import ctypes_imdecode, ctypes_resize
     from ffcv.loader import Loader as StockLoader
     from ffcv.loader.epoch_iterator import EpochIterator as StockEpochIterator
+    from ffcv.loader.epoch_iterator import select_buffer
     from ffcv.memory_managers.base import MemoryContext, MemoryManager
     from ffcv.pipeline import Compiler, PipelineSpec
     from ffcv.pipeline.allocation_query import AllocationQuery
@@ -182,6 +183,26 @@ class _EpochIterator(StockEpochIterator):  # type: ignore[misc]
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             self._failure = error
+
+    def run_pipeline(
+        self, b_ix: int, batch_indices: Int64, batch_slot: int, _event: object
+    ) -> tuple[Any, ...]:
+        """As stock, but outside CUDA streams: nothing of ours runs on a GPU here, and entering a
+        stream from this thread, whose device is 0, makes every rank allocate on GPU 0."""
+        self.memory_context.start_batch(b_ix)
+        args = {
+            "batch_indices": batch_indices,
+            "storage_state": self.storage_state,
+            "metadata": self.metadata,
+        }
+        for kind, prefix in (("operation", "memory_"), ("shared", "shared_memory_")):
+            for node, buffer in self.memory_allocations[kind].items():
+                args[prefix + str(node)] = select_buffer(buffer, batch_slot, len(batch_indices))
+        code, outputs = self.loader.code
+        for stage, defined in code:
+            for node, result in zip(defined, stage(**args), strict=True):
+                args[f"result_{node}"] = result
+        return tuple(args[f"result_{node}"] for node in outputs)
 
     def _put(self, item: object) -> bool:
         """Queue an item unless the consumer has gone."""

@@ -257,6 +257,8 @@ def _open_source(
     engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
 ) -> Source:
     """Engines are imported here only, and only when asked for: each is a heavy package."""
+    if engine != "dali" and spec.decoder != "auto":
+        raise ValueError(f"decoder={spec.decoder} is for engine=dali; {engine} decodes on the CPU")
     cores = len(os.sched_getaffinity(0))
     workers = spec.workers or max(1, cores // shard.local_world)
     match engine:

@@ -113,6 +113,8 @@ class LoaderSpec:
     """Decoding threads per process; 0 shares the allowed cores among the local processes."""
     max_bad: int = 0
     """Undecodable samples per epoch that are masked and counted; one more stops the run."""
+    decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where DALI decodes: mixed is nvJPEG on the GPU; auto takes it where batches go to a GPU."""
     timeout: float = 120.0
     """Seconds to wait for a batch (twice that for the first one) before giving up."""
     samples: int = 1024

@@ -23,7 +23,8 @@ def step(title: str) -> None:
 def main() -> int:
     began = time.monotonic()
     gpus = torch.cuda.device_count()
-    processes = str(gpus or min(2, len(os.sched_getaffinity(0))))
+    # Two at most: more would leave the small recipe too few steps.
+    processes = str(min(2, gpus or len(os.sched_getaffinity(0))))
     # Said here so that torchrun does not say it in five lines.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shutil.rmtree(RUNS, ignore_errors=True)
@@ -49,10 +50,14 @@ def main() -> int:
         with (out / "console.txt").open("w") as console:
             command = [*torchrun("1"), str(SCRIPTS / "evaluate.py"), *options]
             jobs.append((out, subprocess.Popen(command, stdout=console, stderr=console)))
-    for out, job in jobs:
-        if job.wait(timeout=LIMIT_SECONDS) != 0:
-            print((out / "console.txt").read_text(), file=sys.stderr)
-            return 1
+    try:
+        failed = [out for out, job in jobs if job.wait(timeout=LIMIT_SECONDS) != 0]
+    finally:
+        for _, job in jobs:
+            job.kill()
+    if failed:
+        print((failed[0] / "console.txt").read_text(), file=sys.stderr)
+        return 1
     report(time.monotonic() - began)
     return 0
 

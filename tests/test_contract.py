@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from io import BytesIO
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -505,3 +506,18 @@ def test_padding_does_not_count_as_bad(make, damaged: Path) -> None:
     loader = make(f"folder-{damaged}", batch_size=13, max_bad=1, shuffle=False)
     (batch,) = epoch_of(loader)
     assert loader.bad == 1 and batch.valid.sum() == 7
+
+
+def test_where_dali_decodes_is_an_option_of_dali_only(beton: Path) -> None:
+    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Squash(8))
+    with pytest.raises(ValueError, match="decoder=cpu is for engine=dali"):
+        open_loader(replace(spec, decoder="cpu"))
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    with pytest.raises(ValueError, match="decoder=mixed decodes on a GPU"):
+        open_loader(replace(spec, engine="dali", decoder="mixed"))
+
+
+def test_synthetic_needs_none_of_the_files_that_a_recipe_names() -> None:
+    spec = LoaderSpec(data="nowhere/train.beton", engine="synthetic", batch_size=4, crop=Squash(8))
+    with open_loader(spec) as loader:
+        check_batch(next(loader.epoch(0)), views=4, batch_size=4, size=8)
