@@ -6,23 +6,21 @@ import contextlib
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Shard
+from pipelines.loader import Loader
 from rotpred import figures, probes
 from rotpred.backbone import Backbone, build_backbone
 from rotpred.distributed import Rank
+from rotpred.job import check_data, identity, open_data, open_log, total_steps
 from rotpred.loop import steps, stream_digest
 from rotpred.metrics import TopK
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
-from rotpred.runfolder import plain
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last, check_data
+from rotpred.state import Trained, TrainState, autocast, channels_last
 from rotpred.weights import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -49,9 +47,11 @@ def run(recipe: Linear, rank: Rank) -> Path:
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out))
+        if "rotate4" in (recipe.train.views, recipe.val.views):
+            raise ValueError("classification reads each picture once: views must be plain")
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
-        loader = stack.enter_context(_open(recipe.train, recipe, rank))
-        val = stack.enter_context(_open(recipe.val, recipe, rank))
+        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
+        val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
         check_data(loader, rank)
         classes = _classes(loader, val)
         parts = [
@@ -69,21 +69,18 @@ def run(recipe: Linear, rank: Rank) -> Path:
             run=recipe.run,
             folder=out / "checkpoints",
             global_batch=recipe.train.batch_size * rank.world,
-            identity=_identity(recipe, loader, rank, sha),
+            identity=identity(
+                loader,
+                rank,
+                recipe.run,
+                backbone=recipe.backbone,
+                weights=sha,
+                probes=[asdict(probe) for probe in recipe.probes],
+            ),
         )
         state.resume()
-        total = min(recipe.run.epochs * len(loader), recipe.run.max_steps or 2**62)
-        log = stack.enter_context(
-            RunLog(
-                out,
-                recipe=recipe,
-                rank_main=rank.main,
-                world=rank.world,
-                total_steps=total,
-                device=str(rank.device),
-                start_step=state.step,
-            )
-        )
+        total = total_steps(loader, recipe.run)
+        log = stack.enter_context(open_log(out, recipe, rank, total=total, start_step=state.step))
         logger.info(
             "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
             recipe.name, len(heads), recipe.backbone, recipe.weights, loader.engine, classes, total,
@@ -204,13 +201,6 @@ def _finish(
         log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
 
 
-def _open(spec: LoaderSpec, recipe: Linear, rank: Rank) -> Loader:
-    if spec.views != "plain":
-        raise ValueError("classification reads each picture once: views must be plain")
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=recipe.run.precision)
-
-
 def _classes(loader: Loader, val: Loader) -> int:
     """Number of classes, which training and validation data must share by name and order.
 
@@ -230,23 +220,3 @@ def _classes(loader: Loader, val: Loader) -> int:
         )
     # A beton that stock FFCV wrote has labels, but no names for them.
     return max(highest + 1, len(loader.classes))
-
-
-def _identity(recipe: Linear, loader: Loader, rank: Rank, sha: str) -> dict[str, Any]:
-    train = asdict(recipe.train)
-    kept = ("crop", "flip", "normalize", "shuffle", "drop_last", "limit", "seed", "max_bad")
-    identity = plain(
-        {
-            "backbone": recipe.backbone,
-            "weights": sha,
-            "data": loader.data_id,
-            "global_batch": recipe.train.batch_size * rank.world,
-            "epochs": recipe.run.epochs,
-            "precision": recipe.run.precision,
-            "accumulate": recipe.run.accumulate,
-            "probes": [asdict(probe) for probe in recipe.probes],
-            **{name: train[name] for name in kept},
-        }
-    )
-    assert isinstance(identity, dict)
-    return identity

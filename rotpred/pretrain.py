@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Shard
+from pipelines.loader import Loader
 from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.heads import RotNet, make_rotnet
+from rotpred.job import check_data, identity, open_data, open_log, total_steps
 from rotpred.loop import steps, stream_digest
 from rotpred.metrics import Confusion, ConfusionResult
 from rotpred.optim import APEX_INSTALL
 from rotpred.recipes import Pretrain
-from rotpred.runfolder import plain, write_json
+from rotpred.runfolder import write_json
 from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last, check_data
+from rotpred.state import Trained, TrainState, autocast, channels_last
 from rotpred.weights import save_backbone
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,12 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out))
-        loader = stack.enter_context(_open(recipe.train, recipe, rank))
-        val = stack.enter_context(_open(recipe.val, recipe, rank)) if recipe.val else None
+        if "plain" in (recipe.train.views, recipe.val.views if recipe.val else ""):
+            raise ValueError("pretraining predicts rotations: views must be rotate4")
+        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
+        val = None
+        if recipe.val is not None:
+            val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
         check_data(loader, rank)
         model = _network(recipe, rank)
         state = TrainState(
@@ -61,21 +64,19 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
             run=recipe.run,
             folder=out / "checkpoints",
             global_batch=recipe.train.batch_size * rank.world,
-            identity=_identity(recipe, loader, rank),
+            identity=identity(
+                loader,
+                rank,
+                recipe.run,
+                backbone=recipe.backbone,
+                sync_bn=recipe.sync_bn,
+                optim=asdict(recipe.optim),
+                schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
+            ),
         )
         resumed = state.resume()
-        total = min(recipe.run.epochs * len(loader), recipe.run.max_steps or 2**62)
-        log = stack.enter_context(
-            RunLog(
-                out,
-                recipe=recipe,
-                rank_main=rank.main,
-                world=rank.world,
-                total_steps=total,
-                device=str(rank.device),
-                start_step=state.step,
-            )
-        )
+        total = total_steps(loader, recipe.run)
+        log = stack.enter_context(open_log(out, recipe, rank, total=total, start_step=state.step))
         if resumed and state.step >= total and (out / DONE).exists():
             logger.info("%s is finished already (step %d)", out, state.step)
             return out
@@ -97,7 +98,8 @@ def _train(
         assert val is not None
         result = results[state.step] = evaluate(state, val, recipe)
         log.validation(step=state.step, values={"accuracy": 100 * result.accuracy})
-        log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
+        if state.rank.main:
+            log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
         return result.accuracy
 
     pictured = state.step > 0 or not state.rank.main
@@ -170,15 +172,6 @@ def _finish(
     write_json(log.out / DONE, {"step": state.step, "stream_digest": digest})
 
 
-def _open(spec: LoaderSpec, recipe: Pretrain, rank: Rank) -> Loader:
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    # Under autocast the first convolution rounds its input anyway: emit half the bytes.
-    precision = recipe.run.precision
-    return open_loader(
-        replace(spec, views="rotate4"), shard=shard, device=rank.device, precision=precision
-    )
-
-
 def _network(recipe: Pretrain, rank: Rank) -> RotNet:
     model: nn.Module = make_rotnet(recipe.backbone)
     if recipe.sync_bn != "off":
@@ -203,27 +196,6 @@ def _apex_sync_bn(model: nn.Module) -> nn.Module:
             f"(the package apex on PyPI is something else): {APEX_INSTALL}"
         ) from error
     return convert_syncbn_model(model)  # type: ignore[no-any-return]
-
-
-def _identity(recipe: Pretrain, loader: Loader, rank: Rank) -> dict[str, Any]:
-    """What decides the weights; how fast they come (engine, workers, cadences) may change."""
-    train = asdict(recipe.train)
-    kept = ("crop", "flip", "normalize", "shuffle", "drop_last", "limit", "seed", "max_bad")
-    identity = {
-        "backbone": recipe.backbone,
-        "data": loader.data_id,
-        "global_batch": recipe.train.batch_size * rank.world,
-        "epochs": recipe.run.epochs,
-        "precision": recipe.run.precision,
-        "accumulate": recipe.run.accumulate,
-        "sync_bn": recipe.sync_bn,
-        "optim": asdict(recipe.optim),
-        "schedule": {"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
-        **{name: train[name] for name in kept},
-    }
-    result = plain(identity)
-    assert isinstance(result, dict)
-    return result
 
 
 def _announce(recipe: Pretrain, loader: Loader, rank: Rank, total: int) -> None:

@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.loader import Loader
 from pipelines.rotate import DTYPES
 from pipelines.spec import Precision
 from rotpred import checkpoint
-from rotpred.distributed import Rank, barrier, broadcast_str, check_equal
+from rotpred.distributed import Rank, barrier, broadcast_str
 from rotpred.optim import Optim, build, set_lr
 from rotpred.schedule import Schedule, lr_at
 from rotpred.settings import Run
@@ -215,19 +214,6 @@ class TrainState:
 def channels_last(module: M, device: torch.device) -> M:
     """Move a network to its device, weights laid out for channels_last convolutions."""
     return module.to(device).to(memory_format=torch.channels_last)
-
-
-def check_data(loader: Loader, rank: Rank) -> None:
-    """Refuse what would let ranks drift apart: other data on another machine, padded training.
-
-    Raises:
-        RuntimeError: the ranks have data of different length or content.
-        ValueError: training data are padded.
-    """
-    if not loader.spec.drop_last:
-        raise ValueError("train.drop_last must be True: a batch of padding has no loss to average")
-    check_equal(len(loader), rank, what="steps in an epoch")
-    check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the training data")
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:

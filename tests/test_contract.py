@@ -8,8 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from io import BytesIO
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np

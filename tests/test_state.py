@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.distributed import Rank
+from rotpred.job import check_data
 from rotpred.optim import Optim
 from rotpred.schedule import Steps
 from rotpred.settings import Run
-from rotpred.state import Trained, TrainState, check_data
+from rotpred.state import Trained, TrainState
 
 pytestmark = pytest.mark.timeout(200)
 
