@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 from contextlib import AbstractContextManager
@@ -142,7 +143,8 @@ class TrainState:
         if self.rank.world == 1:
             return
         # Together, one message for each type: a ResNet-50 has 160 of them.
-        for dtype in {buffer.dtype for buffer in self.module.buffers()}:
+        # A dict, not a set: the order of a set of types differs between processes.
+        for dtype in dict.fromkeys(buffer.dtype for buffer in self.module.buffers()):
             alike = [buffer for buffer in self.module.buffers() if buffer.dtype == dtype]
             message = torch.cat([buffer.flatten() for buffer in alike])
             dist.broadcast(message, src=0)
@@ -231,9 +233,11 @@ def _wrap(module: nn.Module, rank: Rank, compiled: bool) -> nn.Module:
         return module
     device_ids = [rank.device.index] if rank.device.type == "cuda" else None
     # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(
         module,
         device_ids=device_ids,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        **{switch: False},  # renamed in torch 2.15, where the old name warns
     )
