@@ -89,8 +89,8 @@ def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_st
     memory = row.get("cuda_peak_mib", row["rss_mib"])
     assert isinstance(memory, int | float)
     parts += [
-        f"{row['images_per_s']:,.0f} images/s",
-        f"{row['views_per_s']:,.0f} views/s",
+        f"{_rate(row['images_per_s'])} images/s",
+        f"{_rate(row['views_per_s'])} views/s",
         f"data wait {row['wait_percent']:.0f} %",
         f"{'GPU' if 'cuda_peak_mib' in row else 'memory'} {memory / 1024:.1f} GiB",
     ]
@@ -98,6 +98,12 @@ def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_st
     if isinstance(left, int | float):
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def _rate(per_second: object) -> str:
+    """A rate with the digits that matter: a large network on a CPU makes one image a second."""
+    value = float(str(per_second))
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:

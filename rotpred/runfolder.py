@@ -164,7 +164,7 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
         "cores": len(cores),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "world": world,
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_state(Path(__file__).parent),
     }
 

@@ -234,10 +234,12 @@ def _wrap(module: nn.Module, rank: Rank, compiled: bool) -> nn.Module:
     device_ids = [rank.device.index] if rank.device.type == "cuda" else None
     # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
     names = inspect.signature(DistributedDataParallel).parameters
+    # Renamed in torch 2.15, where the old name warns.
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False}
     return DistributedDataParallel(
         module,
         device_ids=device_ids,
         gradient_as_bucket_view=True,
-        **{switch: False},  # renamed in torch 2.15, where the old name warns
+        **options,
     )
