@@ -40,7 +40,7 @@ def main() -> int:
     pretrain = ["quickstart", "--run.out", str(RUNS / "pretrain")]
     run([*torchrun(processes), str(SCRIPTS / "pretrain.py"), *pretrain])
 
-    step("Evaluate: linear classifiers on frozen features, trained and untrained, side by side")
+    step("Evaluate: linear classifiers on frozen features, 200 labels, trained and untrained")
     weights = {"trained": str(RUNS / "pretrain/backbone.safetensors"), "random": "random"}
     jobs = []
     for name, path in weights.items():

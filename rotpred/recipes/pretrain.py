@@ -166,10 +166,10 @@ def quickstart() -> Pretrain:
             normalize=CIFAR10,
         ),
         val=_val(data.format("val"), crop=CenterCrop(32, None), batch_size=60, normalize=CIFAR10),
-        optim=Optim(lr=0.05, nesterov=True, weight_decay=5e-4, decay_rule="no_norm_no_bias"),
+        optim=Optim(lr=0.03, nesterov=True, weight_decay=5e-4, decay_rule="no_norm_no_bias"),
         schedule=Triangle(warmup=0.2),
         eval_every=2,
-        run=Run(epochs=4, precision="fp32", log_every=10, save_every=200),
+        run=Run(epochs=3, precision="fp32", log_every=10, save_every=200),
     )
 
 
