@@ -50,6 +50,9 @@ class Arguments:
     """Replace an existing output, once the new one is complete and verified."""
 
 
+terminated: list[bool] = []
+
+
 def main(args: Arguments) -> str:
     """Do what is asked for and return one line about it; `ValueError` or `OSError` in words."""
     if args.verify is not None:
@@ -78,7 +81,7 @@ def main(args: Arguments) -> str:
             budget=args.budget,
             check=args.check,
             overwrite=args.overwrite,
-            progress=lambda done, _: bar.update(done - bar.n) and None,
+            progress=lambda done, _: advance(bar, done),
         )
     again = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
     return (
@@ -89,8 +92,21 @@ def main(args: Arguments) -> str:
     )
 
 
+def advance(bar: tqdm, done: int) -> None:
+    if terminated:
+        sys.exit(143)
+    bar.update(done - bar.n)
+
+
+def terminate(*_: object) -> None:
+    """Leave by an exception, so that cleanup runs. Where Python drops it (a signal that arrives in
+    a callback of fork or of the garbage collector), the next step of the progress raises it again."""
+    terminated.append(True)
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Let cleanup run.
+    signal.signal(signal.SIGTERM, terminate)
     try:
         print(main(tyro.cli(Arguments)))
     except (ValueError, OSError, ImportError) as problem:

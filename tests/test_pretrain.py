@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(data: Path, tmp_path: Path) -
         ),
         status=1,
     )
-    assert "loss was not finite" in text
+    assert "was not finite" in text
     latest = load_latest(out / "checkpoints")
     if latest is not None:
         assert all(t.isfinite().all() for t in latest.state["model"].values())
@@ -295,7 +295,7 @@ def test_accumulation_and_mixed_precision(data: Path, tmp_path: Path) -> None:
             "--run.precision",
             "bf16",
             "--run.max-steps",
-            "4",
+            "2",
         )
     )
     assert results(out)["accuracy"]["n"] == 76
@@ -308,7 +308,7 @@ def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path) -> None:
         "cifar10_probes", "--backbone", "nin3", "--weights", str(whole / "backbone.safetensors"),
         "--run.device", "cpu", "--run.precision", "fp32", "--run.epochs", "3",
         "--train.batch-size", "10", "--val.batch-size", "10", "--train.workers", "1",
-        "--train.flip", "False", "--run.log-every", "5",
+        "--train.no-flip", "--run.log-every", "5",
     ]  # fmt: skip
     text = execute(command("evaluate.py", data, out, *options))
     assert "tensors loaded" in text
