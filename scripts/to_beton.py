@@ -99,8 +99,10 @@ def advance(bar: tqdm, done: int) -> None:
 
 
 def terminate(*_: object) -> None:
-    """Leave by an exception, so that cleanup runs. Where Python drops it (a signal that arrives in
-    a callback of fork or of the garbage collector), the next step of the progress raises it again."""
+    """Leave by an exception, so that cleanup runs.
+
+    Where Python drops it (in a callback of fork, say), the next step of the progress raises it again.
+    """
     terminated.append(True)
     sys.exit(143)
 
