@@ -101,7 +101,7 @@ def advance(bar: tqdm, done: int) -> None:
 def terminate(*_: object) -> None:
     """Leave by an exception, so that cleanup runs.
 
-    Where Python drops it (in a callback of fork, say), the next step of the progress raises it again.
+    Where Python drops it (in a callback of fork, say), the next step of the progress does it again.
     """
     terminated.append(True)
     sys.exit(143)
