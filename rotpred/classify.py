@@ -139,10 +139,9 @@ def _train(
 
     def validate(_finished: int) -> float:
         scores = results[state.step] = evaluate(recipe, state, trunk, val)
-        best = max(scores, key=lambda name: scores[name]["top1"])
         tops = {f"top1/{name}": 100 * score["top1"] for name, score in scores.items()}
         log.validation(step=state.step, values=tops)
-        return scores[best]["top1"]
+        return max(score["top1"] for score in scores.values())
 
     for batch in steps(
         state, loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
@@ -150,10 +149,11 @@ def _train(
         with state.autocast(), torch.no_grad():
             maps = stages(batch.images)
         # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
-        losses = [cross_entropy(logits, batch.targets) for logits in state.model(maps)]
+        logits = state.model(maps)
+        losses = torch.stack([cross_entropy(probe, batch.targets) for probe in logits])
         # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
-        state.update(torch.stack(losses).sum())
-        state.record(loss=torch.stack(losses).mean())
+        state.update(losses.sum())
+        state.record(loss=losses.mean())
     return results.get(state.step)
 
 
