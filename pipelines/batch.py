@@ -14,6 +14,21 @@ IGNORE = -100
 """Target of a view that must not count: `torch.nn.functional.cross_entropy` ignores this value."""
 
 
+class Regions(NamedTuple):
+    """Cut regions of several sizes, not yet resized (`LoaderSpec.resize="device"`)."""
+
+    pixels: torch.Tensor
+    """uint8 (bytes,), RGB: region i is (heights[i], widths[i], 3) from offsets[i] on."""
+    offsets: torch.Tensor
+    """int64 (B,)."""
+    shapes: torch.Tensor
+    """int32 (B, 2): heights and widths."""
+    flips: torch.Tensor
+    """bool (B,): mirror left to right."""
+    side: int
+    """S: what each is to be resized to."""
+
+
 class RawBatch(NamedTuple):
     """What an engine yields: decoded crops, before transfer, rotation and normalisation.
 
@@ -21,8 +36,8 @@ class RawBatch(NamedTuple):
     B is `LoaderSpec.batch_size` in every batch of an epoch, the last one included.
     """
 
-    images: torch.Tensor
-    """uint8 (B, S, S, 3), RGB, contiguous."""
+    images: torch.Tensor | Regions
+    """uint8 (B, S, S, 3), RGB, contiguous, S as `LoaderSpec.side` says; or regions."""
     labels: torch.Tensor
     """int64 (B,): class ids, -1 where the data set has no labels."""
     indices: torch.Tensor

@@ -113,8 +113,19 @@ class LoaderSpec:
     """Decoding threads per process; 0 shares the allowed cores among the local processes."""
     max_bad: int = 0
     """Undecodable samples per epoch that are masked and counted; one more stops the run."""
+    sides: tuple[tuple[int, int], ...] = ()
+    """Progressive resolution, pairs of first epoch and side in pixels: ((0, 128), (30, 192)) emits
+    crops of 128 up to epoch 29, then of 192. Empty: always crop.size, which is also the largest."""
+    resize: Literal["cpu", "device"] = "cpu"
+    """Where crops are resized: cpu, or device, to which the cut regions are then sent as they are
+    (engine=ffcv only; more bytes over the bus, less work for the cores)."""
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes: mixed is nvJPEG on the GPU; auto takes it where batches go to a GPU."""
+    hw_decoder_load: float = 0.65
+    """Share of the pictures that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1."""
+    cpu_budget: float | None = None
+    """Share of the allowed cores that decoding may use where `workers` is 0; None: 0.4 where
+    batches go to a GPU (busier cores slow the launching of kernels), else 1."""
     timeout: float = 120.0
     """Seconds to wait for a batch (twice that for the first one) before giving up."""
     samples: int = 1024
@@ -128,6 +139,11 @@ class LoaderSpec:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.crop.size < 1:
             raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
+        _check_sides(self.sides, self.crop)
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
+        if self.cpu_budget is not None and not 0 < self.cpu_budget <= 1:
+            raise ValueError(f"cpu_budget must be above 0 and at most 1, got {self.cpu_budget}")
         if self.workers < 0 or self.max_bad < 0 or self.timeout <= 0:
             raise ValueError("workers and max_bad must not be negative, timeout must be positive")
 
@@ -135,3 +151,22 @@ class LoaderSpec:
     def view_count(self) -> int:
         """Views emitted per source image."""
         return 4 if self.views == "rotate4" else 1
+
+    def side(self, epoch: int) -> int:
+        """Side in pixels of the crops that an epoch emits."""
+        return next(
+            (side for first, side in reversed(self.sides) if first <= epoch), self.crop.size
+        )
+
+
+def _check_sides(sides: tuple[tuple[int, int], ...], crop: Crop) -> None:
+    if not sides:
+        return
+    if not isinstance(crop, RandomResizedCrop):
+        # Other crops are cut at the output's own scale: another side would show another region.
+        raise ValueError("sides need a RandomResizedCrop")
+    firsts = [first for first, _ in sides]
+    if firsts[0] != 0 or sorted(set(firsts)) != firsts:
+        raise ValueError(f"sides must begin at epoch 0 and rise, got epochs {firsts}")
+    if any(not 1 <= side <= crop.size for _, side in sides):
+        raise ValueError(f"sides must be in 1..crop.size ({crop.size}), got {sides}")
