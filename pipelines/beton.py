@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.beton_layout import HEADER, BetonError, check_layout
+from pipelines.beton_layout import HEADER, BetonError, Layout, check_layout
 from pipelines.jpeg import JpegError, read_header
 from pipelines.manifest import Manifest, load_manifest, manifest_path
+from pipelines.segments import Segments, SegmentsError, open_segments, segments_path
 
 __all__ = ["Beton", "BetonError", "Verified", "check_sums", "verify"]
 
@@ -58,6 +59,8 @@ class Beton:
     """Start of the SHA-256 of header, field table, metadata and allocation table: the data set."""
     manifest: Manifest | None
     """What lies beside the file; None if nothing does."""
+    segments: Segments | None = None
+    """Where each sample can be cut, from the side file; None if there is none."""
     _closer: list[weakref.finalize[..., Any]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class Beton:
         """Map a beton and check everything about it that does not need its payload.
 
         Raises:
-            BetonError: The file, or the manifest beside it, is not what it must be.
+            BetonError: The file, or the manifest or segments beside it, is not what it must be.
             FileNotFoundError: There is no such file.
         """
         file = Path(path)
@@ -177,6 +180,31 @@ def _manifest(path: Path) -> Manifest | None:
         raise BetonError(str(error)) from error
 
 
+def _segments(path: Path, layout: Layout) -> Segments | None:
+    """The side file of a beton, checked against it; None if there is none."""
+    side, count = segments_path(path), len(layout.sizes)
+    try:
+        found = open_segments(side, samples=count, fingerprint=layout.fingerprint)
+    except FileNotFoundError:
+        return None
+    except (SegmentsError, OSError) as error:
+        raise BetonError(str(error)) from error
+    records = found.records
+    height, width = records["mcu_height"].astype(np.int32), records["mcu_width"].astype(np.int32)
+    rows, columns = records["rows"].astype(np.int32), records["columns"].astype(np.int32)
+    fits = (-(-layout.heights // np.maximum(height, 1)) == rows) & (layout.modes == 0)
+    fits &= -(-layout.widths // np.maximum(width, 1)) == columns
+    fits &= records["head"] < layout.sizes
+    fits |= records["interval"] == 0
+    if not fits.all():
+        i = int(np.argmin(fits))
+        raise BetonError(
+            f"{side}: sample {i}: expected MCUs for {layout.heights[i]} x {layout.widths[i]} "
+            f"pixels, found {rows[i]} x {columns[i]} of {height[i]} x {width[i]}"
+        )
+    return found
+
+
 def _open(path: Path, manifest: Manifest | None) -> Beton:
     """Map, lock and check one file against an optional manifest, all but the fingerprint."""
     try:
@@ -208,6 +236,7 @@ def _open(path: Path, manifest: Manifest | None) -> Beton:
             page_size=layout.page_size,
             fingerprint=layout.fingerprint,
             manifest=manifest,
+            segments=_segments(path, layout),
         )
     except BaseException:
         os.close(handle)
