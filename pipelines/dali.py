@@ -58,6 +58,7 @@ class _Feed:
             self.move(self._epoch + 1, 0)
         indices = self.indices[self._step - self._start]
         tag = np.array([self._epoch, self._step], np.int64)
+        side = np.full(2, self._spec.side(self._epoch), np.float32)
         payloads = [self._payload(int(i)) for i in indices]
         heights, widths = self._sizes(indices, payloads)
         where = boxes(
@@ -69,6 +70,8 @@ class _Feed:
             list(where[:, :2].astype(np.int32)),
             list(where[:, 2:4].astype(np.int32)),
             list(where[:, 4:5].astype(np.int32)),
+            # An input, not a constant: it may change with the epoch, and batches are prepared ahead.
+            [side] * len(indices),
             [tag] * len(indices),
         )
 
@@ -200,13 +203,12 @@ def _gpu(device: torch.device) -> int:
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def _graph(feed: _Feed, spec: LoaderSpec, place: str, adjust: bool) -> tuple[Any, ...]:
-    """Encoded bytes and boxes in; uint8 (S, S, 3) crops and the same boxes out."""
-    size = spec.crop.size
-    payloads, corner, extent, flip, tag = fn.external_source(
+    """Encoded bytes, boxes and sides in; uint8 (S, S, 3) crops and the same boxes out."""
+    payloads, corner, extent, flip, side, tag = fn.external_source(
         source=feed,
-        num_outputs=5,
+        num_outputs=6,
         batch=True,
-        dtype=[types.UINT8] + [types.INT32] * 3 + [types.INT64],
+        dtype=[types.UINT8] + [types.INT32] * 3 + [types.FLOAT, types.INT64],
     )
     if may_stick_out(spec.crop):
         # Region decoding refuses such boxes.
@@ -226,6 +228,6 @@ def _graph(feed: _Feed, spec: LoaderSpec, place: str, adjust: bool) -> tuple[Any
             output_type=types.RGB,
             adjust_orientation=adjust,
         )
-    images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+    images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
     images = fn.flip(images, horizontal=flip)
     return images, corner, extent, flip, tag

@@ -100,8 +100,8 @@ class FolderSource:
     def _submit(
         self, epoch: int, indices: Int64, stop: threading.Event
     ) -> tuple[_Buffers, list[Future[None]]]:
-        size = self._spec.crop.size
-        images = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
+        side = self._spec.side(epoch)
+        images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
         buffers = _Buffers(images, np.zeros((len(indices), 5), np.int32), {})
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
         return buffers, [
@@ -132,7 +132,7 @@ class FolderSource:
             widths=np.array([p.shape[2] for p in pictures], np.int32),
         )
         for row, picture in enumerate(pictures, start):
-            square = crop(picture, buffers.boxes[row], self._spec.crop.size)
+            square = crop(picture, buffers.boxes[row], buffers.images.shape[1])
             # numpy's copy: torch's would start a team of threads for each of ours.
             np.copyto(buffers.images[row].numpy(), square.permute(1, 2, 0).numpy())
 

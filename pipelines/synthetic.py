@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from pipelines.augment import boxes
@@ -28,9 +29,9 @@ class SyntheticSource:
         self._order = Order(spec.samples, spec, shard)
         self.bad = BadSamples(spec.max_bad)
         generator = torch.Generator().manual_seed(spec.seed)
-        shape = (spec.batch_size, spec.crop.size, spec.crop.size, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self._images = pixels.to(device)
+        count = spec.batch_size * spec.crop.size**2 * 3
+        pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+        self._pixels = pixels.to(device)
         self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
 
     def __len__(self) -> int:
@@ -38,12 +39,15 @@ class SyntheticSource:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
         """As `pipelines.loader.Source.epoch`."""
-        side = self._spec.crop.size
+        spec, side = self._spec, self._spec.side(epoch)
+        shape = (spec.batch_size, side, side, 3)
+        images = self._pixels[: spec.batch_size * side**2 * 3].view(shape)
+        # Pictures of the largest side: boxes do not depend on the epoch's.
+        sizes = np.full(spec.batch_size, spec.crop.size, np.int32)
         for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
-            sizes = torch.full((len(indices),), side, dtype=torch.int32).numpy()
-            where = boxes(self._spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
+            where = boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
             yield RawBatch(
-                self._images,
+                images,
                 self._labels[torch.from_numpy(indices)],
                 torch.from_numpy(indices),
                 torch.from_numpy(valid),
