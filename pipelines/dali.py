@@ -70,7 +70,7 @@ class _Feed:
             list(where[:, :2].astype(np.int32)),
             list(where[:, 2:4].astype(np.int32)),
             list(where[:, 4:5].astype(np.int32)),
-            # An input, not a constant: it may change with the epoch, and batches are prepared ahead.
+            # An input: it may change with the epoch, and batches are prepared ahead.
             [side] * len(indices),
             [tag] * len(indices),
         )
