@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import time
 from collections.abc import Generator, Iterator
 from typing import Protocol
@@ -23,6 +22,7 @@ from pipelines.rotate import DTYPES, normalize_views, rotate4
 from pipelines.samples import RAW, Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
 from pipelines.transfer import Transfer
+from pipelines.tune import budget, tune
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,9 @@ class Loader:
                 keep = raw.valid.numpy()
                 served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
                 self.digest = (self.digest + served) % 2**64
-                yield self._finish(self._transfer.copy(raw))
+                batch = self._finish(self._transfer.copy(raw))
+                self._transfer.release()
+                yield batch
         finally:
             close = getattr(source, "close", None)
             if close is not None:
@@ -227,6 +229,8 @@ def open_loader(
     engine = choose_engine(
         spec, raw=isinstance(samples, Beton) and bool((samples.modes == RAW).any())
     )
+    if spec.resize == "device" and engine != "ffcv":
+        raise ValueError(f"resize=device is for engine=ffcv; {engine} emits resized crops only")
     if engine == "synthetic":
         from pipelines.synthetic import CLASSES, SyntheticSource
 
@@ -259,20 +263,28 @@ def _open_source(
     """Engines are imported here only, and only when asked for: each is a heavy package."""
     if engine != "dali" and spec.decoder != "auto":
         raise ValueError(f"decoder={spec.decoder} is for engine=dali; {engine} decodes on the CPU")
-    cores = len(os.sched_getaffinity(0))
-    workers = spec.workers or max(1, cores // shard.local_world)
+    limit = budget(spec, shard, device)
+    workers = spec.workers or limit.threads
+    source: Source
     match engine:
         case "ffcv":
             from pipelines.ffcv import FfcvSource
 
             assert isinstance(samples, Beton)
-            return FfcvSource(samples, spec, shard=shard, workers=workers)
+            source = FfcvSource(samples, spec, shard=shard, workers=workers)
         case "dali":
             from pipelines.dali import DaliSource
 
-            return DaliSource(samples, spec, shard=shard, workers=workers, device=device)
+            source = DaliSource(samples, spec, shard=shard, workers=workers, device=device)
         case _:
             from pipelines.folder import FolderSource
 
             pin = device.type == "cuda"
-            return FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
+            source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
+    if spec.workers == 0:
+        try:
+            tune(source, spec, limit)
+        except BaseException:
+            source.close()
+            raise
+    return source

@@ -517,6 +517,12 @@ def test_where_dali_decodes_is_an_option_of_dali_only(beton: Path) -> None:
         open_loader(replace(spec, engine="dali", decoder="mixed"))
 
 
+@pytest.mark.parametrize("name", engines("folder-beton", "dali-beton", "synthetic-none"))
+def test_resizing_on_the_device_is_for_ffcv(make, name: str) -> None:
+    with pytest.raises(ValueError, match=f"resize=device is for engine=ffcv; {name.split('-')[0]}"):
+        make(name, resize="device")
+
+
 def test_synthetic_needs_none_of_the_files_that_a_recipe_names() -> None:
     spec = LoaderSpec(data="nowhere/train.beton", engine="synthetic", batch_size=4, crop=Squash(8))
     with open_loader(spec) as loader:
