@@ -41,9 +41,7 @@ class Checkpoint(NamedTuple):
     sha256: str
 
 
-def save(
-    folder: Path, step: int, state: dict[str, Any], *, keep: int = 3, score: float | None = None
-) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 3) -> Path:
     """Write `step_0000123.pt` and its sidecar `step_0000123.json`, then remove older ones.
 
     A process killed at any moment leaves what was loadable before loadable. Only one process may
@@ -56,8 +54,7 @@ def save(
             network's state dict goes by "model" and its backbone's name by "arch", so that
             `load_backbone` can read the file.
         keep: how many of the latest valid checkpoints stay, at least 2: the last one may turn out
-            to be damaged.
-        score: higher is better; the best one stays as well.
+            to be damaged. The one that `rate` gave the highest score stays as well.
 
     Raises:
         CheckpointError: something that could not be loaded again, no space, or a disk that does not
@@ -65,8 +62,6 @@ def save(
     """
     if keep < 2:
         raise ValueError(f"keep must be at least 2, got {keep}")
-    if score is not None and not math.isfinite(score):
-        raise ValueError(f"score must be finite, got {score}")
     size = _check_plain(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
@@ -81,11 +76,30 @@ def save(
             log.warning("replacing a damaged checkpoint: %s", error)
     # The sidecar first: a checkpoint is never without one. Where this step is written again, the
     # sidecar vouches for the old content too, until that has been replaced.
-    record = {"step": step, "score": score, "sha256": digest, "previous": previous}
+    record = {"step": step, "score": None, "sha256": digest, "previous": previous}
     _write_json(sidecar_of(path), record)
     replace(temporary, path)
     _rotate(folder, keep=keep, newest=step)
     return path
+
+
+def rate(folder: Path, step: int, score: float, *, keep: int = 3) -> None:
+    """Note the score of a saved checkpoint in its sidecar, then remove older ones as `save` does.
+
+    Args:
+        folder: where it lies.
+        step: the newest one.
+        score: higher is better.
+        keep: as in `save`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its sidecar cannot be written.
+    """
+    if not math.isfinite(score):
+        raise ValueError(f"score must be finite, got {score}")
+    path = folder / f"step_{step:07d}.pt"
+    _write_json(sidecar_of(path), {**_record(path), "score": score})
+    _rotate(folder, keep=keep, newest=step)
 
 
 def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,13 @@ from pipelines.loader import Loader
 from rotpred import figures, probes
 from rotpred.backbone import Backbone, build_backbone
 from rotpred.distributed import Rank
-from rotpred.job import check_data, identity, open_data, open_log, total_steps
-from rotpred.loop import steps, stream_digest
+from rotpred.job import Job, identity, open_job
+from rotpred.loop import steps
 from rotpred.metrics import TopK
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
-from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last
+from rotpred.runlog import RunLog, read_rows
+from rotpred.state import Outcome, Trained, TrainState, autocast, channels_last
 from rotpred.weights import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -42,24 +41,18 @@ def run(recipe: Linear, rank: Rank) -> Path:
         ValueError: weights, data and recipe do not fit together, in words.
         Stopped: a signal ended the run after a checkpoint.
     """
-    out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.train.seed)
-    with contextlib.ExitStack() as stack:
-        if rank.main:
-            stack.enter_context(lock(out))
-        if "rotate4" in (recipe.train.views, recipe.val.views):
-            raise ValueError("classification reads each picture once: views must be plain")
+    with open_job(recipe, rank, views="plain") as job:
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
-        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
-        val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
-        check_data(loader, rank)
-        classes = _classes(loader, val)
+        assert job.val is not None
+        classes = _classes(job.loader, job.val)
         parts = [
             (ProbeSet(build_probes(probe, trunk, classes, recipe.train.crop.size)), probe)
             for probe in recipe.probes
         ]
         heads = ProbeSet(probe for part, _ in parts for probe in part).to(rank.device)
         if rank.world > 1 and rank.device.type == "cuda":
+            if recipe.run.cuda_graph:
+                raise ValueError("run.cuda_graph trains probes on one GPU only: they use SyncBN")
             # As mmselfsup's heads; in place, below the StageProbes that the optimisers hold.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
         state = TrainState(
@@ -67,10 +60,10 @@ def run(recipe: Linear, rank: Rank) -> Path:
             [Trained(part, probe.optim, probe.schedule) for part, probe in parts],
             rank=rank,
             run=recipe.run,
-            folder=out / "checkpoints",
+            folder=job.out / "checkpoints",
             global_batch=recipe.train.batch_size * rank.world,
             identity=identity(
-                loader,
+                job.loader,
                 rank,
                 recipe.run,
                 backbone=recipe.backbone,
@@ -78,16 +71,18 @@ def run(recipe: Linear, rank: Rank) -> Path:
                 probes=[asdict(probe) for probe in recipe.probes],
             ),
         )
-        state.resume()
-        total = total_steps(loader, recipe.run)
-        log = stack.enter_context(open_log(out, recipe, rank, total=total, start_step=state.step))
-        logger.info(
-            "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
-            recipe.name, len(heads), recipe.backbone, recipe.weights, loader.engine, classes, total,
-        )  # fmt: skip
-        scores = _train(recipe, state, trunk, loader, val, log)
-        _finish(recipe, state, loader, scores or evaluate(recipe, state, trunk, val), log, sha)
-    return out
+        with job.begin(state) as log:
+            if log is not None:
+                logger.info(
+                    "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
+                    recipe.name, len(heads), recipe.backbone, recipe.weights, job.loader.engine,
+                    classes, job.total,
+                )  # fmt: skip
+                scores = _train(recipe, state, trunk, job, log)
+                _finish(
+                    recipe, state, job, scores or evaluate(recipe, state, trunk, job.val), log, sha
+                )
+    return job.out
 
 
 def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
@@ -130,30 +125,31 @@ def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list
 
 
 def _train(
-    recipe: Linear, state: TrainState, trunk: Backbone, loader: Loader, val: Loader, log: RunLog
+    recipe: Linear, state: TrainState, trunk: Backbone, job: Job, log: RunLog
 ) -> Scores | None:
     """Train to the end; returns the validation of the final probes, where an epoch ended there."""
     results: dict[int, Scores] = {}
+    stages = torch.compile(trunk.stages, dynamic=False) if recipe.run.compile else trunk.stages
 
-    stages = torch.compile(trunk.stages) if recipe.run.compile else trunk.stages
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+        with state.autocast(), torch.no_grad():
+            maps = stages(images)
+        # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
+        losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(maps)])
+        # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
+        return losses.sum(), {"loss": losses.mean()}
 
     def validate(_finished: int) -> float:
-        scores = results[state.step] = evaluate(recipe, state, trunk, val)
+        assert job.val is not None
+        scores = results[state.step] = evaluate(recipe, state, trunk, job.val)
         tops = {f"top1/{name}": 100 * score["top1"] for name, score in scores.items()}
         log.validation(step=state.step, values=tops)
         return max(score["top1"] for score in scores.values())
 
     for batch in steps(
-        state, loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
+        state, job.loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
     ):
-        with state.autocast(), torch.no_grad():
-            maps = stages(batch.images)
-        # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
-        logits = state.model(maps)
-        losses = torch.stack([cross_entropy(probe, batch.targets) for probe in logits])
-        # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
-        state.update(losses.sum())
-        state.record(loss=losses.mean())
+        state.learn(objective, batch.images, batch.targets)
     return results.get(state.step)
 
 
@@ -182,9 +178,9 @@ def evaluate(recipe: Linear, state: TrainState, trunk: Backbone, val: Loader) ->
 
 
 def _finish(
-    recipe: Linear, state: TrainState, loader: Loader, scores: Scores, log: RunLog, sha: str
+    recipe: Linear, state: TrainState, job: Job, scores: Scores, log: RunLog, sha: str
 ) -> None:
-    logger.info("digest of all sample ids and crop boxes: %s", stream_digest(loader, state.rank))
+    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
     for name, score in scores.items():
         for metric in ("top1", "top5"):
             if metric in score:
@@ -199,6 +195,7 @@ def _finish(
                 )
     if state.rank.main:
         log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+    job.finish(state)
 
 
 def _classes(loader: Loader, val: Loader) -> int:

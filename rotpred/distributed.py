@@ -6,15 +6,19 @@ them the process is a world of one: no process group exists and every function h
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +195,18 @@ def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
 def barrier(rank: Rank) -> None:
     """Wait until every rank has come here (the hosts: work queued on GPUs may still run)."""
     any_true(False, rank)
+
+
+def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
+    """Gradients are averaged while the backward pass runs; the bare module is what is saved."""
+    # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
+    names = inspect.signature(DistributedDataParallel).parameters
+    # Renamed in torch 2.15, where the old name warns.
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    if rank.device.type == "cuda":
+        options["device_ids"] = [rank.device.index]
+    return DistributedDataParallel(module, **options)
 
 
 def _environment() -> dict[str, int]:

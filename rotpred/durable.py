@@ -50,6 +50,11 @@ class _HashingFile(io.FileIO):
         return done
 
 
+def temporary_of(path: Path) -> Path:
+    """Return the name that a file of this process has until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write_verified(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Path, str]:
     """Write a temporary file beside `path`, force it to the disk, and read it back.
 
@@ -59,7 +64,7 @@ def write_verified(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Pat
     Raises:
         CheckpointError: it cannot be written, or reads back otherwise. Nothing is left then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with _HashingFile(temporary) as file:
             fill(file)
@@ -85,7 +90,7 @@ def replace(temporary: Path, path: Path) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # the rename itself must survive a power cut, too
     finally:
         os.close(folder)
 

@@ -1,19 +1,136 @@
-"""What pretraining and evaluation set up alike: data for a rank, identity, length, run log."""
+"""What pretraining and evaluation set up alike: folder, data for a rank, identity, length, log."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
+
+import torch
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
-from rotpred.distributed import Rank, check_equal
-from rotpred.runfolder import plain
-from rotpred.runlog import RunLog
+from rotpred.distributed import Rank, any_true, check_equal
+from rotpred.runfolder import plain, write_json
+from rotpred.runlog import RunLog, lock
 from rotpred.settings import Run
+from rotpred.state import TrainState
 
-_DECIDING = ("crop", "flip", "normalize", "shuffle", "limit", "seed", "max_bad", "samples")
+logger = logging.getLogger(__name__)
+
+DONE = "done.json"
+"""Name of the file that marks a run folder as finished, results and figures included."""
+
+# The engine is not among them, nor is where crops are resized: both change pixels by rounding only.
+_DECIDING = ("crop", "sides", "flip", "normalize", "shuffle", "limit", "seed", "max_bad", "samples")
+
+_WHY = {
+    "rotate4": "pretraining predicts rotations",
+    "plain": "classification reads each picture once",
+}
+
+
+class Recipe(Protocol):
+    """What all recipes have."""
+
+    @property
+    def name(self) -> str:
+        """Names the default run folder."""
+
+    @property
+    def train(self) -> LoaderSpec:
+        """Training data."""
+
+    @property
+    def val(self) -> LoaderSpec | None:
+        """Validation data, if there are any."""
+
+    @property
+    def run(self) -> Run:
+        """How it is driven."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An open run: its folder is locked and its data are there."""
+
+    recipe: Recipe
+    rank: Rank
+    out: Path
+    loader: Loader
+    val: Loader | None
+
+    @property
+    def total(self) -> int:
+        """Steps of the run, which `max_steps` may cut short."""
+        total = self.recipe.run.epochs * len(self.loader)
+        most = self.recipe.run.max_steps
+        return total if most is None else min(total, most)
+
+    @contextlib.contextmanager
+    def begin(self, state: TrainState) -> Iterator[RunLog | None]:
+        """Load the newest checkpoint, if there is one, and open the log.
+
+        Yields:
+            The log, to which only the main process writes; None where the run is finished already.
+        """
+        resumed = state.resume()
+        finished = False
+        if resumed and self.rank.main and (self.out / DONE).exists():
+            done = json.loads((self.out / DONE).read_bytes())
+            finished = state.step >= self.total and done == self._done(state)
+        if any_true(finished, self.rank):
+            logger.info("%s is finished already (step %d)", self.out, state.step)
+            yield None
+            return
+        with RunLog(
+            self.out,
+            recipe=self.recipe,
+            rank_main=self.rank.main,
+            world=self.rank.world,
+            total_steps=self.total,
+            device=str(self.rank.device),
+            start_step=state.step,
+        ) as log:
+            yield log
+
+    def finish(self, state: TrainState) -> None:
+        """Mark the folder as finished: the last thing that a run does."""
+        if self.rank.main:
+            write_json(self.out / DONE, self._done(state))
+
+    def _done(self, state: TrainState) -> dict[str, object]:
+        val = "" if self.val is None else self.val.data_id
+        return {"step": state.step, "stream_digest": state.digest, "val": val}
+
+
+@contextlib.contextmanager
+def open_job(recipe: Recipe, rank: Rank, *, views: Literal["rotate4", "plain"]) -> Iterator[Job]:
+    """Lock the run folder, seed torch, open the data.
+
+    Raises:
+        ValueError: another job has the folder, or recipe and data do not fit together, in words.
+        FileNotFoundError: there are no such data.
+        RuntimeError: the ranks have data of different length or content.
+    """
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    torch.manual_seed(recipe.train.seed)
+    with contextlib.ExitStack() as stack:
+        if rank.main:
+            stack.enter_context(lock(out))
+        for spec in (recipe.train, recipe.val):
+            if spec is not None and spec.views != views:
+                raise ValueError(f"{_WHY[views]}: views must be {views}")
+        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
+        val = None
+        if recipe.val is not None:
+            val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
+        check_data(loader, rank)
+        yield Job(recipe, rank, out, loader, val)
 
 
 def open_data(spec: LoaderSpec, rank: Rank, run: Run) -> Loader:
@@ -35,16 +152,10 @@ def check_data(loader: Loader, rank: Rank) -> None:
     check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the training data")
 
 
-def total_steps(loader: Loader, run: Run) -> int:
-    """Steps of the run, which `max_steps` may cut short."""
-    total = run.epochs * len(loader)
-    return total if run.max_steps is None else min(total, run.max_steps)
-
-
 def identity(loader: Loader, rank: Rank, run: Run, **own: object) -> dict[str, Any]:
     """What decides the weights, as plain JSON: a checkpoint is gone on with only where it is equal.
 
-    How fast they come (engine, workers, cadences, number of processes) is not part of it.
+    How fast they come (engine, workers, cadences, graphs, number of processes) is not part of it.
 
     Args:
         loader: training data.
@@ -65,16 +176,3 @@ def identity(loader: Loader, rank: Rank, run: Run, **own: object) -> dict[str, A
     result = plain(deciding)
     assert isinstance(result, dict)
     return result
-
-
-def open_log(out: Path, recipe: object, rank: Rank, *, total: int, start_step: int) -> RunLog:
-    """The run log of this job; only the main process writes."""
-    return RunLog(
-        out,
-        recipe=recipe,
-        rank_main=rank.main,
-        world=rank.world,
-        total_steps=total,
-        device=str(rank.device),
-        start_step=start_step,
-    )

@@ -2,13 +2,16 @@
 
 `steps` is a generator over batches; the mathematics of a protocol stays in its own file:
 
-    for batch in steps(state, loader, run, log=log):
+    def objective(images, targets):
         with state.autocast():
-            loss = cross_entropy(state.model(batch.images), batch.targets)
-        state.update(loss)
+            loss = cross_entropy(state.model(images), targets)
+        return loss, {"loss": loss}
 
-Nothing in a step reads the device back. At the log cadence the sums that `state.record` gathered
-are read, and all ranks agree on whether a signal has come or a loss was not finite.
+    for batch in steps(state, loader, run, log=log):
+        state.learn(objective, batch.images, batch.targets)
+
+Nothing in a step reads the device back. At the log cadence the sums that `state.learn` gathered are
+read, and all ranks agree on whether a signal has come or a loss was not finite.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from rotpred.distributed import Rank, all_sum, any_true
+from rotpred.profiler import profiled, ranged
 from rotpred.runlog import RunLog
 from rotpred.settings import Run
 from rotpred.state import TrainState
@@ -116,25 +120,36 @@ def steps(
     # On GPUs the hosts run ahead of the devices: rarer agreements keep them from waiting.
     agree_every = 1 if state.rank.device.type == "cpu" else _AGREE_EVERY
 
-    def save(score: float | None = None) -> None:
+    saved = -1
+
+    def save() -> None:
+        nonlocal saved
+        if state.step == saved:
+            return
         meter.check_finite()
         state.digest = stream_digest(loader, state.rank)
-        state.save(run.keep, score=score)
+        state.save(run.keep)
+        saved = state.step
 
     def stop_if_asked() -> None:
         if any_true(signals.arrived, state.rank):
             save()
             raise Stopped(state.step)
 
-    with signals.caught():
+    traced = run.profile if state.rank.main else 0
+    with (
+        signals.caught(),
+        profiled(log.out / "profile", traced, state.rank.device) as profile_step,
+    ):
         while state.step < last:
             epoch, start = divmod(state.step, per_epoch)
             save_due = agree_due = False
             with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
-                for batch in batches:
+                for batch in ranged("batch", batches):
                     state.begin(state.step / per_epoch, final=state.step + 1 == last)
                     yield batch
                     state.step += 1
+                    profile_step()
                     log.tick(state.step)
                     ended = state.step == last or state.step % per_epoch == 0
                     if ended or state.step % run.log_every == 0:
@@ -160,7 +175,7 @@ def steps(
             if evaluate is not None and due:
                 score = evaluate(finished)
                 if state.whole:
-                    save(score)
+                    state.score(score, run.keep)
             if state.whole and state.step < last:
                 stop_if_asked()
             meter.restart()
@@ -184,10 +199,11 @@ class _Meter:
         self.check_finite()
         steps_done = self._state.step - self._step
         spec = self._loader.spec
+        side = {"side": float(spec.side(epoch))} if spec.sides else {}
         self._log.interval(
             step=self._state.step,
             epoch=epoch,
-            values={**means, "lr": self._state.lr},
+            values={**means, "lr": self._state.lr, **side},
             images=steps_done * spec.batch_size,
             views=steps_done * spec.batch_size * spec.view_count,
             wait_seconds=self._loader.wait_seconds - self._waited,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -16,22 +15,18 @@ from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.heads import RotNet, make_rotnet
-from rotpred.job import check_data, identity, open_data, open_log, total_steps
-from rotpred.loop import steps, stream_digest
+from rotpred.job import Job, identity, open_job
+from rotpred.loop import steps
 from rotpred.metrics import Confusion, ConfusionResult
 from rotpred.optim import APEX_INSTALL
 from rotpred.recipes import Pretrain
-from rotpred.runfolder import write_json
-from rotpred.runlog import RunLog, lock, read_rows
-from rotpred.state import Trained, TrainState, autocast, channels_last
+from rotpred.runlog import RunLog, read_rows
+from rotpred.state import Outcome, Trained, TrainState, autocast, channels_last
 from rotpred.weights import save_backbone
 
 logger = logging.getLogger(__name__)
 
 ROTATIONS = 4
-
-DONE = "done.json"
-"""Name of the file that marks a run folder as finished, results and figures included."""
 
 
 def run(recipe: Pretrain, rank: Rank) -> Path:
@@ -44,28 +39,17 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
         ValueError: the recipe, the data and the machine do not fit together, in words.
         Stopped: a signal ended the run after a checkpoint.
     """
-    out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.train.seed)
-    with contextlib.ExitStack() as stack:
-        if rank.main:
-            stack.enter_context(lock(out))
-        if "plain" in (recipe.train.views, recipe.val.views if recipe.val else ""):
-            raise ValueError("pretraining predicts rotations: views must be rotate4")
-        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
-        val = None
-        if recipe.val is not None:
-            val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
-        check_data(loader, rank)
+    with open_job(recipe, rank, views="rotate4") as job:
         model = _network(recipe, rank)
         state = TrainState(
             model,
             [Trained(model, recipe.optim, recipe.schedule)],
             rank=rank,
             run=recipe.run,
-            folder=out / "checkpoints",
+            folder=job.out / "checkpoints",
             global_batch=recipe.train.batch_size * rank.world,
             identity=identity(
-                loader,
+                job.loader,
                 rank,
                 recipe.run,
                 backbone=recipe.backbone,
@@ -74,41 +58,42 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
                 schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
             ),
         )
-        resumed = state.resume()
-        total = total_steps(loader, recipe.run)
-        log = stack.enter_context(open_log(out, recipe, rank, total=total, start_step=state.step))
-        if resumed and state.step >= total and (out / DONE).exists():
-            logger.info("%s is finished already (step %d)", out, state.step)
-            return out
-        _announce(recipe, loader, rank, total)
-        result = _train(recipe, state, loader, val, log)
-        if result is None and val is not None:  # stopped by max_steps inside an epoch
-            result = evaluate(state, val, recipe)
-        _finish(recipe, state, loader, result, log)
-    return out
+        with job.begin(state) as log:
+            if log is not None:
+                _announce(recipe, job)
+                result = _train(recipe, state, job, log)
+                if result is None and job.val is not None:  # max_steps ended it inside an epoch
+                    result = evaluate(state, job.val, recipe)
+                _finish(recipe, state, job, result, log)
+    return job.out
 
 
-def _train(
-    recipe: Pretrain, state: TrainState, loader: Loader, val: Loader | None, log: RunLog
-) -> ConfusionResult | None:
+def _train(recipe: Pretrain, state: TrainState, job: Job, log: RunLog) -> ConfusionResult | None:
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, ConfusionResult] = {}
 
     def validate(_finished: int) -> float:
-        assert val is not None
-        result = results[state.step] = evaluate(state, val, recipe)
+        assert job.val is not None
+        result = results[state.step] = evaluate(state, job.val, recipe)
         log.validation(step=state.step, values={"accuracy": 100 * result.accuracy})
         if state.rank.main:
             log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
         return result.accuracy
 
+    def objective(images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> Outcome:
+        with state.autocast():
+            logits = state.model(images)
+            loss = cross_entropy(logits, targets)
+        hits = (logits.argmax(1) == targets).sum() / valid.sum()
+        return loss, {"loss": loss, "accuracy": 100 * hits}
+
     pictured = state.step > 0 or not state.rank.main
     batches = steps(
         state,
-        loader,
+        job.loader,
         recipe.run,
         log=log,
-        evaluate=validate if val is not None else None,
+        evaluate=validate if job.val is not None else None,
         eval_every=recipe.eval_every,
     )
     for batch in batches:
@@ -118,12 +103,7 @@ def _train(
                 batch.images, targets=batch.targets, normalize=recipe.train.normalize
             )
             log.figure("views", grid)
-        with state.autocast():
-            logits = state.model(batch.images)
-            loss = cross_entropy(logits, batch.targets)
-        state.update(loss)
-        hits = (logits.argmax(1) == batch.targets).sum() / batch.valid.sum()
-        state.record(loss=loss, accuracy=100 * hits)
+        state.learn(objective, batch.images, batch.targets, batch.valid)
     return results.get(state.step)
 
 
@@ -144,16 +124,15 @@ def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResul
 
 
 def _finish(
-    recipe: Pretrain, state: TrainState, loader: Loader, result: ConfusionResult | None, log: RunLog
+    recipe: Pretrain, state: TrainState, job: Job, result: ConfusionResult | None, log: RunLog
 ) -> None:
     """Weights, results and figures; the mark of a finished run comes last."""
     model = state.module
     assert isinstance(model, RotNet)
-    digest = stream_digest(loader, state.rank)
-    logger.info("digest of all sample ids and crop boxes: %s", digest)
+    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
     if not state.rank.main:
         return
-    meta = {"recipe": recipe.name, "step": str(state.step), "data": loader.data_id}
+    meta = {"recipe": recipe.name, "step": str(state.step), "data": job.loader.data_id}
     sha = save_backbone(log.out / "backbone.safetensors", model.backbone, meta)
     if result is not None:
         log.result(
@@ -164,12 +143,12 @@ def _finish(
             n=result.n,
             checkpoint_sha256=sha,
             chance=100 / ROTATIONS,
-            stream_digest=digest,
+            stream_digest=state.digest,
         )
         log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
     log.figure("filters", figures.filters(_first_filters(model.backbone)))
     log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
-    write_json(log.out / DONE, {"step": state.step, "stream_digest": digest})
+    job.finish(state)
 
 
 def _network(recipe: Pretrain, rank: Rank) -> RotNet:
@@ -177,6 +156,11 @@ def _network(recipe: Pretrain, rank: Rank) -> RotNet:
     if recipe.sync_bn != "off":
         if rank.device.type != "cuda":
             raise ValueError(f"sync_bn={recipe.sync_bn} needs GPUs: on a CPU pass --sync-bn off")
+        if recipe.run.cuda_graph:
+            raise ValueError(
+                f"run.cuda_graph cannot capture what sync_bn={recipe.sync_bn} sends between GPUs: "
+                "pass --sync-bn off or --run.no-cuda-graph"
+            )
         model = _apex_sync_bn(model) if recipe.sync_bn == "apex" else _torch_sync_bn(model)
     assert isinstance(model, RotNet)
     return channels_last(model, rank.device).train()
@@ -198,18 +182,18 @@ def _apex_sync_bn(model: nn.Module) -> nn.Module:
     return convert_syncbn_model(model)  # type: ignore[no-any-return]
 
 
-def _announce(recipe: Pretrain, loader: Loader, rank: Rank, total: int) -> None:
-    images = recipe.train.batch_size * rank.world
+def _announce(recipe: Pretrain, job: Job) -> None:
+    images = recipe.train.batch_size * job.rank.world
     logger.info(
         "%s: %s on %s x %d, engine %s, %d images = %d views a step, %d steps",
         recipe.name,
         recipe.backbone,
-        rank.device.type,
-        rank.world,
-        loader.engine,
+        job.rank.device.type,
+        job.rank.world,
+        job.loader.engine,
         images,
         ROTATIONS * images,
-        total,
+        job.total,
     )
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from rotpred.durable import replace, temporary_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,19 +30,14 @@ def replaced(path: Path) -> Iterator[Path]:
 
     Where the body raises, the temporary file is removed and `path` is what it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut, too
-    finally:
-        os.close(folder)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -73,7 +73,9 @@ class RunLog:
             world: processes in the job, which all make the same steps.
             total_steps: steps of the whole run, for the time left and the bar.
             device: "cpu" or "cuda:0"; decides which memory is reported.
-            start_step: the step that the run resumes from; see `resume`.
+            start_step: the step that the run resumes from. Later rows of log.jsonl belong to work
+                that was lost and is about to be done again: they are dropped before the first new
+                one, and TensorBoard is told to hide its own.
         """
         self.out = out
         self._recipe = recipe
@@ -114,13 +116,8 @@ class RunLog:
         if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=self._total_steps,
-                initial=self._step,
-                unit="step",
-                dynamic_ncols=True,
-                leave=False,
-            )
+            options = {"unit": "step", "dynamic_ncols": True, "leave": False}
+            self._bar = tqdm(total=self._total_steps, initial=self._step, **options)
         return self
 
     def __exit__(
@@ -136,15 +133,6 @@ class RunLog:
         self._bar = None
         with self._keeps_going():
             self._scalars.close()
-
-    def resume(self, step: int) -> None:
-        """Go on after `step` (0: from the start). Call it before the first `interval`.
-
-        Rows of log.jsonl beyond `step` belong to work that was lost and is about to be done
-        again; the first `interval` drops them, and TensorBoard is told to hide its own.
-        """
-        self._step = self._resumed = step
-        self.tick(step)
 
     def tick(self, step: int) -> None:
         """Move the bar to `step`. Reads no tensor: cheap enough for every step."""
@@ -304,9 +292,5 @@ class RunLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                logger.warning(
-                    "cannot write to the run folder %s (%s): the run goes on, its records may be "
-                    "incomplete",
-                    self.out,
-                    error,
-                )
+                words = "the run goes on, its records may be incomplete"
+                logger.warning("cannot write to the run folder %s (%s): %s", self.out, error, words)

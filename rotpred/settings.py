@@ -22,13 +22,18 @@ class Run:
     precision: Precision = "bf16"
     """Autocast type: bf16, fp16 (with a gradient scaler) or fp32 (no autocast)."""
     compile: bool = False
-    """torch.compile the network."""
+    """torch.compile the network, once for each side of the pictures."""
+    cuda_graph: bool = False
+    """Replay forward and backward as one CUDA graph for each side of the pictures: less work for a
+    host that is late. Needs a GPU, and batch norm without SyncBN."""
     accumulate: int = 1
     """Steps whose gradients are added up before one update of the weights."""
     log_every: int = 50
     """Steps between progress lines; the only times at which the host reads the device."""
     save_every: int = 1000
     """Steps between checkpoints; one more is written at the end of each epoch."""
+    profile: int = 0
+    """Steps to trace, shortly after the start, into OUT/profile; 0 for none."""
     keep: int = 3
     """Newest checkpoints kept, at least 2, besides the best one."""
     timeout: float = 1800.0
@@ -38,6 +43,8 @@ class Run:
         for name in ("epochs", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.profile < 0:
+            raise ValueError(f"run.profile must not be negative, got {self.profile}")
         if self.keep < 2:
             raise ValueError(f"run.keep must be at least 2, got {self.keep}")
         if self.max_steps is not None and self.max_steps < 1:

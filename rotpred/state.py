@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import json
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from pipelines.rotate import DTYPES
 from pipelines.spec import Precision
 from rotpred import checkpoint
-from rotpred.distributed import Rank, barrier, broadcast_str
+from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
+from rotpred.graphs import Capture, CudaCapture, FlatGradients, Graphs
 from rotpred.optim import Optim, build, set_lr
 from rotpred.schedule import Schedule, lr_at
 from rotpred.settings import Run
@@ -27,6 +30,13 @@ from rotpred.settings import Run
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
+
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""The loss that is minimised, and scalars whose means are logged, by name."""
+
+Objective = Callable[..., Outcome]
+"""What a protocol makes of the tensors of a batch. It reads nothing back from the device, and its
+inputs have the same shapes from step to step (within a side, with progressive resolution)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class TrainState:
         folder: Path,
         global_batch: int,
         identity: dict[str, Any],
+        capture: Capture | None = None,
     ) -> None:
         """Wrap a network that lies on its device.
 
@@ -58,11 +69,17 @@ class TrainState:
             module: what is called in a step, and saved.
             trained: its parts, each with optimiser and schedule; together all trainable weights.
             rank: this process.
-            run: precision, compile, accumulation.
+            run: precision, compile, graphs, accumulation.
             folder: where checkpoints lie.
             global_batch: source images per step over all ranks, for scaled learning rates.
             identity: what must be equal for a checkpoint to be gone on with, as plain JSON.
+            capture: what run.cuda_graph captures with, where it is not CUDA.
+
+        Raises:
+            ValueError: a CUDA graph is asked for on a CPU.
         """
+        if run.cuda_graph and capture is None and rank.device.type != "cuda":
+            raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
         self.rank, self.module, self.folder = rank, module, folder
         self.step = 0
         self.digest = "0"
@@ -75,9 +92,20 @@ class TrainState:
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
         self._last = True
         self._sums: dict[str, torch.Tensor] = {}
+        self._zero = torch.zeros((), device=rank.device)
         self._count = 0
         self._broken = torch.zeros((), dtype=torch.bool, device=rank.device)
-        self.model = _wrap(module, rank, run.compile)
+        self.model = module
+        if run.compile:
+            self.model = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        self._flat: FlatGradients | None = None
+        if run.cuda_graph:
+            self._flat = FlatGradients(module.parameters())
+            self._capture = capture or CudaCapture(rank.device)
+            self._share(list(module.parameters()))
+        elif rank.world > 1:
+            self.model = data_parallel(self.model, rank)
+        self._graphs: dict[Objective, Graphs[Outcome]] = {}
 
     @property
     def lr(self) -> float:
@@ -113,23 +141,54 @@ class TrainState:
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
-    def update(self, loss: torch.Tensor) -> None:
-        """Backward, and a step of the optimisers where an accumulation ends."""
-        self._broken |= ~torch.isfinite(loss.detach())
-        self._scaler.scale(loss / self._run.accumulate).backward()  # type: ignore[no-untyped-call]
-        if not self._last:
-            return
+    def learn(self, objective: Objective, *inputs: torch.Tensor) -> None:
+        """Forward, backward, and a step of the optimisers where an accumulation ends.
+
+        Nothing here waits for the device, apart from the capture of a graph.
+
+        Args:
+            objective: called with the inputs, or with copies of them; the same one at every step.
+            inputs: tensors of a batch.
+        """
+        if self._flat is None:
+            loss, shown = self._gradients(objective, *inputs)
+        else:
+            if objective not in self._graphs:
+                work = functools.partial(self._gradients, objective)
+                self._graphs[objective] = Graphs(self._capture, work)
+            loss, shown = self._graphs[objective](*inputs)
+        self._broken |= ~torch.isfinite(loss)
+        self._record(shown)
+        if self._last:
+            with record_function("optimiser"):
+                self._update()
+
+    def _gradients(self, objective: Objective, *inputs: torch.Tensor) -> Outcome:
+        with record_function("forward"):
+            loss, shown = objective(*inputs)
+        with record_function("backward"):
+            scaled = self._scaler.scale(loss / self._run.accumulate)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        # Detached: a graph that keeps its results must not keep what led to them.
+        return loss.detach(), {name: value.detach() for name, value in shown.items()}
+
+    def _update(self) -> None:
+        if self._flat is not None:
+            self._flat.average(self.rank)
         for optimizer in self._optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()
+        if self._flat is not None:
+            self._flat.zero()
+            return
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def record(self, **values: torch.Tensor) -> None:
-        """Add scalars to the means of the log interval, on the device."""
+    def _record(self, values: dict[str, torch.Tensor]) -> None:
+        """Add scalars to the sums of the log interval, on the device."""
         for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            # A sum is new memory: the value itself may be overwritten by the next step.
+            self._sums[name] = self._sums.get(name, self._zero) + value.float()
         self._count += 1
 
     def means(self) -> dict[str, float]:
@@ -140,19 +199,23 @@ class TrainState:
 
     def agree(self) -> None:
         """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
+        self._share(list(self.module.buffers()))
+
+    @torch.no_grad()
+    def _share(self, tensors: list[torch.Tensor]) -> None:
         if self.rank.world == 1:
             return
         # Together, one message for each type: a ResNet-50 has 160 of them.
         # A dict, not a set: the order of a set of types differs between processes.
-        for dtype in dict.fromkeys(buffer.dtype for buffer in self.module.buffers()):
-            alike = [buffer for buffer in self.module.buffers() if buffer.dtype == dtype]
-            message = torch.cat([buffer.flatten() for buffer in alike])
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            message = torch.cat([tensor.flatten() for tensor in alike])
             dist.broadcast(message, src=0)
-            parts = torch.split(message, [buffer.numel() for buffer in alike])
-            for buffer, part in zip(alike, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+            parts = torch.split(message, [tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
-    def save(self, keep: int, *, score: float | None = None) -> None:
+    def save(self, keep: int) -> None:
         """Write a checkpoint, by rank 0, while the others wait."""
         self.agree()
         if self.rank.main:
@@ -165,7 +228,13 @@ class TrainState:
                 "rng": torch.get_rng_state(),
                 "identity": json.dumps(self._identity, sort_keys=True),
             }
-            checkpoint.save(self.folder, self.step, state, keep=keep, score=score)
+            checkpoint.save(self.folder, self.step, state, keep=keep)
+        barrier(self.rank)
+
+    def score(self, value: float, keep: int) -> None:
+        """Give the checkpoint of this step, which `save` has written, its score."""
+        if self.rank.main:
+            checkpoint.rate(self.folder, self.step, value, keep=keep)
         barrier(self.rank)
 
     def resume(self) -> bool:
@@ -223,23 +292,3 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
-def _wrap(module: nn.Module, rank: Rank, compiled: bool) -> nn.Module:
-    """Compile, then DDP; the unwrapped module is what is saved."""
-    if compiled:
-        module = torch.compile(module)  # type: ignore[assignment]
-    if rank.world == 1:
-        return module
-    device_ids = [rank.device.index] if rank.device.type == "cuda" else None
-    # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
-    names = inspect.signature(DistributedDataParallel).parameters
-    # Renamed in torch 2.15, where the old name warns.
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, Any] = {switch: False}
-    return DistributedDataParallel(
-        module,
-        device_ids=device_ids,
-        gradient_as_bucket_view=True,
-        **options,
-    )

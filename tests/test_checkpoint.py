@@ -19,7 +19,7 @@ import torch
 
 from rotpred import durable
 from rotpred.backbone import build_backbone
-from rotpred.checkpoint import CheckpointError, load, load_latest, save
+from rotpred.checkpoint import CheckpointError, load, load_latest, rate, save
 from rotpred.heads import make_rotnet
 from rotpred.weights import load_backbone, sha256_file
 
@@ -105,14 +105,24 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, bad: object, wher
 
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
     for step, score in enumerate((0.1, 0.9, 0.3, 0.4, 0.5), start=1):
-        save(tmp_path, step, state(step), keep=2, score=score)
+        save(tmp_path, step, state(step), keep=2)
+        rate(tmp_path, step, score, keep=2)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 4, 5)]
     assert len(list(tmp_path.glob("*.json"))) == 3
-    save(tmp_path, 6, state(6), keep=2, score=0.95)
+    save(tmp_path, 6, state(6), keep=2)
+    assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 5, 6)], "6 has no score yet"
+    before = (tmp_path / "step_0000006.pt").stat()
+    rate(tmp_path, 6, 0.95, keep=2)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (5, 6)]
-    for keep, score in ((1, None), (2, float("nan"))):
-        with pytest.raises(ValueError, match=r"keep|score"):
-            save(tmp_path, 7, state(7), keep=keep, score=score)
+    after = (tmp_path / "step_0000006.pt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert load(tmp_path / "step_0000006.pt").step == 6
+    with pytest.raises(ValueError, match="keep"):
+        save(tmp_path, 7, state(7), keep=1)
+    with pytest.raises(ValueError, match="score"):
+        rate(tmp_path, 6, float("nan"))
+    with pytest.raises(CheckpointError, match="step_0000009"):
+        rate(tmp_path, 9, 0.5)
 
 
 def test_a_damaged_file_does_not_take_the_place_of_a_valid_one(tmp_path: Path) -> None:

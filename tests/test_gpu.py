@@ -17,7 +17,7 @@ from rotpred.heads import make_rotnet
 from rotpred.optim import Optim
 from rotpred.recipes import Pretrain, Run
 from rotpred.schedule import Steps
-from rotpred.state import Trained, TrainState, channels_last
+from rotpred.state import Outcome, Trained, TrainState, channels_last
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -60,17 +60,19 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
         global_batch=8,
         identity={"backbone": "resnet18_small"},
     )
+
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+        with state.autocast():
+            loss = cross_entropy(state.model(images), targets)
+        return loss, {"loss": loss}
+
     with open_loader(spec, device="cuda:0", precision=run.precision) as loader:
         for number, batch in enumerate(loader.epoch(0)):
             if number == 2:  # the first steps allocate, tune and make constants
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 state.begin(0.0)
-                with state.autocast():
-                    logits = state.model(batch.images)
-                    loss = cross_entropy(logits, batch.targets)
-                state.update(loss)
-                state.record(loss=loss)
+                state.learn(objective, batch.images, batch.targets)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert state.means()["loss"] < 10 and not state.broken

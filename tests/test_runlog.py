@@ -188,8 +188,7 @@ def test_resume_drops_the_rows_of_lost_work(tmp_path: Path) -> None:
             record(log, step)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # the machine went down in mid-write
-    with open_log(tmp_path) as log:
-        log.resume(20)
+    with open_log(tmp_path, start_step=20) as log:
         record(log, 25)
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [10, 20, 25]
     with open_log(tmp_path, start_step=25) as log:
@@ -271,7 +270,7 @@ def test_results_survive_a_write_that_fails(
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     with open_log(tmp_path / "a", main=False) as log:
-        log.resume(5)
+        log.tick(5)
         log.tick(6)
         record(log, 10)
         log.result("b", metric="m", value=float("nan"), unit="%", n=1)

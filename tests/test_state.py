@@ -19,7 +19,7 @@ from rotpred.job import check_data
 from rotpred.optim import Optim
 from rotpred.schedule import Steps
 from rotpred.settings import Run
-from rotpred.state import Trained, TrainState
+from rotpred.state import Objective, Outcome, Trained, TrainState
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -45,10 +45,15 @@ with session("cpu", timeout_seconds=60) as rank:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
     state = TrainState(model, [Trained(model, Optim(lr=0.1), Steps())], rank=rank,
                        run=Run(epochs=1), folder=None, global_batch=8, identity={})
+
+    def objective(x, y):
+        loss = cross_entropy(state.model(x), y)
+        return loss, {"loss": loss}
+
     with open_loader(spec, shard=Shard(rank.rank, rank.world)) as loader:
         for batch in loader.epoch(0):
             state.begin(0.0)
-            state.update(cross_entropy(state.model(batch.images), batch.targets))
+            state.learn(objective, batch.images, batch.targets)
     if rank.main:
         torch.save(model.state_dict(), out)
 """
@@ -91,6 +96,14 @@ def _state(model: nn.Module, folder: Path, **run: object) -> TrainState:
     )
 
 
+def objective(state: TrainState) -> Objective:
+    def work(x: torch.Tensor, y: torch.Tensor) -> Outcome:
+        loss = cross_entropy(state.model(x), y)
+        return loss, {"loss": loss}
+
+    return work
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     """Two half batches with accumulate=2 make the update of one whole batch."""
     torch.manual_seed(0)
@@ -99,10 +112,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     models[1].load_state_dict(models[0].state_dict())
     whole, halves = _state(models[0], tmp_path), _state(models[1], tmp_path, accumulate=2)
     whole.begin(0.0)
-    whole.update(cross_entropy(whole.model(x), y))
+    whole.learn(objective(whole), x, y)
     for part in (slice(0, 4), slice(4, 8)):
         halves.begin(0.0)
-        halves.update(cross_entropy(halves.model(x[part]), y[part]))
+        halves.learn(objective(halves), x[part], y[part])
         halves.step += 1
     assert halves.whole
     for found, expected in zip(models[1].parameters(), models[0].parameters(), strict=True):
@@ -114,7 +127,7 @@ def test_the_last_step_uses_what_has_come_together(tmp_path: Path) -> None:
     before = model.weight.detach().clone()
     state = _state(model, tmp_path, accumulate=4)
     state.begin(0.0, final=True)
-    state.update(cross_entropy(state.model(torch.randn(3, 5)), torch.arange(3)))
+    state.learn(objective(state), torch.randn(3, 5), torch.arange(3))
     assert state.whole and not torch.equal(model.weight, before)
 
 
@@ -123,12 +136,16 @@ def test_what_is_not_finite_is_noticed(tmp_path: Path, where: str) -> None:
     model = nn.Linear(5, 4)
     state = _state(model, tmp_path)
     state.begin(0.0)
-    loss = cross_entropy(state.model(torch.randn(3, 5)), torch.arange(3))
+    factor = torch.tensor(float("inf") if where == "loss" else 1.0)
+
+    def objective(x: torch.Tensor, y: torch.Tensor) -> Outcome:
+        loss = cross_entropy(state.model(x), y) * factor
+        return loss, {"loss": loss}
+
     assert not state.broken
-    if where == "loss":
-        state.update(loss * float("inf"))
-    else:
-        state.update(loss)
+    state.learn(objective, torch.randn(3, 5), torch.arange(3))
+    assert state.broken == (where == "loss")
+    if where == "weight":
         with torch.no_grad():
             model.weight[0, 0] = float("nan")
     assert state.broken
