@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 _ONE = 65536  # a weight of one
 _HALF = 128  # half a grey level in 8.8 bits
 _GROUP = 4  # outputs whose taps lie together in a table
+_build: Any = cgutils  # carries no types
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -115,6 +116,7 @@ def _resample_plain(
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _LANES = ir.VectorType(_I16, 16)
 _BYTES = ir.VectorType(_I8, 16)
+_ZERO = ir.Constant(_BYTES, [0] * 16)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
@@ -146,17 +148,17 @@ def _accumulate(builder: Any, total: Any, pixels: Any, address: Any) -> Any:
         builder.mul(builder.zext(pixels, wide), weight), ir.Constant(wide, [16] * 16)
     )
     kind = ir.FunctionType(_LANES, [_LANES, _LANES])
-    add = cgutils.get_or_insert_function(builder.module, kind, "llvm.uadd.sat.v16i16")
+    add = _build.get_or_insert_function(builder.module, kind, "llvm.uadd.sat.v16i16")
     return builder.call(add, [total, builder.trunc(product, _LANES)])
 
 
 def _sums(builder: Any, taps: Any, first: Any, step: Any) -> list[Any]:
     """Four accumulators run over the taps: step(tap, i) gives pixels and the weight's address."""
     start = _splat(builder, builder.trunc(first, _I16), 16)
-    places = [cgutils.alloca_once_value(builder, start) for _ in range(_GROUP)]
+    places = [_build.alloca_once_value(builder, start) for _ in range(_GROUP)]
     for place in places:
         builder.store(start, place)
-    with cgutils.for_range(builder, taps, intp=_I64) as loop:
+    with _build.for_range(builder, taps, intp=_I64) as loop:
         for i, place in enumerate(places):
             pixels, weight = step(loop.index, i)
             builder.store(_accumulate(builder, builder.load(place), pixels, weight), place)
@@ -168,90 +170,87 @@ def _weight_address(builder: Any, table: Any, tap: Any, i: int) -> Any:
 
 
 def _row_block(skip: int) -> Any:
-    """Make the function below for pixels that begin `skip` bytes behind the given addresses."""
+    """Make a function for pixels that begin `skip` bytes behind the given addresses.
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def block(typing: Any, a: Any, b: Any, c: Any, d: Any, stride: Any, taps: Any, table: Any,
-              first: Any, out: Any) -> Any:  # fmt: skip
-        """Filter four pixels of four output rows down the columns.
+    It filters four pixels of four output rows down the columns. Its arguments, all int64 in one
+    tuple: addresses of the four rows' first taps, bytes from tap to tap, taps, address of their
+    weights, value to start from, address of the result. It reads 16 bytes of each tap, and writes
+    four pixels of four rows of four channels, uint16 in 8.8 bits; the fourth channel is padding.
+    """
 
-        Reads 16 bytes at a + k * stride, b + ..., for each tap k; writes to out, uint16 in 8.8
-        bits, four pixels of four rows of four channels, the last of them zero or near it.
-        """
-        del typing
-
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            *rows, stride, taps, table, first, out = arguments
-            zero = ir.Constant(_BYTES, [0] * 16)
-            places = []
-            for pixel in range(4):
-                for channel in range(3):
-                    places += [16, skip + 3 * pixel + channel]
-                places += [16, 16]
+    def block(_typing: Any, arguments: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            *rows, stride, taps, table, first, out = _build.unpack_tuple(builder, values[0])
+            bytes_in = [skip + 3 * pixel + channel for pixel in range(4) for channel in range(3)]
+            places = [16] * 32  # zeros, but for the upper bytes of three lanes in four
+            for i, byte in enumerate(bytes_in):
+                places[i // 3 * 8 + i % 3 * 2 + 1] = byte
 
             def step(tap: Any, i: int) -> tuple[Any, Any]:
                 address = builder.add(rows[i], builder.mul(tap, stride))
-                pixels = _shuffle(builder, _load(builder, address, _BYTES), zero, places)
+                pixels = _shuffle(builder, _load(builder, address, _BYTES), _ZERO, places)
                 return builder.bitcast(pixels, _LANES), _weight_address(builder, table, tap, i)
 
             quads = ir.VectorType(_I64, 4)
             sums = [builder.bitcast(s, quads) for s in _sums(builder, taps, first, step)]
-            low = [_shuffle(builder, sums[i], sums[i + 1], [0, 4, 2, 6]) for i in (0, 2)]
-            high = [_shuffle(builder, sums[i], sums[i + 1], [1, 5, 3, 7]) for i in (0, 2)]
-            for pixel in range(4):
-                pair = high if pixel % 2 else low
+            even = [_shuffle(builder, sums[i], sums[i + 1], [0, 4, 2, 6]) for i in (0, 2)]
+            odd = [_shuffle(builder, sums[i], sums[i + 1], [1, 5, 3, 7]) for i in (0, 2)]
+            for pixel, (a, b) in enumerate((even, odd, even, odd)):
                 at = pixel // 2 * 2
-                turned = _shuffle(builder, *pair, [at, at + 1, at + 4, at + 5])
+                turned = _shuffle(builder, a, b, [at, at + 1, at + 4, at + 5])
                 _store(builder, turned, builder.add(out, _I64(32 * pixel)))
-            return _context.get_dummy_value()
+            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), generate
+        return types.void(arguments), generate
 
-    return block
+    return intrinsic(block)
 
 
 _rows_from_0, _rows_from_4 = _row_block(0), _row_block(4)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _column_block(typing: Any, a: Any, b: Any, c: Any, d: Any, taps: Any, table: Any, first: Any,
-                  out: Any, pitch: Any) -> Any:  # fmt: skip
+def _column_block(_typing: Any, arguments: Any) -> Any:
     """Filter four output columns of four rows, and write them as bytes.
 
-    Reads 32 bytes (one pixel of four rows, as `_row_block` writes them) at a + 32 * k, b + ..., for
-    each tap k; writes 12 bytes at out, out + pitch, ...
+    Arguments, all int64 in one tuple: address of what `_row_block` wrote, of the four columns'
+    first taps (int32), taps, address of their weights, value to start from, address of the first
+    row's result, bytes from row to row. Writes 12 bytes of four rows.
     """
-    del typing
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        *columns, taps, table, first, out, pitch = arguments
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        line, starts, taps, table, first, out, pitch = _build.unpack_tuple(builder, values[0])
+        columns = []
+        for i in range(4):
+            start = _load(builder, builder.add(starts, _I64(4 * i)), _I32)
+            columns.append(builder.add(line, builder.shl(builder.zext(start, _I64), _I64(5))))
 
         def step(tap: Any, i: int) -> tuple[Any, Any]:
             address = builder.add(columns[i], builder.shl(tap, _I64(5)))
             return _load(builder, address, _LANES), _weight_address(builder, table, tap, i)
 
-        eight = ir.Constant(_LANES, [8] * 16)
+        eight, words = ir.Constant(_LANES, [8] * 16), ir.VectorType(_I32, 4)
         sums = [
-            builder.bitcast(builder.trunc(builder.lshr(s, eight), _BYTES), ir.VectorType(_I32, 4))
+            builder.bitcast(builder.trunc(builder.lshr(s, eight), _BYTES), words)
             for s in _sums(builder, taps, first, step)
         ]
-        low = [_shuffle(builder, sums[i], sums[i + 1], [0, 4, 1, 5]) for i in (0, 2)]
-        high = [_shuffle(builder, sums[i], sums[i + 1], [2, 6, 3, 7]) for i in (0, 2)]
+        upper = [_shuffle(builder, sums[i], sums[i + 1], [0, 4, 1, 5]) for i in (0, 2)]
+        lower = [_shuffle(builder, sums[i], sums[i + 1], [2, 6, 3, 7]) for i in (0, 2)]
         rgb = [4 * pixel + channel for pixel in range(4) for channel in range(3)]
-        for row in range(4):
-            pair = high if row // 2 else low
+        for row, (a, b) in enumerate((upper, upper, lower, lower)):
             at = row % 2 * 2
-            turned = builder.bitcast(_shuffle(builder, *pair, [at, at + 1, at + 4, at + 5]), _BYTES)
+            turned = builder.bitcast(_shuffle(builder, a, b, [at, at + 1, at + 4, at + 5]), _BYTES)
             packed = _shuffle(builder, turned, turned, rgb + [0] * 4)
             address = builder.add(out, builder.mul(pitch, _I64(row)))
-            words = builder.bitcast(packed, ir.VectorType(_I64, 2))
-            _store(builder, builder.extract_element(words, _I32(0)), address)
-            words = builder.bitcast(packed, ir.VectorType(_I32, 4))
-            word = builder.extract_element(words, _I32(2))
-            _store(builder, word, builder.add(address, _I64(8)))
-        return _context.get_dummy_value()
+            halves = builder.bitcast(packed, ir.VectorType(_I64, 2))
+            _store(builder, builder.extract_element(halves, _I32(0)), address)
+            rest = builder.extract_element(builder.bitcast(packed, words), _I32(2))
+            _store(builder, rest, builder.add(address, _I64(8)))
+        return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), generate
+    return types.void(arguments), generate
+
+
+_columns: Any = intrinsic(_column_block)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -265,27 +264,24 @@ def _resample_blocks(
     begin, middle, end = source.ctypes.data, line.ctypes.data, out.ctypes.data
     for entry in range(0, len(rows), _GROUP):
         y = min(entry, side - _GROUP)
-        table = row_weights.ctypes.data + 4 * entry * row_taps
-        first = row_taps // 2
+        weights = row_weights.ctypes.data + 4 * entry * row_taps
         a = begin + rows[entry] * stride
         b = begin + rows[entry + 1] * stride
         c = begin + rows[entry + 2] * stride
         d = begin + rows[entry + 3] * stride
-        _rows_from_0(a, b, c, d, stride, row_taps, table, first, middle)
+        rest = (stride, row_taps, weights, row_taps // 2)
+        _rows_from_0((a, b, c, d, *rest, middle))
         for pixel in range(4, width + 3, 4):
             # The 16 bytes of the last block end with the row: they begin before its first pixel.
-            pixel = min(pixel, width - 4)
-            x = 3 * pixel - 4
-            _rows_from_4(
-                a + x, b + x, c + x, d + x, stride, row_taps, table, first, middle + 32 * pixel
-            )
-        first = column_taps // 2 + _HALF
+            x = 3 * min(pixel, width - 4)
+            _rows_from_4((a + x - 4, b + x - 4, c + x - 4, d + x - 4, *rest, middle + 32 * x // 3))
         for at in range(0, len(columns), _GROUP):
-            _column_block(
-                middle + 32 * columns[at], middle + 32 * columns[at + 1],
-                middle + 32 * columns[at + 2], middle + 32 * columns[at + 3],
-                column_taps, column_weights.ctypes.data + 4 * at * column_taps, first,
-                end + y * pitch + 3 * min(at, side - _GROUP), pitch,
+            _columns(
+                (
+                    middle, columns.ctypes.data + 4 * at, column_taps,
+                    column_weights.ctypes.data + 4 * at * column_taps, column_taps // 2 + _HALF,
+                    end + y * pitch + 3 * min(at, side - _GROUP), pitch,
+                )
             )  # fmt: skip
 
 
