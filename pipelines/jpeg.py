@@ -11,7 +11,7 @@ import numpy as np
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused before anything is allocated for them."""
 
-_SOI, _EOI, _SOS, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xDD, 0xDC
+_SOI, _EOI, _SOS, _DHT, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDD, 0xDC
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -40,8 +40,16 @@ class JpegHeader:
     """Exif orientation, 1 to 8; 1 where the stream has none that is valid."""
     adobe_transform: int | None
     """Colour transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None without one."""
+    frame_at: int
+    """Offset of the start-of-frame marker."""
+    tables: tuple[tuple[int, int], ...]
+    """Where the bodies of the Huffman table segments before the first scan begin and end."""
+    restart: int
+    """MCUs between restart markers in the first scan; 0 without them."""
     scan: int
     """Offset of the first start-of-scan marker."""
+    coded: int
+    """Offset of the first entropy-coded byte behind it."""
     end: int | None
     """Offset just behind the end marker; None where only the header was read."""
     odd: str | None
@@ -76,6 +84,8 @@ class _Walk:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.frame: tuple[int, int, int, int, int] | None = None
+        self.frame_at = 0
+        self.tables: list[tuple[int, int]] = []
         self.orientation: int | None = None
         self.adobe: int | None = None
         self.restart = 0
@@ -130,6 +140,8 @@ class _Walk:
             self.adobe = self.data[start + 11]
             if self.adobe > 2:
                 self.note(f"Adobe transform {self.adobe} at byte {start + 11}")
+        elif code == _DHT:
+            self.tables.append((start, stop))
         elif code == _DRI and stop - start >= 2:
             self.restart = int.from_bytes(self.data[start : start + 2], "big")
 
@@ -146,6 +158,7 @@ class _Walk:
             raise JpegError(f"the frame header at byte {start - 4} says {height} x {width} pixels")
         if components not in (1, 2, 3, 4):
             raise JpegError(f"the frame header at byte {start - 4} has {components} components")
+        self.frame_at = start - 4
         self.frame = (code, precision, height, width, components)
 
     def check_scan(self, start: int, stop: int) -> None:
@@ -188,7 +201,10 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
     """
     if data[:2] != b"\xff\xd8":
         raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
-    walk, pos, scan, end = _Walk(data), 2, None, None
+    walk, pos, end = _Walk(data), 2, None
+    scan: tuple[int, int] | None = None
+    tables: tuple[tuple[int, int], ...] = ()
+    restart = 0
     while True:
         code, pos = walk.marker(pos)
         if code == _EOI:
@@ -208,7 +224,8 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
             continue
         if walk.frame is None:
             raise JpegError(f"a scan at byte {pos - 2} before any frame header")
-        scan = pos - 2 if scan is None else scan
+        if scan is None:
+            scan, tables, restart = (pos - 2, stop), tuple(walk.tables), walk.restart
         if not whole:
             break
         walk.check_scan(start, stop)
@@ -224,7 +241,11 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
         frame=frame,
         orientation=walk.orientation or 1,
         adobe_transform=walk.adobe,
-        scan=scan,
+        frame_at=walk.frame_at,
+        tables=tables,
+        restart=restart,
+        scan=scan[0],
+        coded=scan[1],
         end=end,
         odd=walk.odd,
     )

@@ -1,0 +1,352 @@
+"""Restart markers put into finished JPEG streams, which can then be cut: same coefficients.
+
+Every segment between two markers begins on a byte and predicts its DC coefficients from zero, so it
+can be decoded without the ones before it. Only the first DC code of each component in a segment
+changes; all other bits are copied. ITU-T T.81, annexes B, F and K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from pipelines.huffman import BAD_TABLE, BLOCK, FINE, PAD, REASONS, load, read_tables, walk
+from pipelines.jpeg import JpegError, JpegHeader
+
+SHARE: Final = 0.012
+"""Bytes added, as a share of a stream's, that the finest cut may cost."""
+
+_PER_SEGMENT = 5.0  # Bytes: the marker, half a byte of padding, and longer DC codes.
+_MOST = 0xFFFF  # Bytes in a segment, and MCUs in an interval.
+_SIDES = (8, 16, 32)
+_NO_CODE, _TOO_LONG = -1, -2
+_FF = np.uint64(0xFF)
+_U8, _U32 = np.uint64(8), np.uint64(32)
+_LOW, _ONES, _TOPS = np.uint64(0xFFFFFFFF), np.uint64(0x01010101), np.uint64(0x80808080)
+
+# Annex K.3: codes of each length, luminance and chrominance; the symbols are 0 to 11.
+_STANDARD = (
+    bytes((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0)),
+    bytes((0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The only scan of a sequential picture, walked from end to end."""
+
+    header: JpegHeader
+    end: int
+    """Offset just behind the end marker."""
+    spare: int
+    """Whole bytes of coded data that belong to no block."""
+    columns: int
+    """MCUs in a row."""
+    rows: int
+    """Rows of MCUs."""
+    mcu_width: int
+    """Pixels."""
+    mcu_height: int
+    """Pixels."""
+    units: npt.NDArray[np.int64]
+    """(U,): component of each block in an MCU."""
+    slots: npt.NDArray[np.int64]
+    """(3, 2): rows of each component's Huffman tables, as `huffman.walk` takes them."""
+    clean: npt.NDArray[np.uint8]
+    """Coded data without stuffing."""
+    ends: npt.NDArray[np.int64]
+    """(segments,): bit behind the last block of each restart segment that was there already."""
+    blocks: npt.NDArray[np.void]
+    """(blocks,) of `huffman.BLOCK`."""
+
+
+class Cuts(NamedTuple):
+    """Where a stream with restart markers can be cut; fields as in `segments.RECORD`."""
+
+    head: int
+    frame: int
+    interval: int
+    columns: int
+    rows: int
+    mcu_width: int
+    mcu_height: int
+    lengths: npt.NDArray[np.uint16]
+    """(segments,): bytes of each, without the marker behind it."""
+
+
+def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
+    """Walk over every Huffman code of a baseline picture.
+
+    Returns:
+        What was found; None where the picture is not sequential with 8 bits, 1 or 3 components, and
+        one scan of them all.
+
+    Raises:
+        JpegError: The coded data are damaged; the message says how and where.
+    """
+    if header.frame not in (0xC0, 0xC1) or header.precision != 8:
+        return None
+    count = header.components
+    body = data[header.scan + 4 : header.coded]
+    if count not in (1, 3) or len(body) != 4 + 2 * count or body[0] != count:
+        return None
+    if body[-3:] != b"\x00\x3f\x00":
+        return None
+    at = header.frame_at + 10
+    known = {data[at + 3 * c]: data[at + 3 * c + 1] for c in range(count)}
+    chosen = [(body[1 + 2 * c], body[2 + 2 * c]) for c in range(count)]
+    if len(known) != count or {name for name, _ in chosen} != set(known):
+        return None
+    factors = [(known[name] >> 4, known[name] & 15) for name, _ in chosen]
+    if any(tables & 0xCC for _, tables in chosen):
+        return None
+    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in factors):
+        return None
+    if count == 1:  # Whatever its factors: a scan of one component is not interleaved.
+        factors = [(1, 1)]
+    repeats = [h * v for h, v in factors]
+    if sum(repeats) > 10:
+        return None
+    width, height = 8 * max(h for h, _ in factors), 8 * max(v for _, v in factors)
+    columns, rows = -(-header.width // width), -(-header.height // height)
+    mcus, units = columns * rows, np.repeat(np.arange(count), repeats)
+    slots = np.array([(t >> 4, 4 + (t & 3)) for _, t in chosen] * (3 // count), np.int64)
+    if mcus * len(units) > 4 * len(data):  # No block has less than two codes of one bit.
+        raise JpegError(f"{header.width} x {header.height} pixels in {len(data)} bytes of data")
+    segments = -(-mcus // header.restart) if header.restart else 1
+    clean = np.empty(len(data) - header.coded + PAD, np.uint8)
+    ends, blocks = np.empty(segments, np.int64), np.empty(mcus * len(units), BLOCK)
+    status, mcu, end, spare = walk(
+        np.frombuffer(data, np.uint8), header.coded, _bounds(header), units, slots, mcus,
+        header.restart, clean, np.empty(segments + 1, np.int64), ends, blocks,
+    )  # fmt: skip
+    if end >= len(data):
+        raise JpegError(f"truncated: no end marker in {len(data)} bytes")
+    if status == BAD_TABLE:
+        return None  # Some decoders have tables of their own for streams that lack them.
+    if status != FINE:
+        raise JpegError(f"damaged: {REASONS[status]}, in MCU {mcu} of {mcus}")
+    if data[end + 1] != 0xD9:
+        return None
+    return Scan(
+        header=header, end=end + 2, spare=spare, columns=columns, rows=rows, mcu_width=width,
+        mcu_height=height, units=units, slots=slots, clean=clean, ends=ends, blocks=blocks,
+    )  # fmt: skip
+
+
+def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
+    """Write the stream anew with a restart marker behind every segment but the last.
+
+    A segment is a part of a row of MCUs: the finest of its divisors that adds at most `SHARE` to
+    the stream, or a whole row. Restart markers that were there are replaced. Where a DC table lacks
+    a code that is needed, the standard ones take its place.
+
+    Args:
+        data: The stream.
+        scan: What `walk_scan` found in it.
+
+    Returns:
+        The new stream, and where it can be cut; None where MCUs are neither 8, 16 nor 32 pixels
+        wide and high, or a difference of DC coefficients has no code.
+    """
+    if scan.mcu_width not in _SIDES or scan.mcu_height not in _SIDES:
+        return None
+    standard = False
+    codes = _codes(data, scan, standard)
+    for interval in _intervals(scan, len(data)):
+        lengths = np.empty(scan.rows * scan.columns // interval, np.uint16)
+        out = np.empty(2 * len(scan.clean) + 64 * len(lengths), np.uint8)
+        while True:
+            size = int(_emit(scan.clean, scan.ends, scan.blocks, scan.units, codes,
+                             scan.header.restart, interval, standard, out, lengths))  # fmt: skip
+            if size != _NO_CODE:
+                break
+            if standard:
+                return None
+            standard = True
+            codes = _codes(data, scan, standard)
+        if size != _TOO_LONG:
+            head, frame = _head(data, scan, interval, standard)
+            cuts = Cuts(len(head), frame, interval, scan.columns, scan.rows, scan.mcu_width,
+                        scan.mcu_height, lengths)  # fmt: skip
+            return b"".join((head, out[:size].tobytes(), b"\xff\xd9")), cuts
+    return None
+
+
+def _bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
+    return np.array(header.tables, np.int64).reshape(-1, 2)
+
+
+def _intervals(scan: Scan, size: int) -> list[int]:
+    """MCUs in a segment, the best choice first; the others are for segments that get too long."""
+    columns = scan.columns
+    whole = [n for n in range(1, min(columns, _MOST) + 1) if columns % n == 0]
+    fine = [n for n in whole if scan.rows * columns // n * _PER_SEGMENT <= SHARE * size]
+    best = fine[0] if fine else whole[-1]
+    return [n for n in reversed(whole) if n <= best]
+
+
+def _codes(data: bytes, scan: Scan, standard: bool) -> npt.NDArray[np.int64]:
+    """(3, 16, 2): code and its bits by component and size of a DC difference; 0 bits: none."""
+    counts, symbols = np.zeros((8, 17), np.int64), np.zeros((8, 256), np.uint8)
+    read_tables(np.frombuffer(data, np.uint8), _bounds(scan.header), counts, symbols)
+    if standard:
+        for slot, table in _standard(scan).items():
+            counts[slot, 1:] = list(table)
+            symbols[slot, :12] = range(12)
+    codes = np.zeros((3, 16, 2), np.int64)
+    for component, slot in enumerate(scan.slots[:, 0].tolist()):
+        code, place = 0, 0
+        for length in range(1, 17):
+            for symbol in symbols[slot, place : place + int(counts[slot, length])].tolist():
+                codes[component, symbol & 15] = code, length
+                code += 1
+            place += int(counts[slot, length])
+            code <<= 1
+    return codes
+
+
+def _standard(scan: Scan) -> dict[int, bytes]:
+    """The standard table for each DC table: luminance for that of the first component."""
+    slots = scan.slots[:, 0].tolist()
+    return {slot: _STANDARD[int(slot != slots[0])] for slot in slots}
+
+
+def _head(data: bytes, scan: Scan, interval: int, standard: bool) -> tuple[bytes, int]:
+    """The stream up to its coded data, with this interval; and where its frame says the height."""
+    header = scan.header
+    kept, pos, frame = [data[:2]], 2, 0
+    while pos < header.scan:
+        while data[pos + 1] == 0xFF:  # Fill bytes.
+            pos += 1
+        stop = pos + 2 + int.from_bytes(data[pos + 2 : pos + 4], "big")
+        if data[pos + 1] != 0xDD:
+            if pos == header.frame_at:
+                frame = sum(map(len, kept)) + 5
+            kept.append(data[pos:stop])
+        pos = stop
+    if standard:
+        for slot, table in _standard(scan).items():
+            kept.append(b"\xff\xc4\x00\x1f" + bytes((slot,)) + table + bytes(range(12)))
+    kept.append(b"\xff\xdd\x00\x04" + interval.to_bytes(2, "big"))
+    kept.append(data[header.scan : header.coded])
+    return b"".join(kept), frame
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _put(out: Any, pos: Any, held: Any, bits: Any, value: Any, more: Any) -> Any:
+    """Append up to 32 bits; whole bytes go out, stuffed. Returns the new pos, held and bits."""
+    held = held << more | value
+    bits += more
+    while bits >= _U8:
+        bits -= _U8
+        byte = held >> bits & _FF
+        out[pos] = byte
+        pos += np.uint64(1)
+        if byte == _FF:
+            out[pos] = 0
+            pos += np.uint64(1)
+    return pos, held, bits
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _copy(out: Any, pos: Any, held: Any, bits: Any, clean: Any, start: Any, stop: Any) -> Any:
+    """Append bits `start` to `stop` of the unstuffed data."""
+    at, end = np.uint64(start), np.uint64(stop)
+    while at + _U32 <= end:
+        value = load(clean, at) >> _U32
+        at += _U32
+        joined = held << _U32 | value
+        word = joined >> bits & _LOW
+        if (_LOW - word - _ONES) & word & _TOPS:  # Perhaps an FF; surely one where it is the first.
+            pos, held, bits = _put(out, pos, held, bits, value, _U32)
+            continue
+        out[pos] = word >> np.uint64(24)
+        out[pos + np.uint64(1)] = word >> np.uint64(16) & _FF
+        out[pos + np.uint64(2)] = word >> _U8 & _FF
+        out[pos + np.uint64(3)] = word & _FF
+        pos += np.uint64(4)
+        held = joined
+    if at < end:
+        left = end - at
+        value = load(clean, at) >> (np.uint64(64) - left)
+        pos, held, bits = _put(out, pos, held, bits, value, left)
+    return pos, held, bits
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _emit(
+    clean: Any, ends: Any, blocks: Any, units: Any, codes: Any, restart: int, interval: int,
+    anew: bool, out: Any, lengths: Any,
+) -> Any:  # fmt: skip
+    """Write the coded data with a segment every `interval` MCUs.
+
+    Args:
+        clean, ends, blocks, units: As in `Scan`.
+        codes: As from `_codes`.
+        restart: MCUs between the markers that were there; 0 without.
+        interval: MCUs in a segment.
+        anew: Write all DC codes, not only those that change.
+        out: uint8 out: the data without the end marker.
+        lengths: uint16 (segments,) out: bytes of each.
+
+    Returns:
+        Bytes written, `_NO_CODE` or `_TOO_LONG`.
+    """
+    per = len(units)
+    mcus = len(blocks) // per
+    pos, held, bits, begin = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
+    segment, cursor = 0, 0
+    true, guess = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for mcu in range(mcus + 1):
+        new = mcu == mcus or mcu % interval == 0
+        old = mcu == mcus or (restart > 0 and mcu % restart == 0)
+        n = mcu * per
+        if mcu > 0 and (new or old):
+            stop = ends[(mcu - 1) // restart if restart else 0] if old else blocks[n].at
+            pos, held, bits = _copy(out, pos, held, bits, clean, cursor, stop)
+            if new:
+                if bits:
+                    fill = _U8 - bits
+                    ones = (np.uint64(1) << fill) - np.uint64(1)
+                    pos, held, bits = _put(out, pos, held, bits, ones, fill)
+                if pos - begin > np.uint64(_MOST):
+                    return _TOO_LONG
+                lengths[segment] = pos - begin
+                if mcu == mcus:
+                    break
+                out[pos] = 0xFF
+                out[pos + np.uint64(1)] = 0xD0 + segment % 8
+                pos += np.uint64(2)
+                begin = pos
+                segment += 1
+            cursor = blocks[n].at
+        if new:
+            guess[:] = 0
+        if old:
+            true[:] = 0
+        for u in range(per):
+            component, value = units[u], np.int64(blocks[n + u].value)
+            true[component] += value
+            fresh = true[component] - guess[component]
+            guess[component] = true[component]
+            if fresh == value and not anew:
+                continue
+            size = 0
+            while abs(fresh) >> size:
+                size += 1
+            if size > 15 or codes[component, size, 1] == 0:
+                return _NO_CODE
+            pos, held, bits = _copy(out, pos, held, bits, clean, cursor, blocks[n + u].at)
+            low = fresh if fresh >= 0 else fresh + (1 << size) - 1
+            pos, held, bits = _put(
+                out, pos, held, bits,
+                np.uint64(codes[component, size, 0] << size | low),
+                np.uint64(codes[component, size, 1] + size),
+            )  # fmt: skip
+            cursor = blocks[n + u].at + blocks[n + u].bits
+    return np.int64(pos)
