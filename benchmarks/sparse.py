@@ -1,0 +1,64 @@
+"""A beton of any number of samples that takes a second to make: tables of full size, no payload.
+
+For measuring what grows with the number of samples (opening, orders, memory); the pages of
+samples are a hole in the file, so no sample can be decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.beton_layout import ALLOC, FIELD, HEADER, TYPE_IDS, VERSION, metadata_type
+
+FIELDS = ("image", "label")
+PAGE = 1 << 23
+CLASSES = 1000
+_BLOCK = 1 << 18
+
+
+def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: bool = False) -> Path:
+    """Write a beton whose header, metadata and allocation table are whole.
+
+    Args:
+        path: The file to make or replace; it needs 48 bytes a sample of disk.
+        samples: How many.
+        size: Bytes of each sample, at most a page of 8 MiB.
+        shuffled: Write the allocation table in random order, where writers leave it by place.
+
+    Returns:
+        `path`.
+    """
+    kind = metadata_type(FIELDS)
+    head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+    first = -(-(head + samples * kind.itemsize) // PAGE) * PAGE
+    per_page = PAGE // size
+    table = first + -(-samples // per_page) * PAGE
+    header, fields = np.zeros(1, HEADER), np.zeros(len(FIELDS), FIELD)
+    header[0] = (VERSION, len(FIELDS), PAGE, samples, table)
+    for entry, name in zip(fields, FIELDS, strict=True):
+        entry["type_id"] = TYPE_IDS[name]
+        entry["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    draw = np.random.default_rng(0)
+    order = draw.permutation(samples) if shuffled else np.arange(samples)
+    with path.open("wb") as file:
+        file.write(header.tobytes() + fields.tobytes())
+        for start in range(0, samples, _BLOCK):
+            ids = np.arange(start, min(start + _BLOCK, samples))
+            rows = np.zeros(len(ids), kind)
+            rows["image"]["width"] = draw.integers(200, 600, len(ids))
+            rows["image"]["height"] = draw.integers(200, 600, len(ids))
+            rows["image"]["data_ptr"] = first + ids // per_page * PAGE + ids % per_page * size
+            rows["label"] = draw.integers(0, CLASSES, len(ids))
+            file.write(rows.tobytes())
+        file.seek(table)
+        for start in range(0, samples, _BLOCK):
+            ids = order[start : start + _BLOCK]
+            entries = np.zeros(len(ids), ALLOC)
+            entries["sample_id"], entries["size"] = ids, size
+            entries["ptr"] = first + ids // per_page * PAGE + ids % per_page * size
+            file.write(entries.tobytes())
+        os.fsync(file.fileno())
+    return path
