@@ -1,20 +1,24 @@
-"""Compiled inner loop of the FFCV engine.
+"""Compiled inner loops of the FFCV engine.
 
-A module-level function with `cache=True`: numba keeps its machine code on disk, which it cannot do
-for the code that FFCV generates around it. The two C functions of FFCV's library are called by
-symbol name; `pipelines.ffcv` gives the names their addresses before the first call.
+Module-level functions with `cache=True`: numba keeps their machine code on disk, which it cannot do
+for the code that FFCV generates around them. FFCV's decoder is called by symbol name;
+`pipelines.ffcv_loader` gives the name its address before the first call.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange, types
 
-IMDECODE = "rotpred_ffcv_imdecode"
-RESIZE = "rotpred_ffcv_resize"
+from pipelines.resample import resample
+from pipelines.splice import splice
 
+IMDECODE = "rotpred_ffcv_imdecode"
+
+# Its crop arguments stay unused: they make it transcode the crop with tjTransform before decoding
+# that, which costs more than decoding the whole picture (measured: see benchmarks/splice.py).
 _imdecode: Any = types.ExternalFunction(
     IMDECODE,
     types.int32(
@@ -33,77 +37,155 @@ _imdecode: Any = types.ExternalFunction(
         types.uint32,
     ),
 )
-_resize: Any = types.ExternalFunction(RESIZE, types.void(*[types.int64] * 11))
 
-OK, UNDECODABLE = 0, 1
+OK, UNDECODABLE, DAMAGED = 0, 1, 2
+"""Statuses: decoded; refused by FFCV's decoder; bytes that contradict the side file."""
 _JPEG = 0
 
 
+class State(NamedTuple):
+    """What the kernels read and write. Types and layouts are the same for every data set."""
+
+    data: Any
+    """uint8: the beton's bytes."""
+    offsets: Any
+    """uint64 (N,), like the next five."""
+    sizes: Any
+    heights: Any
+    widths: Any
+    modes: Any
+    records: Any
+    """(N,) of `segments.RECORD`."""
+    lengths: Any
+    """uint16: as `Segments.lengths`."""
+    boxes: Any
+    """int32 (B, 5): of the batch."""
+    turns: Any
+    """int64 (B,): the batch's samples, the most expensive first."""
+    status: Any
+    """uint8 (B,): written."""
+    spliced: Any
+    """uint8 (lanes, bytes): the JPEG that is decoded, where it is cut out of the stored one."""
+    pictures: Any
+    """uint8 (lanes, bytes): its pixels."""
+    patches: Any
+    """uint8 (lanes, bytes): boxes that stick out of their pictures."""
+    scratch: Any
+    """uint8 (lanes, bytes): for `resample`."""
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _crop_into(picture: Any, box: Any, patch: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Cut box out of picture (H, W, 3), black outside, resize to out (S, S, 3), flip."""
-    height, width = picture.shape[0], picture.shape[1]
-    top, left, h, w = box[0], box[1], box[2], box[3]
-    side = out.shape[0]
-    inside = top >= 0 and left >= 0 and top + h <= height and left + w <= width
-    source = picture
-    if not inside:
-        source = patch[: h * w * 3].reshape(h, w, 3)
-        source[:] = 0
-        y0, y1 = max(top, 0), min(top + h, height)
-        x0, x1 = max(left, 0), min(left + w, width)
-        if y1 > y0 and x1 > x0:
-            source[y0 - top : y1 - top, x0 - left : x1 - left] = picture[y0:y1, x0:x1]
-        top, left = 0, 0
-    if h == side and w == side:
-        out[:] = source[top : top + h, left : left + w]
-    else:
-        _resize(
-            0, source.ctypes.data, source.shape[0], source.shape[1],
-            top, top + h, left, left + w, out.ctypes.data, side, side,
-        )  # fmt: skip
-    if box[4]:
-        for y in range(side):
-            for x in range(side // 2):
-                for c in range(3):
-                    far = out[y, side - 1 - x, c]
-                    out[y, side - 1 - x, c] = out[y, x, c]
-                    out[y, x, c] = far
+def _turn(n: Any, lane: Any, lanes: Any) -> Any:  # pragma: no cover - compiled
+    """Place in `turns` of a lane's n-th sample: forwards, backwards, ... so that all end alike."""
+    return n * lanes + (lane if n % 2 == 0 else lanes - 1 - lane)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _picture(
+    sample: Any, box: Any, state: State, lane: Any
+) -> tuple[int, Any, Any, Any]:  # pragma: no cover - compiled
+    """Status, pixels (h, w, 3) that hold the box, and their first row and column."""
+    height, width = np.int64(state.heights[sample]), np.int64(state.widths[sample])
+    start, size = np.int64(state.offsets[sample]), np.int64(state.sizes[sample])
+    status, y0, x0 = OK, 0, 0
+    picture = state.data[start : start + 1].reshape(1, 1, 1)
+    if state.modes[sample] != _JPEG:
+        picture = state.data[start : start + height * width * 3].reshape(height, width, 3)
+        return status, picture, y0, x0
+    spliced = state.spliced[lane]
+    written, y0, x0, height, width = splice(
+        state.data, start, size, state.records[sample], state.lengths, height, width, box, spliced
+    )
+    if written < 0:
+        return DAMAGED, picture, 0, 0
+    address = state.data.ctypes.data + start
+    if written > 0:
+        address, size = spliced.ctypes.data, written
+    pixels = state.pictures[lane]
+    code = _imdecode(
+        address, size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+    )
+    if code != 0:
+        status = UNDECODABLE
+    picture = pixels[: height * width * 3].reshape(height, width, 3)
+    return status, picture, y0, x0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def cut(picture: Any, top: Any, left: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Copy the box at (top, left) of picture (H, W, 3) to out (h, w, 3), black outside."""
+    height, width = out.shape[0], out.shape[1]
+    y0, y1 = max(top, 0), min(top + height, picture.shape[0])
+    x0, x1 = max(left, 0), min(left + width, picture.shape[1])
+    if y1 - y0 < height or x1 - x0 < width:
+        out[:] = 0
+    if y1 > y0 and x1 > x0:
+        out[y0 - top : y1 - top, x0 - left : x1 - left] = picture[y0:y1, x0:x1]
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def decode_crops(
-    indices: Any, out: Any, state: Any, lanes: int
+    indices: Any, out: Any, state: State, lanes: int
 ) -> None:  # pragma: no cover - compiled
-    """Decode and crop a batch.
+    """Decode, crop, resize and flip a batch.
 
     Args:
         indices: int64 (B,).
         out: uint8 (B, S, S, 3); black where the sample could not be decoded.
-        state: data (file bytes), offsets, sizes, heights, widths, modes of all samples, then boxes
-            int32 (B, 5), status uint8 (B,) to be written, and per lane one decode buffer and one
-            patch buffer.
-        lanes: threads; each takes every lanes-th sample, with its own buffers.
+        state: with the boxes of this batch.
+        lanes: threads, each with its own buffers.
     """
-    data, offsets, sizes, heights, widths, modes, boxes, status, scratch, patches = state
-    for lane in prange(lanes):
-        for i in range(lane, len(indices), lanes):
-            sample = indices[i]
-            height, width = heights[sample], widths[sample]
-            start = offsets[sample]
-            pixels = np.int64(height) * np.int64(width) * 3
-            status[i] = OK
-            if modes[sample] == _JPEG:
-                code = _imdecode(
-                    data.ctypes.data + start, sizes[sample], height, width,
-                    scratch[lane].ctypes.data, height, width, 0, 0, 1, 1, 0, 0,
-                )  # fmt: skip
-                if code != 0:
-                    # The buffer still holds an earlier picture: it must not pass for this sample.
-                    status[i] = UNDECODABLE
-                    out[i] = 0
-                    continue
-                picture = scratch[lane, :pixels].reshape(height, width, 3)
-            else:
-                picture = data[start : start + np.uint64(pixels)].reshape(height, width, 3)
-            _crop_into(picture, boxes[i], patches[lane], out[i])
+    statuses = state.status  # numba loses what the loop writes to a member of a tuple
+    for thread in prange(lanes):
+        lane = np.int64(thread)  # prange counts without sign
+        for n in range((len(indices) + lanes - 1) // lanes):
+            place = _turn(n, lane, lanes)
+            if place >= len(indices):
+                continue
+            i = state.turns[place]
+            box = state.boxes[i]
+            status, picture, y0, x0 = _picture(indices[i], box, state, lane)
+            statuses[i] = status
+            if status != OK:
+                # The buffer still holds an earlier picture: it must not pass for this sample.
+                out[i] = 0
+                continue
+            top, left, h, w = box[0] - y0, box[1] - x0, box[2], box[3]
+            if top < 0 or left < 0 or top + h > picture.shape[0] or left + w > picture.shape[1]:
+                patch = state.patches[lane, : h * w * 3].reshape(h, w, 3)
+                cut(picture, top, left, patch)
+                picture, top, left = patch, 0, 0
+            resample(picture, top, left, h, w, out[i], box[4] != 0, state.scratch[lane])
+
+
+@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def decode_regions(
+    indices: Any, out: Any, offsets: Any, state: State, lanes: int
+) -> None:  # pragma: no cover - compiled
+    """Decode a batch and cut its boxes, neither resized nor flipped.
+
+    Args:
+        indices: int64 (B,).
+        out: uint8: region i, (h, w, 3), is written from offsets[i] on; black where the sample could
+            not be decoded.
+        offsets: int64 (B,).
+        state: with the boxes of this batch.
+        lanes: threads, each with its own buffers.
+    """
+    statuses = state.status  # numba loses what the loop writes to a member of a tuple
+    for thread in prange(lanes):
+        lane = np.int64(thread)  # prange counts without sign
+        for n in range((len(indices) + lanes - 1) // lanes):
+            place = _turn(n, lane, lanes)
+            if place >= len(indices):
+                continue
+            i = state.turns[place]
+            box = state.boxes[i]
+            h, w = box[2], box[3]
+            target = out[offsets[i] : offsets[i] + h * w * 3].reshape(h, w, 3)
+            status, picture, y0, x0 = _picture(indices[i], box, state, lane)
+            statuses[i] = status
+            if status != OK:
+                target[:] = 0
+                continue
+            cut(picture, box[0] - y0, box[1] - x0, target)

@@ -173,18 +173,18 @@ def loader(square_beton: Path) -> Iterator[Loader]:
 
 
 def ffcv_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if isinstance(t, engine.StockEpochIterator)]
+    return [t for t in threading.enumerate() if isinstance(t, engine.DecodingThread)]
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    real = engine._EpochIterator.run_pipeline
+    real = engine.RingLoader.decode
 
-    def broken(self: Any, number: int, *rest: Any) -> Any:
-        if number == batch:
+    def broken(self: Any, step: engine.Step, number: int) -> Any:
+        if step.step == batch:
             raise RuntimeError("broken on purpose")
-        return real(self, number, *rest)
+        return real(self, step, number)
 
-    monkeypatch.setattr(engine._EpochIterator, "run_pipeline", broken)
+    monkeypatch.setattr(engine.RingLoader, "decode", broken)
 
 
 def test_stock_waits_for_ever_for_a_dead_thread(stock: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ def test_an_error_in_the_thread_arrives(loader: Loader, monkeypatch: pytest.Monk
 def test_a_thread_that_ends_silently_is_noticed(
     loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._EpochIterator, "run", lambda _self: None)
+    monkeypatch.setattr(engine.DecodingThread, "run", lambda _self: None)
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="thread ended without an error"):
         next(loader.epoch(0))
@@ -221,16 +221,16 @@ def test_a_stuck_thread_runs_into_the_timeout(
     square_beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    real = engine._EpochIterator.run_pipeline
+    real = engine.RingLoader.decode
 
-    def stuck(self: Any, number: int, *rest: Any) -> Any:
-        if number == 2:
+    def stuck(self: Any, step: engine.Step, number: int) -> Any:
+        if step.step == 2:
             release.wait()
-        return real(self, number, *rest)
+        return real(self, step, number)
 
     with open_loader(spec_of(square_beton, timeout=1.0)) as loader:
         with monkeypatch.context() as patch:
-            patch.setattr(engine._EpochIterator, "run_pipeline", stuck)
+            patch.setattr(engine.RingLoader, "decode", stuck)
             batches = loader.epoch(0)
             assert len([next(batches), next(batches)]) == 2
             begin = time.monotonic()
@@ -413,7 +413,7 @@ def test_a_file_replaced_in_mid_epoch_is_read_to_its_end(
 def test_an_epoch_allocates_no_dictionaries_per_sample(loader: Loader) -> None:
     """Tables go to the kernel as the beton's own arrays: nothing grows with the data set."""
     source: Any = loader._source
-    tables = source._loader.tables.state_arrays
+    tables = source._loader.tables.state
     beton = source._beton
     mine = (beton.data, beton.offsets, beton.sizes, beton.heights, beton.widths, beton.modes)
     assert all(a is b for a, b in zip(tables, mine, strict=False))
