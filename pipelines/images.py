@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipelines.catalogues import imagenet_subset, imagenet_val, inaturalist, voc2007
 from pipelines.index import IndexFormatError, SampleIndex
 
 Split = Literal["train", "val"]
@@ -25,6 +26,13 @@ _TORCHVISION: dict[str, tuple[str, object, object]] = {
     "FashionMNIST": ("train", True, False),
     "SVHN": ("split", "train", "test"),
     "STL10": ("split", "train", "test"),
+}
+# Layouts that need a root: what follows the colon, and the root, to an index.
+_CATALOGUES: dict[str, Callable[[str, str | os.PathLike[str]], SampleIndex]] = {
+    "imagenet-val": lambda truth, root: imagenet_val(root, truth=truth),
+    "imagenet-subset": lambda names, root: imagenet_subset(names, SampleIndex.from_folder(root)),
+    "inaturalist": lambda annotations, root: inaturalist(annotations, root=root),
+    "voc2007": lambda split, root: voc2007(root, split=split).images,
 }
 _DIGITS_SIDE = 32
 _DIGITS_VAL_EVERY = 5
@@ -163,12 +171,17 @@ def open_images(
     split: Split = "train",
     download: bool = True,
 ) -> Images:
-    """Resolve what a person names: a folder, a list file, `torchvision:NAME` or `digits`.
+    """Resolve what a person names: a folder, a list file, `torchvision:NAME`, `digits`, or one of
+
+    - `imagenet-val:TRUTH`, the flat folder `root`, TRUTH as in `catalogues.imagenet_val`;
+    - `imagenet-subset:LIST`, those pictures of the class folders in `root`;
+    - `inaturalist:JSON`, with `root` the folder of train_val2018;
+    - `voc2007:SPLIT`, with `root` the folder VOC2007; its many labels are not kept.
 
     Args:
         source: The name. A folder or file of the name `digits` is written `./digits`.
-        root: The folder that a list's paths are relative to (None: the list's own), or where
-            torchvision keeps its data (None: `data`).
+        root: As above; or the folder that a list's paths are relative to (None: the list's own), or
+            where torchvision keeps its data (None: `data`).
         labelled: False drops the labels, and takes a folder's images wherever they lie.
         split: For torchvision and digits; folders and lists are one split each.
         download: Whether torchvision may fetch what is missing.
@@ -178,8 +191,12 @@ def open_images(
         ValueError: It exists, but is no data set.
     """
     found: Images
-    if source.startswith("torchvision:"):
-        name = source.partition(":")[2]
+    kind, _, name = source.partition(":")
+    if kind in _CATALOGUES and name:
+        if root is None:
+            raise ValueError(f"{source!r} needs a root: the folder of its pictures")
+        found = _CATALOGUES[kind](name, root)
+    elif source.startswith("torchvision:"):
         found = from_torchvision(name, root=root or "data", split=split, download=download)
     elif source == "digits":
         found = from_digits(split=split)
@@ -190,7 +207,10 @@ def open_images(
     elif Path(source).is_file():
         found = SampleIndex.from_list(source, root=root)
     else:
-        raise FileNotFoundError(f"{source!r} is no folder, list file, torchvision:NAME or digits")
+        raise FileNotFoundError(
+            f"{source!r} is no folder, list file, torchvision:NAME or digits, nor "
+            f"KIND:NAME with KIND one of {', '.join(_CATALOGUES)}"
+        )
     return found if labelled else _unlabelled(found)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -150,6 +150,22 @@ class SampleIndex:
         classes = tuple(map(str, range(int(ids.max()) + 1)))
         return cls(base, blob, offsets, ids, classes)
 
+    @classmethod
+    def from_names(
+        cls,
+        root: str | os.PathLike[str],
+        names: Iterable[str],
+        labels: Sequence[int],
+        classes: Sequence[str],
+    ) -> SampleIndex:
+        """Index files whose paths relative to `root` and class ids (-1: none) are known.
+
+        Raises:
+            IndexFormatError: A path leads outside the root.
+        """
+        blob, offsets = _pack(_checked(names, root))
+        return cls(Path(root), blob, offsets, np.array(labels, np.int64), tuple(classes))
+
 
 def read_file(path: str | os.PathLike[str], *, root: str | os.PathLike[str]) -> bytes:
     """Read a plain file below `root`, never waiting on a pipe and never following a link outside.
@@ -250,10 +266,21 @@ def _parse_list(source: Path, labels: array[int]) -> Iterator[bytes]:
                 raise IndexFormatError(
                     f"{place}: {'has no' if labelled else 'has a'} label, unlike the lines before"
                 )
-            if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+            if _leads_outside(name):
                 raise IndexFormatError(f"{place}: path {name!r} leads outside the root")
             labels.append(label)
             yield os.fsencode(name)
+
+
+def _checked(names: Iterable[str], root: str | os.PathLike[str]) -> Iterator[bytes]:
+    for name in names:
+        if _leads_outside(name):
+            raise IndexFormatError(f"path {name!r} leads outside {os.fspath(root)!r}")
+        yield os.fsencode(name)
+
+
+def _leads_outside(name: str) -> bool:
+    return os.path.isabs(name) or ".." in name.split("/") or "\0" in name
 
 
 def _split(line: str, place: str) -> tuple[str, int]:
