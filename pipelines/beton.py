@@ -24,7 +24,13 @@ import numpy.typing as npt
 from pipelines.beton_layout import HEADER, BetonError, Layout, check_layout
 from pipelines.jpeg import JpegError, read_header
 from pipelines.manifest import Manifest, load_manifest, manifest_path
-from pipelines.segments import Segments, SegmentsError, open_segments, segments_path
+from pipelines.segments import (
+    Segments,
+    SegmentsError,
+    find_fault,
+    open_segments,
+    segments_path,
+)
 
 __all__ = ["Beton", "BetonError", "Verified", "check_sums", "verify"]
 
@@ -98,14 +104,7 @@ class Beton:
             FileNotFoundError: There is no such file.
         """
         file = Path(path)
-        beton = _open(file, _manifest(file))
-        if beton.manifest is not None and beton.manifest.fingerprint != beton.fingerprint:
-            beton.close()
-            raise BetonError(
-                f"{manifest_path(file)}: belongs to another file: expected fingerprint "
-                f"{beton.fingerprint}, found {beton.manifest.fingerprint!r}"
-            )
-        return beton
+        return _open(file, _manifest(file))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Verified:
 
 
 def verify(path: str | os.PathLike[str]) -> Verified:
-    """Open a beton and read every sample: JPEG markers, sizes and checksums.
+    """Open a beton and read every sample: JPEG markers, sizes, checksums and segments.
 
     Raises:
         BetonError: At the first sample that is not what metadata and manifest say.
@@ -159,8 +158,9 @@ def check_sums(beton: Beton, sums: npt.NDArray[np.uint32]) -> None:
 
 def _check_jpeg(beton: Beton, i: int) -> None:
     place = f"{beton.path}: sample {i} at byte {beton.offsets[i]}"
+    data = beton.payload(i).tobytes()
     try:
-        header = read_header(beton.payload(i).tobytes(), whole=True)
+        header = read_header(data, whole=True)
     except JpegError as error:
         raise BetonError(f"{place}: expected a JPEG stream, found: {error}") from error
     expected = (int(beton.heights[i]), int(beton.widths[i]))
@@ -169,6 +169,18 @@ def _check_jpeg(beton: Beton, i: int) -> None:
             f"{place}: expected {expected[0]} x {expected[1]} pixels, found "
             f"{header.height} x {header.width} in the JPEG header"
         )
+    if beton.segments is None or not beton.segments.records["interval"][i]:
+        return
+    record = beton.segments.records[i]
+    found = (header.coded, header.frame_at + 5, header.restart)
+    if found != (record["head"], record["frame"], record["interval"]):
+        raise BetonError(
+            f"{segments_path(beton.path)}: sample {i}: expected head, frame and interval {found} "
+            f"as in the JPEG header, found {(record['head'], record['frame'], record['interval'])}"
+        )
+    fault = find_fault(data, header.coded, beton.segments.of(i))
+    if fault is not None:
+        raise BetonError(f"{segments_path(beton.path)}: sample {i}: {fault}")
 
 
 def _manifest(path: Path) -> Manifest | None:
@@ -180,12 +192,16 @@ def _manifest(path: Path) -> Manifest | None:
         raise BetonError(str(error)) from error
 
 
-def _segments(path: Path, layout: Layout) -> Segments | None:
+def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments | None:
     """The side file of a beton, checked against it; None if there is none."""
     side, count = segments_path(path), len(layout.sizes)
     try:
         found = open_segments(side, samples=count, fingerprint=layout.fingerprint)
     except FileNotFoundError:
+        if manifest is not None and manifest.restarts is not None:
+            raise BetonError(
+                f"{side}: expected the side file that the manifest speaks of, found none"
+            ) from None
         return None
     except (SegmentsError, OSError) as error:
         raise BetonError(str(error)) from error
@@ -206,7 +222,7 @@ def _segments(path: Path, layout: Layout) -> Segments | None:
 
 
 def _open(path: Path, manifest: Manifest | None) -> Beton:
-    """Map, lock and check one file against an optional manifest, all but the fingerprint."""
+    """Map, lock and check one file, against a manifest and side file where there are any."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -222,6 +238,11 @@ def _open(path: Path, manifest: Manifest | None) -> Beton:
             samples=manifest.samples if manifest is not None else None,
             classes=len(manifest.classes) if manifest is not None else None,
         )
+        if manifest is not None and manifest.fingerprint != layout.fingerprint:
+            raise BetonError(
+                f"{manifest_path(path)}: belongs to another file: expected fingerprint "
+                f"{layout.fingerprint}, found {manifest.fingerprint!r}"
+            )
         beton = Beton(
             path=path,
             data=data,
@@ -236,7 +257,7 @@ def _open(path: Path, manifest: Manifest | None) -> Beton:
             page_size=layout.page_size,
             fingerprint=layout.fingerprint,
             manifest=manifest,
-            segments=_segments(path, layout),
+            segments=_segments(path, layout, manifest),
         )
     except BaseException:
         os.close(handle)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from pipelines.beton_layout import (
     BetonError,
     metadata_type,
 )
+from pipelines.segments import SegmentsWriter, segments_path
+
+if TYPE_CHECKING:
+    from pipelines.restart import Cuts
 
 FIELDS = ("image", "label")
 MAX_PAGE = 1 << 31
@@ -49,8 +54,10 @@ class BetonWriter:
     Use as a context manager: leaving it removes the temporary file unless `publish` was called.
     """
 
-    def __init__(self, output: Path, *, capacity: int, page_size: int) -> None:
-        """Args are the output, the most samples that will come, and bytes in a page."""
+    def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
+        """Args are the output, the most samples that will come, bytes in a page, and whether there
+        is a side file that says where samples can be cut.
+        """
         if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
         self.output = output
@@ -65,6 +72,13 @@ class BetonWriter:
         self._page = bytearray()
         self._file = open(self.temporary, "xb")
         self._file.seek(self._next)
+        self._segments: SegmentsWriter | None = None
+        if segments:
+            try:
+                self._segments = SegmentsWriter(segments_path(self.temporary), capacity=capacity)
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -77,14 +91,19 @@ class BetonWriter:
     ) -> None:
         try:
             self._file.close()
+            if self._segments is not None:
+                self._segments.close()
         except OSError:
             if error is None:  # A full disk was reported already where there is another error.
                 raise
         finally:
             self.temporary.unlink(missing_ok=True)
+            segments_path(self.temporary).unlink(missing_ok=True)
 
-    def add(self, data: bytes, *, height: int, width: int, label: int, crc32: int) -> None:
-        """Append one JPEG stream.
+    def add(
+        self, data: bytes, *, height: int, width: int, label: int, crc32: int, cuts: Cuts | None
+    ) -> None:
+        """Append one JPEG stream, and to the side file where it can be cut.
 
         Raises:
             PageTooSmall: It is longer than a page; nothing was added.
@@ -99,6 +118,8 @@ class BetonWriter:
         self._rows[self.count] = ((0, width, height, place), label)
         self._table[self.count] = (self.count, place, len(data))
         self._sums[self.count] = crc32
+        if self._segments is not None:
+            self._segments.add(cuts)
         self.count += 1
 
     def finish(self) -> tuple[Beton, str]:
@@ -112,19 +133,23 @@ class BetonWriter:
         """
         self._flush()
         table = self._file.tell()
-        self._file.write(self._table[: self.count].tobytes())
+        allocation = self._table[: self.count].tobytes()
+        self._file.write(allocation)
         header, fields = np.zeros(1, HEADER), np.zeros(len(FIELDS), FIELD)
         header[0] = (VERSION, len(FIELDS), self.page_size, self.count, table)
         for entry, name in zip(fields, FIELDS, strict=True):
             entry["type_id"] = TYPE_IDS[name]
             entry["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        head = header.tobytes() + fields.tobytes() + self._rows[: self.count].tobytes()
         self._file.seek(0)
-        self._file.write(header.tobytes() + fields.tobytes())
-        self._file.write(self._rows[: self.count].tobytes())
+        self._file.write(head)
         self._file.flush()
         os.fsync(self._file.fileno())
         # So that the check below reads the disk, not the memory that was just written from.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if self._segments is not None:
+            # As `Beton.fingerprint`: opening compares the two.
+            self._segments.finish(hashlib.sha256(head + allocation).hexdigest()[:16])
         beton = Beton.open(self.temporary)
         try:
             check_sums(beton, self.sums)
@@ -144,8 +169,15 @@ class BetonWriter:
         return self._sums[: self.count]
 
     def publish(self) -> None:
-        """Put the finished file in the output's place, whole or not at all."""
+        """Put the finished files in the output's place, each whole or not at all.
+
+        The side file goes last: until then an old one is there, which names another beton.
+        """
         os.replace(self.temporary, self.output)
+        if self._segments is not None:
+            os.replace(segments_path(self.temporary), segments_path(self.output))
+        else:
+            segments_path(self.output).unlink(missing_ok=True)
 
     def _flush(self) -> None:
         """Write the current page, filled up with zeros."""
@@ -211,7 +243,8 @@ def exclusive(output: Path) -> Iterator[None]:
     try:
         for kind in ("", ".json", ".quarantine.jsonl", ".failed.jsonl"):
             for stale in glob.glob(f"{glob.escape(str(output))}{kind}.tmp.*"):
-                if stale.rpartition(".")[2].isdigit():
+                # The side file of the temporary file is NAME.tmp.PID.segments.
+                if stale.removesuffix(".segments").rpartition(".")[2].isdigit():
                     os.unlink(stale)
         yield
     finally:

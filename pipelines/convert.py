@@ -28,7 +28,7 @@ from pipelines.beton_write import (
     write_text,
 )
 from pipelines.images import Images
-from pipelines.manifest import Manifest, manifest_path
+from pipelines.manifest import Manifest, Restarts, manifest_path
 from pipelines.pool import Rejected, WorkerError, prepared
 from pipelines.prepare import PASSED, Check, Options
 
@@ -55,7 +55,8 @@ def write_beton(
     quality: int = 90,
     workers: int = 0,
     budget: int | None = None,
-    check: Check = "decode",
+    check: Check = "scan",
+    restart_markers: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -74,7 +75,10 @@ def write_beton(
         workers: Processes; 0 takes one for each core that this process may use.
         budget: Unusable files that are tolerated; None tolerates 0.1 %, and ten in any case. With
             one more the run stops and lists them in `OUTPUT.failed.jsonl`.
-        check: decode finds damage that stops a decoder; header finds truncation only, and is fast.
+        check: scan follows every code of a picture's pixels; header finds truncation only.
+        restart_markers: Put restart markers into baseline JPEG streams (see `pipelines.restart`),
+            and write `OUTPUT.segments`, which says where: loaders then decode the part of a
+            picture that a crop needs.
         overwrite: Replace an existing file. It stays untouched until the new one is verified.
         progress: Told about samples done.
 
@@ -82,7 +86,13 @@ def write_beton(
         ConversionError: The output exists, the disk is full, a worker died, too much is unusable.
         ValueError: An argument is out of range.
     """
-    options = Options(max_side=max_side, short_side=short_side, quality=quality, check=check)
+    options = Options(
+        max_side=max_side,
+        short_side=short_side,
+        quality=quality,
+        check=check,
+        restart_markers=restart_markers,
+    )
     target = Path(output)
     if workers < 0 or (budget is not None and budget < 0):
         raise ValueError("workers and budget must not be negative")
@@ -123,6 +133,9 @@ class _Run:
         self.budget = max(10, len(source) // 1000) if budget is None else budget
         self.progress = progress
         self.kinds: Counter[str] = Counter()
+        self.uncut: Counter[str] = Counter()
+        self.cut = 0
+        self.added = 0
         self.rejected: list[Rejected] = []
 
     def convert(self) -> Manifest:
@@ -153,8 +166,15 @@ class _Run:
 
     def _attempt(self, page: int, chunk: int) -> Manifest:
         self.kinds.clear()
+        self.uncut.clear()
         self.rejected.clear()
-        with BetonWriter(self.target, capacity=len(self.source), page_size=page) as writer:
+        self.cut = self.added = 0
+        with BetonWriter(
+            self.target,
+            capacity=len(self.source),
+            page_size=page,
+            segments=self.options.restart_markers,
+        ) as writer:
             self._fill(writer, chunk)
             if not writer.count:
                 raise ConversionError(f"no usable picture among {len(self.source)}{self._worst()}")
@@ -170,11 +190,12 @@ class _Run:
                     passed=self.kinds.pop(PASSED, 0),
                     reencoded=dict(sorted(self.kinds.items())),
                     quarantined=len(self.rejected),
+                    restarts=self._restarts(),
                     options={**asdict(self.options), "budget": self.budget, "page_size": page},
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            # Both are on the disk before either takes its place: what can fail has not.
+            # All are on the disk before one takes its place: what can fail has not.
             staged = stage_text(manifest_path(self.target), manifest.dumps())
             try:
                 writer.publish()
@@ -197,15 +218,25 @@ class _Run:
                         continue
                     picture, crc32 = result
                     self.kinds[picture.kind] += 1
+                    self.cut += picture.cuts is not None
+                    self.added += picture.added
+                    if picture.uncut is not None:
+                        self.uncut[picture.uncut] += 1
                     writer.add(
                         picture.data,
                         height=picture.height,
                         width=picture.width,
                         label=int(labels[i]),
                         crc32=crc32,
+                        cuts=picture.cuts,
                     )
                 if self.progress is not None:
                     self.progress(part.first + len(part.results), len(self.source))
+
+    def _restarts(self) -> Restarts | None:
+        if not self.options.restart_markers:
+            return None
+        return Restarts(cut=self.cut, uncut=dict(sorted(self.uncut.items())), added=self.added)
 
     def _reject(self, file: Rejected) -> None:
         self.rejected.append(file)

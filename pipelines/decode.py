@@ -96,7 +96,7 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
     """
     try:
         header = header or read_header(data)
-        _check_size(header.width, header.height)
+        check_size(header.width, header.height)
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
                 return f"header says {header.width} x {header.height}, decoder {image.size}"
@@ -120,11 +120,12 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError(
             f"not a JPEG, PNG, WebP, BMP, TIFF or GIF picture: begins with {data[:8]!r}"
         ) from error
-    _check_size(*image.size)
+    check_size(*image.size)
     return image
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raise `ImageError` where there are no pixels or more than `MAX_PIXELS`."""
     if width < 1 or height < 1:
         raise ImageError(f"the picture has {width} x {height} pixels")
     if width * height > MAX_PIXELS:
@@ -139,7 +140,7 @@ def _jpeg_header(data: bytes) -> JpegHeader | None:
         header = read_header(data)
     except JpegError as error:
         raise ImageError(str(error)) from error
-    _check_size(header.width, header.height)
+    check_size(header.width, header.height)
     return header
 
 

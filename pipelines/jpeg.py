@@ -11,7 +11,7 @@ import numpy as np
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused before anything is allocated for them."""
 
-_SOI, _EOI, _SOS, _DHT, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDD, 0xDC
+_SOI, _EOI, _SOS, _DHT, _DQT, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD, 0xDC
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -44,6 +44,8 @@ class JpegHeader:
     """Offset of the start-of-frame marker."""
     tables: tuple[tuple[int, int], ...]
     """Where the bodies of the Huffman table segments before the first scan begin and end."""
+    quantizers: frozenset[int]
+    """Numbers of the quantization tables before the first scan."""
     restart: int
     """MCUs between restart markers in the first scan; 0 without them."""
     scan: int
@@ -86,6 +88,7 @@ class _Walk:
         self.frame: tuple[int, int, int, int, int] | None = None
         self.frame_at = 0
         self.tables: list[tuple[int, int]] = []
+        self.quantizers: set[int] = set()
         self.orientation: int | None = None
         self.adobe: int | None = None
         self.restart = 0
@@ -142,6 +145,10 @@ class _Walk:
                 self.note(f"Adobe transform {self.adobe} at byte {start + 11}")
         elif code == _DHT:
             self.tables.append((start, stop))
+        elif code == _DQT:
+            while start < stop:  # Each table: precision and number, then 64 values.
+                self.quantizers.add(self.data[start] & 15)
+                start += 129 if self.data[start] >> 4 else 65
         elif code == _DRI and stop - start >= 2:
             self.restart = int.from_bytes(self.data[start : start + 2], "big")
 
@@ -204,7 +211,7 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
     walk, pos, end = _Walk(data), 2, None
     scan: tuple[int, int] | None = None
     tables: tuple[tuple[int, int], ...] = ()
-    restart = 0
+    quantizers, restart = frozenset[int](), 0
     while True:
         code, pos = walk.marker(pos)
         if code == _EOI:
@@ -226,6 +233,7 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
             raise JpegError(f"a scan at byte {pos - 2} before any frame header")
         if scan is None:
             scan, tables, restart = (pos - 2, stop), tuple(walk.tables), walk.restart
+            quantizers = frozenset(walk.quantizers)
         if not whole:
             break
         walk.check_scan(start, stop)
@@ -243,6 +251,7 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
         adobe_transform=walk.adobe,
         frame_at=walk.frame_at,
         tables=tables,
+        quantizers=quantizers,
         restart=restart,
         scan=scan[0],
         coded=scan[1],

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,18 @@ import numpy.typing as npt
 
 VERSION = 1
 _MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """What restart markers were put into."""
+
+    cut: int
+    """Samples that have them."""
+    uncut: dict[str, int]
+    """Samples that cannot, by reason."""
+    added: int
+    """Bytes that they added."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +50,8 @@ class Manifest:
     """Pictures encoded anew, by reason."""
     quarantined: int = 0
     """Files left out because they are no usable picture."""
+    restarts: Restarts | None = None
+    """About restart markers; None where none were asked for, and there is no side file."""
     options: dict[str, object] = field(default_factory=dict)
     """Arguments of the conversion."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -59,6 +73,7 @@ class Manifest:
                 "passed": self.passed,
                 "reencoded": self.reencoded,
                 "quarantined": self.quarantined,
+                **({} if self.restarts is None else {"restarts": asdict(self.restarts)}),
                 "options": self.options,
                 "versions": self.versions,
                 "source": self.source,
@@ -113,11 +128,20 @@ def load_manifest(path: Path) -> Manifest:
         assert isinstance(value, dict)
         return value
 
-    reencoded = {}
-    for reason, count in table("reencoded").items():
-        if not isinstance(count, int):
-            raise ValueError(f"{path}: key 'reencoded': {reason!r} is no number")
-        reencoded[reason] = count
+    def numbers(key: str, values: object) -> dict[str, int]:
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: key {key!r}: expected dict, found {values!r:.60}")
+        for reason, count in values.items():
+            if not isinstance(count, int):
+                raise ValueError(f"{path}: key {key!r}: {reason!r} is no number")
+        return values
+
+    restarts = None
+    if "restarts" in found:
+        of = table("restarts")
+        plain = numbers("restarts", {key: of.get(key) for key in ("cut", "added")})
+        uncut = numbers("restarts", of.get("uncut"))
+        restarts = Restarts(cut=plain["cut"], uncut=uncut, added=plain["added"])
     try:
         sums = np.frombuffer(base64.b64decode(str(get("crc32", str)), validate=True), "<u4")
     except (binascii.Error, ValueError) as error:
@@ -134,8 +158,9 @@ def load_manifest(path: Path) -> Manifest:
         sha256=str(get("sha256", str)),
         crc32=sums.astype(np.uint32),
         passed=number("passed"),
-        reencoded=reencoded,
+        reencoded=numbers("reencoded", table("reencoded")),
         quarantined=number("quarantined"),
+        restarts=restarts,
         options=table("options"),
         versions={key: str(value) for key, value in table("versions").items()},
         source=table("source"),

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.decode import ImageError, decode_rgb, inspect
+from pipelines.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg import JpegError, JpegHeader, read_header
+from pipelines.restart import Cuts, Scan, walk_scan, with_restarts
 
-Check = Literal["decode", "header"]
+Check = Literal["scan", "header"]
 
 PASSED = "passed"
 """`Prepared.kind` of pictures stored as they were."""
@@ -32,9 +33,12 @@ class Options:
     """Length in pixels that a longer short side is shrunk to. None keeps all sizes."""
     quality: int = 90
     """JPEG quality of shrunk pictures; others that must be encoded take 95 without subsampling."""
-    check: Check = "decode"
-    """decode runs a decoder over JPEG streams stored unchanged; header reads their markers only,
-    which finds truncation but not damage."""
+    check: Check = "scan"
+    """scan follows every code of a JPEG stream's pixels; header reads markers only, which finds
+    truncation but not damage."""
+    restart_markers: bool = True
+    """Put restart markers into baseline JPEG streams, so that a crop can be decoded without the
+    rest of its picture. They are walked for it whatever `check` says."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.short_side is not None:
@@ -45,8 +49,8 @@ class Options:
                 raise ValueError(f"{name} must be in 1..{_MAX_JPEG_SIDE}, got {side}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in 1..100, got {self.quality}")
-        if self.check not in ("decode", "header"):
-            raise ValueError(f"check must be 'decode' or 'header', got {self.check!r}")
+        if self.check not in ("scan", "header"):
+            raise ValueError(f"check must be 'scan' or 'header', got {self.check!r}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width to store an upright picture at: never larger, never below 1."""
@@ -72,13 +76,20 @@ class Prepared(NamedTuple):
     """Columns."""
     kind: str
     """`PASSED`, or why it was encoded anew."""
+    cuts: Cuts | None = None
+    """Where it can be cut; None without restart markers."""
+    uncut: str | None = None
+    """Why it has no restart markers where they were asked for."""
+    added: int = 0
+    """Bytes that restart markers added."""
 
 
 def prepare(picture: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepared:
     """Check one picture and bring it into the form that is stored.
 
-    A JPEG stream passes unchanged, but for bytes behind its end, unless it is shrunk, turned by
-    Exif, not 8-bit grey or RGB, arithmetic-coded, or odd in a way that FFCV's decoder rejects.
+    A JPEG stream passes with all its coefficients, unless it is shrunk, turned by Exif, not 8-bit
+    grey or RGB, arithmetic-coded, or odd in a way that FFCV's decoder rejects. Without restart
+    markers its bytes pass too, but for those behind its end.
 
     Args:
         picture: A file's bytes, or upright pixels (H, W, 3).
@@ -92,20 +103,42 @@ def prepare(picture: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prep
     if picture[:2] != b"\xff\xd8":
         return _encode(decode_rgb(picture), "format", options)
     try:
-        header = read_header(picture, whole=True)
+        header = read_header(picture)
+        check_size(header.width, header.height)
+        walked = options.check == "scan" or options.restart_markers
+        scan = walk_scan(picture, header) if walked else None
+        if scan is None:
+            header = read_header(picture, whole=True)
     except JpegError as error:
         raise ImageError(str(error)) from error
-    reason = _needs_encoding(header, options)
+    reason = _needs_encoding(header, scan, options)
     if reason is not None:
         return _encode(decode_rgb(picture), reason, options)
-    if options.check == "decode":
+    if scan is None and options.check == "scan":
         fault = inspect(picture, header=header)
         if fault is not None:
             raise ImageError(fault)
-    return Prepared(picture[: header.end], header.height, header.width, PASSED)
+    end = header.end if scan is None else scan.end
+    plain = Prepared(picture[:end], header.height, header.width, PASSED)
+    return _cut(plain, header, scan) if options.restart_markers else plain
 
 
-def _needs_encoding(header: JpegHeader, options: Options) -> str | None:
+def compile_all() -> None:
+    """Have the compiled parts ready, so that processes forked later need not make or load them."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    _encode(picture, "array", Options())
+
+
+def _cut(plain: Prepared, header: JpegHeader, scan: Scan | None) -> Prepared:
+    """The same picture with restart markers, or why it has none."""
+    found = None if scan is None else with_restarts(plain.data, scan)
+    if found is None:
+        return plain._replace(uncut="progressive" if header.progressive else "unusual")
+    data, cuts = found
+    return plain._replace(data=data, cuts=cuts, added=len(data) - len(plain.data))
+
+
+def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> str | None:
     """Why the stream cannot be stored as it is; None where it can."""
     if options.target(*header.upright) != header.upright:
         return "resized"
@@ -117,7 +150,7 @@ def _needs_encoding(header: JpegHeader, options: Options) -> str | None:
         return "precision"
     if header.arithmetic:
         return "arithmetic"
-    return "cleaned" if header.odd else None
+    return "cleaned" if header.odd or (scan is not None and scan.spare) else None
 
 
 def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> Prepared:
@@ -134,4 +167,8 @@ def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> Pre
         image.save(out, "JPEG", quality=options.quality)
     else:
         image.save(out, "JPEG", quality=_EXACT_QUALITY, subsampling=0)
-    return Prepared(out.getvalue(), target[0], target[1], reason)
+    plain = Prepared(out.getvalue(), target[0], target[1], reason)
+    if not options.restart_markers:
+        return plain
+    header = read_header(plain.data)
+    return _cut(plain, header, walk_scan(plain.data, header))

@@ -17,12 +17,11 @@ from numba import njit
 from pipelines.huffman import BAD_TABLE, BLOCK, FINE, PAD, REASONS, load, read_tables, walk
 from pipelines.jpeg import JpegError, JpegHeader
 
-SHARE: Final = 0.012
+SHARE: Final = 0.018
 """Bytes added, as a share of a stream's, that the finest cut may cost."""
 
 _PER_SEGMENT = 5.0  # Bytes: the marker, half a byte of padding, and longer DC codes.
 _MOST = 0xFFFF  # Bytes in a segment, and MCUs in an interval.
-_SIDES = (8, 16, 32)
 _NO_CODE, _TOO_LONG = -1, -2
 _FF = np.uint64(0xFF)
 _U8, _U32 = np.uint64(8), np.uint64(32)
@@ -77,13 +76,18 @@ class Cuts(NamedTuple):
     lengths: npt.NDArray[np.uint16]
     """(segments,): bytes of each, without the marker behind it."""
 
+    @property
+    def record(self) -> tuple[int, ...]:
+        """All fields of `segments.RECORD` but `first`."""
+        return self[:7]
+
 
 def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     """Walk over every Huffman code of a baseline picture.
 
     Returns:
-        What was found; None where the picture is not sequential with 8 bits, 1 or 3 components, and
-        one scan of them all.
+        What was found; None where the picture is not sequential with 8 bits, 1 or 3 components of
+        sampling factors 1, 2 or 4, and one scan of them all.
 
     Raises:
         JpegError: The coded data are damaged; the message says how and where.
@@ -98,13 +102,16 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
         return None
     at = header.frame_at + 10
     known = {data[at + 3 * c]: data[at + 3 * c + 1] for c in range(count)}
+    for c in range(count):
+        if data[at + 3 * c + 2] not in header.quantizers:
+            raise JpegError(f"no quantization table {data[at + 3 * c + 2]} before the scan")
     chosen = [(body[1 + 2 * c], body[2 + 2 * c]) for c in range(count)]
     if len(known) != count or {name for name, _ in chosen} != set(known):
         return None
     factors = [(known[name] >> 4, known[name] & 15) for name, _ in chosen]
     if any(tables & 0xCC for _, tables in chosen):
         return None
-    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in factors):
+    if not all(h in (1, 2, 4) and v in (1, 2, 4) for h, v in factors):
         return None
     if count == 1:  # Whatever its factors: a scan of one component is not interleaved.
         factors = [(1, 1)]
@@ -150,14 +157,12 @@ def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
         scan: What `walk_scan` found in it.
 
     Returns:
-        The new stream, and where it can be cut; None where MCUs are neither 8, 16 nor 32 pixels
-        wide and high, or a difference of DC coefficients has no code.
+        The new stream, and where it can be cut; None where a difference of DC coefficients has no
+        code even in the standard tables.
     """
-    if scan.mcu_width not in _SIDES or scan.mcu_height not in _SIDES:
-        return None
     standard = False
     codes = _codes(data, scan, standard)
-    for interval in _intervals(scan, len(data)):
+    for interval in _intervals(scan):
         lengths = np.empty(scan.rows * scan.columns // interval, np.uint16)
         out = np.empty(2 * len(scan.clean) + 64 * len(lengths), np.uint8)
         while True:
@@ -181,11 +186,11 @@ def _bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
     return np.array(header.tables, np.int64).reshape(-1, 2)
 
 
-def _intervals(scan: Scan, size: int) -> list[int]:
+def _intervals(scan: Scan) -> list[int]:
     """MCUs in a segment, the best choice first; the others are for segments that get too long."""
     columns = scan.columns
     whole = [n for n in range(1, min(columns, _MOST) + 1) if columns % n == 0]
-    fine = [n for n in whole if scan.rows * columns // n * _PER_SEGMENT <= SHARE * size]
+    fine = [n for n in whole if scan.rows * columns // n * _PER_SEGMENT <= SHARE * scan.end]
     best = fine[0] if fine else whole[-1]
     return [n for n in reversed(whole) if n <= best]
 

@@ -11,10 +11,13 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:  # Readers of a beton need no compiler.
+    from pipelines.restart import Cuts
 
 RECORD = np.dtype(
     [
@@ -79,29 +82,55 @@ class Segments:
         return self.lengths[first : first + int(counts(self.records[i : i + 1])[0])]
 
 
+def find_fault(data: bytes, head: int, lengths: npt.NDArray[np.uint16]) -> str | None:
+    """Whether segments lie in a JPEG stream as they should: each with its marker behind it.
+
+    Args:
+        data: The stream.
+        head: Offset of its first entropy-coded byte.
+        lengths: (segments,): bytes of each.
+
+    Returns:
+        What is wrong, or None.
+    """
+    stream, last = np.frombuffer(data, np.uint8), len(lengths) - 1
+    ends = head + np.cumsum(lengths, dtype=np.int64) + 2 * np.arange(len(lengths))
+    if ends[last] + 2 != len(data):
+        return f"expected segments up to byte {len(data)}, found {ends[last] + 2}"
+    codes = 0xD0 + np.arange(len(lengths)) % 8
+    codes[last] = 0xD9
+    wrong = np.flatnonzero((stream[ends] != 0xFF) | (stream[ends + 1] != codes))
+    if len(wrong):
+        at = int(ends[wrong[0]])
+        return f"expected marker FF{codes[wrong[0]]:02X} at byte {at}, found {data[at : at + 2]!r}"
+    # In a segment FF comes before 00 only.
+    marks = np.flatnonzero((stream[head:-1] == 0xFF) & (stream[head + 1 :] != 0)) + head
+    if not np.array_equal(marks, ends):
+        return f"expected {len(ends)} markers, found {len(marks)}"
+    return None
+
+
 class SegmentsWriter:
     """Streams one sample after another into a new file; `finish` makes it complete."""
 
     def __init__(self, path: Path, *, capacity: int) -> None:
         """Args are a file that must not exist yet, and the most samples that will come."""
         self.path = path
-        self.marked = 0
-        """Samples added that can be cut."""
         self._records = np.zeros(capacity, RECORD)
         self._count = 0
         self._lengths = 0
         self._file: BinaryIO = open(path, "xb", buffering=_BUFFER)
         self._file.seek(HEADER.itemsize)
 
-    def add(self, record: npt.NDArray[np.void] | None, lengths: npt.NDArray[np.uint16]) -> None:
-        """Append one sample: (1,) of `RECORD`, whose `first` is set here; None: cannot be cut."""
-        if record is not None:
-            self._records[self._count] = record[0]
-            self.marked += 1
-        self._records["first"][self._count] = self._lengths
+    def add(self, cuts: Cuts | None) -> None:
+        """Append one sample; None: it cannot be cut."""
+        record: tuple[int, ...] = (0,) * (len(RECORD.names or ()) - 1)
+        if cuts is not None:
+            record = cuts.record
+            self._file.write(cuts.lengths.astype("<u2", copy=False).tobytes())
+        self._records[self._count] = (self._lengths, *record)
+        self._lengths += 0 if cuts is None else len(cuts.lengths)
         self._count += 1
-        self._lengths += len(lengths)
-        self._file.write(lengths.astype("<u2", copy=False).tobytes())
 
     def finish(self, fingerprint: str) -> None:
         """Write records and header, down to the disk.

@@ -12,13 +12,12 @@ import tyro
 from tqdm import tqdm
 
 from pipelines.beton import verify
-from pipelines.convert import write_beton
 from pipelines.images import open_images
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert images to a beton file, or verify one. JPEG files are stored unchanged."""
+    """Convert images to a beton file, or verify one. JPEG files keep every coefficient."""
 
     input: str | None = None
     """A folder of class folders or of images, a list file (`path label` a line),
@@ -44,8 +43,11 @@ class Arguments:
     budget: int | None = None
     """Unusable files that are left out and listed; with one more nothing is written.
     Default: one in a thousand, at least ten."""
-    check: Literal["decode", "header"] = "decode"
-    """decode runs every picture through a decoder; header reads markers only, and is faster."""
+    check: Literal["scan", "header"] = "scan"
+    """scan follows every code of a picture's pixels; header reads its markers only."""
+    restart_markers: bool = True
+    """Put restart markers into baseline JPEG files (same pixels, one or two percent longer) and
+    write OUTPUT.segments, so that loaders decode only what a crop needs."""
     overwrite: bool = False
     """Replace an existing output, once the new one is complete and verified."""
 
@@ -68,6 +70,8 @@ def main(args: Arguments) -> str:
         raise ValueError("give --input and --output, or --verify")
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: give --overwrite to replace it")
+    from pipelines.convert import write_beton  # With numba: too slow to load for --help.
+
     images = open_images(args.input, root=args.root, labelled=not args.unlabelled, split=args.split)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(images), unit="img", smoothing=0.1, disable=None) as bar:
@@ -80,15 +84,18 @@ def main(args: Arguments) -> str:
             workers=args.workers,
             budget=args.budget,
             check=args.check,
+            restart_markers=args.restart_markers,
             overwrite=args.overwrite,
             progress=lambda done, _: advance(bar, done),
         )
+    marks = made.restarts
     again = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
     return (
         f"{args.output}: {made.samples} samples, {len(made.classes)} classes, "
-        f"{args.output.stat().st_size / 1e6:.1f} MB; {made.passed} stored unchanged, "
+        f"{args.output.stat().st_size / 1e6:.1f} MB; {made.passed} kept as they were, "
         f"encoded anew: {again}; {made.quarantined} left out"
         + (f" ({args.output}.quarantine.jsonl)" if made.quarantined else "")
+        + ("" if marks is None else f"; {marks.cut} with restart markers, {marks.added} bytes")
     )
 
 

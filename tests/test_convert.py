@@ -43,7 +43,8 @@ def convert(folder: Path, files: dict[str, bytes], **options: object) -> Manifes
     for name, data in files.items():
         (folder / "data/c" / name).write_bytes(data)
     index = SampleIndex.from_folder(folder / "data")
-    return write_beton(index, folder / "out.beton", **{"workers": 1, **options})  # type: ignore[arg-type]
+    options = {"workers": 1, "restart_markers": False, **options}
+    return write_beton(index, folder / "out.beton", **options)  # type: ignore[arg-type]
 
 
 def stored(path: Path) -> list[bytes]:
@@ -238,7 +239,8 @@ def test_a_sample_longer_than_a_page_gets_larger_pages(tmp_path: Path) -> None:
     )
     assert len(big) > 1 << 21
     source = MemoryImages(lambda i: big if i == 601 else JPEG, np.zeros(1100, np.int64), ("c",))
-    write_beton(source, tmp_path / "out.beton", workers=1)  # Every second sample is probed.
+    # Every second sample is probed.
+    write_beton(source, tmp_path / "out.beton", workers=1, restart_markers=False)
     with Beton.open(tmp_path / "out.beton") as beton:
         assert beton.page_size == 1 << 22
         assert beton.payload(601).tobytes() == big
@@ -415,4 +417,4 @@ def test_script_killed_half_way_can_be_run_again(tmp_path: Path, how: signal.Sig
         assert_nothing_left(tmp_path)
     done = script(*args)
     assert done.returncode == 0, done.stderr
-    assert_nothing_left(tmp_path, but=("out.beton", "out.beton.json"))
+    assert_nothing_left(tmp_path, but=("out.beton", "out.beton.json", "out.beton.segments"))
