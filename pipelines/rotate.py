@@ -7,10 +7,9 @@ quarter turn is the opposite quarter turn of the mirrored picture.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from pipelines.batch import Regions
 from pipelines.spec import Normalize, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -20,48 +19,80 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
-@functools.cache
-def _constants(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / std, float32 (3,), made once: a host-to-device copy per batch would wait."""
-    std = torch.tensor(normalize.std, dtype=torch.float32)
-    mean = torch.tensor(normalize.mean, dtype=torch.float32)
-    return mean.to(device), (1.0 / std).to(device)
-
-
 def normalize_views(
-    x_NHWC: torch.Tensor, *, views: int, normalize: Normalize, dtype: torch.dtype
+    images: torch.Tensor | Regions,
+    *,
+    views: int,
+    normalize: Normalize,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Uint8 crops to normalised views, rotation-major.
+    """Uint8 crops to normalised views, rotation-major, in one pass over memory.
 
-    Each pixel is computed once as (x - mean) * (1 / std) in float32 and rounded to dtype once;
-    turning is a pure permutation, so the order of the two does not change a bit.
+    A pixel becomes (x - mean) * (1 / std) in float32, rounded to dtype once; turning is a pure
+    permutation. Regions are resized first, with the antialiased bilinear filter of
+    `pipelines.resample`, and flipped as they say.
 
     Args:
-        x_NHWC: uint8 (B, S, S, 3), RGB, on any device.
+        images: uint8 (B, S, S, 3), RGB, or regions to be resized to S; on the CPU or a CUDA device.
         views: 1 (as it is) or 4 (0, 90, 180 and 270 degrees counter-clockwise).
         normalize: mean and standard deviation per channel, in units of 0 to 255.
         dtype: float32, bfloat16 or float16.
+        out: where to write, of the shape, dtype, layout and device that is returned; None
+            allocates. A new buffer costs more than the work itself on a CPU.
 
     Returns:
-        (views * B, 3, S, S) in channels_last memory format, on the device of x_NHWC.
+        (views * B, 3, S, S) in channels_last memory format, on the device of the images.
 
     Raises:
-        ValueError: x_NHWC is not uint8, not square, or has not three channels.
+        ValueError: the images are not uint8, not square, or have not three channels; regions lie
+            outside their pixels (checked on a CPU); or out is not as it should be.
     """
+    if dtype not in DTYPES.values() or views not in (1, 4):
+        raise ValueError(f"no {views} views in {dtype}: there are 1 and 4, in fp32, bf16 and fp16")
+    if isinstance(images, Regions):
+        batch, side, device = len(images.offsets), images.side, images.pixels.device
+    else:
+        _check_crops(images)
+        batch, side, device = images.shape[0], images.shape[1], images.device
+        images = images.contiguous()
+    shape = (views * batch, 3, side, side)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    elif (
+        out.shape != shape
+        or out.dtype != dtype
+        or out.device != device
+        or not out.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"out must be {dtype} {shape} in channels_last on {device}, got {out.dtype} "
+            f"{tuple(out.shape)}, strides {out.stride()}, on {out.device}"
+        )
+    # channels_last is NHWC memory seen as NCHW: no copy.
+    memory = out.permute(0, 2, 3, 1).view(views, batch, side, side, 3)
+    if batch == 0:
+        return out
+    # Imported where they are needed: each brings a compiler, of which a run needs one.
+    if device.type == "cuda":
+        from pipelines import rotate_cuda
+
+        rotate_cuda.write_views(images, memory, normalize=normalize)
+    elif device.type == "cpu":
+        from pipelines import rotate_cpu
+
+        rotate_cpu.write_views(images, memory, normalize=normalize)
+    else:
+        raise ValueError(f"views are made on the CPU or on a CUDA device, not on {device}")
+    return out
+
+
+def _check_crops(x_NHWC: torch.Tensor) -> None:
     if x_NHWC.dtype != torch.uint8 or x_NHWC.dim() != 4 or x_NHWC.shape[3] != 3:
         raise ValueError(f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}")
-    batch, side, width, _ = x_NHWC.shape
-    if side != width:
-        raise ValueError(f"crops must be square to be turned, got {side}x{width}")
-    mean, scale = _constants(normalize, x_NHWC.device)
-    plain = ((x_NHWC.float() - mean) * scale).to(dtype)
-    if views == 1:
-        return plain.permute(0, 3, 1, 2)
-    out = torch.empty((views, batch, side, side, 3), dtype=dtype, device=x_NHWC.device)
-    for k in range(views):
-        out[k] = torch.rot90(plain, k, (1, 2))
-    # NHWC memory seen as NCHW is what torch calls channels_last: no copy.
-    return out.flatten(0, 1).permute(0, 3, 1, 2)
+    if x_NHWC.shape[1] != x_NHWC.shape[2]:
+        height, width = x_NHWC.shape[1:3]
+        raise ValueError(f"crops must be square to be turned, got {height}x{width}")
 
 
 def rotation_labels(batch: int, *, device: torch.device) -> torch.Tensor:
@@ -74,14 +105,19 @@ def rotation_labels(batch: int, *, device: torch.device) -> torch.Tensor:
 
 
 def rotate4(
-    x_NHWC: torch.Tensor, *, normalize: Normalize, dtype: torch.dtype = torch.float32
+    images: torch.Tensor | Regions,
+    *,
+    normalize: Normalize,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The four views of each crop, with their labels, so that the two cannot drift apart.
 
     Args:
-        x_NHWC: uint8 (B, S, S, 3), RGB.
+        images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
         normalize: mean and standard deviation per channel, in units of 0 to 255.
         dtype: float32, bfloat16 or float16.
+        out: where to write the images, as in `normalize_views`; None allocates.
 
     Returns:
         Images (4B, 3, S, S) in channels_last and labels int64 (4B,). Rows are rotation-major: row
@@ -90,5 +126,5 @@ def rotate4(
     Raises:
         ValueError: as `normalize_views`.
     """
-    images = normalize_views(x_NHWC, views=4, normalize=normalize, dtype=dtype)
-    return images, rotation_labels(x_NHWC.shape[0], device=x_NHWC.device)
+    turned = normalize_views(images, views=4, normalize=normalize, dtype=dtype, out=out)
+    return turned, rotation_labels(len(turned) // 4, device=turned.device)
