@@ -42,7 +42,7 @@ def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: boo
         entry["type_id"] = TYPE_IDS[name]
         entry["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     draw = np.random.default_rng(0)
-    order = draw.permutation(samples) if shuffled else np.arange(samples)
+    order = np.random.default_rng(1).permutation(samples) if shuffled else np.arange(samples)
     with path.open("wb") as file:
         file.write(header.tobytes() + fields.tobytes())
         for start in range(0, samples, _BLOCK):

@@ -75,6 +75,8 @@ def bijection(x: Int64, n: int, *key: int) -> Int64:
     A Feistel network on pairs of a quotient and a remainder (Black and Rogaway, CT-RSA 2002). The
     pairs are up to sqrt(n) more than n: what lands beyond n goes round again.
     """
+    if n > 1 << 32:
+        raise ValueError(f"an order holds at most {1 << 32} samples, not {n}")
     moduli = (math.isqrt(n - 1) + 1, -(-n // (math.isqrt(n - 1) + 1)))
     keys = [np.uint32(key64(*key, 0xFE157, i) >> np.uint64(32)) for i in range(_ROUNDS)]
     out = np.empty(len(x), np.int64)

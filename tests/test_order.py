@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from pipelines.order import Order, key64, permutation
+from pipelines.order import Order, bijection, key64, permutation
 from pipelines.spec import LoaderSpec, Shard
 
 pytestmark = pytest.mark.timeout(60)
@@ -39,6 +40,84 @@ def test_positions_are_uniform() -> None:
     places = [int(np.argmin(permutation(10, seed=3, epoch=e))) for e in range(4000)]
     counts = np.bincount(places, minlength=10)
     assert ((counts - 400) ** 2 / 400).sum() < 28  # exceeded once in a thousand draws
+
+
+LARGE = 2_500_000
+"""Samples of a data set whose permutation is computed, not drawn."""
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 99, 100, 101, 4095, 4097, 99_991])
+def test_the_bijection_meets_every_index_once(n: int) -> None:
+    everything = np.arange(n)
+    for key in range(3):
+        sent = bijection(everything, n, key)
+        assert np.array_equal(np.sort(sent), everything)
+        some = np.random.default_rng(key).integers(0, n, 50)
+        assert np.array_equal(bijection(some, n, key), sent[some])
+    with pytest.raises(ValueError, match="at most"):
+        bijection(everything, 2**32 + 1, 0)
+
+
+def test_places_of_an_order_are_its_own_whether_drawn_or_computed() -> None:
+    for n in (1000, LARGE):
+        whole = permutation(n, seed=1, epoch=2)
+        some = np.random.default_rng(0).integers(0, n, 1000)
+        assert np.array_equal(permutation(n, seed=1, epoch=2, at=some), whole[some])
+    assert np.array_equal(np.sort(whole), np.arange(LARGE))
+    assert not np.array_equal(permutation(LARGE, seed=1, epoch=3, at=some), whole[some])
+    assert not np.array_equal(permutation(LARGE, seed=2, epoch=2, at=some), whole[some])
+
+
+def chi_square(bins: npt.NDArray[np.int64], count: int) -> float:
+    """How far a histogram is from flat, in standard deviations of chi-square (about normal)."""
+    expected = len(bins) / count
+    found = ((np.bincount(bins, minlength=count) - expected) ** 2 / expected).sum()
+    return float((found - (count - 1)) / np.sqrt(2 * (count - 1)))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_computed_order_looks_drawn(epoch: int) -> None:
+    """Where samples go, how far neighbours part and how two epochs relate, against flat."""
+    p, other = (permutation(LARGE, seed=0, epoch=e) for e in (epoch, epoch + 10))
+    place, n = np.arange(LARGE), LARGE
+    assert chi_square(place * 32 // n * 32 + p * 32 // n, 1024) < 4
+    assert chi_square(place % 32 * 32 + p % 32, 1024) < 4
+    for step in (1, 2, 256, 1582, 65_536):  # 1582: about the root of n, the network's halves
+        apart = (p[step:] - p[:-step]) % n
+        assert abs(chi_square(apart * 1000 // n, 1000)) < 4
+    assert abs(chi_square((p - other) % n * 1000 // n, 1000)) < 4
+    fixed = int((p == place).sum())
+    assert fixed < 10  # one is expected: Poisson
+    signs = np.diff(p) > 0
+    assert abs(signs.mean() - 0.5) < 0.002
+
+
+def test_the_orders_are_pinned() -> None:
+    """A run resumed under a later version must meet the same samples: changing these breaks it."""
+    first = np.arange(5)
+    assert permutation(50_000, seed=0, epoch=0, at=first).tolist() == DRAWN
+    assert permutation(14_000_000, seed=0, epoch=0, at=first).tolist() == COMPUTED
+
+
+DRAWN = [17414, 48008, 12754, 28490, 6326]
+COMPUTED = [8104842, 13210767, 11735393, 11610817, 113559]
+
+
+def test_a_rank_of_a_large_data_set_takes_its_slice_of_the_order() -> None:
+    for limit in (None, LARGE - 1_000_000):
+        alone = order(LARGE, batch=240_000, limit=limit, drop_last=False)
+        indices, valid = alone.batches(3, alone.steps - 2)
+        size = LARGE if limit is None else limit
+        whole = alone.samples(3)
+        assert np.array_equal(indices[valid], whole[(alone.steps - 2) * 240_000 :])
+        assert (indices[~valid] == whole[-1]).all() and valid.sum() == 240_000 + size % 240_000
+        for rank in range(3):
+            one = order(
+                LARGE, world=3, rank=rank, batch=80_000, limit=limit, drop_last=False
+            ).batches(3, alone.steps - 2)
+            mine = slice(rank * 80_000, (rank + 1) * 80_000)
+            assert np.array_equal(one[0], indices[:, mine])
+            assert np.array_equal(one[1], valid[:, mine])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
