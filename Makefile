@@ -27,8 +27,8 @@ check: $(STAMP) ## ruff, mypy --strict, import contracts
 	@$(BIN)/mypy --strict rotpred pipelines
 	@$(BIN)/lint-imports --no-logo
 
-bench: $(STAMP) ## loader throughput of every engine present, as JSON lines
-	@$(BIN)/python benchmarks/loaders.py
+bench: $(STAMP) ## CPU benchmarks against others and the targets (10 minutes, two cores); BENCH_DATA=folder
+	@$(BIN)/python benchmarks/run_all.py $(if $(BENCH_DATA),--data "$(BENCH_DATA)")
 
 clean: ## remove .venv and caches; runs and beton files stay
 	rm -rf .venv rotpred.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

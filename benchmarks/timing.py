@@ -1,21 +1,16 @@
-"""Windows of wall and processor time, their order, and rows as JSON lines and as a table."""
+"""Windows of wall and processor time, their order, and the memory of a process and its workers."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+import resource
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import torch
-
-from pipelines.batch import Batch
-from pipelines.loader import Loader
-from rotpred.runfolder import cpu_model, environment, write_atomic
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -23,15 +18,17 @@ WARMUP_BATCHES = 6
 """Batches that are taken before the clock starts: more than any engine keeps prepared, so that a
 window holds no batch that was decoded before it began."""
 
+_TICKS = os.sysconf("SC_CLK_TCK")
+
 
 class Window(NamedTuple):
     """What one stretch of time delivered."""
 
     images: int
-    """Decoded sources, not views."""
+    """Decoded sources, not views; or whatever else was counted."""
     seconds: float
     cpu_seconds: float
-    """Of all threads of this process, user and system."""
+    """Of all threads of this process and of its worker processes, user and system."""
 
 
 def abba(names: Sequence[T], repeats: int) -> list[T]:
@@ -42,98 +39,82 @@ def abba(names: Sequence[T], repeats: int) -> list[T]:
     return [name for k in range(repeats) for name in (names if k % 2 == 0 else reversed(names))]
 
 
-def endless(loader: Loader, *, epoch: int) -> Generator[Batch, None, None]:
-    """Batches from an epoch on, one epoch after the other; close it to stop the engine."""
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
+def window(batches: Iterator[int], *, seconds: float, device: torch.device) -> Window:
+    """Take batches, given by their number of images, for about `seconds`, at least one.
 
-
-def window(batches: Iterator[Batch], *, seconds: float, device: torch.device) -> Window:
-    """Take batches for about `seconds`, and let the device finish what it was given."""
-    _finish(device)
-    images, cpu, begin = 0, time.process_time(), time.perf_counter()
-    for batch in batches:
-        images += len(batch.indices)
+    The device finishes what it was given, before the clock starts and before it stops.
+    """
+    finish(device)
+    images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
+    for count in batches:
+        images += count
         if time.perf_counter() - begin >= seconds:
             break
-    _finish(device)
-    return Window(images, time.perf_counter() - begin, time.process_time() - cpu)
+    finish(device)
+    return Window(images, time.perf_counter() - begin, cpu_seconds() - cpu)
 
 
-def row(
-    benchmark: str,
-    *,
-    engine: str,
-    variant: str,
-    windows: Sequence[Window],
-    views: int,
-    first_batch_seconds: float,
-    device: torch.device,
-) -> dict[str, object]:
-    """One result as it is published; `median`, `min` and `max` are images/s over the windows."""
-    rates = [w.images / w.seconds for w in windows]
-    middle = median(rates)
-    env = environment(device, world=1)
-    names = ("python", "torch", "torchvision", "numpy", "ffcv", "dali", "cuda")
-    cpu = f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"
-    return {
-        "benchmark": benchmark,
-        "engine": engine,
-        "variant": variant,
-        "images_per_s": round(middle, 1),
-        "views_per_s": round(views * middle, 1),
-        "cpu_seconds_per_1k_images": round(
-            median(1e3 * w.cpu_seconds / w.images for w in windows), 4
-        ),
-        "first_batch_seconds": round(first_batch_seconds, 3),
-        "median": round(middle, 1),
-        "min": round(min(rates), 1),
-        "max": round(max(rates), 1),
-        "repeats": len(windows),
-        "device": f"{env['device']}, {cpu}" if device.type == "cuda" else cpu,
-        "versions": {name: env[name] for name in names if env.get(name) is not None},
-    }
-
-
-def publish(rows: Sequence[dict[str, object]], output: Path | None) -> None:
-    """Write the rows as JSON lines to a file (whole or not at all) or to standard output."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomic(output, text.encode())
-
-
-def table(rows: Sequence[dict[str, object]]) -> str:
-    """The rows for a reader."""
-    columns = {
-        "variant": "variant",
-        "engine": "engine",
-        "images_per_s": "images/s",
-        "min": "min",
-        "max": "max",
-        "views_per_s": "views/s",
-        "cpu_seconds_per_1k_images": "CPU s/1k",
-        "first_batch_seconds": "first batch s",
-    }
-    formats = {"cpu_seconds_per_1k_images": ".2f", "first_batch_seconds": ".2f"}
-    lines = [list(columns.values())]
-    for values in rows:
-        cells = ((key, values[key]) for key in columns)
-        lines.append(
-            [v if isinstance(v, str) else format(v, formats.get(k, ",.0f")) for k, v in cells]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if k < 2 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for what a GPU was given; nothing on a CPU."""
     if device.type == "cuda":
+        # Not at the top: processes that measure their memory need no torch.
+        import torch
+
         torch.cuda.synchronize(device)
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process, of its dead children, and of its living descendants.
+
+    `RUSAGE_CHILDREN` counts children only once they have been waited for; those that live are read
+    from /proc, whose clock ticks a hundred times a second.
+    """
+    dead = resource.getrusage(resource.RUSAGE_CHILDREN)
+    alive = 0
+    for process in descendants():
+        fields = _stat(process)
+        # utime, stime, and what its own dead children took.
+        alive += sum(map(int, fields[11:15])) if fields else 0
+    return time.process_time() + dead.ru_utime + dead.ru_stime + alive / _TICKS
+
+
+def descendants() -> list[int]:
+    """Process ids of the living children, their children, and so on."""
+    parents: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := _stat(int(entry))):
+            parents.setdefault(int(fields[1]), []).append(int(entry))
+    found, queue = [], [os.getpid()]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def memory_mib() -> dict[str, float]:
+    """Memory of this process in MiB: `rss_mib` now, with its workers' (memory that several share
+    is divided among them), and `peak_rss_mib` of this process alone."""
+    own = _fields(Path("/proc/self/status"))
+    shared = 0.0
+    for process in (os.getpid(), *descendants()):
+        try:
+            shared += _fields(Path(f"/proc/{process}/smaps_rollup")).get("Pss", 0.0)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It has ended in between.
+    return {"rss_mib": round(shared / 1024, 1), "peak_rss_mib": round(own["VmHWM"] / 1024, 1)}
+
+
+def _fields(path: Path) -> dict[str, float]:
+    """The lines `Name:  123 kB` of a file in /proc."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): float(words[1]) for words in lines if words[-1] == "kB"}
+
+
+def _stat(process: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; empty where the process has ended."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text.rpartition(")")[2].split()

@@ -1,0 +1,180 @@
+"""Loader alone, step alone, and both together: how much of the slower one is kept.
+
+    python benchmarks/end_to_end.py --data train.beton --output end_to_end.jsonl
+
+Overlap efficiency is the rate of both together over that of the slower one alone. On a GPU it
+should be near 1. On a CPU loader and step share the cores, so that at best each image costs what it
+costs in both: that bound is in the row, too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+
+import torch
+from pictures import containers
+from plots import bars
+from rows import Row, Timing, image_row, publish, row, start
+from timing import WARMUP_BATCHES, Window, abba, window
+from training import WARMUP_STEPS, Step, resident_batch, stepping
+
+from pipelines.batch import Batch
+from pipelines.loader import Loader, open_loader
+from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
+from rotpred.optim import Optim
+from rotpred.settings import Run
+
+ON_GPU = torch.cuda.is_available()
+COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Training on real data against its loader and its step alone."""
+
+    data: str | None = None
+    """A beton or folder; without it, photographs are made."""
+    engine: Engine = "auto"
+    """Who decodes."""
+    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
+    """As in a recipe."""
+    size: int = 224 if ON_GPU else 64
+    """Side of the crops in pixels."""
+    batch_size: int = 64 if ON_GPU else 16
+    """Source images per step."""
+    precision: Precision = "bf16" if ON_GPU else "fp32"
+    """Type that the network computes in."""
+    compile: bool = False
+    """torch.compile the network."""
+    cuda_graph: bool = False
+    """Replay forward and backward as a CUDA graph."""
+    workers: int = 0
+    """Decoding threads; 0: chosen by the loader."""
+    threads: int = 0
+    """Threads of torch where the device is a CPU; 0: one for each allowed core."""
+    device: str = "cuda" if ON_GPU else "cpu"
+    """Where to train."""
+    count: int = 200
+    """Photographs that are made where no data are given."""
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` or `OSError` in words."""
+    threads = args.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    device = torch.device(args.device)
+    with ExitStack() as stack:
+        data = args.data
+        if data is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            data = str(containers(None, Path(folder), count=args.count).small(markers=True))
+        spec = LoaderSpec(
+            data=data,
+            engine=args.engine,
+            batch_size=args.batch_size,
+            crop=RandomResizedCrop(args.size),
+            workers=args.workers,
+        )
+        loader = stack.enter_context(open_loader(spec, device=device, precision=args.precision))
+        windows, waits = _measure(loader, args, device)
+    variant = f"{Path(data).name} {args.backbone} {args.size}px batch {args.batch_size}"
+    variant += f" {args.precision} engine {loader.engine}"
+    rows = [
+        image_row(
+            "end_to_end",
+            name,
+            variant,
+            windows[name],
+            views=4,
+            threads=threads,
+            device=device,
+            # The consumer's waiting for decoded crops, as a share of the time.
+            wait_share=waits.get(name),
+        )
+        for name in windows
+    ]
+    rows.append(_efficiency(rows, windows, variant, device))
+    publish(rows, args.output, COLUMNS)
+    bars(rows[:3], args.plot, title=_sentence(rows[-1]), ours=("both",))
+
+
+def _measure(
+    loader: Loader, args: Arguments, device: torch.device
+) -> tuple[dict[str, list[Window]], dict[str, float]]:
+    run = Run(
+        device=args.device,
+        precision=args.precision,
+        compile=args.compile,
+        cuda_graph=args.cuda_graph,
+    )
+    step = Step(args.backbone, run=run, optim=Optim(lr=1e-3), batch_size=args.batch_size)
+    resident = resident_batch(
+        args.size, args.batch_size, precision=args.precision, device=args.device
+    )
+    for _ in range(WARMUP_STEPS):
+        step(resident)
+    contestants: dict[str, Callable[[Iterator[Batch]], Iterator[int]]] = {
+        "loader alone": lambda batches: (len(batch.indices) for batch in batches),
+        "step alone": lambda _: stepping(step, repeat(resident), device),
+        "both": lambda batches: stepping(step, batches, device),
+    }
+    windows: dict[str, list[Window]] = {name: [] for name in contestants}
+    waited: dict[str, list[float]] = {"loader alone": [], "both": []}
+    for number, name in enumerate(abba(tuple(contestants), args.repeats)):
+        with closing(_endless(loader, number * 1000)) as batches:
+            if name != "step alone":
+                for _ in range(WARMUP_BATCHES):
+                    next(batches)
+            before = loader.wait_seconds
+            taken = window(contestants[name](batches), seconds=args.seconds, device=device)
+            windows[name].append(taken)
+            if name in waited:
+                waited[name].append((loader.wait_seconds - before) / taken.seconds)
+    return windows, {name: round(median(shares), 3) for name, shares in waited.items()}
+
+
+def _endless(loader: Loader, epoch: int) -> Generator[Batch, None, None]:
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+def _efficiency(
+    rows: list[Row], windows: dict[str, list[Window]], variant: str, device: torch.device
+) -> Row:
+    loader, step, _ = (r["median"] for r in rows)
+    rates = [
+        [w.images / w.seconds for w in windows[name]]
+        for name in ("loader alone", "step alone", "both")
+    ]
+    values = [both / min(a, b) for a, b, both in zip(*rates, strict=True)]
+    shared = 1 / (1 / loader + 1 / step) / min(loader, step)
+    return row(
+        "end_to_end",
+        "overlap efficiency",
+        variant,
+        values,
+        unit="x",
+        device=device,
+        digits=3,
+        binds="loader" if loader < step else "step",
+        # What is left where loader and step take turns on the same cores.
+        bound_on_shared_cores=round(shared, 3) if device.type == "cpu" else None,
+        target=0.97 if device.type == "cuda" else None,
+        met=median(values) >= 0.97 if device.type == "cuda" else None,
+    )
+
+
+def _sentence(values: Row) -> str:
+    return f"Training binds on the {values['binds']}; overlap efficiency {values['median']:.2f}"
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "end_to_end")

@@ -1,0 +1,169 @@
+"""Our loaders against others', in one run, on the same pictures, per CPU second.
+
+    python benchmarks/peers.py --data imagenet/val --output peers.jsonl --plot peers.png
+
+The pictures are made 500 pixels long once, and everybody reads those: as files, as a beton of ours
+(with restart markers), as the identical bytes in a beton without them, as a beton that FFCV's own
+writer made of the files. First all deliver uint8 crops of 224 pixels on the host; then the whole
+job of rotation pretraining, four normalised float32 views, is done by ours and as mmselfsup does
+it. Ratios to the targets close the table. Every contestant has a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arena import compete
+from pictures import SMALL_SIDE, Containers, containers
+from plots import bars
+from rows import Row, Timing, image_row, publish, ratio_row, start
+from timing import Window
+
+BOXES = "our boxes, computed beforehand"
+OWN = "its own boxes of the same distribution; pixels compared on the middle square"
+CROPS: dict[str, str] = {
+    "ours ffcv": "our boxes, drawn in the run",
+    "ours dali": "our boxes, drawn in the run",
+    "torchvision PIL": BOXES,
+    "torchvision decode_jpeg": BOXES,
+    "stock ffcv": OWN,
+    "stock ffcv, our bytes": OWN,
+    "stock dali": OWN,
+    "ours, whole job": "our boxes, drawn in the run",
+    "mmselfsup's way": BOXES,
+}
+TARGETS: tuple[tuple[str, str, float], ...] = (
+    ("ours ffcv", "stock ffcv", 1.8),
+    ("ours ffcv", "stock ffcv, our bytes", 1.8),
+    ("ours ffcv", "torchvision decode_jpeg", 2.0),
+    ("ours ffcv", "torchvision PIL", 3.0),
+    ("ours dali", "stock dali", 1.15),
+    ("ours, whole job", "mmselfsup's way", 4.0),
+)
+WHOLE = ("ours, whole job", "mmselfsup's way")
+COLUMNS = (
+    "images_per_cpu_second",
+    "cpu_seconds_per_1k_images",
+    "first_batch_seconds",
+    "rss_mib",
+    "pixel_difference",
+    "pixel_bias",
+    "target",
+    "met",
+)
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Our loaders against torchvision's, stock FFCV's, stock DALI's, and mmselfsup's way."""
+
+    data: str | None = None
+    """A folder of JPEG files; without it, photographs are made."""
+    folder: Path | None = None
+    """Where the files and betons that are compared are put, and found again. By default a temporary
+    folder, for which they are made each time."""
+    count: int = 200
+    """Photographs that are made where no data are given."""
+    small_side: int = SMALL_SIDE
+    """Longest side in pixels of the pictures that are compared."""
+    size: int = 224
+    """Side of the crops in pixels."""
+    batch_size: int = 64
+    """Source images per batch."""
+    workers: int = 0
+    """Decoding threads, or processes where the peer uses those; 0: one for each allowed core."""
+    only: tuple[str, ...] = ()
+    """Names of contestants; all by default."""
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` or `OSError` in words."""
+    unknown = sorted(set(args.only) - set(CROPS))
+    if unknown:
+        raise ValueError(f"--only: no contestant {unknown[0]!r}; there are: {', '.join(CROPS)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        made = containers(args.data, folder, count=args.count, small_side=args.small_side)
+        rows = _measure(made, args)
+    publish(rows, args.output, COLUMNS)
+    bars(
+        [r for r in rows if r["unit"] == "x"] or rows,
+        args.plot,
+        title="Images per CPU second: ours as a multiple of the others' (line: target)",
+    )
+
+
+def configs(made: Containers, args: Arguments) -> dict[str, dict[str, Any]]:
+    """What each contestant is made with."""
+    workers = args.workers or len(os.sched_getaffinity(0))
+    files = made.small_folder()
+    spliced = made.small(markers=True)
+    ours = {"kind": "ours", "data": spliced, "output": "crops"}
+    chosen: dict[str, dict[str, Any]] = {
+        "ours ffcv": {**ours, "engine": "ffcv"},
+        "ours dali": {**ours, "engine": "dali"},
+        "torchvision PIL": {"kind": "pil", "data": files},
+        "torchvision decode_jpeg": {"kind": "tensor", "data": files},
+        "stock ffcv": {"kind": "ffcv", "data": made.stock()},
+        "stock ffcv, our bytes": {"kind": "ffcv", "data": made.small(markers=False)},
+        "stock dali": {"kind": "dali", "data": files},
+        "ours, whole job": {**ours, "engine": "ffcv", "output": "rotate4"},
+        "mmselfsup's way": {"kind": "mmselfsup", "data": files},
+    }
+    common = {"size": args.size, "batch_size": args.batch_size, "workers": workers}
+    return {
+        name: {**config, **common, "data": str(config["data"])}
+        for name, config in chosen.items()
+        if not args.only or name in args.only
+    }
+
+
+def _measure(made: Containers, args: Arguments) -> list[Row]:
+    every = configs(made, args)
+    device = torch.device("cpu")
+    windows: dict[str, list[Window]] = {}
+    rows: list[Row] = []
+    for group in (
+        {name: c for name, c in every.items() if name not in WHOLE},
+        {name: c for name, c in every.items() if name in WHOLE},
+    ):
+        measured, facts = compete(
+            group,
+            repeats=args.repeats,
+            seconds=args.seconds,
+            questions=("difference",),
+            title="peers",
+        )
+        windows |= measured
+        for name, config in group.items():
+            views = 4 if name in WHOLE else 1
+            deliver = "four normalised float32 views" if views == 4 else "uint8 crops"
+            rows.append(
+                image_row(
+                    "peers",
+                    name,
+                    f"{deliver} {args.size}px batch {args.batch_size}",
+                    measured[name],
+                    views=views,
+                    threads=config["workers"],
+                    device=device,
+                    data=Path(config["data"]).name,
+                    boxes=CROPS[name],
+                    **facts[name],
+                )
+            )
+    for ours, theirs, target in TARGETS:
+        if ours in windows and theirs in windows:
+            pair = windows[ours], windows[theirs]
+            name = f"{ours} / {theirs}"
+            rows.append(ratio_row("peers", name, *pair, target=target, device=device))
+    return rows
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "peers")

@@ -1,0 +1,175 @@
+"""`rotate4` against plain torch, against compiled torch, and against copying as many bytes.
+
+    python benchmarks/rotate4.py --output rotate4.jsonl --plot rotate4.png
+
+Turning and normalising reads each crop once and writes four views: a share of the bandwidth that a
+plain copy reaches on the same device is how much better it could be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from plots import bars
+from rows import Row, Timing, image_row, publish, say, start
+from timing import Window, abba, finish, window
+
+from pipelines.rotate import DTYPES, rotate4
+from pipelines.spec import IMAGENET, Normalize, Precision
+
+COLUMNS = ("cpu_seconds_per_1k_images", "gigabytes_per_s", "share_of_copy")
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Four normalised views of resident uint8 crops: our kernel, plain and compiled torch, DALI."""
+
+    size: int = 224
+    """Side of the crops in pixels."""
+    batch_size: int = 64
+    """Source images per batch."""
+    precision: Precision | None = None
+    """Type of the views: bf16 on a GPU, else fp32, where it is not given."""
+    threads: int = 1
+    """Threads of torch where the device is a CPU."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the crops lie."""
+    compiled: bool = True
+    """Measure the compiled version, too; compiling takes a while."""
+
+
+def plain_views(
+    crops: torch.Tensor, *, normalize: Normalize, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate4` returns, in five lines of torch: the baseline.
+
+    Args:
+        crops: uint8 (B, S, S, 3).
+        normalize: mean and standard deviation in units of 0 to 255.
+        dtype: of the views.
+    """
+    mean = torch.tensor(normalize.mean, device=crops.device)
+    scale = 1.0 / torch.tensor(normalize.std, device=crops.device)
+    plain = ((crops.float() - mean) * scale).to(dtype)
+    views = torch.cat([torch.rot90(plain, k, (1, 2)) for k in range(4)])
+    labels = torch.arange(4, device=crops.device).repeat_interleave(len(crops))
+    return views.permute(0, 3, 1, 2), labels
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` in words."""
+    device = torch.device(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    torch.set_num_threads(args.threads)
+    dtype = DTYPES[precision]
+    shape = (args.batch_size, args.size, args.size, 3)
+    crops = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    options: dict[str, Any] = {"normalize": IMAGENET, "dtype": dtype}
+    contestants: dict[str, Callable[[], object]] = {
+        "rotate4": functools.partial(rotate4, crops, **options),
+        "plain torch": functools.partial(plain_views, crops, **options),
+    }
+    if args.compiled:
+        compiled = torch.compile(plain_views, dynamic=False)
+        contestants["compiled torch"] = functools.partial(compiled, crops, **options)
+    if device.type == "cuda":
+        try:
+            contestants["inside DALI"] = _dali(crops, dtype)
+        except ImportError as error:
+            say(f"left out: DALI: {error}")
+    moved = crops.numel() * (1 + 4 * dtype.itemsize)
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    contestants["copy of as many bytes"] = functools.partial(target.copy_, source)
+    rows = _measure(
+        contestants, args, device, moved, f"{args.size}px batch {args.batch_size} {precision}"
+    )
+    publish(rows, args.output, COLUMNS)
+    bars(rows, args.plot, title="Four views of resident crops", ours=("rotate4",))
+
+
+def _measure(
+    contestants: dict[str, Callable[[], object]],
+    args: Arguments,
+    device: torch.device,
+    moved: int,
+    variant: str,
+) -> list[Row]:
+    windows: dict[str, list[Window]] = {name: [] for name in contestants}
+    for work in contestants.values():
+        for _ in range(3):
+            work()
+    finish(device)
+    for name in abba(tuple(contestants), args.repeats):
+        batches = _batches(contestants[name], args.batch_size, device)
+        windows[name].append(window(batches, seconds=args.seconds, device=device))
+    bandwidth = {
+        name: sum(w.images for w in ws) / sum(w.seconds for w in ws) * moved / args.batch_size
+        for name, ws in windows.items()
+    }
+    return [
+        image_row(
+            "rotate4",
+            name,
+            variant,
+            windows[name],
+            views=4,
+            threads=args.threads,
+            device=device,
+            gigabytes_per_s=round(bandwidth[name] / 1e9, 3),
+            share_of_copy=round(bandwidth[name] / bandwidth["copy of as many bytes"], 3),
+        )
+        for name in contestants
+    ]
+
+
+def _batches(work: Callable[[], object], images: int, device: torch.device) -> Iterator[int]:
+    """Endless work. A GPU is waited for now and then: else the clock would time the queueing."""
+    done = 0
+    while True:
+        work()
+        done += 1
+        if done % 16 == 0:
+            finish(device)
+        yield images
+
+
+def _dali(crops: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """The same views, made by DALI's operators from crops that lie on the GPU."""
+    fn: Any = importlib.import_module("nvidia.dali.fn")
+    types: Any = importlib.import_module("nvidia.dali.types")
+    pipeline: Any = importlib.import_module("nvidia.dali.pipeline").Pipeline
+    kinds = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+    # DALI has no bf16; fp16 is as wide.
+    kind = kinds.get(dtype, types.FLOAT16)
+    pipe = pipeline(batch_size=len(crops), num_threads=1, device_id=crops.device.index or 0)
+    with pipe:
+        source = fn.external_source(
+            source=lambda: crops, device="gpu", batch=True, layout="HWC", no_copy=True
+        )
+        turned = [
+            fn.rotate(source, angle=90.0 * k, keep_size=True) if k else source for k in range(4)
+        ]
+        views = [
+            fn.crop_mirror_normalize(
+                view,
+                dtype=kind,
+                output_layout="HWC",
+                mean=list(IMAGENET.mean),
+                std=list(IMAGENET.std),
+            )
+            for view in turned
+        ]
+        pipe.set_outputs(*views)
+    pipe.build()
+    run: Callable[[], object] = pipe.run
+    return run
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "rotate4")

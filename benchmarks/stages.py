@@ -1,0 +1,263 @@
+"""The stages of training, each alone: reading, decoding, loading, sending, turning, the step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import repeat
+from typing import Any
+
+import ceilings
+import numpy as np
+import torch
+from ours import Ours
+from PIL import Image
+from rows import Timing
+from timing import cpu_seconds, window
+from training import WARMUP_STEPS, Step, resident_batch, stepping
+
+from pipelines.beton import Beton
+from pipelines.picture import crop, decode
+from pipelines.rotate import DTYPES, rotate4
+from pipelines.samples import Samples, encoded, open_samples
+from pipelines.spec import IMAGENET, Engine, Precision
+from rotpred.optim import Optim
+from rotpred.settings import Run
+
+ON_GPU = torch.cuda.is_available()
+Read = Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class Options(Timing):
+    """How the stages are run."""
+
+    repeats: int = 3
+    """Windows of each stage."""
+    seconds: float = 1.0
+    """Length of a window, at least."""
+    engine: Engine = "auto"
+    """Who decodes."""
+    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
+    """As in a recipe."""
+    size: int = 224 if ON_GPU else 64
+    """Side of the crops in pixels."""
+    batch_size: int = 64 if ON_GPU else 16
+    """Source images per step."""
+    precision: Precision = "bf16" if ON_GPU else "fp32"
+    """Type that the network computes in."""
+    compile: bool = False
+    """torch.compile the network."""
+    cuda_graph: bool = False
+    """Replay forward and backward as a CUDA graph."""
+    workers: int = 0
+    """Decoding threads; 0: one for each allowed core."""
+    device: str = "cuda" if ON_GPU else "cpu"
+    """Where to train."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage alone."""
+
+    name: str
+    rates: list[float]
+    """Source images per second, one for each window."""
+    ceiling: str
+    """What limits it at best, and how near it comes, in words."""
+    in_pipeline: bool = True
+    """Whether training goes at most as fast; per-core stages only explain the loader."""
+
+    @property
+    def rate(self) -> float:
+        """The median."""
+        return float(np.median(self.rates))
+
+
+def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage]:
+    """Measure all stages.
+
+    Args:
+        data: a beton or folder.
+        args: of the program.
+        read: hands out the encoded bytes of a sample, cold; by default from the data's disk.
+    """
+    device = torch.device(args.device)
+    samples = open_samples(data)
+    workers = args.workers or len(os.sched_getaffinity(0))
+    order = np.random.default_rng(0).permutation(len(samples)).tolist()
+    pictures = [bytes(encoded(samples, i)) for i in order[:64]]
+    if any(p[:2] != b"\xff\xd8" for p in pictures):
+        raise ValueError(f"{data}: the stages are measured on JPEG pictures only")
+    size = sum(map(len, pictures)) / len(pictures)
+    stages = [_reading(samples, order, size, args, read)]
+    per_core = _decoding(pictures, size, args)
+    loader = _loading(data, workers, args)
+    alone = per_core[-1].rate * workers
+    loader = Stage(
+        "loader",
+        loader.rates,
+        f"{workers} threads x one core's {per_core[-1].rate:,.0f} = {alone:,.0f} images/s "
+        f"without splicing: {loader.rate / alone:.0%}",
+    )
+    stages += [*per_core, loader]
+    stages += _device_stages(args, device)
+    return stages
+
+
+def _reading(
+    samples: Samples, order: list[int], size: float, args: Options, read: Read | None
+) -> Stage:
+    """Encoded bytes from the disk: the pages are dropped from memory first."""
+    rates = []
+    for _ in range(args.repeats):
+        if read is None:
+            _forget(samples)
+        take = read or (lambda i: bytes(encoded(samples, i)))
+        images, begin = 0, time.perf_counter()
+        for i in order:
+            take(i)
+            images += 1
+            if time.perf_counter() - begin >= args.seconds:
+                break
+        rates.append(images / (time.perf_counter() - begin))
+    rate = float(np.median(rates)) * size
+    return Stage("read", rates, f"{rate / 1e6:,.0f} MB/s from the disk, one reader")
+
+
+def _forget(samples: Samples) -> None:
+    """Ask the system to drop the data's pages, where nobody else maps them."""
+    paths = (
+        [samples.path]
+        if isinstance(samples, Beton)
+        else [samples.path(i) for i in range(len(samples))]
+    )
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _decoding(pictures: list[bytes], size: float, args: Options) -> list[Stage]:
+    """One core: entropy decoding, decoding, and decoding with crop and resize."""
+    box = np.zeros(5, np.int32)
+
+    def entropy(data: bytes) -> None:
+        with Image.open(BytesIO(data)) as picture:
+            # An eighth of the size, in grey: all coefficients are read, hardly one is transformed.
+            picture.draft("L", (1, 1))
+            picture.load()
+
+    def whole(data: bytes) -> None:
+        decode(data)
+
+    def cut(data: bytes) -> None:
+        picture = decode(data)
+        # The mean box of a RandomResizedCrop: about half of the picture's area.
+        height, width = (max(1, int(0.72 * n)) for n in picture.shape[1:])
+        box[2:4] = height, width
+        crop(picture, box, args.size)
+
+    stages = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, work in (
+            ("entropy decoding, one core", entropy),
+            ("decoding, one core", whole),
+            ("decoding, crop and resize, one core", cut),
+        ):
+            rates = [_per_cpu_second(work, pictures, args.seconds) for _ in range(args.repeats)]
+            words = f"{float(np.median(rates)) * size / 1e6:,.0f} MB of JPEG per CPU second"
+            stages.append(Stage(name, rates, words, in_pipeline=False))
+    finally:
+        torch.set_num_threads(threads)
+    return stages
+
+
+def _per_cpu_second(work: Callable[[bytes], None], pictures: list[bytes], seconds: float) -> float:
+    images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        work(pictures[images % len(pictures)])
+        images += 1
+    return images / (cpu_seconds() - cpu)
+
+
+def _loading(data: str, workers: int, args: Options) -> Stage:
+    """Crops on the host, by the engine."""
+    player = Ours(
+        data=data,
+        engine=args.engine,
+        output="crops",
+        size=args.size,
+        batch_size=args.batch_size,
+        workers=workers,
+    )
+    player.open()
+    try:
+        taken = [player.window(args.seconds) for _ in range(args.repeats)]
+    finally:
+        player.close()
+    return Stage("loader", [images / seconds for images, seconds, _ in taken], "")
+
+
+def _device_stages(args: Options, device: torch.device) -> list[Stage]:
+    """The bus, where there is one; turning and normalising; the step."""
+    shape = (args.batch_size, args.size, args.size, 3)
+    host = torch.randint(0, 256, shape, dtype=torch.uint8)
+    stages = []
+    peak = ceilings.bus_bytes(device)
+    if peak is not None:
+        pinned = host.pin_memory()
+        rates = _rates(lambda: pinned.to(device, non_blocking=True), args, device)
+        moved = float(np.median(rates)) * host[0].numel()
+        words = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a large copy reaches"
+        stages.append(Stage("bus", rates, words))
+    crops, dtype = host.to(device), DTYPES[args.precision]
+    rates = _rates(lambda: rotate4(crops, normalize=IMAGENET, dtype=dtype), args, device)
+    moved = float(np.median(rates)) * host[0].numel() * (1 + 4 * dtype.itemsize)
+    peak = ceilings.copy_bytes(device)
+    words = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a copy in memory reaches"
+    stages.append(Stage("rotate", rates, words))
+    run = Run(
+        device=args.device,
+        precision=args.precision,
+        compile=args.compile,
+        cuda_graph=args.cuda_graph,
+    )
+    batch = resident_batch(args.size, args.batch_size, precision=args.precision, device=args.device)
+    plain = Run(device=args.device, precision=args.precision)
+    optim = Optim(lr=1e-3)
+    counted = Step(args.backbone, run=plain, optim=optim, batch_size=args.batch_size)
+    flops = counted.flops(batch) / args.batch_size
+    step = Step(args.backbone, run=run, optim=optim, batch_size=args.batch_size)
+    for _ in range(WARMUP_STEPS):
+        step(batch)
+    taken = [
+        window(stepping(step, repeat(batch), device), seconds=args.seconds, device=device)
+        for _ in range(args.repeats)
+    ]
+    rates = [w.images / w.seconds for w in taken]
+    peak = ceilings.matmul_flops(device, args.precision)
+    done = float(np.median(rates)) * flops
+    words = f"{done / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s that a matrix product reaches"
+    return [*stages, Stage("step", rates, words)]
+
+
+def _rates(work: Callable[[], Any], args: Options, device: torch.device) -> list[float]:
+    def batches() -> Iterator[int]:
+        while True:
+            for _ in range(8):
+                work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield 8 * args.batch_size
+
+    work()
+    taken = [window(batches(), seconds=args.seconds, device=device) for _ in range(args.repeats)]
+    return [w.images / w.seconds for w in taken]

@@ -1,0 +1,111 @@
+"""The training step on a batch that lies on the device: the ceiling that no loader can pass.
+
+    python benchmarks/train_step.py --batch-sizes 64 128 --output train_step.jsonl
+
+A row for each batch size and each way to run the step: views/s, the share of the operations per
+second that a large matrix product reaches on the same device in the same type, and peak memory. The
+ways do not fit into a GPU's memory together, so each has the GPU to itself for half of its windows,
+first in one order of the ways, then in the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from arena import compete
+from ceilings import matmul_flops
+from plots import bars
+from rows import Row, Timing, image_row, publish, start
+
+from pipelines.spec import Precision
+
+ON_GPU = torch.cuda.is_available()
+Way = Literal[
+    "fp32",
+    "fp32 compile",
+    "fp16",
+    "bf16",
+    "bf16 compile",
+    "bf16 graph",
+    "bf16 compile graph",
+    "bf16 apex",
+    "bf16 compile apex",
+]
+COLUMNS = ("views_per_s", "share_of_matmul", "peak_device_mib", "first_batch_seconds")
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Views per second of the training step alone."""
+
+    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
+    """As in a recipe."""
+    size: int = 224 if ON_GPU else 32
+    """Side of the pictures in pixels."""
+    batch_sizes: tuple[int, ...] = (64,) if ON_GPU else (16,)
+    """Source images per step; the network sees four times as many."""
+    ways: tuple[Way, ...] = (
+        ("bf16", "bf16 compile", "bf16 graph", "bf16 compile graph") if ON_GPU else ("fp32",)
+    )
+    """Precision, and whether the network is compiled, replayed as a CUDA graph, and updated by
+    apex's fused SGD."""
+    threads: int = 1
+    """Threads of torch where the device is a CPU."""
+    device: str = "cuda" if ON_GPU else "cpu"
+    """Where to train."""
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` in words."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    ceilings: dict[Precision, float] = {}
+    rows: list[Row] = []
+    for batch_size in args.batch_sizes:
+        configs = {way: _config(way, batch_size, args) for way in args.ways}
+        windows, facts = compete(
+            configs, repeats=args.repeats, seconds=args.seconds, title="steps", alone=True
+        )
+        for way, config in configs.items():
+            precision = config["precision"]
+            if precision not in ceilings:
+                ceilings[precision] = matmul_flops(device, precision)
+            values = image_row(
+                "train_step",
+                way,
+                f"{args.backbone} {args.size}px batch {batch_size}",
+                windows[way],
+                views=4,
+                threads=args.threads,
+                device=device,
+                **facts[way],
+            )
+            flops = values["median"] * values["gigaflop_per_image"] * 1e9
+            values["teraflop_per_s"] = round(flops / 1e12, 4)
+            values["matmul_teraflop_per_s"] = round(ceilings[precision] / 1e12, 4)
+            values["share_of_matmul"] = round(flops / ceilings[precision], 4)
+            rows.append(values)
+    publish(rows, args.output, COLUMNS)
+    bars(rows, args.plot, title="The training step alone (source images/s)")
+
+
+def _config(way: Way, batch_size: int, args: Arguments) -> dict[str, Any]:
+    precision, *more = way.split()
+    return {
+        "kind": "step",
+        "backbone": args.backbone,
+        "size": args.size,
+        "batch_size": batch_size,
+        "precision": precision,
+        "compile": "compile" in more,
+        "cuda_graph": "graph" in more,
+        "apex": "apex" in more,
+        "device": args.device,
+        "torch_threads": args.threads,
+    }
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "train_step")
