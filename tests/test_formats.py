@@ -44,21 +44,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tens
     return root, torch.from_numpy(np.stack(expected))
 
 
+@pytest.fixture(scope="module")
+def converted(pictures: tuple[Path, torch.Tensor]) -> Path:
+    """The same pictures as a beton."""
+    made = pictures[0].parent / "data.beton"
+    manifest = write_beton(SampleIndex.from_folder(pictures[0]), made, workers=1)
+    assert (manifest.passed, manifest.quarantined) == (1, 0)  # the grey JPEG stays as it is
+    return made
+
+
 @pytest.mark.parametrize(
-    ("engine", "converted"),
+    ("engine", "beton"),
     [("folder", False), ("dali", False), ("folder", True), ("dali", True), ("ffcv", True)],
 )
 def test_odd_pictures_look_alike(
-    pictures: tuple[Path, torch.Tensor], tmp_path: Path, engine: str, converted: bool
+    pictures: tuple[Path, torch.Tensor], converted: Path, engine: str, beton: bool
 ) -> None:
     if engine in (missing := missing_engines()):
         pytest.skip(missing[engine])
-    data, expected = pictures
-    if converted:
-        made = tmp_path / "data.beton"
-        manifest = write_beton(SampleIndex.from_folder(data), made, workers=1)
-        assert (manifest.passed, manifest.quarantined) == (1, 0)  # the grey JPEG stays as it is
-        data = made
+    data, expected = (converted if beton else pictures[0]), pictures[1]
     spec = LoaderSpec(data=str(data), batch_size=6, crop=Squash(32), flip=False, shuffle=False)
     plain = replace(
         spec, engine=engine, views="plain", drop_last=False, normalize=Normalize((0,) * 3, (1,) * 3)
