@@ -95,3 +95,48 @@ def test_a_run_on_the_gpu_resumes(tmp_path: Path) -> None:
     longer = replace(recipe, run=replace(recipe.run, max_steps=None))
     out = pretrain.run(longer, rank)
     assert (out / "backbone.safetensors").exists() and (out / "results.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled: bool) -> None:
+    """Two sides, captures among them: weights after ten steps agree with those without graphs."""
+    rank = Rank(device=torch.device("cuda:0"))
+    weights, losses = [], []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = channels_last(make_rotnet("resnet18_small"), rank.device).train()
+        state = TrainState(
+            model,
+            [Trained(model, Optim(lr=0.01), Steps())],
+            rank=rank,
+            run=Run(epochs=1, precision=precision, compile=compiled, cuda_graph=graphs),  # type: ignore[arg-type]
+            folder=tmp_path,
+            global_batch=8,
+            identity={"backbone": "resnet18_small"},
+        )
+
+        def objective(
+            images: torch.Tensor, targets: torch.Tensor, state: TrainState = state
+        ) -> Outcome:
+            with state.autocast():
+                loss = cross_entropy(state.model(images), targets)
+            return loss, {"loss": loss}
+
+        draw = torch.Generator().manual_seed(1)
+        for side in (32,) * 5 + (48,) * 5:
+            images = torch.randn(8, 3, side, side, generator=draw).to(rank.device)
+            state.begin(0.0)
+            state.learn(
+                objective,
+                images.to(memory_format=torch.channels_last),
+                torch.arange(8, device=rank.device) % 4,
+            )
+            state.step += 1
+        weights.append([p.detach().clone() for p in model.parameters()])
+        losses.append(state.means()["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if precision == "fp32" else 0.05)
+    for found, expected in zip(weights[1], weights[0], strict=True):
+        # Convolutions may be tuned to other algorithms: equal up to rounding, not bit for bit.
+        moved = (expected - found).norm() / expected.norm()
+        assert moved < (1e-3 if precision == "fp32" else 2e-2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -21,14 +24,21 @@ from rotpred.backbone import build_backbone
 from rotpred.checkpoint import load_latest
 from rotpred.weights import load_backbone
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(200), pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent
+# The engine that needs no compilation, and crops of 12 pixels: it is the run that is tested.
 SMALL = [
     "quickstart", "--backbone", "nin3", "--train.batch-size", "8", "--val.batch-size", "8",
+    "--train.crop.size", "12", "--train.crop.padding", "0", "--val.crop.size", "12",
+    "--train.engine", "folder", "--val.engine", "folder",
     "--run.device", "cpu", "--run.epochs", "2", "--run.log-every", "2", "--run.save-every", "2",
     "--train.timeout", "60", "--train.workers", "1", "--val.workers", "1", "--run.timeout", "60",
 ]  # fmt: skip
+PAIR = [*SMALL, "--train.batch-size", "4"]
+"""The same global batch, where there are two processes."""
+
+Console = Callable[[], Path]
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +58,49 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(script: str, data: Path, out: Path, *more: str, processes: int = 0) -> list[str]:
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone"]
-        start += ["--nproc-per-node", str(processes)]
-    options = ["--train.data", str(data / "train.beton"), "--val.data", str(data / "val.beton")]
-    return [*start, str(ROOT / "scripts" / script), *more, *options, "--run.out", str(out)]
+def options(data: Path, out: Path, *more: str) -> list[str]:
+    paths = ["--train.data", str(data / "train.beton"), "--val.data", str(data / "val.beton")]
+    return [*more, *paths, "--run.out", str(out)]
 
 
-def execute(args: list[str], *, status: int = 0, threads: str = "1") -> str:
-    """Run to the end, check the exit status, return what was printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+def execute(script: str, args: list[str]) -> str:
+    """Run a script to its end, which must be a good one; return what it printed."""
     done = subprocess.run(
-        args, capture_output=True, text=True, timeout=200, env=environment, check=False
+        [sys.executable, str(ROOT / "scripts" / script), *args],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
     )
-    text = done.stdout + done.stderr
-    assert done.returncode == status, text[-4000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Console:
+    """Names a new file for the output of each run of a test."""
+    numbers = itertools.count()
+    return lambda: tmp_path / f"console{next(numbers)}"
+
+
+def pretrain(args: list[str], console: Path, *, status: int = 0, world: int = 1) -> str:
+    """Pretrain in processes of their own, check how all of them end, return what they printed."""
+    found = processes.run(processes.pretrain, args, console=console, world=world)
+    text = console.read_text()
+    assert found == [status] * world, text[-4000:]
     return text
 
 
-def wait_for_step(job: subprocess.Popen[bytes], out: Path, step: int) -> bool:
-    """Whether the job logged this step, before it ended and within two minutes."""
-    log = out / "log.jsonl"
-    for _ in range(1200):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(timeout=0.1)
-            return False
-        lines = log.read_text().splitlines() if log.exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
-            return True
-    return False
+def same_weights(one: Path, other: Path) -> None:
+    expected, found = final(one), final(other)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def digest(out: Path) -> object:
+    return results(out)["accuracy"]["stream_digest"]
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -94,10 +116,18 @@ def results(out: Path) -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run that others are compared with."""
+    """The uninterrupted run that others are compared with, by the script itself."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    execute(command("pretrain.py", data, out, *SMALL))
+    execute("pretrain.py", options(data, out, *SMALL))
     return out
+
+
+@pytest.fixture(scope="module")
+def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    pretrain(options(data, folder / "run", *PAIR), folder / "console", world=2)
+    return folder / "run"
 
 
 def test_run_folder(whole: Path) -> None:
@@ -120,22 +150,20 @@ def test_run_folder(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [3, 6, 11])
-def test_killed_run_resumes_bit_for_bit(data: Path, whole: Path, tmp_path: Path, stop: int) -> None:
+def test_killed_run_resumes_bit_for_bit(
+    data: Path, whole: Path, tmp_path: Path, console: Console, stop: int
+) -> None:
     """SIGKILL in mid-epoch, at its end and just before the end: same weights, same samples."""
     out = tmp_path / "run"
-    args = command("pretrain.py", data, out, *SMALL)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "console").open("w") as console:
-        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
-        reached = wait_for_step(job, out, stop - 1)
-        job.kill()
-        job.wait(timeout=30)
-    assert reached, (tmp_path / "console").read_text()[-3000:]
-    execute(args)
-    expected, resumed = final(whole), final(out)
-    assert expected.keys() == resumed.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, resumed[name]), name
+    args = options(data, out, *SMALL)
+    died = processes.run(
+        processes.pretrain_and_signal, args, stop, signal.SIGKILL, console=console()
+    )
+    assert died == [-signal.SIGKILL]
+    latest = load_latest(out / "checkpoints")
+    assert latest is not None and stop - 2 <= latest.step <= stop
+    pretrain(args, console())
+    same_weights(whole, out)
     same = ("value", "n", "checkpoint_sha256", "stream_digest")
     assert [results(out)["accuracy"][k] for k in same] == [
         results(whole)["accuracy"][k] for k in same
@@ -145,172 +173,165 @@ def test_killed_run_resumes_bit_for_bit(data: Path, whole: Path, tmp_path: Path,
     assert steps == sorted(set(steps))
 
 
-def test_finished_run_is_left_alone(data: Path, whole: Path) -> None:
+def test_finished_run_is_left_alone(data: Path, whole: Path, console: Console) -> None:
     before = (whole / "backbone.safetensors").stat().st_mtime_ns
-    text = execute(command("pretrain.py", data, whole, *SMALL))
+    text = pretrain(options(data, whole, *SMALL), console())
     assert "finished already" in text
     assert (whole / "backbone.safetensors").stat().st_mtime_ns == before
 
 
-def test_other_recipe_in_the_same_folder_is_refused(data: Path, whole: Path) -> None:
-    text = execute(
-        command("pretrain.py", data, whole, *SMALL, "--optim.lr", "0.3", "--train.seed", "5"),
-        status=2,
-    )
+def test_a_score_costs_no_second_checkpoint(whole: Path) -> None:
+    """The validated one has its score, and was written once: nothing vouches for an older one."""
+    latest = load_latest(whole / "checkpoints")
+    assert latest is not None
+    record = json.loads(latest.path.with_suffix(".json").read_text())
+    value = results(whole)["accuracy"]["value"]
+    assert record["score"] == pytest.approx(float(str(value)) / 100)
+    assert record["previous"] is None
+
+
+def test_other_recipe_in_the_same_folder_is_refused(
+    data: Path, whole: Path, console: Console
+) -> None:
+    other = [*SMALL, "--optim.lr", "0.3", "--train.seed", "5"]
+    text = pretrain(options(data, whole, *other), console(), status=2)
     assert "belongs to another run" in text and "seed: 0 there, 5 now" in text
     assert "Traceback" not in text
 
 
-def test_sigterm_writes_a_checkpoint_and_a_status(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_a_status(
+    data: Path, whole: Path, tmp_path: Path, console: Console
+) -> None:
     out = tmp_path / "run"
-    args = command("pretrain.py", data, out, *SMALL, "--run.save-every", "1000")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "console").open("w") as console:
-        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
-        assert wait_for_step(job, out, 1), (tmp_path / "console").read_text()[-3000:]
-        job.send_signal(signal.SIGTERM)
-        status = job.wait(timeout=60)
-    text = (tmp_path / "console").read_text()
-    assert status == 75 and "stopped by a signal" in text, text[-3000:]
+    args = options(data, out, *SMALL, "--run.save-every", "1000")
+    first = console()
+    status = processes.run(processes.pretrain_and_signal, args, 4, signal.SIGTERM, console=first)
+    text = first.read_text()
+    assert status == [75] and "stopped by a signal after step 4" in text, text[-3000:]
     assert "Traceback" not in text
-    execute(args)
-    for name, tensor in final(whole).items():
-        assert torch.equal(tensor, final(out)[name]), name
+    pretrain(args, console())
+    same_weights(whole, out)
 
 
-def test_two_processes_meet_the_samples_of_one(data: Path, tmp_path: Path) -> None:
+def test_two_processes_meet_the_samples_of_one(whole: Path, pair: Path) -> None:
     """Same global batch: same sample ids and boxes; the validation counts every picture once."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    execute(command("pretrain.py", data, one, *SMALL, "--run.max-steps", "6", processes=1))
-    execute(
-        command(
-            "pretrain.py",
-            data,
-            two,
-            *SMALL,
-            "--run.max-steps",
-            "6",
-            "--train.batch-size",
-            "4",
-            processes=2,
-        )
-    )
-    first, second = results(one)["accuracy"], results(two)["accuracy"]
-    assert first["stream_digest"] == second["stream_digest"]
-    assert first["n"] == second["n"] == 76
+    assert digest(pair) == digest(whole)
+    assert results(pair)["accuracy"]["n"] == 76
 
 
-def test_resumed_on_another_number_of_processes(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_resumed_on_another_number_of_processes(
+    data: Path, whole: Path, tmp_path: Path, console: Console
+) -> None:
     """Begun by one process, ended by two: the digest covers every sample and box of the run."""
     out = tmp_path / "run"
-    execute(command("pretrain.py", data, out, *SMALL, "--run.max-steps", "5"))
-    execute(command("pretrain.py", data, out, *SMALL, "--train.batch-size", "4", processes=2))
-    digest = results(out)["accuracy"]["stream_digest"]
-    assert digest == results(whole)["accuracy"]["stream_digest"]
+    pretrain(options(data, out, *SMALL, "--run.max-steps", "5"), console())
+    assert digest(out) != digest(whole)
+    pretrain(options(data, out, *PAIR), console(), world=2)
+    assert digest(out) == digest(whole)
 
 
-def test_sigterm_stops_all_processes_at_the_same_step(data: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    data: Path, pair: Path, tmp_path: Path, console: Console
+) -> None:
     """And what goes on from there ends with the bits of an uninterrupted run of two."""
-    pair = [*SMALL, "--train.batch-size", "4", "--run.save-every", "1000"]
-    calm, out = tmp_path / "calm", tmp_path / "run"
-    execute(command("pretrain.py", data, calm, *pair, processes=2))
-    args = command("pretrain.py", data, out, *pair, processes=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = tmp_path / "run"
+    args = options(data, out, *PAIR, "--run.save-every", "1000")
+    first = console()
+    status = processes.run(
+        processes.pretrain_and_signal, args, 4, signal.SIGTERM, console=first, world=2
+    )
+    assert status == [75, 75]
+    steps = re.findall(r"stopped by a signal after step (\d+)", first.read_text())
+    assert steps == ["4", "4"]
+    pretrain(args, console(), world=2)
+    same_weights(pair, out)
+
+
+def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
+    """As a job scheduler stops a run: SIGTERM to torchrun, which sends it to both processes."""
+    out = tmp_path / "run"
+    endless = [*PAIR, "--run.epochs", "500", "--run.log-every", "1", "--run.save-every", "5000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "scripts" / "pretrain.py")]
     with (tmp_path / "console").open("w") as console:
-        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
-        assert wait_for_step(job, out, 1), (tmp_path / "console").read_text()[-3000:]
-        job.send_signal(signal.SIGTERM)
-        job.wait(timeout=60)
+        job = subprocess.Popen(
+            [*command, *options(data, out, *endless)],
+            stdout=console,
+            stderr=console,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            for _ in range(1200):
+                if (out / "log.jsonl").exists() or job.poll() is not None:
+                    break
+                time.sleep(0.1)
+            job.send_signal(signal.SIGTERM)
+            status = job.wait(timeout=60)
+        finally:
+            job.kill()
     text = (tmp_path / "console").read_text()
+    assert status != 0
     steps = set(re.findall(r"stopped by a signal after step (\d+)", text))
     assert len(steps) == 1, text[-3000:]
     latest = load_latest(out / "checkpoints")
     assert latest is not None and latest.step == int(steps.pop())
-    execute(args)
-    for name, tensor in final(calm).items():
-        assert torch.equal(tensor, final(out)[name]), name
 
 
-def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path, console: Console) -> None:
     """Checkpoints fall between updates only, so no pending gradient is lost."""
-    options = [*SMALL, "--run.accumulate", "4", "--run.save-every", "1"]
+    more = [*SMALL, "--run.accumulate", "4", "--run.save-every", "1"]
     calm, out = tmp_path / "calm", tmp_path / "run"
-    execute(command("pretrain.py", data, calm, *options))
-    with (tmp_path / "console").open("w") as console:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        args = command("pretrain.py", data, out, *options)
-        job = subprocess.Popen(args, stdout=console, stderr=console, env=environment)
-        assert wait_for_step(job, out, 6), (tmp_path / "console").read_text()[-3000:]
-        job.kill()
-        job.wait(timeout=30)
-    execute(args)
-    for name, tensor in final(calm).items():
-        assert torch.equal(tensor, final(out)[name]), name
+    pretrain(options(data, calm, *more), console())
+    args = options(data, out, *more)
+    died = processes.run(processes.pretrain_and_signal, args, 6, signal.SIGKILL, console=console())
+    assert died == [-signal.SIGKILL]
+    latest = load_latest(out / "checkpoints")
+    assert latest is not None and latest.step == 4
+    pretrain(args, console())
+    same_weights(calm, out)
 
 
-@pytest.mark.parametrize("engine", ["folder", "dali"])
+@pytest.mark.parametrize("engine", ["ffcv", "dali"])
 def test_engines_meet_the_same_samples(
-    data: Path, whole: Path, tmp_path: Path, engine: str
+    data: Path, whole: Path, tmp_path: Path, console: Console, engine: str
 ) -> None:
     if engine == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     out = tmp_path / "run"
-    execute(command("pretrain.py", data, out, *SMALL, "--train.engine", engine))
-    digest = results(out)["accuracy"]["stream_digest"]
-    assert digest == results(whole)["accuracy"]["stream_digest"]
+    pretrain(options(data, out, *SMALL, "--train.engine", engine), console())
+    assert digest(out) == digest(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks(data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_all_ranks(
+    data: Path, tmp_path: Path, console: Console
+) -> None:
     out = tmp_path / "run"
-    text = execute(
-        command(
-            "pretrain.py",
-            data,
-            out,
-            *SMALL,
-            "--optim.lr",
-            "1e30",
-            "--train.batch-size",
-            "4",
-            processes=2,
-        ),
-        status=1,
-    )
-    assert "was not finite" in text
+    text = pretrain(options(data, out, *PAIR, "--optim.lr", "1e30"), console(), status=2, world=2)
+    assert text.count("was not finite") == 2
     latest = load_latest(out / "checkpoints")
     if latest is not None:
         assert all(t.isfinite().all() for t in latest.state["model"].values())
 
 
-def test_accumulation_and_mixed_precision(data: Path, tmp_path: Path) -> None:
+def test_accumulation_and_mixed_precision(data: Path, tmp_path: Path, console: Console) -> None:
     out = tmp_path / "run"
-    execute(
-        command(
-            "pretrain.py",
-            data,
-            out,
-            *SMALL,
-            "--run.accumulate",
-            "2",
-            "--run.precision",
-            "bf16",
-            "--run.max-steps",
-            "2",
-        )
-    )
+    more = ["--run.accumulate", "2", "--run.precision", "bf16", "--run.max-steps", "2"]
+    pretrain(options(data, out, *SMALL, *more), console())
     assert results(out)["accuracy"]["n"] == 76
 
 
-def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path, console: Console) -> None:
     """All probes of a frozen trunk; the bright corner is easy, even for random features."""
     out = tmp_path / "linear"
-    options = [
+    args = options(
+        data, out,
         "cifar10_probes", "--backbone", "nin3", "--weights", str(whole / "backbone.safetensors"),
         "--run.device", "cpu", "--run.precision", "fp32", "--run.epochs", "3",
         "--train.batch-size", "10", "--val.batch-size", "10", "--train.workers", "1",
-        "--train.no-flip", "--run.log-every", "5",
-    ]  # fmt: skip
-    text = execute(command("evaluate.py", data, out, *options))
+        "--train.no-flip", "--train.engine", "folder", "--val.engine", "folder",
+        "--run.log-every", "5",
+    )  # fmt: skip
+    text = execute("evaluate.py", args)
     assert "tensors loaded" in text
     scores = results(out)
     assert len(scores) == 9
@@ -319,37 +340,47 @@ def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path) -> None:
     assert best >= 80, scores
     sums = {row["checkpoint_sha256"] for row in scores.values()}
     assert sums == {results(whole)["accuracy"]["checkpoint_sha256"]}
+    again = console()
+    before = (out / "results.json").stat().st_mtime_ns
+    assert processes.run(processes.evaluate, args, console=again) == [0]
+    assert "finished already" in again.read_text()
+    assert (out / "results.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "words"),
+    ("script", "given", "words"),
     [
-        ("pretrain.py", ["quickstart", "--run.epoch", "3"], ["epochs"]),
-        ("pretrain.py", ["quickstar"], ["quickstart"]),
-        ("pretrain.py", ["quickstart", "--train.data", "nowhere.beton"], ["nowhere.beton"]),
-        ("pretrain.py", ["quickstart", "--sync-bn", "torch"], ["sync_bn", "GPU"]),
-        ("pretrain.py", ["quickstart", "--train.batch-size", "4000"], ["batch"]),
-        ("evaluate.py", ["quickstart_linear"], ["--weights"]),
-        ("evaluate.py", ["quickstart_linear", "--weights", "none.safetensors"], ["none.safet"]),
+        ("pretrain", ["quickstart", "--run.epoch", "3"], ["epochs"]),
+        ("pretrain", ["quickstar"], ["quickstart"]),
+        ("pretrain", ["quickstart", "--train.data", "nowhere.beton"], ["nowhere.beton"]),
+        ("pretrain", ["quickstart", "--sync-bn", "torch"], ["sync_bn", "GPU"]),
+        ("pretrain", ["quickstart", "--run.cuda-graph"], ["cuda_graph", "GPU"]),
+        ("pretrain", ["quickstart", "--train.batch-size", "4000"], ["batch"]),
+        ("evaluate", ["quickstart_linear"], ["--weights"]),
+        ("evaluate", ["quickstart_linear", "--weights", "none.safetensors"], ["none.safet"]),
     ],
 )
 def test_a_users_mistake_is_one_line(
-    data: Path, tmp_path: Path, script: str, options: list[str], words: list[str]
+    data: Path, tmp_path: Path, console: Console, script: str, given: list[str], words: list[str]
 ) -> None:
-    given = command(script, data, tmp_path / "run", "--run.device", "cpu")
-    given = given[:2] + options[:1] + given[2:] + options[1:]
-    text = execute(given, status=2)
+    args = [given[0], *options(data, tmp_path / "run", "--run.device", "cpu"), *given[1:]]
+    said = console()
+    assert processes.run(getattr(processes, script), args, console=said) == [2]
+    text = said.read_text()
     assert "Traceback" not in text
     assert all(word in text for word in words), text
 
 
 @pytest.mark.parametrize(
-    ("script", "recipe"), [("pretrain.py", "rotnet_in1k_r50"), ("evaluate.py", "in1k_linear")]
+    ("script", "recipe"), [("pretrain", "rotnet_in1k_r50"), ("evaluate", "in1k_linear")]
 )
-def test_help_explains_recipes_and_fields(script: str, recipe: str) -> None:
-    text = execute([sys.executable, str(ROOT / "scripts" / script), "--help"])
-    assert recipe in text
-    text = execute([sys.executable, str(ROOT / "scripts" / script), recipe, "--help"])
+def test_help_explains_recipes_and_fields(console: Console, script: str, recipe: str) -> None:
+    said = console()
+    assert processes.run(getattr(processes, script), ["--help"], console=said) == [0]
+    assert recipe in said.read_text()
+    said = console()
+    assert processes.run(getattr(processes, script), [recipe, "--help"], console=said) == [0]
+    text = said.read_text()
     for field in ("--train.batch-size", "--run.precision", "--train.crop.size"):
         assert field in text
     assert "Source images per process" in text

@@ -15,6 +15,7 @@ from rotpred.recipes.pretrain import (
     rotnet_in1k_alexnet,
     rotnet_in1k_r50,
     rotnet_in1k_r50_amp,
+    rotnet_in1k_r50_fast,
 )
 from rotpred.schedule import lr_at
 
@@ -45,6 +46,17 @@ def test_amp_sibling_differs_in_precision_only() -> None:
     changed = {name for name in plain if plain[name] != mixed[name]}
     assert changed == {"name", "run"}
     assert mixed["run"]["precision"] == "bf16"
+
+
+def test_fast_sibling_spends_a_third_of_the_pixels() -> None:
+    recipe, base = rotnet_in1k_r50_fast(), rotnet_in1k_r50()
+    sides = [recipe.train.side(epoch) for epoch in range(recipe.run.epochs)]
+    assert (sides[0], sides[13], sides[14], sides[27], sides[28]) == (128, 128, 192, 192, 224)
+    assert sum((side / 224) ** 2 for side in sides) / base.run.epochs < 0.32
+    # The same rate for each image of a step, at the top.
+    assert rate(recipe, 5, 1024) / 1024 == pytest.approx(rate(base, 5, 128) / 128)
+    assert rate(recipe, 34.99, 1024) < 0.01
+    assert recipe.val == base.val and recipe.backbone == base.backbone
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,7 @@ def test_nin_has_as_many_blocks_as_asked(blocks: int) -> None:
         (lambda: Run(epochs=0), "epochs"),
         (lambda: Run(keep=1), "keep"),
         (lambda: Run(max_steps=0), "max_steps"),
+        (lambda: Run(profile=-1), "profile"),
         (lambda: LoaderSpec(batch_size=0), "batch_size"),
         (lambda: LoaderSpec(limit=0), "limit"),
         (lambda: LoaderSpec(timeout=0), "timeout"),

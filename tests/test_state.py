@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pipelines.loader import open_loader
-from pipelines.spec import LoaderSpec, RandomResizedCrop
+from pipelines.spec import CenterCrop, LoaderSpec, RandomResizedCrop
+from rotpred import pretrain
 from rotpred.distributed import Rank
 from rotpred.job import check_data
 from rotpred.optim import Optim
+from rotpred.recipes import Pretrain
+from rotpred.runlog import read_rows
 from rotpred.schedule import Steps
 from rotpred.settings import Run
 from rotpred.state import Objective, Outcome, Trained, TrainState
@@ -149,6 +154,34 @@ def test_what_is_not_finite_is_noticed(tmp_path: Path, where: str) -> None:
         with torch.no_grad():
             model.weight[0, 0] = float("nan")
     assert state.broken
+
+
+def test_a_run_over_two_sides(folder: Path, tmp_path: Path) -> None:
+    """Real pictures at 16 pixels, then at 24; the log says so; another side is another run."""
+    train = LoaderSpec(
+        data=str(folder),
+        batch_size=12,
+        crop=RandomResizedCrop(24),
+        sides=((0, 16), (1, 24)),
+        workers=1,
+    )
+    val = replace(train, crop=CenterCrop(24, 28), sides=(), shuffle=False, drop_last=False)
+    recipe = Pretrain(
+        backbone="resnet18_tiny",
+        train=train,
+        val=val,
+        optim=Optim(lr=0.01),
+        run=Run(out=str(tmp_path / "run"), epochs=2, precision="fp32", log_every=1),
+    )
+    out = pretrain.run(recipe, Rank())
+    rows = [row for row in read_rows(out / "log.jsonl") if "loss" in row]
+    assert [row["side"] for row in rows] == [16, 16, 16, 24, 24, 24]
+    assert all(float(str(row["images_per_s"])) > 0 for row in rows)
+    (result,) = json.loads((out / "results.json").read_text())
+    assert result["n"] == 37 * 4
+    other = replace(recipe, train=replace(train, sides=((0, 16),)))
+    with pytest.raises(ValueError, match=r"another run \(sides: \[\[0, 16\], \[1, 24\]\] there"):
+        pretrain.run(other, Rank())
 
 
 def test_padded_training_data_are_refused() -> None:
