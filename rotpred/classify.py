@@ -11,24 +11,21 @@ from torch.nn.functional import cross_entropy
 
 from pipelines.loader import Loader
 from rotpred import figures, probes
-from rotpred.backbone import Backbone, build_backbone
+from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
+from rotpred.features import load_trunk
 from rotpred.job import Job, identity, open_job
 from rotpred.loop import steps
 from rotpred.metrics import TopK
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
 from rotpred.runlog import RunLog, read_rows
-from rotpred.state import Outcome, Trained, TrainState, autocast, channels_last
-from rotpred.weights import load_backbone
+from rotpred.state import Outcome, Trained, TrainState, autocast
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, float]]
 """Metrics (top1, top5, n) by probe."""
-
-RANDOM = "random"
-"""Value of `Linear.weights` for the control: the same network, untrained."""
 
 
 def run(recipe: Linear, rank: Rank) -> Path:
@@ -83,32 +80,6 @@ def run(recipe: Linear, rank: Rank) -> Path:
                     recipe, state, job, scores or evaluate(recipe, state, trunk, job.val), log, sha
                 )
     return job.out
-
-
-def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
-    """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
-
-    Raises:
-        ValueError: no weights were named, or they do not fit (`CheckpointError`), in words.
-    """
-    if not weights:
-        raise ValueError(
-            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), or "
-            "--weights random for the untrained control"
-        )
-    trunk = build_backbone(name)
-    sha = ""
-    if weights != RANDOM:
-        report = load_backbone(trunk, Path(weights))
-        sha = report.sha256
-        logger.info(
-            "%s: %d tensors loaded, %d ignored (%s), %d missing",
-            weights, len(report.loaded), len(report.ignored),
-            ", ".join(report.ignored[:3]) or "none", len(report.missing),
-        )  # fmt: skip
-    trunk = channels_last(trunk, rank.device)
-    # eval() for good: batch norm must use the trained statistics and must not move them.
-    return trunk.eval().requires_grad_(False), sha
 
 
 def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list[StageProbe]:

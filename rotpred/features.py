@@ -1,0 +1,253 @@
+"""Features of a frozen trunk over whole data sets, computed once and kept on disk.
+
+A row per sample, whatever the number of processes: padding is dropped, and rows lie in the order of
+the samples' indices. A stage is computed only where the folder does not have it yet, so that sweeps
+over classifiers read files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipelines.loader import Loader, open_loader
+from pipelines.spec import LoaderSpec, Precision, Shard
+from rotpred.backbone import Backbone, build_backbone
+from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.heads import pooled_dims, stage_pools
+from rotpred.runfolder import plain, replaced, write_json
+from rotpred.state import autocast, channels_last
+from rotpred.weights import load_backbone
+
+logger = logging.getLogger(__name__)
+
+AVGPOOL = "avgpool"
+"""The global average of the last map, beside the names of the stages."""
+
+RANDOM = "random"
+"""Value of a recipe's `weights` for the control: the same network, untrained."""
+
+Store = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one data set, N samples; large arrays are memory-mapped and read-only."""
+
+    stages: dict[str, npt.NDArray[np.floating]]
+    """(N, D) by name of the stage, or `AVGPOOL`."""
+    labels: npt.NDArray[np.int64]
+    """(N,): class ids, -1 without labels."""
+    indices: npt.NDArray[np.int64]
+    """(N,): position of each sample in the data set's index, rising."""
+    data_id: str
+    """What the loader calls the data set."""
+
+
+def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
+    """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
+
+    Raises:
+        ValueError: no weights were named, or they do not fit (`CheckpointError`), in words.
+    """
+    if not weights:
+        raise ValueError(
+            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), or "
+            "--weights random for the untrained control"
+        )
+    trunk = build_backbone(name)
+    sha = ""
+    if weights != RANDOM:
+        report = load_backbone(trunk, Path(weights))
+        sha = report.sha256
+        logger.info(
+            "%s: %d tensors loaded, %d ignored (%s), %d missing",
+            weights, len(report.loaded), len(report.ignored),
+            ", ".join(report.ignored[:3]) or "none", len(report.missing),
+        )  # fmt: skip
+    trunk = channels_last(trunk, rank.device)
+    # eval() for good: batch norm must use the trained statistics and must not move them.
+    return trunk.eval().requires_grad_(False), sha
+
+
+def extract(
+    trunk: Backbone,
+    spec: LoaderSpec,
+    rank: Rank,
+    *,
+    names: Sequence[str],
+    precision: Precision,
+    cache: Path,
+    store: Store = "float32",
+) -> Features:
+    """Return the features of every sample; all ranks call, and get the same.
+
+    Args:
+        trunk: of `load_trunk`.
+        spec: data without chance: plain views, no flip, no shuffling, every sample.
+        rank: who computes which part.
+        names: stages of the trunk, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
+        precision: of the network; pools work in float32.
+        cache: folder for the arrays, in one subfolder per trunk and data; on several machines they
+            must share it.
+        store: type of the arrays.
+
+    Raises:
+        ValueError: the spec leaves something to chance, or there is no such stage.
+        RuntimeError: the ranks have other data.
+    """
+    if spec.flip or spec.shuffle or spec.drop_last or spec.views != "plain":
+        raise ValueError(
+            "features need every picture once, as it is: views plain, no flip, no shuffle and no "
+            "drop_last"
+        )
+    unknown = [name for name in names if name not in (*trunk.stage_names, AVGPOOL)]
+    if unknown or not names:
+        known = ", ".join((*trunk.stage_names, AVGPOOL))
+        raise ValueError(f"{trunk.arch} has no stage {unknown or '(none named)'}: it has {known}")
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    with open_loader(spec, shard=shard, device=rank.device, precision=precision) as loader:
+        check_equal(len(loader), rank, what="steps in an epoch")
+        check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the data")
+        about = _about(trunk, loader, precision, store)
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        folder = cache / key
+        # The main process decides: another may not see a file that was written a moment ago.
+        there = [name for name in names if (folder / f"{name}.npy").exists()]
+        missing = [n for n in names if n not in broadcast_str(",".join(there), rank).split(",")]
+        if missing:
+            _compute(trunk, loader, rank, missing, precision, store, folder)
+            if rank.main:
+                write_json(folder / "features.json", about)
+            barrier(rank)
+        elif rank.main:
+            logger.info("features of %s are in %s already", spec.data, folder)
+        data_id = loader.data_id
+    if not folder.is_dir():
+        raise ValueError(
+            f"process {rank.rank} does not see {folder}: the folder for features must lie on a "
+            "file system that all machines share"
+        )
+    return Features(
+        {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names},
+        np.load(folder / "labels.npy"),
+        np.load(folder / "indices.npy"),
+        data_id,
+    )
+
+
+def _about(
+    trunk: Backbone, loader: Loader, precision: Precision, store: Store
+) -> dict[str, object]:
+    """All that decides the values, but for the engine, which changes pixels by rounding only."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    spec = asdict(loader.spec)
+    drawn = {} if spec["limit"] is None and loader.data_id else {"seed": spec["seed"]}
+    result = plain(
+        {
+            "arch": trunk.arch,
+            "weights": digest.hexdigest(),
+            "data": loader.data_id or f"synthetic {spec['samples']}",
+            **{name: spec[name] for name in ("normalize", "limit", "max_bad")},
+            "crop": {"kind": type(loader.spec.crop).__name__, **spec["crop"]},
+            **drawn,
+            "precision": precision,
+            "store": store,
+        }
+    )
+    assert isinstance(result, dict)
+    return result
+
+
+@torch.inference_mode()
+def _compute(
+    trunk: Backbone,
+    loader: Loader,
+    rank: Rank,
+    names: Sequence[str],
+    precision: Precision,
+    store: Store,
+    folder: Path,
+) -> None:
+    """Write the arrays of some stages; the main process has the pen."""
+    size = loader.spec.crop.size
+    pools = [*stage_pools(trunk, size), nn.AdaptiveAvgPool2d(1)]
+    places = {name: trunk.stage_names.index(name) if name != AVGPOOL else -1 for name in names}
+    dims = [*pooled_dims(trunk, size, pools[:-1]), trunk.dim]
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Callable[[npt.NDArray[np.generic]], None]] = {}
+        if rank.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Files get their names in the opposite order: a stage that is there has its labels.
+            files = {
+                **{n: stack.enter_context(_rows(folder, n, store, dims[places[n]])) for n in names},
+                "labels": stack.enter_context(_rows(folder, "labels", "int64")),
+                "indices": stack.enter_context(_rows(folder, "indices", "int64")),
+            }
+        quiet = not (rank.main and sys.stderr is not None and sys.stderr.isatty())
+        last = -1
+        for batch in tqdm(
+            loader.epoch(0), f"features of {loader.spec.data}", len(loader), leave=False,
+            unit="step", dynamic_ncols=True, disable=quiet,
+        ):  # fmt: skip
+            with autocast(rank.device, precision):
+                maps = trunk.stages(batch.images)
+            gathered = {
+                name: pools[place](maps[place].float()).flatten(1) for name, place in places.items()
+            }
+            gathered["labels"] = batch.labels
+            gathered["indices"] = batch.indices
+            gathered = {name: gather_rows(part, rank) for name, part in gathered.items()}
+            keep = gather_rows(batch.valid, rank)
+            if not rank.main:
+                continue
+            order = gathered["indices"][keep].cpu().numpy()
+            if len(order) and not (np.diff(order, prepend=last) > 0).all():
+                raise RuntimeError(f"{loader.engine} gave samples in another order than the index")
+            last = int(order[-1]) if len(order) else last
+            for name, part in gathered.items():
+                files[name](part[keep].cpu().numpy())
+
+
+@contextlib.contextmanager
+def _rows(
+    folder: Path, name: str, dtype: str, dim: int | None = None
+) -> Iterator[Callable[[npt.NDArray[np.generic]], None]]:
+    """Write NAME.npy row by row: yields a function that appends (n, dim), or (n,) without dim."""
+    kind = np.dtype(dtype)
+    count = 0
+    with replaced(folder / f"{name}.npy") as temporary:
+        with temporary.open("wb") as file:
+
+            def header() -> None:
+                shape = (count,) if dim is None else (count, dim)
+                about = {"descr": kind.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, about)
+
+            def append(part: npt.NDArray[np.generic]) -> None:
+                nonlocal count
+                file.write(np.ascontiguousarray(part, dtype=kind).tobytes())
+                count += len(part)
+
+            header()
+            start = file.tell()
+            yield append
+            file.seek(0)
+            header()  # numpy leaves room in it for a length that grows
+            assert file.tell() == start
