@@ -98,8 +98,8 @@ def splice(
         return bad
     sample, lengths = data[start : start + size], lengths[place : place + count]
     total = np.int64(0)
-    for k in range(count):
-        total += np.int64(lengths[k])
+    for one in range(count):
+        total += np.int64(lengths[one])
     if head + total + 2 * count != size:
         return bad
     if not _head_fits(sample, record, height, width):
@@ -113,18 +113,18 @@ def splice(
     out[frame + 2], out[frame + 3] = small_width >> 8, small_width & 255
     at, done = head, np.int64(0)
     source: Any = head + 2 * first_row * row_count
-    for k in range(first_row * row_count):
-        source += np.int64(lengths[k])
+    for above in range(first_row * row_count):
+        source += np.int64(lengths[above])
     for row in range(first_row, end_row):
         k = row * row_count
         for _ in range(first):
-            source += np.int64(lengths[k]) + 2
+            source = source + np.int64(lengths[k]) + 2
             k += 1
         if not _ends_segment(sample, source, k - 1, count):
             return bad
         begin, at_row = source, at
         for _ in range(end - first):
-            source += np.int64(lengths[k]) + 2
+            source = source + np.int64(lengths[k]) + 2
             if not _ends_segment(sample, source, k, count):
                 return bad
             k += 1
@@ -138,7 +138,7 @@ def splice(
             k += 1
             done += 1
         for _ in range(end, row_count):
-            source += np.int64(lengths[k]) + 2
+            source = source + np.int64(lengths[k]) + 2
             k += 1
     out[at - 1] = 0xD9
     return at, y0, x0, small_height, small_width

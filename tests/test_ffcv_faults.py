@@ -292,9 +292,9 @@ def test_a_mere_warning_of_the_decoder_is_no_damage(
     asked = []
     real = engine.FfcvSource._second_opinion
 
-    def spy(self: Any, sample: int, *rest: Any) -> bool:
-        asked.append(sample)
-        return real(self, sample, *rest)
+    def spy(self: Any, item: engine.Decoded, i: int) -> bool:
+        asked.append(int(item.step.indices[i]))
+        return real(self, item, i)
 
     monkeypatch.setattr(engine.FfcvSource, "_second_opinion", spy)
     copy = square_beton.with_name("warned.beton")
