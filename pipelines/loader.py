@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import torch
+from torch.profiler import record_function
 
 from pipelines.augment import digest64
 from pipelines.batch import IGNORE, Batch, RawBatch
@@ -103,14 +104,16 @@ class Loader:
         try:
             while True:
                 begin = time.perf_counter()
-                raw = self._transfer.fetch(source)
+                with record_function("data wait"):
+                    raw = self._transfer.fetch(source)
                 self.wait_seconds += time.perf_counter() - begin
                 if raw is None:
                     return
                 keep = raw.valid.numpy()
                 served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
                 self.digest = (self.digest + served) % 2**64
-                batch = self._finish(self._transfer.copy(raw))
+                with record_function("rotate"):
+                    batch = self._finish(self._transfer.copy(raw))
                 self._transfer.release()
                 yield batch
         finally:

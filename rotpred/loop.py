@@ -28,7 +28,7 @@ import torch
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from rotpred.distributed import Rank, all_sum, any_true
-from rotpred.profiler import profiled, ranged
+from rotpred.profiler import profiled
 from rotpred.runlog import RunLog
 from rotpred.settings import Run
 from rotpred.state import TrainState
@@ -145,7 +145,7 @@ def steps(
             epoch, start = divmod(state.step, per_epoch)
             save_due = agree_due = False
             with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
-                for batch in ranged("batch", batches):
+                for batch in batches:
                     state.begin(state.step / per_epoch, final=state.step + 1 == last)
                     yield batch
                     state.step += 1

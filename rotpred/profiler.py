@@ -7,16 +7,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from rotpred.runfolder import replaced, write_atomic
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 WAIT, WARM_UP = 6, 2
 """Steps before the profile: first those that compile, tune and capture, then the tracer's own."""
@@ -61,17 +58,6 @@ def profiled(
         yield step
     if count <= wait + warm_up:
         logger.warning("no profile: the run ended within its first %d steps", wait + warm_up)
-
-
-def ranged(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The same items; a profile shows under `name` how long each took to come."""
-    while True:
-        with record_function(name):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item
 
 
 def _write(folder: Path, device: torch.device, profiler: profile) -> None:

@@ -21,7 +21,8 @@ from rotpred import cli
 from rotpred.runlog import RunLog
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["processes"])
+# Found without the path of the tests, which Python 3.11 does not tell the server.
+_CONTEXT.set_forkserver_preload(["rotpred.cli"])
 
 LIMIT_SECONDS = 100
 

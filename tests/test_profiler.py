@@ -12,7 +12,7 @@ import torch
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred import pretrain
 from rotpred.distributed import Rank
-from rotpred.profiler import TABLE, TRACE, WAIT, WARM_UP, profiled, ranged
+from rotpred.profiler import TABLE, TRACE, WAIT, WARM_UP, profiled
 from rotpred.recipes import Pretrain, Run
 
 pytestmark = pytest.mark.timeout(120)
@@ -32,7 +32,7 @@ def test_a_profiled_run(tmp_path: Path) -> None:
     out = pretrain.run(recipe, Rank())
     events = json.loads((out / "profile" / TRACE).read_bytes())["traceEvents"]
     names = [event.get("name", "") for event in events]
-    for name in ("batch", "forward", "backward", "optimiser"):
+    for name in ("data wait", "rotate", "forward", "backward", "optimiser"):
         assert names.count(name) == 2, name
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert "conv" in (out / "profile" / TABLE).read_text()
@@ -75,14 +75,3 @@ def test_a_profile_that_cannot_be_written_costs_a_warning(
         step()
         step()
     assert "cannot write the profile" in caplog.text
-
-
-def test_ranged_passes_everything_through() -> None:
-    assert list(ranged("items", iter([1, 2, 3]))) == [1, 2, 3]
-
-    def broken() -> object:
-        yield 1
-        raise OSError("disk")
-
-    with pytest.raises(OSError, match="disk"):
-        list(ranged("items", broken()))  # type: ignore[arg-type]
