@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import COUNT, save_jpeg, smooth_picture
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 
 from pipelines.augment import boxes
 from pipelines.batch import IGNORE, Batch, check_batch
@@ -236,6 +237,71 @@ def test_close_ends_the_threads_and_unlocks_the_file(make, name: str) -> None:
     next(loader.epoch(0))
     loader.close()
     assert {t.name for t in threading.enumerate()} <= before
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("name", engines("folder-beton", "dali-beton"))
+def test_the_next_epoch_is_begun_before_it_is_asked_for(
+    make, monkeypatch: pytest.MonkeyPatch, name: str, shuffle: bool
+) -> None:
+    engine = name.split("-")[0]
+    begun: set[int] = set()
+
+    def noted(*args: object, epoch: int, **options: object) -> object:
+        begun.add(epoch)
+        return boxes(*args, epoch=epoch, **options)  # type: ignore[arg-type]
+
+    loader = make(name, shuffle=shuffle)
+    monkeypatch.setattr(f"pipelines.{engine}.boxes", noted)
+    epoch = loader.epoch(0)
+    for _ in range(len(loader)):
+        next(epoch)
+    epoch.close()  # at the last batch, as a training loop does
+    source = loader._source
+    pool = source._feed._pool if engine == "dali" else source._pool
+    pool.submit(int).result(30)  # behind everything that its only thread was given
+    # Validation reads epoch 0 again and again; DALI's feed does not know, and discards.
+    assert begun == ({0, 1} if shuffle or engine == "dali" else {0})
+    assert served(epoch_of(loader, 1)) == served(epoch_of(make(name, shuffle=shuffle), 1))
+
+
+@pytest.mark.parametrize("name", engines("folder-beton", "ffcv-beton", "dali-beton"))
+def test_memory_does_not_grow_with_epochs(make, name: str) -> None:
+    """Finished and abandoned epochs; a batch of 1.8 MB kept in each would be 36 MB."""
+    loader = make(name, batch_size=12, limit=24, crop=RandomResizedCrop(224), workers=2)
+    resident = []
+    for epoch in range(30):
+        batches = loader.epoch(epoch)
+        next(batches)
+        if epoch % 3:
+            next(batches)
+        batches.close()
+        resident.append(_resident_mb())
+    assert np.median(resident[-4:]) - np.median(resident[8:12]) < 25, resident
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
+def test_dali_is_given_what_a_crop_needs(make, tmp_path: Path) -> None:
+    """And decodes the same pixels from it as from the whole picture."""
+    for i, picture in enumerate(load_sample_images().images):
+        save_jpeg(tmp_path / "d" / "x" / f"{i}.jpg", Image.fromarray(picture), subsampling=2)
+    write_beton(SampleIndex.from_folder(tmp_path / "d"), tmp_path / "d.beton", workers=1)
+    options = {"batch_size": 2, "crop": RandomResizedCrop(64, scale=(0.08, 0.3))}
+    part = make(f"dali-{tmp_path / 'd.beton'}", **options)
+    whole = make(f"dali-{tmp_path / 'd'}", **options)
+    for epoch in range(6):
+        (ours,), (theirs,) = epoch_of(part, epoch), epoch_of(whole, epoch)
+        assert torch.equal(ours.indices, theirs.indices)
+        assert (ours.images - theirs.images).abs().max() <= 1
+    assert part.digest == whole.digest
+    given, *_ = part._source._feed._batch(0, 0, np.arange(2))
+    with Beton.open(tmp_path / "d.beton") as beton:
+        assert sum(map(len, given)) < 0.6 * beton.sizes.sum()
 
 
 CROPS: dict[str, Crop] = {
