@@ -166,7 +166,7 @@ def _resize(
     tallest, widest = int(shapes[:, 0].max()), int(shapes[:, 1].max())
     scratch = np.empty(scratch_size(tallest, widest, out.shape[1]), np.uint8)
     for i in range(len(out)):
-        height, width = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
+        height, width = int(shapes[i, 0]), int(shapes[i, 1])
         end = offsets[i] + height * width * 3
         region = pixels[offsets[i] : end].reshape(height, width, 3)
         resample(region, 0, 0, height, width, out[i], flips[i], scratch)
