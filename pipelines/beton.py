@@ -210,13 +210,19 @@ def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments
     rows, columns = records["rows"].astype(np.int32), records["columns"].astype(np.int32)
     fits = (-(-layout.heights // np.maximum(height, 1)) == rows) & (layout.modes == 0)
     fits &= -(-layout.widths // np.maximum(width, 1)) == columns
-    fits &= records["head"] < layout.sizes
     fits |= records["interval"] == 0
     if not fits.all():
         i = int(np.argmin(fits))
         raise BetonError(
             f"{side}: sample {i}: expected MCUs for {layout.heights[i]} x {layout.widths[i]} "
             f"pixels, found {rows[i]} x {columns[i]} of {height[i]} x {width[i]}"
+        )
+    short = records["head"] < layout.sizes
+    if not short.all():
+        i = int(np.argmin(short))
+        raise BetonError(
+            f"{side}: sample {i}: expected a head below {layout.sizes[i]} bytes, "
+            f"found {records['head'][i]}"
         )
     return found
 

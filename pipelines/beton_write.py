@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FIELDS = ("image", "label")
 MAX_PAGE = 1 << 31
 _BLOCK = 1 << 24
+_BUFFER = 1 << 20
 
 
 class PageTooSmall(Exception):
@@ -69,8 +70,8 @@ class BetonWriter:
         self._sums = np.zeros(capacity, np.uint32)
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
         self._next = -(-head // page_size) * page_size
-        self._page = bytearray()
-        self._file = open(self.temporary, "xb")
+        self._used = 0  # Bytes of the page that begins at `_next`.
+        self._file = open(self.temporary, "xb", buffering=_BUFFER)
         self._file.seek(self._next)
         self._segments: SegmentsWriter | None = None
         if segments:
@@ -111,10 +112,11 @@ class BetonWriter:
         """
         if len(data) > self.page_size:
             raise PageTooSmall(len(data))
-        if len(self._page) + len(data) > self.page_size:
-            self._flush()
-        place = self._next + len(self._page)
-        self._page += data
+        if self._used + len(data) > self.page_size:
+            self._end_page()
+        place = self._next + self._used
+        self._file.write(data)
+        self._used += len(data)
         self._rows[self.count] = ((0, width, height, place), label)
         self._table[self.count] = (self.count, place, len(data))
         self._sums[self.count] = crc32
@@ -131,7 +133,7 @@ class BetonWriter:
         Raises:
             BetonError: What was read is not what was written.
         """
-        self._flush()
+        self._end_page()
         table = self._file.tell()
         allocation = self._table[: self.count].tobytes()
         self._file.write(allocation)
@@ -155,6 +157,8 @@ class BetonWriter:
             check_sums(beton, self.sums)
             if not np.array_equal(beton.labels, self._rows["label"][: self.count]):
                 raise BetonError(f"{self.temporary}: labels read back differ from those written")
+            if self._segments is not None and beton.segments is not None:
+                self._segments.check(beton.segments)
             digest = hashlib.sha256()
             for start in range(0, len(beton.data), _BLOCK):
                 digest.update(beton.data[start : start + _BLOCK].data)
@@ -179,13 +183,14 @@ class BetonWriter:
         else:
             segments_path(self.output).unlink(missing_ok=True)
 
-    def _flush(self) -> None:
-        """Write the current page, filled up with zeros."""
-        if self._page:
-            self._page.extend(bytes(self.page_size - len(self._page)))
-            self._file.write(self._page)
+    def _end_page(self) -> None:
+        """Fill the current page up with zeros."""
+        if self._used:
+            left = self.page_size - self._used
+            for start in range(0, left, _BUFFER):
+                self._file.write(bytes(min(_BUFFER, left - start)))
             self._next += self.page_size
-            self._page.clear()
+            self._used = 0
 
 
 def stage_text(path: Path, text: str) -> Path:

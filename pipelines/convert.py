@@ -31,6 +31,7 @@ from pipelines.images import Images
 from pipelines.manifest import Manifest, Restarts, manifest_path
 from pipelines.pool import Rejected, WorkerError, prepared
 from pipelines.prepare import PASSED, Check, Options
+from pipelines.segments import SegmentsError
 
 Progress = Callable[[int, int], None]
 """Called with the samples done and the samples in all."""
@@ -108,7 +109,7 @@ def write_beton(
     try:
         with exclusive(target):
             return run.convert()
-    except (BetonError, WorkerError) as error:
+    except (BetonError, SegmentsError, WorkerError) as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{target}: {error.strerror or error}") from error

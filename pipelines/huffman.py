@@ -41,6 +41,23 @@ PAD: Final = 272
 _EOB: Final = 1 << 13
 
 _WINDOW: Final = np.uint64(64 - _LOOK)
+_ONES: Final = np.uint64(0x0101010101010101)
+_TOPS: Final = np.uint64(0x8080808080808080)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def load(clean: Any, bit: Any) -> Any:
+    """At least 57 bits from a place on, at the top of a word."""
+    i = bit >> np.uint64(3)
+    word = np.uint64(clean[i]) << np.uint64(56)
+    word |= np.uint64(clean[i + np.uint64(1)]) << np.uint64(48)
+    word |= np.uint64(clean[i + np.uint64(2)]) << np.uint64(40)
+    word |= np.uint64(clean[i + np.uint64(3)]) << np.uint64(32)
+    word |= np.uint64(clean[i + np.uint64(4)]) << np.uint64(24)
+    word |= np.uint64(clean[i + np.uint64(5)]) << np.uint64(16)
+    word |= np.uint64(clean[i + np.uint64(6)]) << np.uint64(8)
+    word |= np.uint64(clean[i + np.uint64(7)])
+    return word << (bit & np.uint64(7))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -61,7 +78,16 @@ def _unstuff(data: Any, start: int, clean: Any, starts: Any) -> Any:
     i, j, found = np.uint64(start), np.uint64(0), 0
     last = np.uint64(max(stop, 0))
     one, two = np.uint64(1), np.uint64(2)
+    far = np.uint64(max(stop - 8, 0))
     while i < last:
+        while i < far:  # Eight bytes at a time while none is FF.
+            word = load(data, i << np.uint64(3))
+            if (~word - _ONES) & word & _TOPS:
+                break
+            for k in range(8):
+                clean[j + np.uint64(k)] = word >> np.uint64(56 - 8 * k) & np.uint64(0xFF)
+            i += np.uint64(8)
+            j += np.uint64(8)
         byte = data[i]
         if byte != 0xFF:
             clean[j] = byte
@@ -194,21 +220,6 @@ def _long(word: Any, counts: Any, symbols: Any, limits: Any, base: Any, dc: bool
                 return _entry(symbols[place], length, dc)
             return 0
     return 0
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def load(clean: Any, bit: Any) -> Any:
-    """At least 57 bits from a place on, at the top of a word."""
-    i = bit >> np.uint64(3)
-    word = np.uint64(clean[i]) << np.uint64(56)
-    word |= np.uint64(clean[i + np.uint64(1)]) << np.uint64(48)
-    word |= np.uint64(clean[i + np.uint64(2)]) << np.uint64(40)
-    word |= np.uint64(clean[i + np.uint64(3)]) << np.uint64(32)
-    word |= np.uint64(clean[i + np.uint64(4)]) << np.uint64(24)
-    word |= np.uint64(clean[i + np.uint64(5)]) << np.uint64(16)
-    word |= np.uint64(clean[i + np.uint64(6)]) << np.uint64(8)
-    word |= np.uint64(clean[i + np.uint64(7)])
-    return word << (bit & np.uint64(7))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -204,15 +204,22 @@ def _codes(data: bytes, scan: Scan, standard: bool) -> npt.NDArray[np.int64]:
             counts[slot, 1:] = list(table)
             symbols[slot, :12] = range(12)
     codes = np.zeros((3, 16, 2), np.int64)
-    for component, slot in enumerate(scan.slots[:, 0].tolist()):
-        code, place = 0, 0
-        for length in range(1, 17):
-            for symbol in symbols[slot, place : place + int(counts[slot, length])].tolist():
-                codes[component, symbol & 15] = code, length
-                code += 1
-            place += int(counts[slot, length])
-            code <<= 1
+    _assign(counts, symbols, scan.slots, codes)
     return codes
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _assign(counts: Any, symbols: Any, slots: Any, codes: Any) -> None:
+    """Number the codes of each component's DC table, as T.81 does in annex C."""
+    for component in range(len(slots)):
+        slot, code, place = slots[component, 0], 0, 0
+        for length in range(1, 17):
+            for _ in range(counts[slot, length]):
+                codes[component, symbols[slot, place] & 15, 0] = code
+                codes[component, symbols[slot, place] & 15, 1] = length
+                code += 1
+                place += 1
+            code <<= 1
 
 
 def _standard(scan: Scan) -> dict[int, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -119,6 +120,7 @@ class SegmentsWriter:
         self._records = np.zeros(capacity, RECORD)
         self._count = 0
         self._lengths = 0
+        self._sum = 0  # CRC-32 of the lengths written.
         self._file: BinaryIO = open(path, "xb", buffering=_BUFFER)
         self._file.seek(HEADER.itemsize)
 
@@ -127,7 +129,9 @@ class SegmentsWriter:
         record: tuple[int, ...] = (0,) * (len(RECORD.names or ()) - 1)
         if cuts is not None:
             record = cuts.record
-            self._file.write(cuts.lengths.astype("<u2", copy=False).tobytes())
+            lengths = cuts.lengths.astype("<u2", copy=False).tobytes()
+            self._file.write(lengths)
+            self._sum = zlib.crc32(lengths, self._sum)
         self._records[self._count] = (self._lengths, *record)
         self._lengths += 0 if cuts is None else len(cuts.lengths)
         self._count += 1
@@ -148,6 +152,12 @@ class SegmentsWriter:
         os.fsync(self._file.fileno())
         # So that whoever checks it reads the disk, not the memory that was just written from.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def check(self, found: Segments) -> None:
+        """Compare what was read back with what was written; `SegmentsError` where it differs."""
+        same = np.array_equal(found.records, self._records[: self._count])
+        if not same or zlib.crc32(found.lengths.data) != self._sum:
+            raise SegmentsError(f"{self.path}: what was read back differs from what was written")
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -204,7 +214,8 @@ def open_segments(path: Path, *, samples: int, fingerprint: str) -> Segments:
     for key in ("mcu_width", "mcu_height"):
         fine = np.isin(records[key], (8, 16, 32))
         check(~cut | fine, f"{key} 8, 16 or 32", key)
-    inside = (records["frame"] > 0) & (records["frame"] + 4 <= records["head"])
+    room = records["head"].astype(np.int64) - records["frame"]
+    inside = (records["frame"] > 0) & (room >= 4)
     check(~cut | inside, "a frame header before the scan", "frame")
     ends = np.cumsum(counts(records), dtype=np.uint64)
     check(records["first"][1:] == ends[:-1], "lengths that follow one another", "first")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -294,15 +295,13 @@ def test_failed_rebuilds_leave_the_old_file(
     (tmp_path / "out.beton.failed.jsonl").unlink()
 
     # Bytes that reach the disk damaged are caught by reading them back.
-    flush = BetonWriter._flush
+    add = BetonWriter.add
 
-    def damage(self: BetonWriter) -> None:
-        if self._page:
-            self._page[20] ^= 1
-        flush(self)
+    def damage(self: BetonWriter, data: bytes, **known: Any) -> None:
+        add(self, data[:20] + bytes((data[20] ^ 1,)) + data[21:], **known)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BetonWriter, "_flush", damage)
+        patch.setattr(BetonWriter, "add", damage)
         with pytest.raises(ConversionError, match="CRC-32"):
             convert(tmp_path, {}, overwrite=True)
     with monkeypatch.context() as patch:
