@@ -1,0 +1,187 @@
+"""Extraction of features: exact rows in the order of the index, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_distributed import torchrun
+
+from pipelines.loader import open_loader
+from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred import features
+from rotpred.backbone import Backbone
+from rotpred.distributed import Rank
+from rotpred.features import AVGPOOL, Features, extract, load_trunk
+from rotpred.frozen import multi_labels, share
+from rotpred.heads import stage_pools
+
+pytestmark = pytest.mark.timeout(120)
+
+NAMES = ("stem", "res3", "res5", AVGPOOL)
+
+
+def spec(beton: Path, **changes: object) -> LoaderSpec:
+    base = LoaderSpec(
+        data=str(beton), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
+        shuffle=False, drop_last=False, workers=1, engine="folder",
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def trunk_of(seed: int) -> Backbone:
+    torch.manual_seed(seed)
+    return load_trunk("resnet18_tiny", "random", Rank())[0]
+
+
+def of(beton: Path, cache: Path, names: tuple[str, ...] = NAMES, **changes: object) -> Features:
+    return extract(
+        trunk_of(0), spec(beton, **changes), Rank(), names=names, precision="fp32", cache=cache
+    )
+
+
+def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
+    """Every stage of every sample, one at a time through the network and torch's own pools."""
+    found = of(beton, tmp_path)
+    trunk = trunk_of(0)
+    pools = stage_pools(trunk, 32)
+    assert found.indices.tolist() == list(range(37))
+    with open_loader(spec(beton, batch_size=1)) as loader, torch.no_grad():
+        for i, batch in enumerate(loader.epoch(0)):
+            maps = trunk.stages(batch.images)
+            assert found.labels[i] == batch.labels[0]
+            for stage in NAMES[:-1]:
+                place = trunk.stage_names.index(stage)
+                expected = pools[place](maps[place]).flatten().numpy()
+                np.testing.assert_allclose(found.stages[stage][i], expected, rtol=1e-4, atol=1e-5)
+            expected = maps[-1].mean((2, 3))[0].numpy()
+            np.testing.assert_allclose(found.stages[AVGPOOL][i], expected, rtol=1e-4, atol=1e-5)
+    assert i == 36
+
+
+def test_files_are_found_again(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only missing stages are computed; other weights, crops or types are other files."""
+    computed: list[tuple[str, ...]] = []
+    compute = features._compute
+
+    def spy(*args: object) -> None:
+        computed.append(tuple(args[3]))  # type: ignore[arg-type]
+        compute(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(features, "_compute", spy)
+    first = of(beton, tmp_path, ("res5",))
+    again = of(beton, tmp_path, ("res5", AVGPOOL))
+    assert computed == [("res5",), (AVGPOOL,)]
+    np.testing.assert_array_equal(first.stages["res5"], again.stages["res5"])
+    assert isinstance(again.stages["res5"], np.memmap) and not again.stages["res5"].flags.writeable
+    of(beton, tmp_path, ("res5",), crop=CenterCrop(32, 40))
+    of(beton, tmp_path, ("res5",), limit=9)
+    extract(
+        trunk_of(1), spec(beton), Rank(), names=("res5",), precision="fp32", cache=tmp_path,
+        store="float16",
+    )  # fmt: skip
+    assert len(computed) == 5
+    assert {len(np.load(f)) for f in tmp_path.glob("*/labels.npy")} == {37, 9}
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_an_interrupted_extraction_leaves_no_array(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, calls = trunk_of(0), 0
+    stages = trunk.stages
+
+    def failing(images: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("the power went")
+        return stages(images)
+
+    monkeypatch.setattr(trunk, "stages", failing)
+    with pytest.raises(RuntimeError, match="the power went"):
+        extract(trunk, spec(beton), Rank(), names=("res5",), precision="fp32", cache=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> None:
+    for change in ({"flip": True}, {"shuffle": True}, {"drop_last": True}, {"views": "rotate4"}):
+        with pytest.raises(ValueError, match="every picture once"):
+            of(beton, tmp_path, **change)
+    with pytest.raises(ValueError, match=r"has no stage .*layer4.*: it has stem, res2"):
+        of(beton, tmp_path, ("layer4",))
+
+
+def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
+    """A limit chooses rows of the table of labels by sample, not by position."""
+    table = np.random.default_rng(0).integers(-1, 2, (37, 4)).astype(np.int8)
+    np.save(tmp_path / "labels.npy", table)
+    found = of(beton, tmp_path, (AVGPOOL,), limit=9)
+    assert len(found.indices) == 9 and found.indices[-1] > 8
+    np.testing.assert_array_equal(
+        multi_labels(tmp_path / "labels.npy", found), table[found.indices]
+    )
+    np.save(tmp_path / "labels.npy", table.astype(np.int64))
+    with pytest.raises(ValueError, match="expected int8"):
+        multi_labels(tmp_path / "labels.npy", found)
+
+
+def test_work_is_shared_without_gaps() -> None:
+    for world in (1, 2, 3, 8):
+        parts = [list(range(5))[share(5, Rank(rank=r, world=world))] for r in range(world)]
+        assert [unit for part in parts for unit in part] == list(range(5))
+
+
+PROGRAM = """
+import pathlib, sys, torch
+from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred import distributed
+from rotpred.features import extract, load_trunk
+from rotpred.recipes.frozen import Knn, LowShot, Place, Svm
+from rotpred import knn, svm
+
+out = pathlib.Path(sys.argv[1])
+spec = LoaderSpec(
+    data=str(out / "data.beton"), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
+    shuffle=False, drop_last=False, workers=1, engine="folder",
+)
+with distributed.session("cpu", timeout_seconds=60) as rank:
+    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
+    def place(name):
+        return Place(str(out / f"{name}{rank.world}"), str(out / f"cache{rank.world}"), "cpu")
+    costs = (1.0, 0.01)
+    svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
+    few = LowShot(
+        run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
+    )
+    svm.run_low_shot(few, rank)
+    knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
+"""
+
+
+def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
+    """37 samples in batches of 2 x 8: padding on the last rank; arrays and results are the same."""
+    (tmp_path / "data.beton").write_bytes(beton.read_bytes())
+    done = torchrun(tmp_path, PROGRAM)
+    assert done.returncode == 0, done.stderr
+    alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
+    exec(compile(alone, "alone", "exec"), {})
+    first, second = (sorted((tmp_path / f"cache{world}").rglob("*.npy")) for world in (1, 2))
+    assert [p.name for p in first] == [p.name for p in second] and len(first) == 4
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_allclose(np.load(one), np.load(two), rtol=1e-4, atol=1e-6)
+    for name in ("svm", "few", "knn"):
+        one_rows, two_rows = (
+            {
+                row["metric"]: row["value"]
+                for row in json.loads((tmp_path / f"{name}{world}" / "results.json").read_text())
+            }
+            for world in (1, 2)
+        )
+        assert one_rows == pytest.approx(two_rows, abs=1e-3), name
