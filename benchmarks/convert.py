@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from arena import compete
-from pictures import photographs
+from pictures import PHOTOGRAPHS, photographs
 from plots import bars
 from rows import Row, Timing, image_row, publish, ratio_row, start
 
@@ -32,7 +32,7 @@ class Arguments(Timing):
     data: str | None = None
     """A folder of JPEG files; without it, photographs are made. Betons are written beside it, into
     a temporary folder."""
-    count: int = 200
+    count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
     max_side: int | None = None
     """Shrink pictures whose longer side has more pixels; by default they are stored as they are

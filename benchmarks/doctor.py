@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pictures import containers
+from pictures import PHOTOGRAPHS, containers
 from plots import bars
 from rows import Row, publish, row, say, start
 from stages import Options, Stage, examine
@@ -38,7 +38,7 @@ class Arguments(Options):
 
     data: str | None = None
     """A beton or folder; without it, photographs are made."""
-    count: int = 200
+    count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
 
 

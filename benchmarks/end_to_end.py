@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pictures import containers
+from pictures import PHOTOGRAPHS, containers
 from plots import bars
 from rows import Row, Timing, image_row, publish, row, start
 from timing import WARMUP_BATCHES, Window, abba, window
@@ -61,7 +61,7 @@ class Arguments(Timing):
     """Threads of torch where the device is a CPU; 0: one for each allowed core."""
     device: str = "cuda" if ON_GPU else "cpu"
     """Where to train."""
-    count: int = 200
+    count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from arena import compete
-from pictures import containers
+from pictures import PHOTOGRAPHS, containers
 from plots import bars
 from rows import Row, Timing, image_row, publish, say, start
 
@@ -47,9 +47,13 @@ class Arguments(Timing):
     """Loader throughput of the engines: JSON lines on stdout, a table on stderr."""
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """.beton files, folders of images, list files. Without any, photographs are made in a temporary
-    folder, and measured as they are and with their longest side at 500 pixels, as files and in
-    betons with and without restart markers."""
+    """.beton files, folders of images, list files. Without any, `pictures` are measured in all
+    containers: as they are and with their longest side at 500 pixels, as files and in betons with
+    and without restart markers."""
+    pictures: str | None = None
+    """A folder of JPEG files to make the containers from; without it, photographs are made."""
+    folder: Path | None = None
+    """Where the containers are put, and found again; a temporary folder by default."""
     engines: tuple[Name, ...] = ()
     """Engines to measure; by default ffcv, dali and folder, as far as they are installed.
     synthetic decodes nothing: the ceiling that transfer and normalisation leave."""
@@ -69,8 +73,8 @@ class Arguments(Timing):
     cores that are busy decoding, and hide what the engines differ in."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where batches go."""
-    count: int = 200
-    """Photographs that are made where no data are given."""
+    count: int = PHOTOGRAPHS
+    """Photographs that are made where no pictures are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,22 +94,25 @@ def main(args: Arguments) -> None:
         say(f"left out: {name}: {missing[name]}")
     names = tuple(name for name in wanted if name not in missing)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for data in args.data or _made(Path(folder), args.count):
+    with tempfile.TemporaryDirectory() as temporary:
+        for data in args.data or _made(args.folder or Path(temporary), args):
             rows += _measure(data, names, args)
     publish(rows, args.output, COLUMNS)
     bars(rows, args.plot, title=f"Loaders: {args.deliver} of {args.size} pixels")
 
 
-def _made(folder: Path, count: int) -> tuple[str, ...]:
-    made = containers(None, folder, count=count)
-    small = [made.small(markers=m) for m in (False, True)]
-    original = [made.original(markers=m) for m in (False, True)]
+def _made(folder: Path, args: Arguments) -> tuple[str, ...]:
+    made = containers(args.pictures, folder, count=args.count)
+    original = [made.original(markers=markers) for markers in (False, True)]
+    small = [made.small(markers=markers) for markers in (False, True)]
     return tuple(map(str, [made.source, *original, made.small_folder(), *small]))
 
 
 def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
     """The rows of one data set."""
+    if not Path(data).exists():
+        # Here, not in the contestants, which take seconds to import what they need.
+        raise ValueError(f"{data}: there is no such file or folder")
     workers = args.workers or len(os.sched_getaffinity(0))
     configs: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(names):

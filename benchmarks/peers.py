@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from arena import compete
-from pictures import SMALL_SIDE, Containers, containers
+from pictures import PHOTOGRAPHS, SMALL_SIDE, Containers, containers
 from plots import bars
 from rows import Row, Timing, image_row, publish, ratio_row, start
 from timing import Window
@@ -67,7 +67,7 @@ class Arguments(Timing):
     folder: Path | None = None
     """Where the files and betons that are compared are put, and found again. By default a temporary
     folder, for which they are made each time."""
-    count: int = 200
+    count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
     small_side: int = SMALL_SIDE
     """Longest side in pixels of the pictures that are compared."""

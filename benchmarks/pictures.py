@@ -21,6 +21,8 @@ CONVERTER = Path(__file__).resolve().parents[1] / "scripts" / "to_beton.py"
 STOCK_WRITER = Path(__file__).with_name("stock_beton.py")
 SMALL_SIDE = 500
 """Longest side in pixels of the small copies: FFCV's own recipe for ImageNet."""
+PHOTOGRAPHS = 512
+"""Made where a person gives no pictures: an epoch of several batches."""
 LIMIT_SECONDS = 1200
 
 

@@ -52,6 +52,7 @@ class Player:
         self.data, self.size, self.batch_size, self.workers = data, size, batch_size, workers
         self.device = torch.device("cpu")
         self.spec = LoaderSpec(data=data, batch_size=batch_size, crop=RandomResizedCrop(size))
+        self.warmup = WARMUP_BATCHES
         self._epoch = 0
 
     def open(self) -> None:
@@ -87,7 +88,7 @@ class Player:
     def window(self, seconds: float) -> tuple[int, float, float]:
         """One `Window`, begun a few batches after the loader has started to work."""
         with closing(self.endless()) as batches:
-            for _ in range(WARMUP_BATCHES):
+            for _ in range(self.warmup):
                 next(batches)
             return tuple(window(batches, seconds=seconds, device=self.device))
 

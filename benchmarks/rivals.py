@@ -87,6 +87,8 @@ class PilLoader(Player):
     crops: type[_Crops] = _PilCrops
 
     def open(self) -> None:
+        # Each worker prepares two batches in advance.
+        self.warmup = max(self.warmup, 2 * self.workers + 2)
         self.index = SampleIndex.from_folder(self.data)
         paths = [str(self.index.path(i)) for i in range(len(self.index))]
         where = boxes_of(self.spec, self.index, epoch=0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from pictures import PHOTOGRAPHS, Containers, containers
 from rows import say, table
 
 HERE = Path(__file__).parent
@@ -28,61 +29,52 @@ class Arguments:
     """Run all CPU benchmarks."""
 
     data: str | None = None
-    """A folder of JPEG files; without it, 200 photographs are made."""
+    """A folder of JPEG files; without it, photographs are made."""
     output: Path = HERE / "results" / "local"
     """Folder for rows (JSON lines) and figures (PNG)."""
     repeats: int = 5
     """Windows of each contestant."""
-    seconds: float = 2.0
+    seconds: float = 1.0
     """Length of a window, at least."""
     only: tuple[str, ...] = ()
     """Programs to run, by name; all by default."""
 
 
-def programs(args: Arguments) -> dict[str, list[str]]:
+def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
     """The programs and their arguments; all run on the CPU."""
-    pictures = args.output / "pictures"
-    data = ["--data", args.data] if args.data else []
+    folder = ["--folder", str(args.output / "pictures"), "--batch-size", "32"]
     timing = ["--repeats", str(args.repeats), "--seconds", str(args.seconds)]
     cpu = ["--device", "cpu"]
+    # A network so small that loading matters, too.
+    small = ["--backbone", "resnet18_tiny", "--size", "64", *cpu]
+    spliced = ["--data", str(made.small(markers=True))]
+    given = ["--data", args.data] if args.data else []
+    pictures = ["--pictures", args.data] if args.data else []
     return {
-        # First: it leaves the containers in which the next ones find the same pictures.
-        "peers": [*data, "--folder", str(pictures), *timing],
-        "loaders": [*_found(pictures), *timing, *cpu],
+        "peers": [*given, *folder, *timing],
+        "loaders": [*pictures, *folder, *timing, *cpu],
         "rotate4": [*timing, *cpu],
         "train_step": ["--backbone", "resnet18_tiny", "--size", "32", *timing, *cpu],
-        "end_to_end": [*_small(pictures), "--backbone", "resnet18_tiny", *timing, *cpu],
-        "convert": [*data, *timing],
+        "end_to_end": [*spliced, *small, *timing],
+        "convert": ["--data", str(made.small_folder()), *timing],
         "scale": ["--samples", "1000", "100000", "1300000", "--repeats", "3"],
-        "doctor": [*_small(pictures), "--backbone", "resnet18_tiny", *cpu],
+        "doctor": [*spliced, *small],
     }
-
-
-def _found(pictures: Path) -> list[str]:
-    """The containers that `peers` has made, without the one that FFCV wrote."""
-    folders = sorted(p for p in pictures.glob("*/small*") if p.is_dir())
-    betons = sorted(p for p in pictures.glob("*/small*.beton"))
-    return [str(p) for p in (*folders, *betons)]
-
-
-def _small(pictures: Path) -> list[str]:
-    spliced = sorted(pictures.glob("*/small*-markers.beton"))
-    return ["--data", str(spliced[0])] if spliced else []
 
 
 def main(args: Arguments) -> int:
     """Run them; returns 1 where one failed."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    unknown = sorted(set(args.only) - programs(args).keys())
-    if unknown:
-        say(f"run_all: --only: no program {unknown[0]!r}")
-        return 2
     begin = time.monotonic()
+    made = containers(args.data, args.output / "pictures", count=PHOTOGRAPHS)
+    chosen = programs(args, made)
+    unknown = sorted(set(args.only) - chosen.keys())
+    if unknown:
+        raise ValueError(f"--only: no program {unknown[0]!r}; there are: {', '.join(chosen)}")
     failed = []
-    for name in args.only or programs(args):
+    for name in args.only or chosen:
         output, plot = args.output / f"{name}.jsonl", args.output / f"{name}.png"
         say(f"\n== {name}")
-        command = [str(HERE / f"{name}.py"), *programs(args)[name]]
+        command = [str(HERE / f"{name}.py"), *chosen[name]]
         command += ["--output", str(output), "--plot", str(plot)]
         done = subprocess.run([sys.executable, *command], timeout=LIMIT_SECONDS, check=False)
         if done.returncode != 0:
@@ -105,7 +97,7 @@ def main(args: Arguments) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Arguments)))
-    except (OSError, subprocess.TimeoutExpired) as problem:
+    except (ValueError, OSError, subprocess.TimeoutExpired) as problem:
         print(f"run_all: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
