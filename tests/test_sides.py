@@ -66,3 +66,17 @@ def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> No
         epoch_of(progressive, 0)
         for ours, theirs in zip(epoch_of(progressive, 1), epoch_of(small, 1), strict=True):
             assert torch.equal(ours.images, theirs.images)
+
+
+@pytest.mark.parametrize("engine", engines("ffcv"))
+def test_regions_are_resized_by_the_loader(beton: Path, engine: str) -> None:
+    """As if the engine had done it: same crops of the same side in every epoch, views and all."""
+    with (
+        opened(engine, beton, sides=SIDES, views="rotate4") as here,
+        opened(engine, beton, sides=SIDES, views="rotate4", resize="device") as there,
+    ):
+        for epoch, side in enumerate(BY_EPOCH[:4]):
+            for ours, theirs in zip(epoch_of(here, epoch), epoch_of(there, epoch), strict=True):
+                assert theirs.images.shape == (24, 3, side, side)
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert here.digest == there.digest != 0
