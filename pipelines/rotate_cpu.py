@@ -118,7 +118,8 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
 
     Args:
         x: uint8 (B, S, S, 3).
-        out: words (V, B, S, S, 3), each image contiguous; V is 1 or 4.
+        out: int64 (V,): addresses of the first crop's views; the next crop's lie behind them, words
+            (S, S, 3); V is 1 or 4.
         table: words (3, 256, 4): channel c of value v at [c, v, c], zeros beside it.
         buffer: words (band, S, 4). The caller's: numba would free its own after the last use of
             its name, while the address is in use.
@@ -127,12 +128,10 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
     wide, line = 4 * size, side * 3 * size  # bytes of a pixel in the buffer, of a row in a view
     band = len(buffer)
     begin = np.int64(buffer.ctypes.data)
-    reds, greens, blues = (
-        np.int64(table[0].ctypes.data),
-        np.int64(table[1].ctypes.data),
-        np.int64(table[2].ctypes.data),
-    )
+    reds = np.int64(table.ctypes.data)
+    greens, blues = reds + 256 * wide, reds + 512 * wide
     for i in range(len(x)):
+        image = i * side * line
         for top in range(0, side, band):
             rows = min(band, side - top)
             for y in range(rows):
@@ -141,15 +140,15 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
                     green = greens + wide * x[i, top + y, c, 1]
                     blue = blues + wide * x[i, top + y, c, 2]
                     _pixel((red, green, blue, begin + wide * (y * side + c), word))
-            plain = np.int64(out[0, i].ctypes.data) + top * line
+            plain = out[0] + image + top * line
             for y in range(rows):
                 _move(begin + y * side * wide, wide, plain + y * line, side, size, word)
             if len(out) == 1:
                 continue
             bottom = begin + (rows - 1) * side * wide
-            quarter = np.int64(out[1, i].ctypes.data) + (side - 1) * line + top * 3 * size
-            half = np.int64(out[2, i].ctypes.data) + (side - top - rows) * line
-            three = np.int64(out[3, i].ctypes.data) + (side - top - rows) * 3 * size
+            quarter = out[1] + image + (side - 1) * line + top * 3 * size
+            half = out[2] + image + (side - top - rows) * line
+            three = out[3] + image + (side - top - rows) * 3 * size
             for y in range(rows):
                 last = bottom + (side - 1 - y * side) * wide
                 _move(last, -wide, half + y * line, side, size, word)
@@ -229,7 +228,9 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
         else:
             crops = images[part].numpy()
         buffer = np.empty((_BAND, side, 4), views.dtype)
-        _write_views(crops, views[:, part], table, buffer)
+        # Addresses, because a part of an array would be another type, and be compiled again.
+        places = np.array([view[part.start].ctypes.data for view in views], np.int64)
+        _write_views(crops, places, table, buffer)
 
     threads = min(torch.get_num_threads(), batch)
     bounds = [batch * i // max(threads, 1) for i in range(threads + 1)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.batch import Regions
+from pipelines.resample import resample, scratch_size
 from pipelines.rotate import normalize_views, rotate4, rotation_labels
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
 
@@ -89,6 +94,107 @@ def test_values_are_normalised_once(normalize: Normalize) -> None:
     for k in range(4):
         expected = torch.rot90((x - mean) / std, k, (2, 3))
         assert (images[3 * k : 3 * k + 3].double() - expected).abs().max() < 1e-6
+
+
+def plain(crops: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The views by their definition: one operation after the other over the whole batch."""
+    mean, std = (torch.tensor(v, dtype=torch.float32) for v in (IMAGENET.mean, IMAGENET.std))
+    upright = ((crops.float() - mean) * (1.0 / std)).to(dtype)
+    turned = torch.cat([torch.rot90(upright, k, (1, 2)) for k in range(4)])
+    return turned.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, 3, 4, 15, 16, 17, 50])
+def test_every_bit_is_that_of_the_definition(size: int, dtype: torch.dtype) -> None:
+    crops = noise(size, batch=5)
+    images, _ = rotate4(crops, normalize=IMAGENET, dtype=dtype)
+    assert torch.equal(images, plain(crops, dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_share_a_batch(threads: int) -> None:
+    before = torch.get_num_threads()
+    crops = noise(20, batch=5)
+    try:
+        torch.set_num_threads(threads)
+        images, _ = rotate4(crops, normalize=IMAGENET, dtype=torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(images, plain(crops, torch.bfloat16))
+
+
+_FORKED = """
+import os
+import torch
+from pipelines.rotate import rotate4
+from pipelines.spec import IMAGENET
+
+torch.set_num_threads(2)
+crops = torch.full((4, 8, 8, 3), 7, dtype=torch.uint8)
+expected, _ = rotate4(crops, normalize=IMAGENET)  # starts the parent's threads
+child = os.fork()
+found, _ = rotate4(crops, normalize=IMAGENET)
+assert torch.equal(found, expected)
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=50)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_buffer_of_the_caller_is_filled_and_returned(views: int) -> None:
+    crops = noise(6)
+    shape = (3 * views, 3, 6, 6)
+    out = torch.full(shape, float("nan")).contiguous(memory_format=torch.channels_last)
+    dtype = torch.float32
+    images = normalize_views(crops, views=views, normalize=IMAGENET, dtype=dtype, out=out)
+    assert images is out and torch.equal(out, plain(crops, dtype)[: len(out)])
+    for wrong in (out.contiguous(), out[1:], out.half(), out.to("meta")):
+        with pytest.raises(ValueError, match="out must be torch"):
+            normalize_views(crops, views=views, normalize=IMAGENET, dtype=dtype, out=wrong)
+
+
+def some_regions() -> tuple[Regions, torch.Tensor]:
+    """Regions of noise with gaps between them, and each of them resized by itself."""
+    side, shapes, flips = 12, [(20, 30), (1, 1), (12, 12), (7, 40), (5, 3)], [0, 1, 1, 0, 1]
+    draw, pieces, offsets, crops, end = np.random.default_rng(0), [], [], [], 0
+    for (height, width), flip in zip(shapes, flips, strict=True):
+        pieces += [draw.integers(0, 256, 5, np.uint8)]
+        region = draw.integers(0, 256, (height, width, 3), np.uint8)
+        offsets.append(end + 5)
+        pieces.append(region.reshape(-1))
+        end += 5 + region.size
+        crop = np.empty((side, side, 3), np.uint8)
+        scratch = np.empty(scratch_size(height, width, side), np.uint8)
+        resample(region, 0, 0, height, width, crop, bool(flip), scratch)
+        crops.append(torch.from_numpy(crop))
+    columns = (
+        torch.tensor(offsets),
+        torch.tensor(shapes, dtype=torch.int32),
+        torch.tensor(flips) > 0,
+    )
+    return Regions(torch.from_numpy(np.concatenate(pieces)), *columns, side), torch.stack(crops)
+
+
+def test_regions_are_resized_then_turned() -> None:
+    regions, crops = some_regions()
+    images, labels = rotate4(regions, normalize=IMAGENET, dtype=torch.float16)
+    assert torch.equal(images, plain(crops, torch.float16))
+    assert torch.equal(labels, rotation_labels(5, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_regions_outside_their_pixels_are_refused(place: int) -> None:
+    regions, _ = some_regions()
+    for offset in (-1, len(regions.pixels) - 5 * 3 * 3 + 1):
+        regions.offsets[place] = offset
+        with pytest.raises(ValueError, match=f"region {place} of .* does not lie inside"):
+            rotate4(regions, normalize=IMAGENET)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
