@@ -11,15 +11,16 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, distributed, pretrain
+from rotpred import classify, distributed, knn, pretrain, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
-from rotpred.recipes import Linear, Pretrain, linear
+from rotpred.recipes import Linear, Pretrain, frozen, linear
 from rotpred.recipes import pretrain as pretraining
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R", Pretrain, Linear)
+Recipe = Pretrain | Linear | frozen.Svm | frozen.LowShot | frozen.Knn
+R = TypeVar("R", bound=Recipe)
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -52,14 +53,14 @@ def pretrain_main(args: Sequence[str] | None = None) -> int:
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
     recipe = choose(
-        linear.RECIPES,
+        {**linear.RECIPES, **frozen.RECIPES},
         sys.argv[1:] if args is None else args,
         "Evaluate pretrained weights. Start with torchrun for several processes.",
     )
     return _drive(recipe)
 
 
-def _drive(recipe: Pretrain | Linear) -> int:
+def _drive(recipe: Recipe) -> int:
     try:
         with distributed.session(recipe.run.device, timeout_seconds=recipe.run.timeout) as rank:
             configure_logging(rank=rank.rank)
@@ -68,6 +69,12 @@ def _drive(recipe: Pretrain | Linear) -> int:
                     pretrain.run(recipe, rank)
                 case Linear():
                     classify.run(recipe, rank)
+                case frozen.Svm():
+                    svm.run(recipe, rank)
+                case frozen.LowShot():
+                    svm.run_low_shot(recipe, rank)
+                case frozen.Knn():
+                    knn.run(recipe, rank)
     except Stopped as stop:
         logger.warning("%s", stop)
         return STOP_STATUS
