@@ -31,10 +31,13 @@ def _tap_count(extent: int, side: int) -> int:  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def scratch_size(height: int, width: int, side: int) -> int:  # pragma: no cover - compiled
-    """Bytes that `resample` needs for regions up to height x width and outputs up to side."""
+    """Bytes that are enough for `resample` with regions up to height x width, outputs up to side.
+
+    A table has at most 4 * extent + 2 * entries weights: a smaller output has fewer entries, but
+    more taps for each.
+    """
     entries = (side + _GROUP - 1) // _GROUP * _GROUP
-    taps = _tap_count(height, side) + _tap_count(width, side)
-    return 32 * width + entries * (8 + 4 * taps)
+    return 32 * width + 8 * entries + 16 * (height + width + entries)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -161,3 +161,16 @@ def test_rows_of_the_source_may_stand_apart() -> None:
     view = wide[:, 10:70]
     box = (3, 5, 30, 50)
     assert np.array_equal(ours(view, box, 24), ours(np.ascontiguousarray(view), box, 24))
+
+
+@pytest.mark.parametrize("extent", [1, 2, 7, 64, 501])
+def test_scratch_for_the_largest_is_enough_for_less(extent: int) -> None:
+    """Sides that grow over the epochs share one buffer; a smaller side takes more taps."""
+    source = np.random.default_rng(7).integers(0, 256, (extent, extent, 3), np.uint8)
+    needed = scratch_size(extent, extent, 48)
+    scratch = np.full(needed + GUARD, 0xA5, np.uint8)
+    for side in range(1, 49):
+        out = np.empty((side, side, 3), np.uint8)
+        resample(source, 0, 0, extent, extent, out, False, scratch[:needed])
+        assert (scratch[needed:] == 0xA5).all()
+        assert scratch_size(extent, extent, side) <= needed

@@ -142,8 +142,9 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
+@pytest.mark.timeout(120)
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=100)
 
 
 @pytest.mark.parametrize("views", [1, 4])
