@@ -6,12 +6,12 @@ called, reads and writes the same memory each time, and its results are overwrit
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -153,18 +153,21 @@ def test_gradients_are_views_laid_out_as_their_weights() -> None:
     assert net[0].weight.grad.untyped_storage().data_ptr() not in places
 
 
-def _rank_of_two(number: int, store: str, results: multiprocessing.Queue[object]) -> None:
+def train_half(out: Path) -> int:
     """Train on half of each batch, weights at first different on the two ranks."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=number, world_size=2
-    )
-    torch.manual_seed(number)
+    with session("cpu", timeout_seconds=60) as rank:
+        torch.manual_seed(rank.rank)
+        net = _train_half(rank)
+        torch.save(net.weight.detach(), out / f"{rank.rank}.pt")
+    return 0
+
+
+def _train_half(rank: Rank) -> nn.Linear:
     net = nn.Linear(5, 4)
     made = TrainState(
         net,
         [Trained(net, Optim(lr=0.1), Steps())],
-        rank=Rank(number, number, 2, 2),
+        rank=rank,
         run=Run(epochs=1, precision="fp32", cuda_graph=True),
         folder=Path(),
         global_batch=8,
@@ -176,12 +179,11 @@ def _rank_of_two(number: int, store: str, results: multiprocessing.Queue[object]
         loss = cross_entropy(made.model(x), y)
         return loss, {"loss": loss}
 
-    x, y = _halves(number)
+    x, y = _halves(rank.rank)
     for _ in range(WARM_UP + 2):
         made.begin(0.0)
         made.learn(objective, x, y)
-    results.put((number, net.weight.tolist()))
-    torch.distributed.destroy_process_group()
+    return net
 
 
 def _halves(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,20 +194,10 @@ def _halves(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_two_processes_average_what_a_graph_left(tmp_path: Path) -> None:
     """Against plain SGD on the whole batch, from the weights of rank 0."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    jobs = [
-        context.Process(target=_rank_of_two, args=(n, str(tmp_path / "store"), results))
-        for n in range(2)
-    ]
-    for job in jobs:
-        job.start()
-    try:
-        found = dict(results.get(timeout=60) for _ in jobs)
-    finally:
-        for job in jobs:
-            job.join(timeout=30)
-            job.kill()
+    console = tmp_path / "console"
+    status = processes.run(train_half, tmp_path, console=console, world=2)
+    assert status == [0, 0], console.read_text()
+    found = [torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in range(2)]
     torch.manual_seed(0)
     net = nn.Linear(5, 4)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -214,8 +206,8 @@ def test_two_processes_average_what_a_graph_left(tmp_path: Path) -> None:
         sgd.zero_grad()
         cross_entropy(net(x), y).backward()
         sgd.step()
-    assert found[0] == found[1]
-    torch.testing.assert_close(torch.tensor(found[0]), net.weight.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], net.weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
