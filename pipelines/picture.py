@@ -38,6 +38,8 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
     if header.components not in (1, 3) or header.precision != 8:
         return torch.from_numpy(decode_rgb(bytes(data))).permute(2, 0, 1)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    # Deprecated since torchvision 0.29, in favour of TorchCodec, which is no dependency of this
+    # project; torchvision itself has no other decoder.
     try:
         picture: torch.Tensor = decode_jpeg(
             buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True
