@@ -145,16 +145,13 @@ class _Tables:
         self._regions = [torch.empty(0, dtype=torch.uint8)] * _SLOTS
         self._slot = 0
         sizes, heights, widths = beton.sizes, beton.heights, beton.widths
-        sides = {spec.crop.size, *(side for _, side in spec.sides)}
         tall, wide = int(heights.max()), int(widths.max())
         patch = patch_side(spec.crop, heights, widths)
         region = (max(tall, patch), max(wide, patch))
         # Calloc'd, so that a beton that cannot be cut costs no memory for records.
         records, lengths = np.zeros(len(beton), RECORD), np.zeros(1, np.uint16)
-        self._cut = records["interval"] > 0
         if beton.segments is not None:
             records, lengths = beton.segments.records, beton.segments.lengths
-            self._cut = records["interval"] > 0
         # Views, read-only: one type for all, or numba would compile again.
         records, lengths = records[:], lengths[:]
         records.flags.writeable = lengths.flags.writeable = False
@@ -177,7 +174,7 @@ class _Tables:
             spliced=buffers(int(sizes.max())),
             pictures=buffers(int((heights.astype(np.int64) * widths).max()) * 3),
             patches=buffers(patch * patch * 3),
-            scratch=buffers(max(scratch_size(*region, side) for side in sides)),
+            scratch=buffers(scratch_size(*region, spec.crop.size)),
         )
 
     def begin(self, step: Step, slot: int) -> None:
@@ -189,7 +186,8 @@ class _Tables:
             self.spec, epoch=step.epoch, indices=indices, heights=heights, widths=widths
         )
         share = state.boxes[:, 2] / heights * (state.boxes[:, 3] / widths)
-        cost = state.sizes[indices] * np.where(self._cut[indices], np.minimum(share, 1), 1)
+        cuttable = state.records["interval"][indices] > 0
+        cost = state.sizes[indices] * np.where(cuttable, np.minimum(share, 1), 1)
         state.turns[:] = np.argsort(-cost)
 
     def regions(self) -> Regions:
