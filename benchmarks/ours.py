@@ -17,7 +17,7 @@ from timing import finish
 
 from pipelines.augment import digest64
 from pipelines.batch import RawBatch
-from pipelines.loader import Loader, missing_engines, open_loader
+from pipelines.loader import Loader, choose_engine, open_loader
 from pipelines.samples import encoded, open_samples
 from pipelines.spec import Engine, Precision
 
@@ -35,18 +35,16 @@ class Ours(Player):
         output: Literal["crops", "rotate4", "plain"],
         precision: Precision = "fp32",
         device: str = "cpu",
-        limit: int | None = None,
         data: str,
         size: int,
         batch_size: int,
         workers: int,
     ) -> None:
         super().__init__(data=data, size=size, batch_size=batch_size, workers=workers)
-        if engine != "synthetic" and engine in (missing := missing_engines()):
-            raise ValueError(missing[engine])
         self.device, self.output, self.precision = torch.device(device), output, precision
         views = "plain" if output == "plain" else "rotate4"
-        self.spec = replace(self.spec, engine=engine, views=views, workers=workers, limit=limit)
+        self.spec = replace(self.spec, engine=engine, views=views, workers=workers)
+        choose_engine(self.spec)  # Imports the engine, and no other: memory is measured.
 
     def open(self) -> None:
         self.loader = self._open()

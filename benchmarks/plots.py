@@ -33,7 +33,7 @@ def bars(rows: Sequence[Row], path: Path | None, *, title: str, ours: Sequence[s
     places = range(len(rows))
     axes.barh(places, middles, xerr=whiskers, color=colours, capsize=2)
     for place, values in zip(places, rows, strict=True):
-        if "target" in values:
+        if values.get("target") is not None:
             axes.plot([values["target"]] * 2, [place - 0.4, place + 0.4], color="#c1121f", lw=2)
     axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import repeat
@@ -111,36 +112,33 @@ def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage
 def _reading(
     samples: Samples, order: list[int], size: float, args: Options, read: Read | None
 ) -> Stage:
-    """Encoded bytes from the disk: the pages are dropped from memory first."""
+    """Encoded bytes from the disk: the system is asked to drop them from memory first."""
     rates = []
     for _ in range(args.repeats):
-        if read is None:
-            _forget(samples)
-        take = read or (lambda i: bytes(encoded(samples, i)))
-        images, begin = 0, time.perf_counter()
-        for i in order:
-            take(i)
-            images += 1
-            if time.perf_counter() - begin >= args.seconds:
-                break
-        rates.append(images / (time.perf_counter() - begin))
+        with ExitStack() as stack:
+            take = read or _reader(samples, stack)
+            images, begin = 0, time.perf_counter()
+            for i in order:
+                take(i)
+                images += 1
+                if time.perf_counter() - begin >= args.seconds:
+                    break
+            rates.append(images / (time.perf_counter() - begin))
     rate = float(np.median(rates)) * size
     return Stage("read", rates, f"{rate / 1e6:,.0f} MB/s from the disk, one reader")
 
 
-def _forget(samples: Samples) -> None:
-    """Ask the system to drop the data's pages, where nobody else maps them."""
-    paths = (
-        [samples.path]
-        if isinstance(samples, Beton)
-        else [samples.path(i) for i in range(len(samples))]
-    )
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
+def _reader(samples: Samples, stack: ExitStack) -> Read:
+    """A function that reads a sample, after its file's pages were dropped."""
+    if not isinstance(samples, Beton):
+        for i in range(len(samples)):
+            with samples.path(i).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return samples.read
+    handle = stack.enter_context(samples.path.open("rb")).fileno()
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    # Not through the map: the system keeps pages that are mapped.
+    return lambda i: os.pread(handle, int(samples.sizes[i]), int(samples.offsets[i]))
 
 
 def _decoding(pictures: list[bytes], size: float, args: Options) -> list[Stage]:
