@@ -144,9 +144,10 @@ class FfcvSource:
         self.bad.start_epoch()
         complete = False
         try:
-            for _ in range(start_step, len(self)):
-                yield self._finish(next(running))
-            complete = True
+            while not complete:
+                item = next(running)
+                yield self._finish(item)
+                complete = item.step.step == len(self) - 1
         finally:
             if complete and self._spec.shuffle:
                 self._ahead = (epoch + 1, 0)

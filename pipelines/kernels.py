@@ -19,8 +19,8 @@ IMDECODE = "rotpred_ffcv_imdecode"
 
 # Its crop arguments stay unused: with them it first transcodes the crop (tjTransform), which takes
 # 1.4 times as long as decoding the whole picture. Where a picture cannot be cut, setting its height
-# to the crop's lower edge would save a sixth; but then libjpeg always warns of the bytes behind, and
-# damage could no longer be told from health.
+# to the crop's lower edge would save a sixth; but then libjpeg always warns of the bytes behind,
+# and damage could no longer be told from health.
 _imdecode: Any = types.ExternalFunction(
     IMDECODE,
     types.int32(
@@ -125,6 +125,52 @@ def cut(picture: Any, top: Any, left: Any, out: Any) -> None:  # pragma: no cove
         out[y0 - top : y1 - top, x0 - left : x1 - left] = picture[y0:y1, x0:x1]
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _crops_of_lane(
+    indices: Any, out: Any, state: State, lane: Any, lanes: Any
+) -> None:  # pragma: no cover - compiled
+    for n in range((len(indices) + lanes - 1) // lanes):
+        place = _turn(n, lane, lanes)
+        if place >= len(indices):
+            continue
+        i = state.turns[place]
+        box = state.boxes[i]
+        status, picture, y0, x0 = _picture(indices[i], box, state, lane)
+        state.status[i] = status
+        if status != OK:
+            # The buffer still holds an earlier picture: it must not pass for this sample.
+            out[i] = 0
+            continue
+        top, left, h, w = box[0] - y0, box[1] - x0, box[2], box[3]
+        if top < 0 or left < 0 or top + h > picture.shape[0] or left + w > picture.shape[1]:
+            patch = state.patches[lane, : h * w * 3].reshape(h, w, 3)
+            cut(picture, top, left, patch)
+            picture, top, left = patch, 0, 0
+        resample(picture, top, left, h, w, out[i], box[4] != 0, state.scratch[lane])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _regions_of_lane(
+    indices: Any, out: Any, offsets: Any, state: State, lane: Any, lanes: Any
+) -> None:  # pragma: no cover - compiled
+    for n in range((len(indices) + lanes - 1) // lanes):
+        place = _turn(n, lane, lanes)
+        if place >= len(indices):
+            continue
+        i = state.turns[place]
+        box = state.boxes[i]
+        h, w = box[2], box[3]
+        target = out[offsets[i] : offsets[i] + h * w * 3].reshape(h, w, 3)
+        status, picture, y0, x0 = _picture(indices[i], box, state, lane)
+        state.status[i] = status
+        if status != OK:
+            target[:] = 0
+            continue
+        cut(picture, box[0] - y0, box[1] - x0, target)
+
+
+# The loops over lanes hold a call and no more: numba compiles whatever stands in a parallel loop
+# several times, and loses what it writes to members of a tuple.
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def decode_crops(
     indices: Any, out: Any, state: State, lanes: int
@@ -137,27 +183,8 @@ def decode_crops(
         state: with the boxes of this batch.
         lanes: threads, each with its own buffers.
     """
-    statuses = state.status  # numba loses what the loop writes to a member of a tuple
-    for thread in prange(lanes):
-        lane = np.int64(thread)  # prange counts without sign
-        for n in range((len(indices) + lanes - 1) // lanes):
-            place = _turn(n, lane, lanes)
-            if place >= len(indices):
-                continue
-            i = state.turns[place]
-            box = state.boxes[i]
-            status, picture, y0, x0 = _picture(indices[i], box, state, lane)
-            statuses[i] = status
-            if status != OK:
-                # The buffer still holds an earlier picture: it must not pass for this sample.
-                out[i] = 0
-                continue
-            top, left, h, w = box[0] - y0, box[1] - x0, box[2], box[3]
-            if top < 0 or left < 0 or top + h > picture.shape[0] or left + w > picture.shape[1]:
-                patch = state.patches[lane, : h * w * 3].reshape(h, w, 3)
-                cut(picture, top, left, patch)
-                picture, top, left = patch, 0, 0
-            resample(picture, top, left, h, w, out[i], box[4] != 0, state.scratch[lane])
+    for lane in prange(lanes):
+        _crops_of_lane(indices, out, state, np.int64(lane), lanes)
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -174,20 +201,5 @@ def decode_regions(
         state: with the boxes of this batch.
         lanes: threads, each with its own buffers.
     """
-    statuses = state.status  # numba loses what the loop writes to a member of a tuple
-    for thread in prange(lanes):
-        lane = np.int64(thread)  # prange counts without sign
-        for n in range((len(indices) + lanes - 1) // lanes):
-            place = _turn(n, lane, lanes)
-            if place >= len(indices):
-                continue
-            i = state.turns[place]
-            box = state.boxes[i]
-            h, w = box[2], box[3]
-            target = out[offsets[i] : offsets[i] + h * w * 3].reshape(h, w, 3)
-            status, picture, y0, x0 = _picture(indices[i], box, state, lane)
-            statuses[i] = status
-            if status != OK:
-                target[:] = 0
-                continue
-            cut(picture, box[0] - y0, box[1] - x0, target)
+    for lane in prange(lanes):
+        _regions_of_lane(indices, out, offsets, state, np.int64(lane), lanes)
