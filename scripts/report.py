@@ -1,0 +1,78 @@
+"""Render the page of the method from run folders: report.py RUNS... --output page.md|page.html"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rotpred.console import configure_logging
+from rotpred.page import Block, html, markdown
+from rotpred.report import TITLE, page
+from rotpred.runfolder import write_atomic
+from rotpred.runs import Run, read_runs
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Render the page of the method: every benchmark, trained beside random weights, beside what
+    was published. Benchmarks that no run has are marked "not run"."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders of kept copies (NAME.results.json, NAME.env.json, ...)."""
+    output: Path
+    """The page: .md (figures are links) or .html (one file, figures within)."""
+    skip_broken: bool = False
+    """Leave out run folders that are unfinished or damaged, and say so; else they are an error."""
+    gallery: str | None = None
+    """Weights whose features are shown on pictures (.html only): a file, or "random"."""
+    data: str | None = None
+    """Pictures for --gallery: a .beton file or a folder."""
+    backbone: str = ""
+    """Network of the --gallery weights; empty where the file names it."""
+    samples: int = 500
+    """Pictures drawn from --data."""
+
+
+def main(args: Arguments) -> str:
+    """Write the page and return one line about it; `ValueError` or `OSError` in words."""
+    if args.output.suffix not in (".md", ".html"):
+        raise ValueError(f"{args.output}: the page must end in .md or .html")
+    if (args.gallery is None) != (args.data is None):
+        raise ValueError("--gallery and --data go together")
+    if args.gallery is not None and args.output.suffix != ".html":
+        raise ValueError("--gallery needs an .html page")
+    runs: list[Run] = []
+    left_out = []
+    for path in args.runs:
+        try:
+            runs += read_runs(path)
+        except (ValueError, OSError) as error:
+            if not args.skip_broken:
+                raise
+            print(f"report: left out: {error}", file=sys.stderr)
+            left_out.append(path.name)
+    blocks: list[Block] = page(runs, left_out=left_out)
+    if args.gallery is not None and args.data is not None:
+        from rotpred.showcase import showcase  # With the loaders: too slow to load for --help.
+
+        blocks += showcase(args.gallery, args.data, backbone=args.backbone, samples=args.samples)
+    folder = args.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.output.suffix == ".html":
+        text = html(blocks, title=TITLE)
+    else:
+        text = markdown(blocks, folder=folder)
+    write_atomic(args.output, text.encode())
+    return f"{args.output}: {len(runs)} runs, {len(left_out)} left out, {len(text):,} characters"
+
+
+if __name__ == "__main__":
+    configure_logging()
+    try:
+        print(main(tyro.cli(Arguments)))
+    except (ValueError, OSError) as problem:
+        print(f"report: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(2)
