@@ -21,11 +21,16 @@ _FLIP, _PLACE, _SHAPE = 0, 1, 3  # first draw of each use; _SHAPE takes 2 * _TRI
 _DRAWS = _SHAPE + 2 * _TRIES
 
 
-def uniforms(seed: int, epoch: int, indices: Int64) -> Float64:
-    """The random numbers of some samples, float64 (B, 23) in [0, 1), independent per row."""
-    keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, 0xC309))
+def uniforms(
+    seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, count: int = _DRAWS
+) -> Float64:
+    """The random numbers of some samples, float64 (B, count) in [0, 1), independent per row.
+
+    Another stream is for another use: its numbers are independent as well.
+    """
+    keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, stream))
     with np.errstate(over="ignore"):
-        counters = np.arange(1, _DRAWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         words = mix64(keys[:, None] + counters[None, :])
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

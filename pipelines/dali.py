@@ -154,7 +154,7 @@ class DaliSource:
         if isinstance(samples, Beton) and (samples.modes == RAW).any():
             raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
         self._samples, self._spec = samples, spec
-        self._order = Order(len(samples), spec, shard)
+        self._order = Order(len(samples), spec, shard, samples.labels)
         self._feed = _Feed(samples, spec, self._order)
         self._next: tuple[int, int] | None = None
         self.bad = BadSamples(0)

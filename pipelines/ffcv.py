@@ -112,7 +112,7 @@ class FfcvSource:
 
     def __init__(self, beton: Beton, spec: LoaderSpec, *, shard: Shard, workers: int) -> None:
         self._beton, self._spec, self._most = beton, spec, workers
-        self._order = Order(len(beton), spec, shard)
+        self._order = Order(len(beton), spec, shard, beton.labels)
         self._loader = RingLoader(beton, spec, workers)
         self._running: DecodingThread | None = None
         self._ahead: tuple[int, int] | None = None

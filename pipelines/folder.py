@@ -69,7 +69,7 @@ class FolderSource:
         self, samples: Samples, spec: LoaderSpec, *, shard: Shard, workers: int, pin: bool
     ) -> None:
         self._samples, self._spec, self._pin = samples, spec, pin
-        self._order = Order(len(samples), spec, shard)
+        self._order = Order(len(samples), spec, shard, samples.labels)
         self.bad = BadSamples(spec.max_bad)
         self._pool = _pool(workers)
         self._workers = workers

@@ -18,7 +18,9 @@ from torch.profiler import record_function
 from pipelines.augment import digest64
 from pipelines.batch import IGNORE, Batch, RawBatch
 from pipelines.beton import Beton
+from pipelines.colour import coloured_views, draw
 from pipelines.faults import BadSamples
+from pipelines.order import Int64
 from pipelines.rotate import DTYPES, normalize_views, rotate4
 from pipelines.samples import RAW, Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
@@ -113,7 +115,7 @@ class Loader:
                 served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
                 self.digest = (self.digest + served) % 2**64
                 with record_function("rotate"):
-                    batch = self._finish(self._transfer.copy(raw))
+                    batch = self._finish(self._transfer.copy(raw), epoch, raw.indices.numpy())
                 self._transfer.release()
                 yield batch
         finally:
@@ -131,14 +133,16 @@ class Loader:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _finish(self, raw: RawBatch) -> Batch:
-        normalize, dtype = self.spec.normalize, self._dtype
-        valid = raw.valid.repeat(self.spec.view_count)
-        if self.spec.views == "rotate4":
+    def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:
+        spec, normalize, dtype = self.spec, self.spec.normalize, self._dtype
+        valid, targets = raw.valid.repeat(spec.view_count), raw.labels
+        if spec.views == "rotate4":
             images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype)
+        elif spec.colour.active:
+            tints = draw(spec.colour, seed=spec.seed, epoch=epoch, indices=indices)
+            images = coloured_views(raw.images, tints, normalize=normalize, dtype=dtype)
         else:
             images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype)
-            targets = raw.labels
         targets = torch.where(valid, targets, IGNORE)
         return Batch(images, targets, valid, raw.labels, raw.indices)
 
@@ -228,7 +232,7 @@ def open_loader(
     # A beton opens in no time, a folder of a million files does not: refuse what cannot be first.
     samples = None
     if spec.engine != "synthetic" and spec.data.endswith(".beton"):
-        samples = open_samples(spec.data)
+        samples = open_samples(spec.data, spec.root)
     engine = choose_engine(
         spec, raw=isinstance(samples, Beton) and bool((samples.modes == RAW).any())
     )
@@ -246,7 +250,7 @@ def open_loader(
             precision=precision,
             label_range=(0, CLASSES - 1),
         )
-    samples = samples or open_samples(spec.data)
+    samples = samples or open_samples(spec.data, spec.root)
     source = _open_source(engine, samples, spec, shard, device)
     return Loader(
         source,

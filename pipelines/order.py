@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,32 @@ def _mix32(x: Uint32) -> Uint32:
     return x
 
 
+def balanced(labels: Int64, count: int, *, seed: int) -> Int64:
+    """Draw as many samples of every class: a pure function of the arguments.
+
+    Args:
+        labels: int64 (n,), class ids.
+        count: samples per class.
+        seed: decides which; a larger count adds to what a smaller one draws.
+
+    Returns:
+        int64 (classes * count,), rising.
+
+    Raises:
+        ValueError: a sample without a label, or a class with fewer samples.
+    """
+    if labels.min() < 0:
+        raise ValueError("per_class needs a label for every sample")
+    sizes = np.bincount(labels)
+    small = np.flatnonzero((sizes > 0) & (sizes < count))
+    if len(small):
+        raise ValueError(f"per_class={count}: class {small[0]} has {sizes[small[0]]} samples only")
+    order = permutation(len(labels), seed=seed, epoch=-_LIMIT_STREAM)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
+    return np.sort(by_class[(starts[:, None] + np.arange(count)).reshape(-1)])
+
+
 @dataclass(frozen=True)
 class Order:
     """The sequence of batches of one rank."""
@@ -121,6 +148,8 @@ class Order:
     """Samples in the data set, before `limit`."""
     spec: LoaderSpec
     shard: Shard
+    labels: Int64 | None = None
+    """(n,): class ids, which `per_class` needs."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -134,8 +163,21 @@ class Order:
 
     @property
     def size(self) -> int:
-        """Samples in use, after `limit`."""
-        return self.n if self.spec.limit is None else min(self.n, self.spec.limit)
+        """Samples in use, after `limit` and `per_class`."""
+        return self.n if self._chosen is None else len(self._chosen)
+
+    @cached_property
+    def _chosen(self) -> Int64 | None:
+        """The samples in use, rising; None: all."""
+        spec = self.spec
+        if spec.per_class is not None:
+            if self.labels is None:
+                raise ValueError("per_class needs labels")
+            return balanced(self.labels, spec.per_class, seed=spec.seed)
+        if spec.limit is None or spec.limit >= self.n:
+            return None
+        first = np.arange(spec.limit, dtype=np.int64)
+        return np.sort(permutation(self.n, seed=spec.seed, epoch=-_LIMIT_STREAM, at=first))
 
     @property
     def global_batch(self) -> int:
@@ -164,11 +206,7 @@ class Order:
             at = permutation(size, seed=seed, epoch=epoch, at=at)
         elif at is None:
             at = np.arange(size, dtype=np.int64)
-        if size == self.n:
-            return at
-        first = np.arange(size, dtype=np.int64)
-        chosen = permutation(self.n, seed=seed, epoch=-_LIMIT_STREAM, at=first)
-        return np.sort(chosen)[at]
+        return at if self._chosen is None else self._chosen[at]
 
     def batches(self, epoch: int, start_step: int = 0) -> tuple[Int64, npt.NDArray[np.bool_]]:
         """This rank's indices and validity for the steps from start_step on.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pipelines.beton import Beton
 from pipelines.decode import ImageError
+from pipelines.images import open_images
 from pipelines.index import SampleIndex
 
 Samples = SampleIndex | Beton
@@ -18,21 +19,26 @@ RAW = 1
 """Value of `Beton.modes` for uncompressed pixels (stock FFCV writes them; we do not)."""
 
 
-def open_samples(data: str) -> Samples:
-    """Open what `LoaderSpec.data` names: a .beton file, a folder of images or a list file.
+def open_samples(data: str, root: str = "") -> Samples:
+    """Open what `LoaderSpec.data` names: a .beton file, or what `open_images` finds in files.
+
+    Args:
+        data: as `LoaderSpec.data`.
+        root: as `LoaderSpec.root`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is not a data set, in words.
+        ValueError: it is not a data set, or one that must be converted first, in words.
     """
-    path = Path(data)
-    if path.suffix == ".beton":
-        return Beton.open(path)
-    if path.is_dir():
-        return SampleIndex.from_folder(path)
-    if path.is_file():
-        return SampleIndex.from_list(path)
-    raise FileNotFoundError(f"{data}: no such .beton file, image folder or list file")
+    if Path(data).suffix == ".beton":
+        if root:
+            raise ValueError(f"{data}: a root goes with a list file, not with a beton")
+        return Beton.open(Path(data))
+    if data == "digits" or data.startswith("torchvision:"):
+        raise ValueError(f"{data}: not in files of its own; convert it with scripts/to_beton.py")
+    found = open_images(data, root=root or None)
+    assert isinstance(found, SampleIndex)
+    return found
 
 
 def encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:

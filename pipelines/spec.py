@@ -55,6 +55,36 @@ Crop = RandomResizedCrop | RandomCrop | CenterCrop | Squash
 
 
 @dataclass(frozen=True)
+class Colour:
+    """Random changes of colour, different for every sample and epoch (`pipelines.colour`)."""
+
+    brightness: float = 0.0
+    """A factor is drawn from 1 - b to 1 + b, not below 0."""
+    contrast: float = 0.0
+    """As brightness."""
+    saturation: float = 0.0
+    """As brightness."""
+    hue: float = 0.0
+    """Turns the hue by a share of the circle from -h to h; at most 0.5."""
+    lighting: float = 0.0
+    """Standard deviation of the noise along the principal colours (PCA lighting; AlexNet: 0.1)."""
+
+    def __post_init__(self) -> None:
+        values = (self.brightness, self.contrast, self.saturation, self.hue, self.lighting)
+        if min(values) < 0 or self.hue > 0.5:
+            raise ValueError(f"colour must not be negative, and hue at most 0.5, got {values}")
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return self != NO_COLOUR
+
+
+NO_COLOUR = Colour()
+"""Colours as they are."""
+
+
+@dataclass(frozen=True)
 class Normalize:
     """Mean and standard deviation of each RGB channel, in units of 0 to 255."""
 
@@ -88,7 +118,10 @@ class LoaderSpec:
     """Everything that decides what a loader emits. Equal specs emit equal samples and crops."""
 
     data: str = "synthetic"
-    """A .beton file, a folder of images, or a list file; "synthetic" makes random images."""
+    """A .beton file, a folder of images, a list file, or what `pipelines.images.open_images` knows
+    beside these (imagenet-val:TRUTH, ...); "synthetic" makes random images."""
+    root: str = ""
+    """Folder of the pictures that a list file or such a name speaks of; empty: the list's own."""
     engine: Engine = "auto"
     """auto takes the fastest engine present for this data (ffcv, dali, folder) and logs why."""
     batch_size: int = 64
@@ -97,6 +130,8 @@ class LoaderSpec:
     """The crop; every engine cuts the same boxes."""
     flip: bool = True
     """Mirror left to right with probability one half, before any rotation."""
+    colour: Colour = NO_COLOUR
+    """Random changes of colour after crop and flip, on the device; of plain views only."""
     normalize: Normalize = IMAGENET
     """Channel statistics applied on the device."""
     views: Literal["rotate4", "plain"] = "rotate4"
@@ -107,6 +142,8 @@ class LoaderSpec:
     """Drop the last incomplete global batch; False pads it with samples marked not valid."""
     limit: int | None = None
     """Use only this many samples, drawn once with the seed, equal for all engines."""
+    per_class: int | None = None
+    """Use only this many samples of every class, drawn like `limit`."""
     seed: int = 0
     """Decides permutations, crops and flips, together with epoch and sample index."""
     workers: int = 0
@@ -137,8 +174,12 @@ class LoaderSpec:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if self.per_class is not None and (self.per_class < 1 or self.limit is not None):
+            raise ValueError("per_class must be at least 1, and does not go with limit")
         if self.crop.size < 1:
             raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
+        if self.colour.active and self.views != "plain":
+            raise ValueError("colour is for plain views")
         _check_sides(self.sides, self.crop)
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")

@@ -26,13 +26,13 @@ class SyntheticSource:
 
     def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
         self._spec = spec
-        self._order = Order(spec.samples, spec, shard)
         self.bad = BadSamples(spec.max_bad)
         generator = torch.Generator().manual_seed(spec.seed)
         count = spec.batch_size * spec.crop.size**2 * 3
         pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
         self._pixels = pixels.to(device)
         self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
+        self._order = Order(spec.samples, spec, shard, self._labels.numpy())
 
     def __len__(self) -> int:
         return self._order.steps

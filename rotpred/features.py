@@ -73,11 +73,7 @@ def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
     if weights != RANDOM:
         report = load_backbone(trunk, Path(weights))
         sha = report.sha256
-        logger.info(
-            "%s: %d tensors loaded, %d ignored (%s), %d missing",
-            weights, len(report.loaded), len(report.ignored),
-            ", ".join(report.ignored[:3]) or "none", len(report.missing),
-        )  # fmt: skip
+        logger.info("%s: %s", weights, report.words())
     trunk = channels_last(trunk, rank.device)
     # eval() for good: batch norm must use the trained statistics and must not move them.
     return trunk.eval().requires_grad_(False), sha
@@ -109,7 +105,8 @@ def extract(
         ValueError: the spec leaves something to chance, or there is no such stage.
         RuntimeError: the ranks have other data.
     """
-    if spec.flip or spec.shuffle or spec.drop_last or spec.views != "plain":
+    chance = spec.flip or spec.shuffle or spec.colour.active
+    if chance or spec.drop_last or spec.views != "plain":
         raise ValueError(
             "features need every picture once, as it is: views plain, no flip, no shuffle and no "
             "drop_last"
@@ -159,6 +156,8 @@ def _about(
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     spec = asdict(loader.spec)
     drawn = {} if spec["limit"] is None and loader.data_id else {"seed": spec["seed"]}
+    if spec["per_class"] is not None:
+        drawn = {"per_class": spec["per_class"], "seed": spec["seed"]}
     result = plain(
         {
             "arch": trunk.arch,

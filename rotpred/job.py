@@ -26,7 +26,10 @@ DONE = "done.json"
 """Name of the file that marks a run folder as finished, results and figures included."""
 
 # The engine is not among them, nor is where crops are resized: both change pixels by rounding only.
-_DECIDING = ("crop", "sides", "flip", "normalize", "shuffle", "limit", "seed", "max_bad", "samples")
+_DECIDING = (
+    "crop", "sides", "flip", "normalize", "shuffle", "limit", "per_class", "seed", "max_bad",
+    "samples",
+)  # fmt: skip
 
 _WHY = {
     "rotate4": "pretraining predicts rotations",
@@ -171,6 +174,7 @@ def identity(loader: Loader, rank: Rank, run: Run, **own: object) -> dict[str, A
         "precision": run.precision,
         "accumulate": run.accumulate,
         **{name: spec[name] for name in _DECIDING},
+        **({"colour": spec["colour"]} if loader.spec.colour.active else {}),
         **own,
     }
     result = plain(deciding)
