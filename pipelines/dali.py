@@ -13,22 +13,20 @@ sample ends the run by name.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn as _fn
-from nvidia.dali import types as _types
-from nvidia.dali.pipeline import pipeline_def as _pipeline_def
-from torch.utils.dlpack import from_dlpack
 
 from pipelines import samples as data_sets
-from pipelines.augment import boxes, may_stick_out
+from pipelines.augment import boxes
 from pipelines.batch import RawBatch
 from pipelines.beton import Beton
+from pipelines.dali_graph import IN_FLIGHT, PREFETCH, Crops, Graph
 from pipelines.decode import ImageError
 from pipelines.faults import BadSamples
 from pipelines.jpeg import JpegError, read_header
@@ -38,54 +36,37 @@ from pipelines.samples import RAW, Samples
 from pipelines.spec import LoaderSpec, Shard
 from pipelines.splice import splice_batch
 
-# DALI makes most of these names at import, where its own type stubs do not follow.
-fn: Any = _fn
-types: Any = _types
-pipeline_def: Any = _pipeline_def
-
-_PREFETCH = 2  # batches that DALI prepares in advance
-"""DALI's own default; what is decoded runs this far ahead of the consumer."""
-
-_LARGEST_HINT = 4096  # pixels; few pictures have more, and the memory is taken at once
 _FEED_AHEAD = 1  # batches that the feed has ready beyond those that DALI has taken
-
-
-class _Plan(NamedTuple):
-    """What the graph does with a picture."""
-
-    decoder: dict[str, Any]
-    """Options of the decoder."""
-    regions: bool
-    """Whether it decodes the crop only, or all of the stream."""
-    send: bool
-    """Whether regions decoded on the CPU go to the GPU, where DALI resizes them: on a CPU that
-    costs more than decoding them."""
 
 
 class _Feed:
     """An endless supply of batches for `fn.external_source`, from a place that can be moved.
 
-    DALI asks for a batch from within `run`, which is the consumer's time: a thread of the feed has
-    it ready, files read and boxes drawn.
+    DALI asks for a batch from within `run`, before it gives one: a thread of the feed has it ready,
+    files read and boxes drawn.
     """
 
     def __init__(self, samples: Samples, spec: LoaderSpec, order: Order) -> None:
         self._samples, self._spec, self._order = samples, spec, order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ready: deque[Future[tuple[Any, ...]]] = deque()
+        self._lock = threading.Lock()  # on a CPU DALI asks from a thread of its own
         self.move(0, 0)
 
     def move(self, epoch: int, step: int) -> None:
         """Go on from this step of this epoch."""
-        for batch in self._ready:
-            batch.cancel()
-        self._ready.clear()
-        self._places = self._from(epoch, step)
+        with self._lock:
+            for batch in self._ready:
+                batch.cancel()
+            self._ready.clear()
+            self._places = self._from(epoch, step)
 
     def __call__(self) -> tuple[Any, ...]:
-        for place in itertools.islice(self._places, _FEED_AHEAD + 1 - len(self._ready)):
-            self._ready.append(self._pool.submit(self._batch, *place))
-        return self._ready.popleft().result(self._spec.timeout)
+        with self._lock:
+            for place in itertools.islice(self._places, _FEED_AHEAD + 1 - len(self._ready)):
+                self._ready.append(self._pool.submit(self._batch, *place))
+            batch = self._ready.popleft()
+        return batch.result(self._spec.timeout)
 
     def close(self) -> None:
         """End the thread."""
@@ -158,16 +139,7 @@ class DaliSource:
         self._feed = _Feed(samples, spec, self._order)
         self._next: tuple[int, int] | None = None
         self.bad = BadSamples(0)
-        self._pipe: Any = _graph(
-            self._feed,
-            _plan(samples, spec, device),
-            batch_size=spec.batch_size,
-            num_threads=workers,
-            # None, not 0: with a device id DALI wants a GPU even for a graph without one.
-            device_id=_gpu(device) if device.type == "cuda" else None,
-            prefetch_queue_depth=_PREFETCH,
-        )
-        self._pipe.build()
+        self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
 
     def __len__(self) -> int:
         return self._order.steps
@@ -178,7 +150,8 @@ class DaliSource:
         if self._next != (epoch, start_step):
             self._feed.move(epoch, start_step)
         for step in range(start_step, self._order.steps):
-            images, where = self._run(epoch, step)
+            self._next = None
+            images, where, _ = self._run(epoch, step)
             at = (epoch, step + 1) if step + 1 < self._order.steps else (epoch + 1, 0)
             self._next = at
             row = step - start_step
@@ -192,20 +165,22 @@ class DaliSource:
 
     def close(self) -> None:
         """Release DALI's threads and memory pools, the feed's thread, and the file."""
-        self._pipe = None
+        self._graph.close()
         self._feed.close()
         data_sets.close(self._samples)
 
-    def _run(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and boxes of one step, past anything prefetched for another place."""
-        for _ in range(2 * _PREFETCH + 2):
+    def _run(self, epoch: int, step: int) -> Crops:
+        """The crops of one step, past anything prefetched for another place."""
+        for _ in range(IN_FLIGHT + 1):
             try:
-                images, where, tag = self._pipe.run()
+                crops = self._graph.next()
+            except TimeoutError as error:
+                limit = self._spec.timeout
+                raise TimeoutError(f"no batch from DALI for {limit:.0f} s") from error
             except (RuntimeError, StopIteration) as error:
                 raise self._blame(epoch, step, error) from error
-            if tuple(tag.as_array()[0]) == (epoch, step):
-                # A copy: DALI keeps the memory.
-                return from_dlpack(images.as_tensor()), torch.from_numpy(where.as_array().copy())
+            if crops.place == (epoch, step):
+                return crops
         raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
 
     def _blame(self, epoch: int, step: int, error: BaseException) -> Exception:
@@ -216,65 +191,9 @@ class DaliSource:
         if isinstance(error.__cause__, ValueError):
             return error.__cause__
         indices, _ = self._order.batches(epoch, step)
-        for i in indices[: _PREFETCH + 2].reshape(-1):
+        for i in indices[: PREFETCH + 2].reshape(-1):
             try:
                 decode(data_sets.encoded(self._samples, int(i)))
             except ImageError as reason:
                 return ImageError(f"{data_sets.name(self._samples, int(i))}: {reason}")
         return RuntimeError(f"DALI stopped at step {step} of epoch {epoch}: {error}")
-
-
-def _gpu(device: torch.device) -> int:
-    index: int | None = device.index
-    return torch.cuda.current_device() if index is None else index
-
-
-def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
-    if spec.decoder == "mixed" and device.type != "cuda":
-        raise ValueError("decoder=mixed decodes on a GPU: give it one, or decoder=cpu")
-    mixed = device.type == "cuda" and spec.decoder != "cpu"
-    beton = samples if isinstance(samples, Beton) else None
-    options: dict[str, Any] = {
-        "device": "mixed" if mixed else "cpu",
-        "output_type": types.RGB,
-        # One rule for EXIF in all engines: upright. A beton is upright already.
-        "adjust_orientation": beton is None,
-    }
-    engine = mixed and spec.hw_decoder_load > 0
-    if mixed:
-        options["hw_decoder_load"] = spec.hw_decoder_load
-    if engine and beton is not None:
-        # Else its buffers grow, and the device waits, whenever a larger picture comes.
-        options["preallocate_width_hint"] = min(int(beton.widths.max()), _LARGEST_HINT)
-        options["preallocate_height_hint"] = min(int(beton.heights.max()), _LARGEST_HINT)
-    # Region decoding refuses boxes that stick out, and keeps the GPU's JPEG engine from working.
-    regions = not engine and not may_stick_out(spec.crop)
-    return _Plan(options, regions, send=device.type == "cuda" and not mixed)
-
-
-@pipeline_def  # type: ignore[untyped-decorator]
-def _graph(feed: _Feed, plan: _Plan) -> tuple[Any, ...]:
-    """Encoded bytes, boxes and sides in; uint8 (S, S, 3) crops and the boxes out."""
-    payloads, corner, extent, where, side, tag = fn.external_source(
-        source=feed,
-        num_outputs=6,
-        batch=True,
-        dtype=[types.UINT8] + [types.INT32] * 3 + [types.FLOAT, types.INT64],
-    )
-    if plan.regions:
-        images = fn.decoders.image_slice(
-            payloads, start=corner, shape=extent, axes=[0, 1], **plan.decoder
-        )
-    else:
-        images = fn.slice(
-            fn.decoders.image(payloads, **plan.decoder),
-            corner,
-            extent,
-            axes=[0, 1],
-            out_of_bounds_policy="pad",
-            fill_values=0,
-        )
-    if plan.send:
-        images = images.gpu()
-    images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.flip(images, horizontal=where[4]), where, tag
