@@ -21,6 +21,7 @@ from pipelines.beton import Beton
 from pipelines.colour import coloured_views, draw
 from pipelines.faults import BadSamples
 from pipelines.order import Int64
+from pipelines.recycle import Recycler
 from pipelines.rotate import DTYPES, normalize_views, rotate4
 from pipelines.samples import RAW, Samples, fingerprint, open_samples
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard
@@ -81,6 +82,7 @@ class Loader:
         self._source = source
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
+        self._recycler = Recycler()
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
@@ -135,14 +137,16 @@ class Loader:
 
     def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:
         spec, normalize, dtype = self.spec, self.spec.normalize, self._dtype
-        valid, targets = raw.valid.repeat(spec.view_count), raw.labels
+        valid, targets, out = raw.valid.repeat(spec.view_count), raw.labels, None
+        if self.device.type == "cpu" and not spec.colour.active:
+            out = self._recycler.images(len(valid), spec.side(epoch), dtype)
         if spec.views == "rotate4":
-            images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype)
+            images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype, out=out)
         elif spec.colour.active:
             tints = draw(spec.colour, seed=spec.seed, epoch=epoch, indices=indices)
             images = coloured_views(raw.images, tints, normalize=normalize, dtype=dtype)
         else:
-            images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype)
+            images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype, out=out)
         targets = torch.where(valid, targets, IGNORE)
         return Batch(images, targets, valid, raw.labels, raw.indices)
 
@@ -242,13 +246,9 @@ def open_loader(
         from pipelines.synthetic import CLASSES, SyntheticSource
 
         source: Source = SyntheticSource(spec, shard=shard, device=device)
+        labels = (0, CLASSES - 1)
         return Loader(
-            source,
-            spec,
-            engine=engine,
-            device=device,
-            precision=precision,
-            label_range=(0, CLASSES - 1),
+            source, spec, engine=engine, device=device, precision=precision, label_range=labels
         )
     samples = samples or open_samples(spec.data, spec.root)
     source = _open_source(engine, samples, spec, shard, device)
