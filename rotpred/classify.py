@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,20 +16,53 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import Loader
 from rotpred import figures, probes
 from rotpred.backbone import Backbone
+from rotpred.cached import FeatureLoader
 from rotpred.distributed import Rank
-from rotpred.features import load_trunk
-from rotpred.job import Job, identity, open_job
+from rotpred.features import AVGPOOL, extract, load_trunk
+from rotpred.heads import pooled_dims, stage_pools
+from rotpred.job import Job, check_data, identity, open_job
 from rotpred.loop import steps
-from rotpred.metrics import TopK
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
-from rotpred.runlog import RunLog, read_rows
+from rotpred.runlog import RunLog, lock, read_rows
+from rotpred.scoring import Scores, number_of_classes, score
 from rotpred.state import Outcome, Trained, TrainState, autocast
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[str, dict[str, float]]
-"""Metrics (top1, top5, n) by probe."""
+CACHED = "features of the validation crop, no augmentation"
+"""What results say of probes that were trained on cached features."""
+
+# What chooses samples; all else of the training data's spec is replaced by that of the validation.
+_OF_DATA = ("data", "root", "engine", "limit", "per_class", "seed", "max_bad", "samples", "workers")
+
+Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+"""The images of a batch to what probes read: the maps of all stages, or features."""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """An open job with its trunk."""
+
+    job: Job
+    trunk: Backbone
+    sha: str
+    """Checksum of the weights, "" for random ones."""
+    names: tuple[str, ...] = ()
+    """Stages of which there are features; empty where the trunk reads pictures."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Probes with one optimiser."""
+
+    probes: ProbeSet
+    recipe: Probe
+    lr: float
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.probes, replace(self.recipe.optim, lr=self.lr), self.recipe.schedule)
 
 
 def run(recipe: Linear, rank: Rank) -> Path:
@@ -38,15 +75,14 @@ def run(recipe: Linear, rank: Rank) -> Path:
         ValueError: weights, data and recipe do not fit together, in words.
         Stopped: a signal ended the run after a checkpoint.
     """
-    with open_job(recipe, rank, views="plain") as job:
-        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+    with _open(recipe, rank) as setup:
+        job, sha = setup.job, setup.sha
         assert job.val is not None
-        classes = _classes(job.loader, job.val)
-        parts = [
-            (ProbeSet(build_probes(probe, trunk, classes, recipe.train.crop.size)), probe)
-            for probe in recipe.probes
-        ]
-        heads = ProbeSet(probe for part, _ in parts for probe in part).to(rank.device)
+        classes = number_of_classes(job.loader, job.val)
+        parts = _parts(recipe, setup, classes)
+        heads = ProbeSet(probe for part in parts for probe in part.probes).to(rank.device)
+        if len(set(heads.names)) < len(heads):
+            raise ValueError(f"two probes have the same name: {', '.join(heads.names)}")
         if rank.world > 1 and rank.device.type == "cuda":
             if recipe.run.cuda_graph:
                 raise ValueError("run.cuda_graph trains probes on one GPU only: they use SyncBN")
@@ -54,7 +90,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
         state = TrainState(
             heads,
-            [Trained(part, probe.optim, probe.schedule) for part, probe in parts],
+            [part.trained for part in parts],
             rank=rank,
             run=recipe.run,
             folder=job.out / "checkpoints",
@@ -66,6 +102,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
                 backbone=recipe.backbone,
                 weights=sha,
                 probes=[asdict(probe) for probe in recipe.probes],
+                **({"features": setup.names} if setup.names else {}),
             ),
         )
         with job.begin(state) as log:
@@ -75,10 +112,10 @@ def run(recipe: Linear, rank: Rank) -> Path:
                     recipe.name, len(heads), recipe.backbone, recipe.weights, job.loader.engine,
                     classes, job.total,
                 )  # fmt: skip
-                scores = _train(recipe, state, trunk, job, log)
-                _finish(
-                    recipe, state, job, scores or evaluate(recipe, state, trunk, job.val), log, sha
-                )
+                scores = _train(recipe, state, setup, log)
+                if scores is None:  # max_steps ended it inside an epoch
+                    scores = evaluate(state, _reader(recipe, setup, rank), job.val)
+                _finish(recipe, state, setup, parts, scores, log)
     return job.out
 
 
@@ -88,71 +125,153 @@ def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list
         case "avgpool":
             return probes.avgpool(trunk, classes)
         case "stages":
-            return probes.stages(trunk, classes, size)
+            return probes.stages(trunk, classes, size, affine=probe.affine)
         case "conv":
             return probes.conv(trunk, classes)
         case "nonlinear":
             return probes.nonlinear(trunk, classes, size)
 
 
-def _train(
-    recipe: Linear, state: TrainState, trunk: Backbone, job: Job, log: RunLog
-) -> Scores | None:
+@contextlib.contextmanager
+def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
+    """The job with its trunk; with `recipe.cache`, on features that are extracted first."""
+    if not recipe.cache:
+        with open_job(recipe, rank, views="plain") as job:
+            yield _Setup(job, *load_trunk(recipe.backbone, recipe.weights, rank))
+        return
+    kinds = {probe.kind for probe in recipe.probes}
+    if not kinds <= {"avgpool", "stages"}:
+        raise ValueError("cache is for probes of kind avgpool and stages, which read pooled maps")
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    torch.manual_seed(recipe.train.seed)  # as open_job: of random weights and the probes'
+    with lock(out) if rank.main else contextlib.nullcontext():
+        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+        names = trunk.stage_names if "stages" in kinds else ()
+        names = (*names, AVGPOOL) if "avgpool" in kinds else names
+        own = {n: getattr(recipe.train, n) for n in _OF_DATA}
+        specs = (replace(recipe.val, **own), recipe.val)
+        found = [
+            extract(
+                *(trunk, spec, rank),
+                names=names,
+                precision=recipe.run.precision,
+                cache=Path(recipe.cache),
+            )
+            for spec in specs
+        ]
+        size = recipe.train.batch_size
+        train = replace(specs[0], batch_size=size, shuffle=True, drop_last=True)
+        loaders = [
+            FeatureLoader(features, spec, names=names, rank=rank)
+            for features, spec in zip(found, (train, recipe.val), strict=True)
+        ]
+        check_data(loaders[0], rank)
+        yield _Setup(Job(recipe, rank, out, *loaders), trunk, sha, names)
+
+
+def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
+    """All probes, a part for each optimiser."""
+    size = recipe.val.crop.size if setup.names else recipe.train.crop.size
+    shapes = _pooled_shapes(setup, size)
+    parts = []
+    for probe in recipe.probes:
+        for lr in probe.lrs or (probe.optim.lr,):
+            made = build_probes(probe, setup.trunk, classes, size)
+            if setup.names:
+                places = [setup.names.index(one.name) for one in made]
+                made = [
+                    probes.on_features(one, place, shapes[place])
+                    for one, place in zip(made, places, strict=True)
+                ]
+            if probe.lrs:
+                for one in made:
+                    one.name = f"{one.name}@{lr:g}"
+            parts.append(_Part(ProbeSet(made), probe, lr))
+    return parts
+
+
+def _pooled_shapes(setup: _Setup, size: int) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of the features that there are."""
+    trunk = setup.trunk
+    known = {AVGPOOL: (trunk.dim, 1, 1)}
+    dims = pooled_dims(trunk, size, stage_pools(trunk, size))
+    for name, channels, dim in zip(trunk.stage_names, trunk.stage_channels, dims, strict=True):
+        side = math.isqrt(dim // channels)
+        known[name] = (channels, side, side)
+    return [known[name] for name in setup.names]
+
+
+def _reader(recipe: Linear, setup: _Setup, rank: Rank, *, compiled: bool = False) -> Reader:
+    if setup.names:
+        dims = [math.prod(shape) for shape in _pooled_shapes(setup, recipe.val.crop.size)]
+        return lambda images: torch.split(images, dims, dim=1)
+    stages = setup.trunk.stages
+    if compiled:
+        stages = torch.compile(stages, dynamic=False)
+
+    def read(images: torch.Tensor) -> Sequence[torch.Tensor]:
+        with autocast(rank.device, recipe.run.precision), torch.no_grad():
+            return stages(images)
+
+    return read
+
+
+def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Scores | None:
     """Train to the end; returns the validation of the final probes, where an epoch ended there."""
     results: dict[int, Scores] = {}
-    stages = torch.compile(trunk.stages, dynamic=False) if recipe.run.compile else trunk.stages
+    read = _reader(recipe, setup, state.rank, compiled=recipe.run.compile)
+    read_val = _reader(recipe, setup, state.rank)
 
     def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
-        with state.autocast(), torch.no_grad():
-            maps = stages(images)
+        maps = read(images)
         # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
         losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(maps)])
         # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
         return losses.sum(), {"loss": losses.mean()}
 
     def validate(_finished: int) -> float:
-        assert job.val is not None
-        scores = results[state.step] = evaluate(recipe, state, trunk, job.val)
+        assert setup.job.val is not None
+        scores = results[state.step] = evaluate(state, read_val, setup.job.val)
         tops = {f"top1/{name}": 100 * score["top1"] for name, score in scores.items()}
         log.validation(step=state.step, values=tops)
         return max(score["top1"] for score in scores.values())
 
-    for batch in steps(
-        state, job.loader, recipe.run, log=log, evaluate=validate, eval_every=recipe.eval_every
-    ):
+    batches = steps(
+        *(state, setup.job.loader, recipe.run),
+        log=log,
+        evaluate=validate,
+        eval_every=recipe.eval_every,
+    )
+    for batch in batches:
         state.learn(objective, batch.images, batch.targets)
     return results.get(state.step)
 
 
-@torch.no_grad()
-def evaluate(recipe: Linear, state: TrainState, trunk: Backbone, val: Loader) -> Scores:
+def evaluate(state: TrainState, read: Reader, val: Loader) -> Scores:
     """Top-1, and top-5 where there are more than five classes, of every probe by name."""
     state.agree()
     heads = state.module
     assert isinstance(heads, ProbeSet)
-    names = heads.names
-    counts: TopK | None = None
     heads.eval()
     try:
-        for batch in val.epoch(0):
-            with autocast(state.rank.device, recipe.run.precision):
-                maps = trunk.stages(batch.images)
-            outputs = heads(maps)
-            if counts is None:
-                ks = (1, 5) if outputs[0].shape[1] > 5 else (1,)
-                counts = TopK(ks=ks, heads=len(names), device=state.rank.device)
-            counts.update(outputs, batch.targets, batch.valid)
+        return score(val, state.rank, heads.names, lambda images: heads(read(images)))
     finally:
         heads.train()
-    assert counts is not None
-    return dict(zip(names, counts.compute(state.rank), strict=True))
 
 
 def _finish(
-    recipe: Linear, state: TrainState, job: Job, scores: Scores, log: RunLog, sha: str
+    recipe: Linear,
+    state: TrainState,
+    setup: _Setup,
+    parts: list[_Part],
+    scores: Scores,
+    log: RunLog,
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
-    for name, score in scores.items():
+
+    own: dict[str, Any] = {"protocol": CACHED} if setup.names else {}
+
+    def results(name: str, score: dict[str, float], **extra: Any) -> None:
         for metric in ("top1", "top5"):
             if metric in score:
                 log.result(
@@ -161,30 +280,24 @@ def _finish(
                     value=100 * score[metric],
                     unit="%",
                     n=int(score["n"]),
-                    checkpoint_sha256=sha or None,
+                    checkpoint_sha256=setup.sha or None,
                     weights=Path(recipe.weights).name,
+                    **own,
+                    **extra,
                 )
+
+    rivals: dict[str, list[tuple[float, str]]] = {}
+    for part in parts:
+        for name in part.probes.names:
+            if part.recipe.lrs:
+                rivals.setdefault(name.rpartition("@")[0], []).append((part.lr, name))
+            else:
+                results(name, scores[name])
+    for base, candidates in rivals.items():
+        best_lr, best = max(candidates, key=lambda one: scores[one[1]]["top1"])
+        for lr, name in candidates:
+            results(name, scores[name], lr=lr, best=name == best)
+        results(base, scores[best], lr=best_lr, chosen_from=len(candidates), chosen_on="val")
     if state.rank.main:
         log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
-    job.finish(state)
-
-
-def _classes(loader: Loader, val: Loader) -> int:
-    """Number of classes, which training and validation data must share by name and order.
-
-    Raises:
-        ValueError: the data carry no labels, or not the same ones.
-    """
-    highest = 0
-    for part in (loader, val):
-        low, high = part.label_range
-        if low < 0:
-            raise ValueError(f"{part.spec.data} has samples without a label")
-        highest = max(highest, high)
-    if loader.classes and val.classes and loader.classes != val.classes:
-        raise ValueError(
-            f"{loader.spec.data} and {val.spec.data} have different classes "
-            f"({len(loader.classes)} and {len(val.classes)})"
-        )
-    # A beton that stock FFCV wrote has labels, but no names for them.
-    return max(highest + 1, len(loader.classes))
+    setup.job.finish(state)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, distributed, knn, pretrain, svm
+from rotpred import classify, distributed, knn, pretrain, semi, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
 from rotpred.recipes import Linear, Pretrain, frozen, linear
 from rotpred.recipes import pretrain as pretraining
+from rotpred.recipes import semi as fine_tuning
 
 logger = logging.getLogger(__name__)
 
-Recipe = Pretrain | Linear | frozen.Svm | frozen.LowShot | frozen.Knn
+Recipe = Pretrain | Linear | fine_tuning.Semi | frozen.Svm | frozen.LowShot | frozen.Knn
 R = TypeVar("R", bound=Recipe)
 
 INTERRUPTED = 130
@@ -34,10 +36,19 @@ def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: s
 
     Exits with status 2, after one line and suggestions, on a name or field that does not exist.
     """
-    defaults = {name: (inspect.getdoc(make) or "", make()) for name, make in recipes.items()}
+    listed = not args or args[0].startswith("-")
+    defaults = {name: (_describe(make, listed), make()) for name, make in recipes.items()}
     return tyro.extras.overridable_config_cli(
         defaults, args=list(args), description=about, config=(tyro.conf.AvoidSubcommands,)
     )
+
+
+def _describe(make: Callable[[], object], listed: bool) -> str:
+    """A recipe's docstring: its first line in a list of recipes, else paragraphs."""
+    text = inspect.getdoc(make) or ""
+    if listed:
+        return text.partition("\n")[0]
+    return re.sub(r"\n(?=(VISSL|Command|Published|Measured)\b|\()", "\n\n", text)
 
 
 def pretrain_main(args: Sequence[str] | None = None) -> int:
@@ -53,9 +64,10 @@ def pretrain_main(args: Sequence[str] | None = None) -> int:
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
     recipe = choose(
-        {**linear.RECIPES, **frozen.RECIPES},
+        {**linear.RECIPES, **fine_tuning.RECIPES, **frozen.RECIPES},
         sys.argv[1:] if args is None else args,
-        "Evaluate pretrained weights. Start with torchrun for several processes.",
+        "Evaluate pretrained weights. RECIPE --help tells source, command and options of one. "
+        "Start with torchrun for several processes.",
     )
     return _drive(recipe)
 
@@ -69,6 +81,8 @@ def _drive(recipe: Recipe) -> int:
                     pretrain.run(recipe, rank)
                 case Linear():
                     classify.run(recipe, rank)
+                case fine_tuning.Semi():
+                    semi.run(recipe, rank)
                 case frozen.Svm():
                     svm.run(recipe, rank)
                 case frozen.LowShot():

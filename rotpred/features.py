@@ -55,6 +55,8 @@ class Features:
     """(N,): position of each sample in the data set's index, rising."""
     data_id: str
     """What the loader calls the data set."""
+    classes: tuple[str, ...] = ()
+    """Class names, empty where the data set has none."""
 
 
 def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
@@ -132,7 +134,7 @@ def extract(
             barrier(rank)
         elif rank.main:
             logger.info("features of %s are in %s already", spec.data, folder)
-        data_id = loader.data_id
+        data_id, classes = loader.data_id, loader.classes
     if not folder.is_dir():
         raise ValueError(
             f"process {rank.rank} does not see {folder}: the folder for features must lie on a "
@@ -143,6 +145,7 @@ def extract(
         np.load(folder / "labels.npy"),
         np.load(folder / "indices.npy"),
         data_id,
+        classes,
     )
 
 

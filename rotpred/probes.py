@@ -53,11 +53,27 @@ def avgpool(backbone: Backbone, classes: int) -> list[StageProbe]:
     return [StageProbe("avgpool", len(backbone.stage_names) - 1, layers)]
 
 
-def stages(backbone: Backbone, classes: int, input_size: int) -> list[StageProbe]:
-    """Pool, batch norm without affine parameters, Linear, on every stage.
+def on_features(probe: StageProbe, place: int, shape: tuple[int, int, int]) -> StageProbe:
+    """The same classifier, which reads pooled features where it read maps and pooled them.
 
-    Source: mmselfsup mmselfsup/models/utils/multi_pooling.py and its mhead configs. Pools that fit
-    the table only at 224 pixels are replaced by adaptive ones elsewhere (`heads.stage_pools`).
+    Args:
+        probe: of `avgpool` or `stages`; its layers after the pool are shared.
+        place: index of its features in what `forward` is given.
+        shape: channels, height and width of its pooled map; (N, C * H * W) lies flat.
+    """
+    assert isinstance(probe.layers, nn.Sequential)
+    _pool, *rest = probe.layers
+    return StageProbe(probe.name, place, nn.Sequential(nn.Unflatten(1, shape), *rest))
+
+
+def stages(
+    backbone: Backbone, classes: int, input_size: int, *, affine: bool = False
+) -> list[StageProbe]:
+    """Pool, batch norm (by default without affine parameters), Linear, on every stage.
+
+    Source: mmselfsup mmselfsup/models/utils/multi_pooling.py and its mhead configs; with affine
+    parameters as VISSL's vissl/models/heads/linear_eval_mlp.py. Pools that fit the table only at
+    224 pixels are replaced by adaptive ones elsewhere (`heads.stage_pools`).
     """
     pools = stage_pools(backbone, input_size)
     dims = pooled_dims(backbone, input_size, pools)
@@ -67,7 +83,7 @@ def stages(backbone: Backbone, classes: int, input_size: int) -> list[StageProbe
             i,
             nn.Sequential(
                 pools[i],
-                nn.BatchNorm2d(backbone.stage_channels[i], affine=False),
+                nn.BatchNorm2d(backbone.stage_channels[i], affine=affine),
                 nn.Flatten(),
                 _linear(dims[i], classes),
             ),

@@ -6,6 +6,7 @@ computed where they are used, never written back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,6 +57,19 @@ class Probe:
     """Optimiser of these classifiers; others have their own."""
     schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
     """Learning rate over time."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates to compare: each classifier is trained with every one of them in the same
+    pass, called NAME@LR, and the best on the validation data is named. Empty: optim.lr alone."""
+    affine: bool = False
+    """Whether the batch norm of stages has affine parameters (VISSL) or not (mmselfsup)."""
+
+    def __post_init__(self) -> None:
+        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
+            raise ValueError(f"lrs must be positive, got {self.lrs}")
+        if len(set(self.lrs)) < len(self.lrs):
+            raise ValueError(f"lrs must differ, got {self.lrs}")
+        if self.affine and self.kind != "stages":
+            raise ValueError(f"affine is for stages, not for {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,12 @@ class Linear:
     )
     """Labelled validation data."""
     probes: tuple[Probe, ...] = (Probe(),)
-    """Sets of classifiers; all are trained in the same pass."""
+    """Sets of classifiers; all are trained in the same pass, each set by its own optimiser."""
+    cache: str = ""
+    """Folder of features (runs/features, say): those of the training pictures under the crop of the
+    validation are extracted once, and the probes (avgpool and stages) are trained on these, in
+    seconds. Without random crops, flips and colours: numbers differ from the published protocol's.
+    Empty: augmented pictures go through the trunk in every epoch."""
     eval_every: int = 10
     """Epochs between validations; the last epoch is always validated, and is what counts."""
     run: Run = field(default_factory=lambda: Run(epochs=100))

@@ -4,52 +4,141 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
+from pipelines.spec import (
+    CIFAR10,
+    NO_COLOUR,
+    CenterCrop,
+    Colour,
+    Crop,
+    LoaderSpec,
+    RandomCrop,
+    RandomResizedCrop,
+)
 from rotpred.optim import Optim
 from rotpred.recipes import Linear, Probe, Run
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.schedule import Steps, Table, Triangle
 
+_MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
+"""Of the multi-head probes."""
 
-def in1k_linear() -> Linear:
-    """ImageNet-1k, ResNet-50: the average-pool classifier and all five stages, in one pass.
 
-    Source: the average pool as MoCo's main_lincls.py and mmselfsup's resnet50_linear-8xb32-steplr-
-    100e_in1k.py (rate 30, no decay, x0.1 at 60 and 80, 100 epochs); the stages as mmselfsup 0.x's
-    resnet50_mhead_linear-8xb32-steplr-90e_in1k.py (rate 0.01, nesterov, decay 1e-4, x0.1 at 30 and
-    60, pools of mmselfsup/models/utils/multi_pooling.py), here over 100 epochs and with this
-    recipe's crop and flip only. Rates belong to 256 images a step.
-    Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_linear --weights FILE
-    Published (mmselfsup): 47.0; feature 1-5: 12.15 / 31.99 / 44.57 / 54.20 / 45.94.
-    """
-    data = "data/imagenet/{}.beton"
-    plain = LoaderSpec(data=data.format("train"), batch_size=32, views="plain")
+def _large(name: str, data: str, *, crop: Crop, colour: Colour = NO_COLOUR) -> Linear:
+    """ResNet-50 at 224 pixels, 256 images a step on 8 GPUs."""
+    plain = LoaderSpec(data=f"data/{data}/train.beton", batch_size=32, views="plain")
     return Linear(
-        name="in1k_linear",
+        name=name,
         backbone="resnet50",
-        train=replace(plain, crop=RandomResizedCrop(224)),
+        train=replace(plain, crop=crop, colour=colour),
         val=replace(
             plain,
-            data=data.format("val"),
+            data=f"data/{data}/val.beton",
             batch_size=128,
             crop=CenterCrop(224, 256),
             flip=False,
             shuffle=False,
             drop_last=False,
         ),
+    )
+
+
+def in1k_linear() -> Linear:
+    """ImageNet-1k, ResNet-50: a linear classifier on the average pool.
+
+    Source: MoCo, main_lincls.py, and mmselfsup, resnet50_linear-8xb32-steplr-100e_in1k.py: rate 30
+    for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip.
+    Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_linear --weights FILE
+    (several rates in one pass: --probes.0.lrs 3 10 30; features kept on disk instead of random
+    crops: --cache runs/features)
+    Published (mmselfsup): 47.0; OpenSelfSup: 47.01, random weights 4.35.
+    """
+    return replace(
+        _large("in1k_linear", "imagenet", crop=RandomResizedCrop(224)),
         probes=(
             Probe(
                 "avgpool",
                 Optim(lr=30.0, weight_decay=0.0, reference_batch=256),
                 Steps((60, 80), gamma=0.1),
             ),
-            Probe(
-                "stages",
-                Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256),
-                Steps((30, 60), gamma=0.1),
-            ),
         ),
         run=Run(epochs=100, precision="bf16"),
+    )
+
+
+def in1k_mhead() -> Linear:
+    """ImageNet-1k, ResNet-50: a linear classifier on each of the five stages, in one pass.
+
+    Source: mmselfsup 0.x, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, of which the published
+    numbers are: rate 0.01 for 256 images, nesterov, decay 1e-4, x0.1 at 30 and 60, 90 epochs, batch
+    norm without affine parameters, colour jitter 0.4 and PCA lighting 0.1. 1.x inherits steps at 60
+    and 80 and leaves out the stem.
+    VISSL (eval_resnet_8gpu_transfer_in1k_linear.yaml) has 28 epochs, other decay, affine batch norm
+    and no jitter: --run.epochs 28 --probes.0.schedule.milestones 8 16 24 --probes.0.affine
+    --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
+    --train.colour.brightness 0 --train.colour.contrast 0 --train.colour.saturation 0
+    --train.colour.lighting 0
+    Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_mhead --weights FILE
+    Published (mmselfsup), feature 1-5: 12.15 / 31.99 / 44.57 / 54.20 / 45.94.
+    """
+    colour = Colour(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1)
+    return replace(
+        _large("in1k_mhead", "imagenet", crop=RandomResizedCrop(224), colour=colour),
+        probes=(Probe("stages", _MHEAD, Steps((30, 60), gamma=0.1)),),
+        run=Run(epochs=90, precision="bf16"),
+    )
+
+
+def inat18_mhead() -> Linear:
+    """iNaturalist 2018, 8,142 classes, ResNet-50: a linear classifier on each of the five stages.
+
+    Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-84e_inat18.py: as `in1k_mhead` without colour
+    jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x prints these values, but would run others).
+    VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml): --probes.0.affine
+    --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
+    Command: torchrun --nproc-per-node 8 scripts/evaluate.py inat18_mhead --weights FILE
+    (without conversion: --train.data inaturalist:train2018.json --train.root FOLDER, and for val)
+    Published: nothing for rotation prediction.
+    """
+    return replace(
+        _large("inat18_mhead", "inat18", crop=RandomResizedCrop(224)),
+        probes=(Probe("stages", _MHEAD, Steps((24, 48, 72), gamma=0.1)),),
+        run=Run(epochs=84, precision="bf16"),
+    )
+
+
+def places205_mhead() -> Linear:
+    """Places205, ResNet-50: a linear classifier on each of the five stages.
+
+    Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-28e_places205.py: as `in1k_mhead` without
+    colour jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs.
+    VISSL's, with crops of another kind, is `places205_mhead_vissl`.
+    Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead --weights FILE
+    (without conversion: --train.data train_places205.csv --train.root FOLDER, and for val)
+    Published (mmselfsup), feature 1-5: 18.94 / 34.72 / 44.53 / 46.30 / 44.12.
+    """
+    return replace(
+        _large("places205_mhead", "places205", crop=RandomCrop(224, padding=0, resize=256)),
+        probes=(Probe("stages", _MHEAD, Steps((7, 14, 21), gamma=0.1)),),
+        run=Run(epochs=28, precision="bf16"),
+    )
+
+
+def places205_mhead_vissl() -> Linear:
+    """Places205 as VISSL has it: crops of random size, 14 epochs.
+
+    Source: VISSL, eval_resnet_8gpu_transfer_places205_linear.yaml: as `places205_mhead`, but
+    x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm.
+    Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead_vissl --weights FILE
+    Published: nothing per stage for rotation prediction.
+    """
+    base = places205_mhead()
+    optim = replace(_MHEAD, weight_decay=5e-4, decay_rule="no_norm")
+    return replace(
+        base,
+        name="places205_mhead_vissl",
+        train=replace(base.train, crop=RandomResizedCrop(224)),
+        probes=(Probe("stages", optim, Steps((4, 8, 12), gamma=0.1), affine=True),),
+        run=replace(base.run, epochs=14),
     )
 
 
@@ -104,7 +193,7 @@ def cifar10_probes() -> Linear:
 def cifar10_linear() -> Linear:
     """CIFAR-10, all stages and the average pool of the small ResNet-18, for two CPU cores.
 
-    Source: our own schedule; probes as `in1k_linear`.
+    Source: our own schedule; probes as `in1k_linear` and `in1k_mhead`.
     Command: torchrun --nproc-per-node 2 scripts/evaluate.py cifar10_linear --weights FILE
     Measured: docs/results/rotnet_cifar10_r18.
     """
@@ -124,8 +213,8 @@ def cifar10_linear() -> Linear:
 def quickstart_linear() -> Linear:
     """Scanned digits: the demo's evaluation, on the network that `quickstart` trains.
 
-    Source: our own schedule; probes as `in1k_linear`. Two hundred labels: with all 1,437 the digits
-    are so easy that features of random weights do about as well.
+    Source: our own schedule; probes as `cifar10_linear`. Two hundred labels: with all 1,437
+    the digits are so easy that features of random weights do about as well.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py quickstart_linear --weights FILE
     """
     base, pretext = cifar10_linear(), quickstart()
@@ -142,5 +231,14 @@ def quickstart_linear() -> Linear:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (in1k_linear, cifar10_probes, cifar10_linear, quickstart_linear)
+    for recipe in (
+        in1k_linear,
+        in1k_mhead,
+        inat18_mhead,
+        places205_mhead,
+        places205_mhead_vissl,
+        cifar10_probes,
+        cifar10_linear,
+        quickstart_linear,
+    )
 }
