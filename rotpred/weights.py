@@ -1,4 +1,4 @@
-"""Backbone weights: exported with torchvision's keys, imported only where they fit completely."""
+"""Weights: ours written, ours and other projects' loaded, only where they fit completely."""
 
 from __future__ import annotations
 
@@ -7,37 +7,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
-from rotpred.backbone import Backbone
-from rotpred.checkpoint import load, sidecar_of
-from rotpred.durable import (
-    CheckpointError,
-    check_space,
-    load_plain,
-    replace,
-    sha256_file,
-    write_verified,
-)
+from rotpred.backbone import Backbone, build_backbone
+from rotpred.durable import CheckpointError, check_space, replace, sha256_file, write_verified
+from rotpred.foreign import Found, Tensors, read, some
+from rotpred.heads import RotNet
 
-__all__ = ["LoadReport", "load_backbone", "save_backbone", "sha256_file"]
-
-KNOWN_HEADS = ("head.", "fc.")
-"""Prefixes of keys that a backbone does without: our own and mmselfsup's heads, torchvision's."""
+__all__ = [
+    "LoadReport",
+    "finite_tensors",
+    "load_backbone",
+    "load_rotnet",
+    "read_backbone",
+    "save_backbone",
+    "sha256_file",
+    "write_whole",
+]
 
 
 class LoadReport(NamedTuple):
-    """What `load_backbone` did, by keys of the backbone (loaded, missing) or the file (ignored)."""
+    """What was loaded, by keys of the network (loaded, missing) or of the file (ignored)."""
 
     loaded: tuple[str, ...]
     ignored: tuple[str, ...]
-    """Keys of a known head."""
+    """Heads, and what else the layout is known to have beside a backbone."""
     missing: tuple[str, ...]
     """BN step counters that older files lack; nothing computes with them. Else empty."""
     sha256: str
     """Of the file, for the results' provenance."""
+    layout: str
+    """Whose format it was recognised as."""
+
+    def words(self) -> str:
+        """One line for the log."""
+        parts = {"ignored": self.ignored, "missing": self.missing}
+        more = [f"{len(k)} {what}" + (f" ({some(k)})" if k else "") for what, k in parts.items()]
+        return f"{self.layout}: {len(self.loaded)} tensors loaded, {', '.join(more)}"
 
 
 def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> str:
@@ -54,12 +62,31 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
     Raises:
         CheckpointError: weights that are not finite, or no space.
     """
+    tensors = finite_tensors(backbone)
+    data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
+    return write_whole(path, data)
+
+
+def finite_tensors(backbone: Backbone) -> Tensors:
+    """The state dict, on the CPU and contiguous, for a file.
+
+    Raises:
+        CheckpointError: values that are not finite.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     sick = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
     if sick:
-        raise CheckpointError(f"not written, because of values that are not finite: {_some(sick)}")
+        raise CheckpointError(f"not written, because of values that are not finite: {some(sick)}")
+    return tensors
+
+
+def write_whole(path: Path, data: bytes) -> str:
+    """Write a file (and its folder) as a whole or not at all; return its SHA-256.
+
+    Raises:
+        CheckpointError: no space, or the disk does not give back what was written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
     check_space(path.parent, len(data))
     temporary, digest = write_verified(path, lambda file: file.write(data))
     replace(temporary, path)
@@ -67,33 +94,101 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
 
 
 def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
-    """Fill a backbone from a file, completely or not at all.
-
-    Read are: our safetensors; our training checkpoints and mmselfsup's files (`model` or
-    `state_dict` within, prefix `backbone.`); flat state dicts with torchvision's keys.
+    """Fill a backbone from a file of any layout that `foreign.read` knows, whole or not at all.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: damaged or unsafe file, another architecture, missing or unknown keys,
             other shapes, values that are not finite. The backbone is unchanged then.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    tensors, arch = _read_weights(path)
-    if arch is not None and arch != backbone.arch:
-        raise CheckpointError(f"{path} holds weights of {arch}, not of {backbone.arch}")
-    prefix = "backbone." if any(key.startswith("backbone.") for key in tensors) else ""
-    own = backbone.state_dict()
-    given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    heads = [k for k in tensors if k.startswith(KNOWN_HEADS) and k not in own]
-    expected = {*heads, *(prefix + k for k in own)}
-    unknown = [k for k in tensors if k not in expected]
+    return _fill_backbone(backbone, path, read(path))
+
+
+def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadReport]:
+    """Build the backbone that a file holds, and fill it.
+
+    Args:
+        path: as for `load_backbone`.
+        arch: one of `BACKBONES`; None: the file is one of ours and names it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: as `load_backbone`, or nothing names the architecture.
+    """
+    found = read(path)
+    if arch is None and found.arch is None:
+        raise CheckpointError(f"{path} does not say which network it is for: name its arch")
+    backbone = build_backbone(arch or str(found.arch))
+    return backbone, _fill_backbone(backbone, path, found)
+
+
+def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> LoadReport:
+    """Fill a backbone and its rotation head, to score or to go on with the pretext task.
+
+    Heads that count quarter turns clockwise get their classes 1 and 3 swapped: ours count
+    counter-clockwise, as do the authors', VISSL's and those of mmselfsup 0.x. mmselfsup 1.x counts
+    clockwise (its processing.py turns with mmcv's `imrotate`).
+
+    Args:
+        net: one of `make_rotnet`.
+        path: our training checkpoint, or a whole file of mmselfsup, VISSL or the authors.
+        clockwise: how the file's head counts; needed where the file does not show it (mmselfsup's
+            without `meta`), and compared where it does.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: as `load_backbone`, no rotation head, or its direction is unknown or
+            another one. The network is unchanged then.
+    """
+    found = read(path)
+    if not found.head:
+        raise CheckpointError(f"{path} ({found.layout}) holds no rotation head")
+    if found.clockwise is None and clockwise is None:
+        raise CheckpointError(
+            f"{path} ({found.layout}) does not show which way its labels turn: say whether "
+            "clockwise (mmselfsup 1.x) or not (0.x)"
+        )
+    if None not in (found.clockwise, clockwise) and found.clockwise != clockwise:
+        raise CheckpointError(
+            f"{path} ({found.layout}) turns {'' if found.clockwise else 'counter-'}clockwise"
+        )
+    head = dict(found.head)
+    if found.clockwise or clockwise:
+        for key in ("fc.weight", "fc.bias"):
+            if key in head:
+                head[key] = _reverse(path, head[key])
+    given = {f"backbone.{k}": v for k, v in found.backbone.items()}
+    given |= {f"head.{k}": v for k, v in head.items()}
+    return _fill(net, net.backbone.arch, path, found, given, found.ignored)
+
+
+def _reverse(path: Path, classes: torch.Tensor) -> torch.Tensor:
+    """Swap the rows of 90 and 270 degrees."""
+    if classes.shape[:1] != (4,):
+        raise CheckpointError(
+            f"{path}: expected 4 rotations in the head, found {classes.shape[:1]}"
+        )
+    return classes[[0, 3, 2, 1]]
+
+
+def _fill_backbone(backbone: Backbone, path: Path, found: Found) -> LoadReport:
+    ignored = found.head_keys + found.ignored
+    return _fill(backbone, backbone.arch, path, found, found.backbone, ignored)
+
+
+def _fill(
+    net: nn.Module, arch: str, path: Path, found: Found, given: Tensors, ignored: tuple[str, ...]
+) -> LoadReport:
+    """Load `given` into a network if nothing is wrong with any of it."""
+    if found.arch is not None and found.arch != arch:
+        raise CheckpointError(f"{path} holds weights of {found.arch}, not of {arch}")
+    own: Tensors = net.state_dict()
     missing = [k for k in own if k not in given]
     counters = [k for k in missing if k.endswith(".num_batches_tracked")]
     shared = [k for k in own if k in given]
     problems = {
         "missing": [k for k in missing if k not in counters],
-        "unknown": unknown,
+        "unknown": [*found.unknown, *(k for k in given if k not in own)],
         "of another shape or type": [
             f"{k} {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
             for k in shared
@@ -102,11 +197,11 @@ def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
         ],
         "not finite": [k for k in shared if not bool(given[k].isfinite().all())],
     }
-    words = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys]
+    words = [f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys]
     if words:
-        raise CheckpointError(f"{path} does not fit {backbone.arch}: {'; '.join(words)}")
-    backbone.load_state_dict({**{k: own[k] for k in counters}, **{k: given[k] for k in shared}})
-    return LoadReport(tuple(shared), tuple(heads), tuple(counters), sha256_file(path))
+        raise CheckpointError(f"{path} ({found.layout}) does not fit {arch}: {'; '.join(words)}")
+    net.load_state_dict({**{k: own[k] for k in counters}, **{k: given[k] for k in shared}})
+    return LoadReport(tuple(shared), ignored, tuple(counters), sha256_file(path), found.layout)
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -118,28 +213,3 @@ def _sorted_header(data: bytes) -> bytes:
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
-    """Return the state dict in a file, and the architecture if the file names it."""
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                return tensors, (file.metadata() or {}).get("arch")
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
-    content = load(path).state if sidecar_of(path).exists() else load_plain(path, "cpu")
-    arch = content.get("arch")
-    for container in ("model", "state_dict"):
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    odd = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if odd:
-        raise CheckpointError(f"{path} is no state dict: {_some(odd)} are not tensors")
-    return content, arch if isinstance(arch, str) else None
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -136,7 +136,8 @@ mkdir -p "$VENV"
 : >"$LOG"
 rm -f "$STAMP"
 "$PY" -m pip --version >/dev/null 2>&1 || make_venv
-stage "rotpred, torch and tools" pip_install -e '.[dev]' || die "pip install -e '.[dev]'"
+stage "rotpred, torch and tools" pip_install -e '.[dev,eval]' ||
+    die "pip install -e '.[dev,eval]'"
 
 missing=
 why=

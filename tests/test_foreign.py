@@ -1,0 +1,420 @@
+"""Other projects' files: built with their key names from nets of their shape, then read by ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+import types
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from rotpred.backbone import build_backbone
+from rotpred.checkpoint import CheckpointError, save
+from rotpred.heads import make_rotnet
+from rotpred.weights import load_backbone, load_rotnet, read_backbone
+
+pytestmark = pytest.mark.timeout(120)
+
+State = dict[str, torch.Tensor]
+
+
+def stir(net: nn.Module) -> nn.Module:
+    """Give every tensor values of its own, statistics and counters of BN too."""
+    draw = torch.Generator().manual_seed(len(net.state_dict()))
+    for key, value in net.state_dict().items():
+        if not value.is_floating_point():
+            value.fill_(7)
+        elif "running_var" in key:
+            value.uniform_(0.5, 2.0, generator=draw)
+        elif value.ndim < 2:
+            value.uniform_(-0.5, 0.5, generator=draw)
+    return net.eval()
+
+
+def equal(a: State, b: State) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def renamed(state: State, prefix: str) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+class Unit(nn.Module):
+    """The authors' BasicBlock."""
+
+    def __init__(self, inputs: int, width: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential()
+        conv = nn.Conv2d(inputs, width, size, padding=size // 2, bias=False)
+        self.layers.add_module("Conv", conv)
+        self.layers.add_module("BatchNorm", nn.BatchNorm2d(width))
+        self.layers.add_module("ReLU", nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Blocks(nn.Module):
+    """A network of the authors: everything in `_feature_blocks`."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self._feature_blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for block in self._feature_blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+
+def authors_nin(stages: int) -> Blocks:
+    blocks: list[nn.Module] = []
+    for k in range(1, stages + 1):
+        inputs, widths = (3, (192, 160, 96)) if k == 1 else (96 if k == 2 else 192, (192,) * 3)
+        block = nn.Sequential()
+        for j, width in enumerate(widths, start=1):
+            size = 1 if j > 1 else (5 if k < 3 else 3)
+            block.add_module(f"Block{k}_ConvB{j}", Unit(inputs, width, size))
+            inputs = width
+        if k == 1:
+            block.add_module("Block1_MaxPool", nn.MaxPool2d(3, 2, 1))
+        if k == 2:
+            block.add_module("Block2_AvgPool", nn.AvgPool2d(3, 2, 1))
+        blocks.append(block)
+    last = nn.Sequential()
+    last.add_module("GlobalAveragePooling", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    last.add_module("Classifier", nn.Linear(192, 4))
+    return Blocks([*blocks, last])
+
+
+def authors_alexnet() -> Blocks:
+    def unit(inputs: int, width: int, size: int, stride: int, padding: int) -> nn.Module:
+        conv = nn.Conv2d(inputs, width, size, stride, padding)
+        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+
+    full = [nn.Flatten()]
+    for inputs in (9216, 4096):
+        full += [nn.Linear(inputs, 4096, bias=False), nn.BatchNorm1d(4096), nn.ReLU()]
+    return Blocks(
+        [
+            unit(3, 64, 11, 4, 2), nn.MaxPool2d(3, 2), unit(64, 192, 5, 1, 2), nn.MaxPool2d(3, 2),
+            unit(192, 384, 3, 1, 1), unit(384, 256, 3, 1, 1), unit(256, 256, 3, 1, 1),
+            nn.MaxPool2d(3, 2), nn.Sequential(*full), nn.Sequential(nn.Linear(4096, 4)),
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stages", [3, 4, 5])
+def test_the_authors_nin_computes_the_same_here(tmp_path: Path, stages: int) -> None:
+    theirs = stir(authors_nin(stages))
+    path = tmp_path / "model_net_epoch200"
+    torch.save({"epoch": 200, "network": theirs.state_dict()}, path)
+    ours = make_rotnet(f"nin{stages}").eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    report = load_backbone(ours.backbone, path)
+    assert report.layout == "RotNet authors' NIN" and report.missing == ()
+    assert report.ignored == tuple(
+        f"_feature_blocks.{stages}.Classifier.{k}" for k in ("weight", "bias")
+    )
+    with torch.no_grad():
+        *maps, logits = theirs(images)
+        for mine, other in zip(ours.backbone.stages(images), maps, strict=True):
+            assert other.std() > 0 and torch.equal(mine, other)
+        assert not torch.allclose(ours(images), logits)
+        load_rotnet(ours, path)
+        torch.testing.assert_close(ours(images), logits)
+    with pytest.raises(CheckpointError, match="does not fit nin"):
+        load_backbone(build_backbone("nin4" if stages != 4 else "nin5"), path)
+
+
+def test_the_authors_alexnet_computes_the_same_here(tmp_path: Path) -> None:
+    theirs = stir(authors_alexnet())
+    path = tmp_path / "model_net_epoch50"
+    torch.save({"epoch": 50, "network": theirs.state_dict()}, path)
+    ours = make_rotnet("alexnet").eval()
+    report = load_rotnet(ours, path)
+    assert len(report.loaded) == len(theirs.state_dict()) and report.ignored == ()
+    images = torch.randn(1, 3, 227, 227, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = theirs(images)
+        for mine, k in zip(ours.backbone.stages(images), (0, 2, 4, 5, 6), strict=True):
+            assert torch.equal(mine, outputs[k])
+        torch.testing.assert_close(ours(images), outputs[-1])
+    vissl = tmp_path / "rotnet_alexnet.torch"
+    torch.save({"model_state_dict": theirs.state_dict()}, vissl)
+    trunk = build_backbone("alexnet")
+    assert len(load_backbone(trunk, vissl).ignored) == 14
+    assert equal(trunk.state_dict(), ours.backbone.state_dict())
+
+
+class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    """Writes text as Python 2 wrote its byte strings."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+    def save_str(self, text: str) -> None:
+        data = text.encode()
+        self.write(pickle.SHORT_BINSTRING + bytes([len(data)]) + data)
+        self.memoize(text)
+
+    dispatch[str] = save_str
+
+
+def test_files_from_python_2_are_read(tmp_path: Path) -> None:
+    """As the authors' are: no archive but a row of pickles, and no batch counters."""
+    theirs = stir(authors_nin(3)).state_dict()
+    state = OrderedDict((k, v) for k, v in theirs.items() if "num_batches" not in k)
+    module = types.SimpleNamespace(
+        Pickler=Python2Pickler, dumps=pickle.dumps, dump=pickle.dump, __name__="pickle"
+    )
+    module.dump = lambda value, file, protocol: Python2Pickler(file, protocol).dump(value)
+    path = tmp_path / "model_net_epoch1"
+    torch.save(
+        {"epoch": 1, "network": state}, path, module, 2, _use_new_zipfile_serialization=False
+    )
+    assert b"U" + bytes([7]) + b"network" in path.read_bytes()
+    net = build_backbone("nin3")
+    report = load_backbone(net, path)
+    assert len(report.missing) == 9 and len(report.loaded) == 45
+    assert torch.equal(net.block2.bn3.running_var, theirs[
+        "_feature_blocks.1.Block2_ConvB3.layers.BatchNorm.running_var"
+    ])  # fmt: skip
+
+
+TRUNK = stir(build_backbone("resnet18")).state_dict()
+FC = {"weight": torch.arange(4.0)[:, None].expand(4, 512).clone(), "bias": torch.arange(4.0)}
+
+
+def foreign_files() -> dict[str, Any]:
+    """One of each layout around the same trunk."""
+    mm = renamed(TRUNK, "backbone.") | renamed(FC, "head.fc_cls.")
+    blocks = renamed(TRUNK, "_feature_blocks.")
+    model = {"trunk": blocks, "heads": renamed(FC, "0.clf.0.")}
+    classy = {"base_model": {"model": model}, "optimizer": {"lr": 0.1}, "meters": [{}]}
+    moco = renamed(TRUNK, "module.encoder_q.") | renamed(TRUNK, "module.encoder_k.")
+    moco |= renamed({"0.weight": torch.zeros(1), "2.bias": torch.zeros(1)}, "module.encoder_q.fc.")
+    moco |= {"module.queue": torch.zeros(1), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    full = TRUNK | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    return {
+        "torchvision": full,
+        "timm": {"arch": "resnet18", "state_dict": full, "args": argparse.Namespace(lr=0.1)},
+        "mmselfsup 0.x": {"meta": {"mmselfsup_version": "0.8.0", "epoch": 70}, "state_dict": mm},
+        "mmselfsup 1.x": {"meta": {"mmengine_version": "0.1.0"}, "state_dict": mm},
+        "mmselfsup without meta": {"state_dict": mm},
+        "mmselfsup extracted": {"state_dict": dict(TRUNK), "author": "MMSelfSup"},
+        "VISSL": {"phase": 125, "loss": np.float64(0.5), "classy_state_dict": classy},
+        "VISSL flat": blocks,
+        "VISSL converted": dict(TRUNK),
+        "VISSL live": renamed(blocks, "trunk.base_model.") | {"heads.0.a": FC["bias"]},
+        "MoCo": {"epoch": 200, "arch": "resnet18", "state_dict": moco, "optimizer": {"state": {}}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", foreign_files())
+def test_foreign_backbones_arrive_whole(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / "weights.pth"
+    content = foreign_files()[layout]
+    torch.save(content, path)
+    net = build_backbone("resnet18")
+    report = load_backbone(net, path)
+    assert equal(net.state_dict(), TRUNK) and set(report.loaded) == set(TRUNK)
+    assert report.missing == ()
+    expected = {
+        "torchvision": 2, "timm": 2, "VISSL": 2, "VISSL live": 1, "MoCo": len(TRUNK) + 4,
+        "mmselfsup 0.x": 2, "mmselfsup 1.x": 2, "mmselfsup without meta": 2,
+    }.get(layout, 0)  # fmt: skip
+    assert len(report.ignored) == expected
+    words = report.words()
+    assert report.layout in words and f"{len(TRUNK)} tensors loaded, {expected} ignored" in words
+    with pytest.raises(CheckpointError, match="name its arch"):
+        read_backbone(path)
+    built, again = read_backbone(path, "resnet18")
+    assert equal(built.state_dict(), TRUNK) and again == report
+
+
+@pytest.mark.parametrize(
+    "layout", ["torchvision", "timm", "mmselfsup 1.x", "VISSL", "VISSL live", "MoCo"]
+)
+@pytest.mark.parametrize("how", ["missing", "unknown", "shape"])
+def test_damaged_foreign_files_are_refused(tmp_path: Path, layout: str, how: str) -> None:
+    content = foreign_files()[layout]
+    inner = content
+    for key in ("classy_state_dict", "base_model", "model", "trunk", "state_dict"):
+        inner = inner.get(key, inner)
+    # The first convolution is what mmselfsup's own conversion can lose without a word.
+    key = next(key for key in inner if key.endswith("conv1.weight"))
+    if how == "missing":
+        del inner[key]
+        words = r"1 missing \(conv1.weight\)"
+    elif how == "unknown":
+        inner["neck.fc.weight"] = torch.zeros(1)
+        words = r"1 unknown \((trunk\.)?neck.fc.weight\)"
+    else:
+        inner[key] = inner[key][:, :, :3]
+        words = r"conv1.weight \(64, 3, 3, 7\), expected \(64, 3, 7, 7\)"
+    torch.save(content, tmp_path / "weights.pth")
+    net = build_backbone("resnet18")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=words):
+        load_backbone(net, tmp_path / "weights.pth")
+    assert equal(net.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "order"),
+    [
+        ("mmselfsup 0.x", None, [0, 1, 2, 3]),
+        ("mmselfsup 1.x", None, [0, 3, 2, 1]),
+        ("mmselfsup 1.x", True, [0, 3, 2, 1]),
+        ("mmselfsup without meta", True, [0, 3, 2, 1]),
+        ("mmselfsup without meta", False, [0, 1, 2, 3]),
+        ("VISSL", None, [0, 1, 2, 3]),
+    ],
+)
+def test_rotation_heads_count_counter_clockwise(
+    tmp_path: Path, layout: str, given: bool | None, order: list[int]
+) -> None:
+    torch.save(foreign_files()[layout], tmp_path / "weights.pth")
+    net = make_rotnet("resnet18").eval()
+    report = load_rotnet(net, tmp_path / "weights.pth", clockwise=given)
+    assert report.ignored == () and len(report.loaded) == len(TRUNK) + 2
+    assert equal(net.backbone.state_dict(), TRUNK)
+    assert net.head.fc.bias.tolist() == [float(k) for k in order]
+    assert net.head.fc.weight[:, 5].tolist() == [float(k) for k in order]
+
+
+def test_our_own_head_comes_back(tmp_path: Path) -> None:
+    first, second = stir(make_rotnet("nin3")), make_rotnet("nin3")
+    path = save(tmp_path, 1, {"model": first.state_dict(), "arch": "nin3"})
+    assert load_rotnet(second, path).layout == "rotpred checkpoint"
+    assert equal(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "words"),
+    [
+        ("mmselfsup without meta", None, "does not show which way"),
+        ("mmselfsup 1.x", False, "turns clockwise"),
+        ("mmselfsup 0.x", True, "turns counter-clockwise"),
+        ("torchvision", None, "holds no rotation head"),
+        ("MoCo", None, "holds no rotation head"),
+        ("mmselfsup extracted", None, "holds no rotation head"),
+    ],
+)
+def test_heads_of_unclear_meaning_are_refused(
+    tmp_path: Path, layout: str, given: bool | None, words: str
+) -> None:
+    torch.save(foreign_files()[layout], tmp_path / "weights.pth")
+    net = make_rotnet("resnet18")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=words):
+        load_rotnet(net, tmp_path / "weights.pth", clockwise=given)
+    assert equal(net.state_dict(), before)
+
+
+def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    content = foreign_files()["mmselfsup 0.x"]
+    content["state_dict"]["head.fc_cls.weight"] = torch.zeros(1000, 512)
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"head.fc.weight \(1000, 512\), expected \(4, 512\)"):
+        load_rotnet(make_rotnet("resnet18"), tmp_path / "weights.pth")
+    content["meta"] = {"mmengine_version": "1"}
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="expected 4 rotations"):
+        load_rotnet(make_rotnet("resnet18"), tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_live_models_of_timm_and_torchvision(tmp_path: Path, name: str) -> None:
+    for theirs in (timm.create_model(name, pretrained=False), torchvision.models.get_model(name)):
+        torch.save(stir(theirs).state_dict(), tmp_path / "flat.pth")
+        ours = build_backbone(name).eval()
+        assert load_backbone(ours, tmp_path / "flat.pth").ignored == ("fc.weight", "fc.bias")
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                theirs.fc(ours.pooled(images)), theirs(images), rtol=1e-4, atol=1e-4
+            )
+
+
+class HistoryBuffer:
+    """What mmengine's looks like in a file."""
+
+    def __init__(self) -> None:
+        self._log_history = np.arange(3.0)
+        self._max_length = 10
+
+
+def test_bookkeeping_of_other_programs_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mmengine.logging.history_buffer"
+    for part in ("mmengine", "mmengine.logging", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    sys.modules[name].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    monkeypatch.setattr(HistoryBuffer, "__module__", name)
+    content = foreign_files()["mmselfsup without meta"]
+    content["message_hub"] = {"log_scalars": OrderedDict(a=HistoryBuffer()), "x": np.int64(3)}
+    torch.save(content, tmp_path / "epoch_70.pth")
+    net = make_rotnet("resnet18")
+    load_rotnet(net, tmp_path / "epoch_70.pth")
+    assert net.head.fc.bias.tolist() == [0.0, 3.0, 2.0, 1.0]
+    content["state_dict"]["backbone.bn1.bias"] = np.zeros(64)
+    torch.save(content, tmp_path / "epoch_70.pth")
+    with pytest.raises(CheckpointError, match=r"bn1\.bias are not tensors"):
+        load_backbone(build_backbone("resnet18"), tmp_path / "epoch_70.pth")
+
+
+class Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    content = {**foreign_files()["mmselfsup 0.x"], "hook": Runs(tmp_path / "marker")}
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"holds a posix\.mkdir, whose loading can run code"):
+        load_backbone(build_backbone("resnet18"), tmp_path / "bad.pth")
+    assert not (tmp_path / "marker").exists()
+    torch.load(tmp_path / "bad.pth", weights_only=False)
+    assert (tmp_path / "marker").exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": {}, "state_dict": {}}, "several state dicts: model, state_dict"),
+        ({"classy_state_dict": {"base_model": {}}}, "expected trunk and heads"),
+        ({"_feature_blocks.3.Classifier.bias": FC["bias"], "_feature_blocks.4.Classifier.bias":
+          FC["bias"], "_feature_blocks.0.Block1_ConvB1.layers.Conv.weight": FC["bias"]}, "second"),
+        ({"state_dict": {}}, "missing"),
+    ],
+)  # fmt: skip
+def test_files_of_no_layout_are_refused(
+    tmp_path: Path, content: dict[str, Any], words: str
+) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=words):
+        load_backbone(build_backbone("resnet18"), tmp_path / "weights.pth")
+
+
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"model": Runs(tmp_path / "marker")}))
+    with pytest.raises(CheckpointError, match="only written, never read"):
+        load_backbone(build_backbone("resnet50"), tmp_path / "R-50.pkl")
+    assert not (tmp_path / "marker").exists()
