@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import pytest
@@ -43,12 +44,12 @@ pytestmark = pytest.mark.timeout(120)
 PIXELS = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """Leaves pixels as they are, 0 to 255."""
 
-MEASURED = {"folder": 0.0, "dali": 1.0, "ffcv": 4.0}
-"""Mean absolute difference to the folder engine that is allowed, in levels of 256.
+MEASURED = {"folder": (0.0, 0), "dali": (0.4, 1), "ffcv": (2.0, 8)}
+"""Difference to the folder engine that is allowed, in levels of 256: of an image's mean, and of any
+pixel.
 
-Measured on these pictures: DALI 0.2, whose resize is the same antialiased filter with other
-rounding and edges. FFCV 1.1: it decodes with the fast DCT and shrinks with OpenCV's INTER_AREA, a
-box filter where the others use a triangle."""
+Measured on these pictures: DALI 0.26 and 1, the same decoder and filter with other rounding. FFCV
+1.3 and 5: it decodes with the fast DCT."""
 
 MISSING = {
     engine: f"{module} is not installed"
@@ -211,6 +212,19 @@ def test_batches_belong_to_the_consumer(make, name: str) -> None:
     assert len(kept) == 19 and equal(kept, copies)
 
 
+@pytest.mark.parametrize(("views", "batch"), [("rotate4", 4), ("plain", 16)])
+def test_memory_that_the_consumer_has_dropped_is_used_again(make, views: str, batch: int) -> None:
+    """No fresh pages: mapping those takes longer than filling them."""
+    options = {"views": views, "batch_size": batch, "samples": 10 * batch}
+    batches = make("synthetic-none", crop=RandomResizedCrop(224), **options).epoch(0)
+    for _ in range(3):
+        size = next(batches).images.nbytes
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    count = sum(1 for _batch in batches)
+    fresh = count * size / os.sysconf("SC_PAGE_SIZE")
+    assert count == 7 and getrusage(RUSAGE_SELF).ru_minflt - before < fresh / 4
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -297,11 +311,34 @@ def test_dali_is_given_what_a_crop_needs(make, tmp_path: Path) -> None:
     for epoch in range(6):
         (ours,), (theirs,) = epoch_of(part, epoch), epoch_of(whole, epoch)
         assert torch.equal(ours.indices, theirs.indices)
-        assert (ours.images - theirs.images).abs().max() <= 1
+        assert torch.equal(ours.images, theirs.images)
     assert part.digest == whole.digest
     given, *_ = part._source._feed._batch(0, 0, np.arange(2))
     with Beton.open(tmp_path / "d.beton") as beton:
         assert sum(map(len, given)) < 0.6 * beton.sizes.sum()
+
+
+@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
+def test_dali_resizes_while_the_consumer_works(make) -> None:
+    source = make("dali-beton")._source
+    crops = source.epoch(0)
+    held = next(crops)
+    before = held.images.clone()
+    (ahead,) = source._graph._ready
+    done = ahead.result(30)  # nobody has asked for it
+    assert done.place == (0, 1) and torch.equal(held.images, before)
+    assert torch.equal(next(crops).images, done.images) and not torch.equal(done.images, before)
+
+
+@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
+def test_dali_names_the_time_that_it_waited(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, stuck = make("dali-beton", timeout=0.6), threading.Event()
+    monkeypatch.setattr("pipelines.dali.splice_batch", lambda *_args: stuck.wait(60))
+    try:
+        with pytest.raises(TimeoutError, match="for 1 s"):
+            epoch_of(loader)
+    finally:
+        stuck.set()
 
 
 CROPS: dict[str, Crop] = {
@@ -327,8 +364,9 @@ def test_engines_agree(make, name: str, crop: Crop) -> None:
             assert torch.equal(ours.indices, theirs.indices)
             assert torch.equal(ours.labels, theirs.labels)
             assert torch.equal(ours.valid, theirs.valid)
-            far = (ours.images - theirs.images).abs().mean((1, 2, 3))
-            assert far.max() <= MEASURED[name.split("-")[0]], far
+            far = (ours.images - theirs.images).abs()
+            mean, most = MEASURED[name.split("-")[0]]
+            assert far.mean((1, 2, 3)).max() <= mean and far.max() <= most
         assert loader.digest == reference.digest != 0
     assert loader.classes == reference.classes == ("a", "b", "c")
 
@@ -417,7 +455,7 @@ def test_engine_and_data_must_fit(folder: Path, tmp_path: Path) -> None:
     for engine in ("folder", *(e for e in ("ffcv", "dali") if e not in MISSING)):
         with pytest.raises(FileNotFoundError, match=r"none\.beton"):
             open_loader(LoaderSpec(data=str(tmp_path / "none.beton"), engine=engine))  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match=r"no such \.beton file, image folder or list"):
+    with pytest.raises(FileNotFoundError, match="none' is no folder, list file"):
         open_loader(LoaderSpec(data=str(tmp_path / "none"), engine="folder"))
 
 
