@@ -157,6 +157,8 @@ class FfcvSource:
     def close(self) -> None:
         """End the decoding thread and release the file."""
         self._stop()
+        if self._running is None or not self._running.is_alive():  # Else stuck: wait no longer.
+            self._loader.close()
         data_sets.close(self._beton)
 
     def _thread(self, epoch: int, start_step: int) -> DecodingThread:
@@ -207,9 +209,12 @@ class FfcvSource:
             return False
         if isinstance(item.images, Regions):
             h, w = item.images.shapes[i].tolist()
-            region = item.images.pixels[item.images.offsets[i] :][: h * w * 3].view(h, w, 3)
-            pixels = picture.permute(1, 2, 0).contiguous().numpy()
-            kernels.cut(pixels, int(box[0]), int(box[1]), region.numpy())
+            region = item.images.pixels[item.images.offsets[i] :][: h * w * 3]
+            pixels = picture.permute(1, 2, 0).contiguous()
+            kernels.cut(
+                pixels.data_ptr(), pixels.shape[0], pixels.shape[1], int(box[0]), int(box[1]),
+                region.data_ptr(), h, w,
+            )  # fmt: skip
         else:
             size = item.images.shape[1]
             item.images[i].copy_(crop(picture, box, size).permute(1, 2, 0))

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import llvmlite.binding
-import numba
 import numba.typed
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ from pipelines import kernels
 from pipelines.augment import Int32, boxes, patch_side
 from pipelines.batch import Regions
 from pipelines.beton import Beton
+from pipelines.crew import Crew
 from pipelines.order import Int64
 from pipelines.resample import scratch_size
 from pipelines.segments import RECORD
@@ -67,10 +66,7 @@ AHEAD = 3
 """Batches that may wait for the consumer."""
 
 _SLOTS = AHEAD + 2  # and one that it holds, and one that is being decoded
-_LINE = 64  # lanes' buffers begin at cache lines
-
-_LAUNCH = threading.Lock()
-"""One batch at a time in the process: numba's plainest thread pool aborts on a second one."""
+_LINE = 64  # lanes' buffers are whole cache lines long
 
 
 class Step(NamedTuple):
@@ -113,22 +109,23 @@ class _CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         tables = self._tables
 
         def decode_batch(indices, destination, _metadata, state):  # type: ignore[no-untyped-def]
-            lanes = tables.lanes
-            # numba refuses more threads than it started with; lanes beyond wait for their turn.
-            most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-            numba.set_num_threads(min(lanes, most))
             if destination is None:
                 regions = tables.regions()
-                pixels, offsets = regions.pixels.numpy(), regions.offsets.numpy()
-                with _LAUNCH:
-                    kernels.decode_regions(indices, pixels, offsets, state, lanes)
-                return regions
-            side = tables.side
-            crops = destination.reshape(-1)[: len(indices) * side * side * 3]
-            crops = crops.reshape(len(indices), side, side, 3)
-            with _LAUNCH:
-                kernels.decode_crops(indices, crops, state, lanes)
-            return torch.from_numpy(crops)
+                made: torch.Tensor | Regions = regions
+                out, offsets, side = regions.pixels.numpy(), regions.offsets.numpy(), 0
+            else:
+                side = tables.side
+                size = side * side * 3
+                out = destination.reshape(-1)[: len(indices) * size]
+                offsets = np.arange(len(indices)) * size
+                made = torch.from_numpy(out.reshape(len(indices), side, side, 3))
+            lanes = tables.lanes
+
+            def work(lane: int) -> None:
+                kernels.decode_lane(indices, out, offsets, side, state, lane, lanes)
+
+            tables.crew.run(work, lanes)
+            return made
 
         return decode_batch
 
@@ -142,6 +139,7 @@ class _Tables:
 
     def __init__(self, beton: Beton, spec: LoaderSpec, lanes: int) -> None:
         self.spec, self.lanes, self.side = spec, lanes, spec.crop.size
+        self.crew = Crew(lanes)
         self._regions = [torch.empty(0, dtype=torch.uint8)] * _SLOTS
         self._slot = 0
         sizes, heights, widths = beton.sizes, beton.heights, beton.widths
@@ -156,8 +154,8 @@ class _Tables:
         records, lengths = records[:], lengths[:]
         records.flags.writeable = lengths.flags.writeable = False
 
-        def buffers(size: int) -> Any:
-            return np.empty((lanes, -(-size // _LINE) * _LINE), np.uint8)
+        def buffers(size: int, dtype: type[np.generic] = np.uint8) -> Any:
+            return np.empty((lanes, -(-size // _LINE) * _LINE), dtype)
 
         self.state = kernels.State(
             data=beton.data,
@@ -174,7 +172,7 @@ class _Tables:
             spliced=buffers(int(sizes.max())),
             pictures=buffers(int((heights.astype(np.int64) * widths).max()) * 3),
             patches=buffers(patch * patch * 3),
-            scratch=buffers(scratch_size(*region, spec.crop.size)),
+            scratch=buffers(scratch_size(*region, spec.crop.size), np.uint32),
         )
 
     def begin(self, step: Step, slot: int) -> None:
@@ -254,3 +252,7 @@ class RingLoader(StockLoader):  # type: ignore[misc]
         (output,) = outputs
         images: torch.Tensor | Regions = args[f"result_{output}"]
         return Decoded(step, images, tables.state.boxes.copy(), tables.state.status.copy())
+
+    def close(self) -> None:
+        """End the threads, when no batch is being decoded."""
+        self.tables.crew.close()

@@ -1,8 +1,9 @@
 """Compiled inner loops of the FFCV engine.
 
-Module-level functions with `cache=True`: numba keeps their machine code on disk, which it cannot do
-for the code that FFCV generates around them. FFCV's decoder is called by symbol name;
-`pipelines.ffcv_loader` gives the name its address before the first call.
+Module-level functions, whose machine code is kept on disk, which numba cannot do for the code that
+FFCV generates around them. FFCV's decoder is called by symbol name; `pipelines.ffcv_loader` gives
+the name its address before the first call. Pictures are addresses: every layout of an array would
+be compiled anew.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange, types
+from numba import types
 
+from pipelines.compiled import njit
 from pipelines.resample import resample
 from pipelines.splice import splice
+from pipelines.vector import clear_bytes, copy_bytes
 
 IMDECODE = "rotpred_ffcv_imdecode"
 
@@ -73,133 +76,102 @@ class State(NamedTuple):
     patches: Any
     """uint8 (lanes, bytes): boxes that stick out of their pictures."""
     scratch: Any
-    """uint8 (lanes, bytes): for `resample`."""
+    """uint32 (lanes, words): for `resample`."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _turn(n: Any, lane: Any, lanes: Any) -> Any:  # pragma: no cover - compiled
     """Place in `turns` of a lane's n-th sample: forwards, backwards, ... so that all end alike."""
     return n * lanes + (lane if n % 2 == 0 else lanes - 1 - lane)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _picture(
     sample: Any, box: Any, state: State, lane: Any
-) -> tuple[int, Any, Any, Any]:  # pragma: no cover - compiled
-    """Status, pixels (h, w, 3) that hold the box, and their first row and column."""
+) -> tuple[int, Any, Any, Any, Any, Any]:  # pragma: no cover - compiled
+    """Status, address of pixels that hold the box, their first row and column, height and width."""
     height, width = np.int64(state.heights[sample]), np.int64(state.widths[sample])
     start, size = np.int64(state.offsets[sample]), np.int64(state.sizes[sample])
-    status, y0, x0 = OK, 0, 0
-    picture = state.data[start : start + 1].reshape(1, 1, 1)
+    address = np.int64(state.data.ctypes.data) + start
     if state.modes[sample] != _JPEG:
-        picture = state.data[start : start + height * width * 3].reshape(height, width, 3)
-        return status, picture, y0, x0
+        return OK, address, np.int64(0), np.int64(0), height, width
     spliced = state.spliced[lane]
     written, y0, x0, height, width = splice(
         state.data, start, size, state.records[sample], state.lengths, height, width, box, spliced
     )
     if written < 0:
-        return DAMAGED, picture, 0, 0
-    address = state.data.ctypes.data + start
+        return DAMAGED, address, y0, x0, height, width
     if written > 0:
-        address, size = spliced.ctypes.data, written
-    pixels = state.pictures[lane]
-    code = _imdecode(
-        address, size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
-    )
-    if code != 0:
-        status = UNDECODABLE
-    picture = pixels[: height * width * 3].reshape(height, width, 3)
-    return status, picture, y0, x0
+        address, size = np.int64(spliced.ctypes.data), written
+    pixels = np.int64(state.pictures[lane].ctypes.data)
+    code = _imdecode(address, size, height, width, pixels, height, width, 0, 0, 1, 1, 0, 0)
+    return OK if code == 0 else UNDECODABLE, pixels, y0, x0, height, width
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def cut(picture: Any, top: Any, left: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Copy the box at (top, left) of picture (H, W, 3) to out (h, w, 3), black outside."""
-    height, width = out.shape[0], out.shape[1]
-    y0, y1 = max(top, 0), min(top + height, picture.shape[0])
-    x0, x1 = max(left, 0), min(left + width, picture.shape[1])
-    if y1 - y0 < height or x1 - x0 < width:
-        out[:] = 0
-    if y1 > y0 and x1 > x0:
-        out[y0 - top : y1 - top, x0 - left : x1 - left] = picture[y0:y1, x0:x1]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _crops_of_lane(
-    indices: Any, out: Any, state: State, lane: Any, lanes: Any
+@njit
+def cut(
+    picture: Any, height: Any, width: Any, top: Any, left: Any, out: Any, rows: Any, columns: Any
 ) -> None:  # pragma: no cover - compiled
+    """Copy a box of a picture, black where it sticks out.
+
+    Args:
+        picture: address of uint8 (height, width, 3).
+        height, width: of it.
+        top, left: of the box.
+        out: address of uint8 (rows, columns, 3), to be written.
+        rows, columns: of the box.
+    """
+    y0, y1 = max(top, 0), min(top + rows, height)
+    x0, x1 = max(left, 0), min(left + columns, width)
+    if y1 - y0 < rows or x1 - x0 < columns:
+        clear_bytes(out, 3 * rows * columns)
+    if x1 > x0:
+        for y in range(y0, y1):
+            to = out + 3 * ((y - top) * columns + x0 - left)
+            copy_bytes(to, picture + 3 * (y * width + x0), 3 * (x1 - x0))
+
+
+@njit
+def decode_lane(
+    indices: Any, out: Any, offsets: Any, side: int, state: State, lane: int, lanes: int
+) -> None:  # pragma: no cover - compiled
+    """Decode and crop one lane's share of a batch; resize and flip it, or leave that to the device.
+
+    One function for both, because compiling takes seconds. Lanes may run at the same time.
+
+    Args:
+        indices: int64 (B,).
+        out: uint8: crop i, (side, side, 3), is written from offsets[i] on; black where the sample
+            could not be decoded.
+        offsets: int64 (B,).
+        side: of the crops; 0 writes the boxes as they are, (h, w, 3), neither resized nor flipped.
+        state: with the boxes of this batch.
+        lane: 0 <= lane < lanes; each has its own buffers in `state`.
+        lanes: among which the batch is shared.
+    """
+    base = np.int64(out.ctypes.data)
     for n in range((len(indices) + lanes - 1) // lanes):
         place = _turn(n, lane, lanes)
         if place >= len(indices):
             continue
         i = state.turns[place]
         box = state.boxes[i]
-        status, picture, y0, x0 = _picture(indices[i], box, state, lane)
+        status, picture, y0, x0, height, width = _picture(indices[i], box, state, lane)
         state.status[i] = status
+        top, left = np.int64(box[0]) - y0, np.int64(box[1]) - x0
+        rows, columns = np.int64(box[2]), np.int64(box[3])
+        target = base + offsets[i]
         if status != OK:
             # The buffer still holds an earlier picture: it must not pass for this sample.
-            out[i] = 0
+            clear_bytes(target, 3 * (side * side if side else rows * columns))
             continue
-        top, left, h, w = box[0] - y0, box[1] - x0, box[2], box[3]
-        if top < 0 or left < 0 or top + h > picture.shape[0] or left + w > picture.shape[1]:
-            patch = state.patches[lane, : h * w * 3].reshape(h, w, 3)
-            cut(picture, top, left, patch)
-            picture, top, left = patch, 0, 0
-        resample(picture, top, left, h, w, out[i], box[4] != 0, state.scratch[lane])
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _regions_of_lane(
-    indices: Any, out: Any, offsets: Any, state: State, lane: Any, lanes: Any
-) -> None:  # pragma: no cover - compiled
-    for n in range((len(indices) + lanes - 1) // lanes):
-        place = _turn(n, lane, lanes)
-        if place >= len(indices):
+        if side == 0:
+            cut(picture, height, width, top, left, target, rows, columns)
             continue
-        i = state.turns[place]
-        box = state.boxes[i]
-        h, w = box[2], box[3]
-        target = out[offsets[i] : offsets[i] + h * w * 3].reshape(h, w, 3)
-        status, picture, y0, x0 = _picture(indices[i], box, state, lane)
-        state.status[i] = status
-        if status != OK:
-            target[:] = 0
-            continue
-        cut(picture, box[0] - y0, box[1] - x0, target)
-
-
-# The loops over lanes hold a call and no more: numba compiles whatever stands in a parallel loop
-# several times, and loses what it writes to members of a tuple.
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def decode_crops(
-    indices: Any, out: Any, state: State, lanes: int
-) -> None:  # pragma: no cover - compiled
-    """Decode, crop, resize and flip a batch.
-
-    Args:
-        indices: int64 (B,).
-        out: uint8 (B, S, S, 3); black where the sample could not be decoded.
-        state: with the boxes of this batch.
-        lanes: threads, each with its own buffers.
-    """
-    for lane in prange(lanes):
-        _crops_of_lane(indices, out, state, np.int64(lane), lanes)
-
-
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def decode_regions(
-    indices: Any, out: Any, offsets: Any, state: State, lanes: int
-) -> None:  # pragma: no cover - compiled
-    """Decode a batch and cut its boxes, neither resized nor flipped.
-
-    Args:
-        indices: int64 (B,).
-        out: uint8: region i, (h, w, 3), is written from offsets[i] on; black where the sample could
-            not be decoded.
-        offsets: int64 (B,).
-        state: with the boxes of this batch.
-        lanes: threads, each with its own buffers.
-    """
-    for lane in prange(lanes):
-        _regions_of_lane(indices, out, offsets, state, np.int64(lane), lanes)
+        if top < 0 or left < 0 or top + rows > height or left + columns > width:
+            patch = np.int64(state.patches[lane].ctypes.data)
+            cut(picture, height, width, top, left, patch, rows, columns)
+            picture, top, left, width = patch, np.int64(0), np.int64(0), columns
+        first, stride = picture + 3 * (top * width + left), 3 * width
+        flip = box[4] != 0
+        resample(first, stride, rows, columns, target, side, flip, state.scratch[lane])

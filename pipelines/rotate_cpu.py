@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
+from numba import types
 from numba.extending import intrinsic
 
 from pipelines.batch import Regions
+from pipelines.compiled import njit
 from pipelines.resample import resample, scratch_size
 from pipelines.spec import Normalize
+from pipelines.vector import I32, I64, build, load, shuffle, store
 
 _BAND = 16  # rows; at 224 pixels the buffer takes 28 KB, or 56 KB for float32
-_INDEX, _WIDE = ir.IntType(32), ir.IntType(64)
 _WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_build: Any = cgutils  # carries no types
 
 # The functions below take a tuple of addresses, all int64, and a word at its end for its type. A
 # pixel in the buffer is four words: three channels and a zero.
@@ -37,27 +36,14 @@ def _word(signature: Any) -> Any:
     return ir.IntType(signature.args[0][-1].bitwidth)
 
 
-def _load(builder: Any, address: Any, word: Any) -> Any:
-    value = builder.load(builder.inttoptr(address, ir.VectorType(word, 4).as_pointer()))
-    value.align = 1
-    return value
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
-
-
-def _shuffle(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INDEX, len(places)), places))
-
-
 def _look_up(_typing: Any, arguments: Any) -> Any:
     """Join the entries at three addresses, and store the pixel at a fourth."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        *entries, out, _ = _build.unpack_tuple(builder, values[0])
-        red, green, blue = (_load(builder, entry, _word(signature)) for entry in entries)
-        _store(builder, builder.or_(builder.or_(red, green), blue), out)
+        *entries, out, _ = build.unpack_tuple(builder, values[0])
+        kind = ir.VectorType(_word(signature), 4)
+        red, green, blue = (load(builder, entry, kind) for entry in entries)
+        store(builder, builder.or_(builder.or_(red, green), blue), out)
         return context.get_dummy_value()
 
     return types.void(arguments), generate
@@ -67,15 +53,15 @@ def _move_four(_typing: Any, arguments: Any) -> Any:
     """Write four pixels, which lie `step` bytes apart, without their zeros: 12 words."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        source, step, out, _ = _build.unpack_tuple(builder, values[0])
+        source, step, out, _ = build.unpack_tuple(builder, values[0])
         word = _word(signature)
-        addresses = [builder.add(source, builder.mul(step, _WIDE(i))) for i in range(4)]
-        a, b, c, d = (_load(builder, address, word) for address in addresses)
-        low, high = (_shuffle(builder, *pair, list(range(8))) for pair in ((a, b), (c, d)))
+        addresses = [builder.add(source, builder.mul(step, I64(i))) for i in range(4)]
+        a, b, c, d = (load(builder, address, ir.VectorType(word, 4)) for address in addresses)
+        low, high = (shuffle(builder, *pair, list(range(8))) for pair in ((a, b), (c, d)))
         places = [i for i in range(16) if i % 4 < 3]
-        _store(builder, _shuffle(builder, low, high, places[:8]), out)
-        rest = _shuffle(builder, low, high, places[8:])
-        _store(builder, rest, builder.add(out, _WIDE(word.width)))  # 8 words of width / 8 bytes
+        store(builder, shuffle(builder, low, high, places[:8]), out)
+        rest = shuffle(builder, low, high, places[8:])
+        store(builder, rest, builder.add(out, I64(word.width)))  # 8 words of width / 8 bytes
         return context.get_dummy_value()
 
     return types.void(arguments), generate
@@ -85,12 +71,12 @@ def _move_one(_typing: Any, arguments: Any) -> Any:
     """Write one pixel without its zero: 3 words."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        source, out, _ = _build.unpack_tuple(builder, values[0])
+        source, out, _ = build.unpack_tuple(builder, values[0])
         word = _word(signature)
-        pixel = _load(builder, source, word)
-        _store(builder, _shuffle(builder, pixel, pixel, [0, 1]), out)
-        blue = builder.extract_element(pixel, _INDEX(2))
-        _store(builder, blue, builder.add(out, _WIDE(word.width // 4)))
+        pixel = load(builder, source, ir.VectorType(word, 4))
+        store(builder, shuffle(builder, pixel, pixel, [0, 1]), out)
+        blue = builder.extract_element(pixel, I32(2))
+        store(builder, blue, builder.add(out, I64(word.width // 4)))
         return context.get_dummy_value()
 
     return types.void(arguments), generate
@@ -101,7 +87,7 @@ _four: Any = intrinsic(_move_four)
 _one: Any = intrinsic(_move_one)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _move(
     source: Any, step: Any, out: Any, count: Any, size: Any, word: Any
 ) -> None:  # pragma: no cover - compiled
@@ -112,7 +98,7 @@ def _move(
         _one((source + i * step, out + i * 3 * size, word))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: no cover - compiled
     """Write the views of some crops.
 
@@ -157,18 +143,18 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
                 _move(bottom + c * wide, -side * wide, three + c * line, rows, size, word)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _resize(
-    pixels: Any, offsets: Any, shapes: Any, flips: Any, out: Any
+    pixels: Any, offsets: Any, shapes: Any, flips: Any, out: Any, scratch: Any
 ) -> None:  # pragma: no cover - compiled
     """Resize some regions, as in `Regions`, to out, uint8 (B, S, S, 3)."""
-    tallest, widest = int(shapes[:, 0].max()), int(shapes[:, 1].max())
-    scratch = np.empty(scratch_size(tallest, widest, out.shape[1]), np.uint8)
+    side = np.int64(out.shape[1])
+    source, target = np.int64(pixels.ctypes.data), np.int64(out.ctypes.data)
     for i in range(len(out)):
-        height, width = int(shapes[i, 0]), int(shapes[i, 1])
-        end = offsets[i] + height * width * 3
-        region = pixels[offsets[i] : end].reshape(height, width, 3)
-        resample(region, 0, 0, height, width, out[i], flips[i], scratch)
+        height, width = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
+        at = target + 3 * side * side * i
+        flip = flips[i] != 0
+        resample(source + offsets[i], 3 * width, height, width, at, side, flip, scratch)
 
 
 @functools.cache
@@ -224,7 +210,10 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
         if isinstance(images, Regions):
             crops = np.empty((part.stop - part.start, side, side, 3), np.uint8)
             offsets, shapes = images.offsets[part].numpy(), images.shapes[part].numpy()
-            _resize(images.pixels.numpy(), offsets, shapes, images.flips[part].numpy(), crops)
+            tallest, widest = shapes.max(axis=0).tolist()
+            scratch = np.empty(scratch_size(tallest, widest, side), np.uint32)
+            flips = images.flips[part].numpy()
+            _resize(images.pixels.numpy(), offsets, shapes, flips, crops, scratch)
         else:
             crops = images[part].numpy()
         buffer = np.empty((_BAND, side, 4), views.dtype)

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from pipelines.augment import Int32
 from pipelines.beton import Beton
+from pipelines.compiled import njit
 from pipelines.decode import ImageError
 from pipelines.order import Int64
+from pipelines.vector import copy_bytes
 
 MISMATCH = -1
 """In place of a number of bytes: the side file and the sample's bytes contradict each other."""
@@ -31,7 +32,7 @@ MISMATCH_REASON = "its bytes do not fit the side file of segments: convert the d
 _MARGIN = 2  # one chroma sample at half resolution; those at a quarter are not interpolated
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def region(
     record: Any, height: Any, width: Any, box: Any
 ) -> tuple[Any, Any, Any, Any]:  # pragma: no cover - compiled
@@ -53,7 +54,7 @@ def region(
     return top // mcu_height, -(-bottom // mcu_height), left // step, -(-right // step)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def splice(
     data: Any, start: Any, size: Any, record: Any, lengths: Any, height: Any, width: Any, box: Any,
     out: Any,
@@ -104,7 +105,8 @@ def splice(
         return bad
     if not _head_fits(sample, record, height, width):
         return bad
-    out[:head] = sample[:head]
+    to, origin = np.int64(out.ctypes.data), np.int64(data.ctypes.data) + start
+    copy_bytes(to, origin, head)
     frame = np.int64(record.frame)
     y0, x0 = first_row * mcu_height, first * interval * mcu_width
     small_height = min(end_row * mcu_height, height) - y0
@@ -129,7 +131,7 @@ def splice(
                 return bad
             k += 1
         at += source - begin
-        out[at_row:at] = sample[begin:source]
+        copy_bytes(to + at_row, origin + begin, at - at_row)
         # The markers behind the copied segments count from 0 to 7 in the small stream's own order.
         mark, k = at_row, row * row_count + first
         for _ in range(end - first):
@@ -144,7 +146,7 @@ def splice(
     return at, y0, x0, small_height, small_width
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma: no cover - compiled
     """Whether the marker in front of `end` is the one behind segment k of count."""
     if k < 0:
@@ -153,7 +155,7 @@ def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma:
     return bool(sample[end - 2] == 0xFF and sample[end - 1] == marker)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit
 def _head_fits(
     sample: Any, record: Any, height: Any, width: Any
 ) -> bool:  # pragma: no cover - compiled
@@ -214,7 +216,3 @@ def splice_batch(
         box[0] -= y0
         box[1] -= x0
     return streams, shifted
-
-
-MISMATCH_REASON = "its bytes do not fit the side file of segments: convert the data anew"
-"""What a sample with `MISMATCH` is reported for."""

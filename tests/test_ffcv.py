@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from test_resample import resize_into
 
 from pipelines.batch import RawBatch, Regions
 from pipelines.beton import Beton
 from pipelines.convert import write_beton
 from pipelines.decode import ImageError
 from pipelines.index import SampleIndex
-from pipelines.resample import resample, scratch_size
+from pipelines.resample import scratch_size
 from pipelines.segments import segments_path
 from pipelines.spec import LoaderSpec, RandomCrop, RandomResizedCrop, Shard
 
@@ -117,7 +118,7 @@ def test_a_side_file_that_lies_about_a_sample_is_named(
 def test_each_epoch_has_its_side_in_the_same_buffers(beton: Path) -> None:
     sides = ((0, 16), (1, 24), (3, 32))
     source = source_of(beton, sides=sides)
-    compiled, places = len(kernels.decode_crops.signatures), set()
+    compiled, places = len(kernels.decode_lane.signatures), set()
     for number, side in ((0, 16), (1, 24), (2, 24), (3, 32), (0, 16)):
         expected = epochs(source_of(beton, crop=RandomResizedCrop(side)), number)
         for ours, theirs in zip(source.epoch(number), expected, strict=True):
@@ -126,7 +127,7 @@ def test_each_epoch_has_its_side_in_the_same_buffers(beton: Path) -> None:
             assert torch.equal(ours.images, theirs.images)  # type: ignore[arg-type]
             assert torch.equal(ours.boxes, theirs.boxes)
             places.add(ours.images.data_ptr())
-    assert len(places) <= 5 and len(kernels.decode_crops.signatures) == max(compiled, 1)
+    assert len(places) <= 5 and len(kernels.decode_lane.signatures) == max(compiled, 1)
     source.close()
 
 
@@ -144,8 +145,8 @@ def test_regions_are_what_the_cpu_would_have_resized(beton: Path) -> None:
             region = regions.pixels[used : used + h * w * 3].view(h, w, 3).numpy()
             used += h * w * 3
             out = np.empty((32, 32, 3), np.uint8)
-            scratch = np.empty(scratch_size(h, w, 32), np.uint8)
-            resample(region, 0, 0, h, w, out, bool(regions.flips[i]), scratch)
+            scratch = np.empty(scratch_size(h, w, 32), np.uint32)
+            resize_into(region, (0, 0, h, w), out, bool(regions.flips[i]), scratch)
             assert np.array_equal(out, small.images[i].numpy())  # type: ignore[index]
         assert used == len(regions.pixels)
 

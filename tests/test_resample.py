@@ -22,13 +22,25 @@ Box = tuple[int, int, int, int]
 GUARD = 64
 
 
+def resize_into(
+    source: Pixels, box: Box, out: Pixels, flip: bool, scratch: npt.NDArray[np.uint32]
+) -> None:
+    """`resample` of arrays: a box of (H, W, 3), pixels of a row adjacent, into (S, S, 3)."""
+    top, left, height, width = box
+    assert source.strides[1:] == (3, 1) and out.flags.c_contiguous
+    assert 0 <= top <= top + height <= source.shape[0]
+    assert 0 <= left <= left + width <= source.shape[1]
+    first, stride = source.ctypes.data + top * source.strides[0] + 3 * left, source.strides[0]
+    resample(first, stride, height, width, out.ctypes.data, out.shape[0], flip, scratch)
+
+
 def ours(source: Pixels, box: Box, side: int, flip: bool = False) -> Pixels:
     """`resample`, with a guard behind the output and behind the scratch."""
     needed = scratch_size(box[2], box[3], side)
-    scratch = np.full(needed + GUARD, 0xA5, np.uint8)
+    scratch = np.full(needed + GUARD, 0xA5, np.uint32)
     memory = np.full(side * side * 3 + GUARD, 0x5A, np.uint8)
     out = memory[:-GUARD].reshape(side, side, 3)
-    resample(source, *box, out, flip, scratch[:needed])
+    resize_into(source, box, out, flip, scratch[:needed])
     assert (scratch[needed:] == 0xA5).all() and (memory[-GUARD:] == 0x5A).all()
     return out
 
@@ -142,8 +154,9 @@ for height, width in [(20, 6), (20, 7), (20, 8), (20, 9), (17, 33), (4, 3), (1, 
         picture[:] = draw.integers(0, 256, picture.shape, np.uint8)
         for side in (3, 16, 40):
             out = np.empty((side, side, 3), np.uint8)
-            scratch = np.empty(scratch_size(height, width, side), np.uint8)
-            resample(picture, 0, 0, height, width, out, False, scratch)
+            scratch = np.empty(scratch_size(height, width, side), np.uint32)
+            start, end = picture.ctypes.data, out.ctypes.data
+            resample(start, 3 * width, height, width, end, side, False, scratch)
 print("read nothing else")
 """
 
@@ -168,9 +181,9 @@ def test_scratch_for_the_largest_is_enough_for_less(extent: int) -> None:
     """Sides that grow over the epochs share one buffer; a smaller side takes more taps."""
     source = np.random.default_rng(7).integers(0, 256, (extent, extent, 3), np.uint8)
     needed = scratch_size(extent, extent, 48)
-    scratch = np.full(needed + GUARD, 0xA5, np.uint8)
+    scratch = np.full(needed + GUARD, 0xA5, np.uint32)
     for side in range(1, 49):
         out = np.empty((side, side, 3), np.uint8)
-        resample(source, 0, 0, extent, extent, out, False, scratch[:needed])
+        resize_into(source, (0, 0, extent, extent), out, False, scratch[:needed])
         assert (scratch[needed:] == 0xA5).all()
         assert scratch_size(extent, extent, side) <= needed

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_resample import resize_into
 
 from pipelines.batch import Regions
-from pipelines.resample import resample, scratch_size
+from pipelines.resample import scratch_size
 from pipelines.rotate import normalize_views, rotate4, rotation_labels
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
 
@@ -171,8 +172,8 @@ def some_regions() -> tuple[Regions, torch.Tensor]:
         pieces.append(region.reshape(-1))
         end += 5 + region.size
         crop = np.empty((side, side, 3), np.uint8)
-        scratch = np.empty(scratch_size(height, width, side), np.uint8)
-        resample(region, 0, 0, height, width, crop, bool(flip), scratch)
+        scratch = np.empty(scratch_size(height, width, side), np.uint32)
+        resize_into(region, (0, 0, height, width), crop, bool(flip), scratch)
         crops.append(torch.from_numpy(crop))
     columns = (
         torch.tensor(offsets),
