@@ -145,11 +145,13 @@ def _resize(
     pixels: list[npt.NDArray[np.uint8]], flips: npt.NDArray[np.bool_], out: npt.NDArray[np.uint8]
 ) -> None:
     heights, widths, _ = zip(*(region.shape for region in pixels), strict=True)
-    scratch = np.empty(scratch_size(max(heights), max(widths), out.shape[1]), np.uint8)
+    side = out.shape[1]
+    scratch = np.empty(scratch_size(max(heights), max(widths), side), np.uint32)
     for region, height, width, flip, square in zip(
         pixels, heights, widths, flips.tolist(), out, strict=True
     ):
-        resample(region, 0, 0, height, width, square, flip, scratch)
+        begin, target = region.ctypes.data, square.ctypes.data
+        resample(begin, 3 * width, height, width, target, side, flip, scratch)
 
 
 def _gpu(device: torch.device) -> int:
