@@ -98,7 +98,7 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0
 def in1k_semi_1() -> Semi:
     """ImageNet-1k, ResNet-50 fine-tuned on 1 % of the labels.
 
-    Source: mmselfsup, configs/benchmarks/classification/imagenet/imagenet_1percent, and OpenSelfSup:
+    Source: mmselfsup, configs/benchmarks/classification/imagenet/imagenet_1percent; OpenSelfSup:
     4 x 64 images, SGD 0.9, 20 epochs, x0.2 at 12 and 16, decay 5e-4, SyncBN, random crop and flip;
     a grid of rates 0.1, 0.01, 0.001 and head multiples 1, 10, 100, deterministic. The default is
     what was best for rotation there. VISSL has 70 epochs, one rate and no decay.
