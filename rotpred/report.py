@@ -6,16 +6,19 @@ equal pages: nothing in them tells the time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from rotpred import published
 from rotpred.page import NOT_RUN, Block, Code, Grid, Heading, Picture, Text
 from rotpred.published import Cell, Source, Table
-from rotpred.runs import KINDS, RANDOM, SETTINGS, TRAINED, Result, Run
+from rotpred.runs import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, Result, Run
 
 TITLE = "Rotation prediction: results"
+MARK = "†"
+"""Behind results of another protocol than the recipe's own."""
+WEIGHTS = {TRAINED: "FILE", RANDOM: "random", SUPERVISED: "imagenet"}
 NONE = "–"
 """Where nothing was published, or there are not two results to subtract."""
 
@@ -67,7 +70,7 @@ def _collect(runs: Sequence[Run]) -> list[Result]:
     """All results of evaluations, each once."""
     found: dict[tuple[object, ...], Result] = {}
     for result in (result for run in runs for result in run.results if result.kind is not None):
-        key = (result.recipe, result.label, result.kind, result.best)
+        key = (result.recipe, result.label, result.kind)
         if key in found:
             raise ValueError(
                 f"{found[key].run.path} and {result.run.path} both have {result.recipe} "
@@ -108,18 +111,16 @@ def _table(table: Table, results: Sequence[Result]) -> list[Block]:
         if rows:
             blocks.append(Text("What else these runs found:"))
         blocks.append(Grid(("result", *kinds, "difference"), tuple(rest)))
+    for words in dict.fromkeys(str(r.row["protocol"]) for r in results if "protocol" in r.row):
+        blocks.append(Text(f"{MARK}: {words}."))
     return [*blocks, Code(_commands(table, results, kinds))]
 
 
 def _fills(result: Result, cell: Cell) -> bool:
-    """Whether a result belongs to a cell. One that is marked as not the best of a grid does not."""
-    return (
-        result.best is not False
-        and any(fnmatchcase(result.metric, pattern) for pattern in cell.metrics)
-        and all(
-            isinstance(field := result.row.get(name), int | float) and math.isclose(field, value)
-            for name, value in cell.where.items()
-        )
+    """Whether a result belongs to a cell."""
+    return result.metric in cell.metrics and all(
+        isinstance(field := result.row.get(name), int | float) and math.isclose(field, value)
+        for name, value in cell.where.items()
     )
 
 
@@ -142,11 +143,15 @@ def _text(result: Result, cell: Cell | None) -> str:
         text += f" ± {deviation:.2f}"
     if result.unit != "%":
         text += f" {result.unit}"
-    if cell is None or len(cell.metrics) == 1:
-        return text
-    chosen = [f"{name} {result.row[name]}" for name in SETTINGS[1:] if name in result.row]
-    if not chosen and "/" in result.metric:
-        chosen = [result.metric.partition("/")[2]]
+    if "protocol" in result.row:
+        text += MARK
+    chosen = []
+    if cell is not None and len(cell.metrics) > 1:
+        chosen.append(result.metric.partition("/")[2])
+    if "=" not in result.metric:
+        chosen += [f"{name} {result.row[name]}" for name in SETTINGS[1:] if name in result.row]
+    if "chosen_from" in result.row:
+        chosen.append(f"best of {result.row['chosen_from']}")
     return f"{text} ({', '.join(chosen)})" if chosen else text
 
 
@@ -155,11 +160,9 @@ def _theirs(cell: Cell, sources: Sequence[Source]) -> list[str]:
 
 
 def _config(table: Table, results: Sequence[Result]) -> Text:
-    """Recipe, networks and test samples, as far as the runs say."""
-    recipes = list(dict.fromkeys(r.recipe for r in results)) or [table.recipes[0]]
-    networks = sorted({r.run.backbone for r in results if r.run.backbone})
-    text = f"Config: {', '.join(recipes)}"
-    if networks:
+    """Recipes, networks and numbers of test samples, the latter as far as the runs say."""
+    text = f"Config: {', '.join(table.recipes)}"
+    if networks := sorted({r.run.backbone for r in results if r.run.backbone}):
         text += f"; {', '.join(networks)}"
     if counts := sorted({r.n for r in results}):
         text += f"; n = {' or '.join(f'{n:,}' for n in counts)}"
@@ -167,16 +170,16 @@ def _config(table: Table, results: Sequence[Result]) -> Text:
 
 
 def _commands(table: Table, results: Sequence[Result], kinds: Sequence[str]) -> str:
-    """The commands of the runs, or those that would fill the table."""
+    """The commands of the runs, and those that would fill the rest of the table."""
     lines = []
-    for kind in kinds:
-        runs = list(dict.fromkeys(r.run for r in results if r.kind == kind))
+    for kind, recipe in itertools.product(kinds, table.recipes):
+        runs = dict.fromkeys(r.run for r in results if r.kind == kind and r.recipe == recipe)
         for run in runs:
             lines += [f"# {kind}: {run.name}", run.command]
         if not runs:
-            weights = "random" if kind == RANDOM else "FILE"
-            start = "torchrun --standalone --nproc-per-node 1 scripts/evaluate.py"
-            lines += [f"# {kind}: {NOT_RUN}", f"{start} {table.recipes[0]} --weights {weights}"]
+            words = ["torchrun", "--standalone", "--nproc-per-node", str(table.processes)]
+            words += ["scripts/evaluate.py", recipe, *table.options, "--weights", WEIGHTS[kind]]
+            lines += [f"# {kind}: {NOT_RUN}", " ".join(words)]
     return "\n".join(lines)
 
 

@@ -101,16 +101,11 @@ class Result:
         return str(self.row.get("checkpoint_sha256") or "")
 
     @property
-    def best(self) -> bool | None:
-        """Whether it is the best of a grid of settings; None where there is no grid."""
-        best = self.row.get("best")
-        return best if isinstance(best, bool) else None
-
-    @property
     def label(self) -> str:
-        """The metric, and the settings that the row names."""
-        settings = [f"{name} {self.row[name]}" for name in SETTINGS if name in self.row]
-        return ", ".join((self.metric, *settings))
+        """The metric, and the settings that the row has beside it."""
+        # Rows of a grid have theirs in the metric, as in top1/lr=0.1,head=10.
+        names = () if "=" in self.metric else SETTINGS
+        return ", ".join((self.metric, *(f"{n} {self.row[n]}" for n in names if n in self.row)))
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -121,9 +116,12 @@ def read_runs(path: Path) -> list[Run]:
     """
     name = path.resolve().name
     if (path / "results.json").is_file():
-        if not (path / DONE).is_file():
+        run = _read(path, name, "", sorted((path / "figures").glob("*.png")))
+        # A grid marks its points as finished, and ends with the row that names the best of them.
+        ended = run.recipe.get("grid") is True and "chosen_from" in run.results[-1].row
+        if not ended and not (path / DONE).is_file():
             raise ValueError(f"{path} is unfinished: it has no {DONE}")
-        return [_read(path, name, "", sorted((path / "figures").glob("*.png")))]
+        return [run]
     kept = sorted(path.glob("*.results.json"))
     if not kept:
         raise ValueError(f"{path} is no run folder: it has no results.json")

@@ -19,13 +19,16 @@ from rotpred.page import Block, Heading, Picture, Text, png
 from rotpred.recipes import frozen
 
 
-def showcase(weights: str, data: str, *, backbone: str = "", samples: int = 500) -> list[Block]:
+def showcase(
+    weights: str, data: str, *, backbone: str = "", stage: str = "", samples: int = 500
+) -> list[Block]:
     """Look at features: attention of every stage, a projection, nearest neighbours. On the CPU.
 
     Args:
         weights: a file, or "random".
         data: a beton or a folder of pictures, with labels or without.
         backbone: the architecture; empty where the file names it.
+        stage: whose averaged map is projected and compared; empty for the last.
         samples: how many pictures are drawn from the data, the same ones each time.
 
     Raises:
@@ -35,6 +38,10 @@ def showcase(weights: str, data: str, *, backbone: str = "", samples: int = 500)
     """
     torch.manual_seed(0)  # of the control's weights
     trunk, sha = load_trunk(backbone or _architecture(weights), weights, Rank())
+    stage = stage or trunk.stage_names[-1]
+    if stage not in trunk.stage_names:
+        raise ValueError(f"{trunk.arch} has no stage {stage}: {', '.join(trunk.stage_names)}")
+    place = trunk.stage_names.index(stage)
     spec = frozen.in1k_knn().val
     if trunk.arch.startswith(("nin", "resnet18_")):  # networks for small pictures
         spec = replace(frozen.cifar10_knn().val, crop=CenterCrop(32, 32))
@@ -46,7 +53,7 @@ def showcase(weights: str, data: str, *, backbone: str = "", samples: int = 500)
             rows = batch.images[batch.valid]
             pixels_NCHW = (rows * std + mean).round().clamp(0, 255).byte()
             shown.append(pixels_NCHW.permute(0, 2, 3, 1).numpy())
-            pooled.append(trunk.pooled(rows).double().numpy())
+            pooled.append(trunk.stages(rows)[place].double().mean((2, 3)).numpy())
             ids.append(batch.labels[batch.valid].numpy())
         images, features, labels = (np.concatenate(part) for part in (shown, pooled, ids))
         if len(images) < 5:
@@ -54,15 +61,17 @@ def showcase(weights: str, data: str, *, backbone: str = "", samples: int = 500)
         chosen = gallery.examples(labels, 6)
         views = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float()
         maps = trunk.stages(((views - mean) / std).contiguous(memory_format=torch.channels_last))
+        # A map of one place has nothing to show.
+        seen = {n: m for n, m in zip(trunk.stage_names, maps, strict=True) if m[0, 0].numel() > 1}
         classes = loader.classes
     figures = {
         "Attention: where each stage is active, sum over channels of |activation|^p": (
-            gallery.attention_grid(images[chosen], maps, names=trunk.stage_names)
+            gallery.attention_grid(images[chosen], list(seen.values()), names=list(seen))
         ),
-        f"Averaged last maps of {len(images)} pictures in two dimensions": (
+        f"{stage}, averaged, of {len(images)} pictures in two dimensions": (
             gallery.projection(features, labels, classes=classes)
         ),
-        "Nearest neighbours of the averaged last map, cosine similarity; red: another class": (
+        f"{stage}, averaged: the nearest neighbours by cosine; red: another class": (
             gallery.retrieval(images, features, labels, queries=chosen, classes=classes)
         ),
     }

@@ -32,6 +32,8 @@ class Arguments:
     """Pictures for --gallery: a .beton file or a folder."""
     backbone: str = ""
     """Network of the --gallery weights; empty where the file names it."""
+    stage: str = ""
+    """Stage whose features are projected and compared; empty for the last."""
     samples: int = 500
     """Pictures drawn from --data."""
 
@@ -58,7 +60,9 @@ def main(args: Arguments) -> str:
     if args.gallery is not None and args.data is not None:
         from rotpred.showcase import showcase  # With the loaders: too slow to load for --help.
 
-        blocks += showcase(args.gallery, args.data, backbone=args.backbone, samples=args.samples)
+        blocks += showcase(
+            args.gallery, args.data, backbone=args.backbone, stage=args.stage, samples=args.samples
+        )
     folder = args.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".html":
