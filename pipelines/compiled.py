@@ -2,9 +2,10 @@
 
 numba keys what it keeps of a function on the file of that function alone: after a change of
 `splice.py` it would go on with the old splicing inside the kernels of `kernels.py`. So the folder
-it is kept in is named by a hash of all modules here that hold compiled code.
+it is kept in is named by a hash of all modules here that hold compiled code. Constants that such a
+module takes from others are part of its machine code: they belong into one that is hashed.
 
-`python -m pipelines.compiled` compiles them, so that the first run need not.
+`python -m pipelines.warm` compiles them all, so that a first run need not.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pipelines.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg import JpegError, JpegHeader, read_header
-from pipelines.restart import Cuts, Scan, walk_scan, with_restarts
+from pipelines.restart import Cuts, with_restarts
+from pipelines.scan import Scan, walk_scan
 
 Check = Literal["scan", "header"]
 

@@ -7,15 +7,15 @@ changes; all other bits are copied. ITU-T T.81, annexes B, F and K.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from pipelines.huffman import BAD_TABLE, BLOCK, FINE, PAD, REASONS, load, read_tables, walk
-from pipelines.jpeg import JpegError, JpegHeader
+from pipelines.compiled import njit
+from pipelines.huffman_tables import read_tables
+from pipelines.scan import Scan, table_bounds
+from pipelines.vector import load_bits
 
 SHARE: Final = 0.018
 """Bytes added, as a share of a stream's, that the finest cut may cost."""
@@ -32,35 +32,6 @@ _STANDARD = (
     bytes((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0)),
     bytes((0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0)),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Scan:
-    """The only scan of a sequential picture, walked from end to end."""
-
-    header: JpegHeader
-    end: int
-    """Offset just behind the end marker."""
-    spare: int
-    """Whole bytes of coded data that belong to no block."""
-    columns: int
-    """MCUs in a row."""
-    rows: int
-    """Rows of MCUs."""
-    mcu_width: int
-    """Pixels."""
-    mcu_height: int
-    """Pixels."""
-    units: npt.NDArray[np.int64]
-    """(U,): component of each block in an MCU."""
-    slots: npt.NDArray[np.int64]
-    """(3, 2): rows of each component's Huffman tables, as `huffman.walk` takes them."""
-    clean: npt.NDArray[np.uint8]
-    """Coded data without stuffing."""
-    ends: npt.NDArray[np.int64]
-    """(segments,): bit behind the last block of each restart segment that was there already."""
-    blocks: npt.NDArray[np.void]
-    """(blocks,) of `huffman.BLOCK`."""
 
 
 class Cuts(NamedTuple):
@@ -80,69 +51,6 @@ class Cuts(NamedTuple):
     def record(self) -> tuple[int, ...]:
         """All fields of `segments.RECORD` but `first`."""
         return self[:7]
-
-
-def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
-    """Walk over every Huffman code of a baseline picture.
-
-    Returns:
-        What was found; None where the picture is not sequential with 8 bits, 1 or 3 components of
-        sampling factors 1, 2 or 4, and one scan of them all.
-
-    Raises:
-        JpegError: The coded data are damaged; the message says how and where.
-    """
-    if header.frame not in (0xC0, 0xC1) or header.precision != 8:
-        return None
-    count = header.components
-    body = data[header.scan + 4 : header.coded]
-    if count not in (1, 3) or len(body) != 4 + 2 * count or body[0] != count:
-        return None
-    if body[-3:] != b"\x00\x3f\x00":
-        return None
-    at = header.frame_at + 10
-    known = {data[at + 3 * c]: data[at + 3 * c + 1] for c in range(count)}
-    for c in range(count):
-        if data[at + 3 * c + 2] not in header.quantizers:
-            raise JpegError(f"no quantization table {data[at + 3 * c + 2]} before the scan")
-    chosen = [(body[1 + 2 * c], body[2 + 2 * c]) for c in range(count)]
-    if len(known) != count or {name for name, _ in chosen} != set(known):
-        return None
-    factors = [(known[name] >> 4, known[name] & 15) for name, _ in chosen]
-    if any(tables & 0xCC for _, tables in chosen):
-        return None
-    if not all(h in (1, 2, 4) and v in (1, 2, 4) for h, v in factors):
-        return None
-    if count == 1:  # Whatever its factors: a scan of one component is not interleaved.
-        factors = [(1, 1)]
-    repeats = [h * v for h, v in factors]
-    if sum(repeats) > 10:
-        return None
-    width, height = 8 * max(h for h, _ in factors), 8 * max(v for _, v in factors)
-    columns, rows = -(-header.width // width), -(-header.height // height)
-    mcus, units = columns * rows, np.repeat(np.arange(count), repeats)
-    slots = np.array([(t >> 4, 4 + (t & 3)) for _, t in chosen] * (3 // count), np.int64)
-    if mcus * len(units) > 4 * len(data):  # No block has less than two codes of one bit.
-        raise JpegError(f"{header.width} x {header.height} pixels in {len(data)} bytes of data")
-    segments = -(-mcus // header.restart) if header.restart else 1
-    clean = np.empty(len(data) - header.coded + PAD, np.uint8)
-    ends, blocks = np.empty(segments, np.int64), np.empty(mcus * len(units), BLOCK)
-    status, mcu, end, spare = walk(
-        np.frombuffer(data, np.uint8), header.coded, _bounds(header), units, slots, mcus,
-        header.restart, clean, np.empty(segments + 1, np.int64), ends, blocks,
-    )  # fmt: skip
-    if end >= len(data):
-        raise JpegError(f"truncated: no end marker in {len(data)} bytes")
-    if status == BAD_TABLE:
-        return None  # Some decoders have tables of their own for streams that lack them.
-    if status != FINE:
-        raise JpegError(f"damaged: {REASONS[status]}, in MCU {mcu} of {mcus}")
-    if data[end + 1] != 0xD9:
-        return None
-    return Scan(
-        header=header, end=end + 2, spare=spare, columns=columns, rows=rows, mcu_width=width,
-        mcu_height=height, units=units, slots=slots, clean=clean, ends=ends, blocks=blocks,
-    )  # fmt: skip
 
 
 def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
@@ -182,10 +90,6 @@ def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
     return None
 
 
-def _bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
-    return np.array(header.tables, np.int64).reshape(-1, 2)
-
-
 def _intervals(scan: Scan) -> list[int]:
     """MCUs in a segment, the best choice first; the others are for segments that get too long."""
     columns = scan.columns
@@ -198,7 +102,7 @@ def _intervals(scan: Scan) -> list[int]:
 def _codes(data: bytes, scan: Scan, standard: bool) -> npt.NDArray[np.int64]:
     """(3, 16, 2): code and its bits by component and size of a DC difference; 0 bits: none."""
     counts, symbols = np.zeros((8, 17), np.int64), np.zeros((8, 256), np.uint8)
-    read_tables(np.frombuffer(data, np.uint8), _bounds(scan.header), counts, symbols)
+    read_tables(np.frombuffer(data, np.uint8), table_bounds(scan.header), counts, symbols)
     if standard:
         for slot, table in _standard(scan).items():
             counts[slot, 1:] = list(table)
@@ -208,7 +112,7 @@ def _codes(data: bytes, scan: Scan, standard: bool) -> npt.NDArray[np.int64]:
     return codes
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _assign(counts: Any, symbols: Any, slots: Any, codes: Any) -> None:
     """Number the codes of each component's DC table, as T.81 does in annex C."""
     for component in range(len(slots)):
@@ -249,7 +153,7 @@ def _head(data: bytes, scan: Scan, interval: int, standard: bool) -> tuple[bytes
     return b"".join(kept), frame
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _put(out: Any, pos: Any, held: Any, bits: Any, value: Any, more: Any) -> Any:
     """Append up to 32 bits; whole bytes go out, stuffed. Returns the new pos, held and bits."""
     held = held << more | value
@@ -265,12 +169,12 @@ def _put(out: Any, pos: Any, held: Any, bits: Any, value: Any, more: Any) -> Any
     return pos, held, bits
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _copy(out: Any, pos: Any, held: Any, bits: Any, clean: Any, start: Any, stop: Any) -> Any:
-    """Append bits `start` to `stop` of the unstuffed data."""
+    """Append bits `start` to `stop` of the unstuffed data at the address `clean`."""
     at, end = np.uint64(start), np.uint64(stop)
     while at + _U32 <= end:
-        value = load(clean, at) >> _U32
+        value = load_bits(clean, at) >> _U32
         at += _U32
         joined = held << _U32 | value
         word = joined >> bits & _LOW
@@ -285,12 +189,12 @@ def _copy(out: Any, pos: Any, held: Any, bits: Any, clean: Any, start: Any, stop
         held = joined
     if at < end:
         left = end - at
-        value = load(clean, at) >> (np.uint64(64) - left)
+        value = load_bits(clean, at) >> (np.uint64(64) - left)
         pos, held, bits = _put(out, pos, held, bits, value, left)
     return pos, held, bits
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _emit(
     clean: Any, ends: Any, blocks: Any, units: Any, codes: Any, restart: int, interval: int,
     anew: bool, out: Any, lengths: Any,
@@ -311,8 +215,9 @@ def _emit(
     """
     per = len(units)
     mcus = len(blocks) // per
+    source = np.uint64(clean.ctypes.data)
     pos, held, bits, begin = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
-    segment, cursor = 0, 0
+    segment, cursor = 0, np.int64(0)
     true, guess = np.zeros(3, np.int64), np.zeros(3, np.int64)
     for mcu in range(mcus + 1):
         new = mcu == mcus or mcu % interval == 0
@@ -320,7 +225,7 @@ def _emit(
         n = mcu * per
         if mcu > 0 and (new or old):
             stop = ends[(mcu - 1) // restart if restart else 0] if old else blocks[n].at
-            pos, held, bits = _copy(out, pos, held, bits, clean, cursor, stop)
+            pos, held, bits = _copy(out, pos, held, bits, source, cursor, stop)
             if new:
                 if bits:
                     fill = _U8 - bits
@@ -353,7 +258,7 @@ def _emit(
                 size += 1
             if size > 15 or codes[component, size, 1] == 0:
                 return _NO_CODE
-            pos, held, bits = _copy(out, pos, held, bits, clean, cursor, blocks[n + u].at)
+            pos, held, bits = _copy(out, pos, held, bits, source, cursor, blocks[n + u].at)
             low = fresh if fresh >= 0 else fresh + (1 << size) - 1
             pos, held, bits = _put(
                 out, pos, held, bits,

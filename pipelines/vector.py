@@ -71,7 +71,16 @@ def _clear_bytes(_typing: Any, to: Any, count: Any) -> Any:
     return types.void(to, count), generate
 
 
-# For compiled functions: all arguments are int64, and nothing is checked.
+def _load_bits(_typing: Any, address: Any, bit: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        place, bit = values
+        word = load(builder, builder.add(place, builder.lshr(bit, I64(3))), I64)
+        return builder.shl(builder.bswap(word), builder.and_(bit, I64(7)))
+
+    return types.uint64(address, bit), generate
+
+
+# For compiled functions: all arguments are 64-bit integers, and nothing is checked.
 get_byte: Any = intrinsic(_get_byte)
 """get_byte(address): the byte there, as int64."""
 set_byte: Any = intrinsic(_set_byte)
@@ -80,3 +89,6 @@ copy_bytes: Any = intrinsic(_copy_bytes)
 """copy_bytes(to, source, count): addresses of what does not overlap."""
 clear_bytes: Any = intrinsic(_clear_bytes)
 """clear_bytes(to, count): zeros."""
+load_bits: Any = intrinsic(_load_bits)
+"""load_bits(address, bit), uint64: at least 57 bits from a place on, at the top of a word; reads
+the 8 bytes that begin with the bit's own."""

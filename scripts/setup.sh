@@ -151,6 +151,10 @@ if ! install_ffcv; then
     echo "  FFCV is left out: ${why:-see $LOG}"
 fi
 
+# A first run would compile them; without them it does.
+stage "numba kernels" "$PY" -m pipelines.warm ||
+    echo "  Kernels are not compiled yet: $(last_error)"
+
 engines=$(MISSING=$missing "$PY" - <<'PYTHON'
 import os
 from importlib.metadata import distributions

@@ -14,7 +14,7 @@ from test_restart import noise, photographs
 from pipelines.decode import inspect
 from pipelines.jpeg import JpegError, read_header
 from pipelines.prepare import Options, Prepared, prepare
-from pipelines.restart import Scan, walk_scan
+from pipelines.scan import Scan, walk_scan
 
 pytestmark = pytest.mark.timeout(120)
 

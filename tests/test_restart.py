@@ -15,7 +15,8 @@ from test_jpeg import encode, exif, picture
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.jpeg import read_header
-from pipelines.restart import SHARE, Cuts, walk_scan, with_restarts
+from pipelines.restart import SHARE, Cuts, with_restarts
+from pipelines.scan import walk_scan
 from pipelines.segments import find_fault
 
 pytestmark = pytest.mark.timeout(120)
