@@ -118,10 +118,12 @@ class LoaderSpec:
     """Everything that decides what a loader emits. Equal specs emit equal samples and crops."""
 
     data: str = "synthetic"
-    """A .beton file, a folder of images, a list file, or what `pipelines.images.open_images` knows
-    beside these (imagenet-val:TRUTH, ...); "synthetic" makes random images."""
+    """A .beton file, a folder of images, or a list file; with `root` also imagenet-val:TRUTH,
+    imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT (`pipelines.images.open_images`);
+    "synthetic" makes random images."""
     root: str = ""
-    """Folder of the pictures that a list file or such a name speaks of; empty: the list's own."""
+    """Folder that a list's paths are relative to (empty: the list's own), or that the pictures of
+    KIND:NAME lie in."""
     engine: Engine = "auto"
     """auto takes the fastest engine present for this data (ffcv, dali, folder) and logs why."""
     batch_size: int = 64

@@ -21,13 +21,17 @@ class Arguments:
 
     input: str | None = None
     """A folder of class folders or of images, a list file (`path label` a line),
-    torchvision:NAME (such as torchvision:CIFAR10), or digits."""
+    torchvision:NAME (such as torchvision:CIFAR10), digits, or with --root the folder of pictures:
+    imagenet-val:TRUTH (the flat folder; TRUTH a file of synsets, or the development kit),
+    imagenet-subset:LIST (class folders; LIST of names as SimCLR's 1 % and 10 %),
+    inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007)."""
     output: Path | None = None
     """The .beton file to write, with its manifest OUTPUT.json beside it."""
     verify: Path | None = None
     """Check this .beton file, every byte of it, and write nothing."""
     root: Path | None = None
-    """Folder that a list's paths are relative to, or where torchvision keeps its data."""
+    """Folder that a list's paths are relative to, that the pictures of KIND:NAME lie in, or where
+    torchvision keeps its data."""
     max_side: int | None = None
     """Shrink pictures whose longer side has more pixels."""
     short_side: int | None = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import inspect
+import re
+from dataclasses import asdict, replace
 
 import pytest
 
 from pipelines.spec import CIFAR10, LoaderSpec, RandomResizedCrop, Shard
+from rotpred import cli
 from rotpred.backbone import BACKBONES
-from rotpred.recipes import Run
+from rotpred.recipes import Linear, Run, frozen, linear, semi
 from rotpred.recipes.pretrain import (
     RECIPES,
     rotnet_cifar10_nin,
@@ -17,7 +20,7 @@ from rotpred.recipes.pretrain import (
     rotnet_in1k_r50_amp,
     rotnet_in1k_r50_fast,
 )
-from rotpred.schedule import lr_at
+from rotpred.schedule import Steps, lr_at
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -107,3 +110,75 @@ def test_nin_has_as_many_blocks_as_asked(blocks: int) -> None:
 def test_senseless_values_are_refused(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+EVALUATIONS = {**linear.RECIPES, **semi.RECIPES, **frozen.RECIPES}
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATIONS))
+def test_evaluate_runs_the_protocol_of_the_recipe(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the docstring, with an option changed, reaches the function of its kind."""
+    made = EVALUATIONS[name]()
+    text = inspect.getdoc(EVALUATIONS[name])
+    assert text is not None and "\nSource: " in text
+    assert re.search(rf"scripts/evaluate\.py {name} (--grid )?--weights FILE", text)
+    met: list[object] = []
+    for module, function in (
+        (cli.classify, "run"),
+        (cli.semi, "run"),
+        (cli.svm, "run"),
+        (cli.svm, "run_low_shot"),
+        (cli.knn, "run"),
+    ):
+        place = f"{module.__name__}.{function}"
+        monkeypatch.setattr(
+            module, function, lambda recipe, _rank, p=place: met.extend((p, recipe))
+        )
+    args = [name, "--weights", "x.safetensors", "--run.device", "cpu", "--train.seed", "7"]
+    assert cli.evaluate_main(args) == 0
+    where = {
+        Linear: "classify.run",
+        semi.Semi: "semi.run",
+        frozen.Svm: "svm.run",
+        frozen.LowShot: "svm.run_low_shot",
+        frozen.Knn: "knn.run",
+    }
+    assert met[0] == f"rotpred.{where[type(made)]}"
+    expected = replace(
+        made,
+        weights="x.safetensors",
+        train=replace(made.train, seed=7),
+        run=replace(made.run, device="cpu"),
+    )
+    assert met[1] == expected
+
+
+def test_variants_of_the_docstrings_are_options() -> None:
+    """The flags that in1k_mhead names for VISSL's protocol, as they stand there."""
+    text = inspect.getdoc(linear.in1k_mhead)
+    assert text is not None
+    flags = " ".join(text.split("yaml)")[1].split("Command:")[0].split())
+    flags = flags[flags.index("--") :]
+    made = cli.choose(linear.RECIPES, ["in1k_mhead", *flags.split()], "")
+    (probe,) = made.probes
+    assert (probe.affine, probe.optim.weight_decay, probe.optim.decay_rule) == (
+        True, 5e-4, "no_norm",
+    )  # fmt: skip
+    assert made.run.epochs == 28 and probe.schedule == Steps((8, 16, 24), gamma=0.1)
+    assert not made.train.colour.active
+    sweep = cli.choose(linear.RECIPES, ["in1k_linear", "--probes.0.lrs", "3", "10", "30"], "")
+    assert sweep.probes[0].lrs == (3.0, 10.0, 30.0)
+
+
+def test_the_list_of_recipes_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence a recipe; its own help has the whole docstring."""
+    with pytest.raises(SystemExit):
+        cli.evaluate_main(["--help"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in EVALUATIONS) and "Source:" not in listed
+    assert len(listed.splitlines()) < 4 * len(EVALUATIONS) + 15
+    with pytest.raises(SystemExit):
+        cli.evaluate_main(["cifar10_semi_1", "--help"])
+    assert "\n\nCommand: torchrun" in capsys.readouterr().out
