@@ -45,7 +45,8 @@ def showcase(
     spec = frozen.in1k_knn().val
     if trunk.arch.startswith(("nin", "resnet18_")):  # networks for small pictures
         spec = replace(frozen.cifar10_knn().val, crop=CenterCrop(32, 32))
-    spec = replace(spec, data=data, limit=samples, batch_size=50)
+    # torchvision, which is everywhere: the page does not depend on which engines are installed.
+    spec = replace(spec, data=data, limit=samples, batch_size=50, engine="folder")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.normalize.mean, spec.normalize.std))
     shown, pooled, ids = [], [], []
     with open_loader(spec) as loader, torch.no_grad():
