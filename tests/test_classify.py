@@ -17,7 +17,7 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, Colour, LoaderSpec, RandomCrop
 from rotpred import classify, features, probes
 from rotpred.backbone import Backbone, build_backbone
-from rotpred.checkpoint import load_latest
+from rotpred.checkpoint import CheckpointError, load_latest
 from rotpred.distributed import Rank
 from rotpred.heads import stage_pools
 from rotpred.optim import Optim
@@ -298,3 +298,21 @@ def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     for senseless in ({"lrs": (0.1, 0.1)}, {"lrs": (0.0,)}, {"affine": True}):
         with pytest.raises(ValueError, match=r"lrs|affine"):
             Probe("avgpool", **senseless)
+
+
+def test_a_run_with_colours_goes_on_exactly(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """Stopped inside an epoch and gone on: the same bits; with other colours: refused."""
+    name = "in1k_mhead"
+    made = small(RECIPES[name](), tmp_path / "a", weights[0], trees[name])
+    made = replace(made, run=replace(made.run, epochs=2))
+    whole = saved(classify.run(made, Rank()))
+    first = replace(made, run=replace(made.run, out=str(tmp_path / "b"), max_steps=3))
+    assert any(not torch.equal(t, whole[n]) for n, t in saved(classify.run(first, Rank())).items())
+    rest = replace(first, run=replace(first.run, max_steps=None))
+    dull = replace(rest, train=replace(rest.train, colour=Colour(brightness=0.4)))
+    with pytest.raises(CheckpointError, match="colour"):
+        classify.run(dull, Rank())
+    for key, tensor in saved(classify.run(rest, Rank())).items():
+        assert torch.equal(tensor, whole[key]), key
