@@ -282,6 +282,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         if found is None:
             raise
         raise CheckpointError(
-            f"{path} holds a {found[1]}, whose loading can run code: if you trust the file, read it"
-            " with torch.load(..., weights_only=False) and torch.save its state dict alone"
+            f"{path} holds more than tensors and plain types: a {found[1]}, which may run code. If "
+            "you trust the file, torch.load it with weights_only=False and torch.save its state "
+            "dict alone"
         ) from error
