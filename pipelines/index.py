@@ -7,21 +7,18 @@ bytes a path where a list of `Path` objects would take ten times that.
 from __future__ import annotations
 
 import os
-import stat
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.plainfile import inside, read_file
+
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 """File name endings taken for images, in any case."""
-
-MAX_FILE_BYTES = 1 << 29
-"""Longer files are refused unread: no picture within the pixel limit needs half a gigabyte."""
 
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 _MAX_LABEL = 1_000_000
@@ -167,40 +164,6 @@ class SampleIndex:
         return cls(Path(root), blob, offsets, np.array(labels, np.int64), tuple(classes))
 
 
-def read_file(path: str | os.PathLike[str], *, root: str | os.PathLike[str]) -> bytes:
-    """Read a plain file below `root`, never waiting on a pipe and never following a link outside.
-
-    Raises:
-        OSError: With a message in words.
-    """
-    real = os.path.realpath(path)
-    if not _inside(real, _real_root(os.fspath(root))):
-        raise PermissionError("the link leads outside the data folder")
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
-        handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        what = "a link to a file" if os.path.islink(path) else "a file"
-        raise FileNotFoundError(f"{what} that does not exist") from error
-    try:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError("a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("a pipe, socket or device, not a file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise OSError(f"longer than {MAX_FILE_BYTES} bytes")
-        with open(handle, "rb", buffering=0, closefd=False) as stream:
-            return stream.readall()
-    finally:
-        os.close(handle)
-
-
-@lru_cache(maxsize=64)
-def _real_root(root: str) -> str:
-    return os.path.realpath(root)
-
-
 def _pack(names: Iterable[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
     """Join names and note where each begins and ends, without holding them all apart."""
     blob, offsets = bytearray(), array("q", (0,))
@@ -227,7 +190,7 @@ def _walk_classes(base: Path, folders: list[str], real: str, labels: array[int])
 def _walk(base: Path, folder: str, real: str) -> Iterator[bytes]:
     """Yield the images below one folder in torchvision's order: its own files first, sorted."""
     here = base / folder
-    if here.is_symlink() and not _inside(os.path.realpath(here), real):
+    if here.is_symlink() and not inside(os.path.realpath(here), real):
         raise IndexFormatError(f"{str(here)!r} is a link that leads outside {str(base)!r}")
     files, folders = [], []
     with os.scandir(here) as entries:
@@ -238,7 +201,7 @@ def _walk(base: Path, folder: str, real: str) -> Iterator[bytes]:
             if _is_image(entry.name):
                 files.append(entry.name)
             elif entry.is_dir():
-                if entry.is_symlink() and _inside(str(here.absolute()), os.path.realpath(entry)):
+                if entry.is_symlink() and inside(str(here.absolute()), os.path.realpath(entry)):
                     raise IndexFormatError(f"{entry.path!r} is a link to a folder above itself")
                 folders.append(entry.name)
     for name in sorted(files):
@@ -295,11 +258,6 @@ def _split(line: str, place: str) -> tuple[str, int]:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _inside(path: str, folder: str) -> bool:
-    """Whether a resolved path is a resolved folder or lies below it."""
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _endings() -> str:
