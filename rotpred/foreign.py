@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ def read(path: Path) -> Found:
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix == ".safetensors":
         tensors, arch = _read_safetensors(path)
-        return _sort(_FLAT, tensors, arch, clockwise=None)
+        layout = _FLAT if arch is None else replace(_FLAT, name="rotpred")
+        return _sort(layout, tensors, arch, clockwise=None)
     if path.suffix == ".pkl":
         raise CheckpointError(f"{path} is a pickle, which can run code: only written, never read")
     content = _read_torch(path)
