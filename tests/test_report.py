@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from rotpred import figures, gallery, published
+from rotpred import gallery, published
 from rotpred.backbone import build_backbone
 from rotpred.page import NOT_RUN, Block, Code, Heading, Text, html, markdown
 from rotpred.report import page
@@ -80,9 +81,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
                 sha = None if random else "ab" * 32
                 row = {"benchmark": recipe, "unit": "%", "n": 400, "checkpoint_sha256": sha} | row
                 log.result(row.pop("benchmark"), **extra, **row)
-            log.figure(
-                "curves", figures.curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
-            )
+            log.figure("curves", Figure(figsize=(1, 1)))
         write_json(out / "recipe.json", about)
         if done:
             write_json(out / "done.json", {})
@@ -547,7 +546,6 @@ def test_showcase_of_a_small_network(folder: Path, tmp_path: Path) -> None:
     for source in checker.pictures:
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
             assert picture.format == "PNG" and len(set(picture.convert("L").tobytes())) > 20
-    assert html(showcase(str(weights), str(folder), stage="res3", samples=20), title="") == text
     with pytest.raises(ValueError, match=r"needs an \.html page"):
         markdown(blocks, folder=tmp_path)
     with pytest.raises(ValueError, match="give --backbone"):
