@@ -7,13 +7,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from pipelines.batch import Regions
 from pipelines.beton import Beton
 from pipelines.convert import write_beton
 from pipelines.index import SampleIndex
-from pipelines.loader import missing_engines, open_loader
-from pipelines.spec import LoaderSpec, RandomResizedCrop
+from pipelines.loader import open_loader
+from pipelines.rotate import normalize_views
+from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop
 from pipelines.splice import splice_batch
 
 
@@ -26,19 +29,14 @@ def compile_all() -> None:
         write_beton(SampleIndex.from_folder(folder), data, workers=1)
         with Beton.open(data) as beton:
             splice_batch(beton, np.zeros(1, np.int64), np.array([[8, 8, 16, 16]], np.int32))
-        spec = LoaderSpec(
-            data=str(data), engine="folder", batch_size=1, crop=RandomResizedCrop(8), workers=1
-        )
+        # The engine that such data take: kernels of FFCV where it is installed.
+        spec = LoaderSpec(data=str(data), batch_size=1, crop=RandomResizedCrop(8), workers=1)
         for precision in ("fp32", "bf16"):
             with open_loader(spec, precision=precision) as loader:
                 next(loader.epoch(0))
-        if "ffcv" not in missing_engines():
-            spec = LoaderSpec(
-                data=str(data), engine="ffcv", batch_size=1, crop=RandomResizedCrop(8), workers=1,
-                resize="device",
-            )  # fmt: skip
-            with open_loader(spec) as loader:
-                next(loader.epoch(0))
+    none, shape = torch.zeros(1, dtype=torch.int64), torch.full((1, 2), 16, dtype=torch.int32)
+    regions = Regions(torch.zeros(768, dtype=torch.uint8), none, shape, none != 0, 8)
+    normalize_views(regions, views=1, normalize=IMAGENET, dtype=torch.float32)
 
 
 if __name__ == "__main__":
