@@ -236,13 +236,8 @@ def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Sco
         log.validation(step=state.step, values=tops)
         return max(score["top1"] for score in scores.values())
 
-    batches = steps(
-        *(state, setup.job.loader, recipe.run),
-        log=log,
-        evaluate=validate,
-        eval_every=recipe.eval_every,
-    )
-    for batch in batches:
+    data, pace = setup.job.loader, recipe.eval_every
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
         state.learn(objective, batch.images, batch.targets)
     return results.get(state.step)
 

@@ -163,13 +163,8 @@ def _train(recipe: Semi, state: TrainState, job: Job, log: RunLog) -> Scores | N
         log.validation(step=state.step, values={"accuracy": 100 * scores[""]["top1"]})
         return scores[""]["top1"]
 
-    batches = steps(
-        *(state, job.loader, recipe.run),
-        log=log,
-        evaluate=validate,
-        eval_every=recipe.eval_every,
-    )
-    for batch in batches:
+    data, pace = job.loader, recipe.eval_every
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
         state.learn(objective, batch.images, batch.targets)
     return results.get(state.step)
 
@@ -285,8 +280,8 @@ def grid_figure(
     head_mults: tuple[float, ...],
 ) -> Figure:
     """A heat map of accuracies in percent: (len(lrs), len(head_mults)); NaN: not finite."""
-    fig = Figure(figsize=(1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs)), dpi=120)
-    fig.set_layout_engine("constrained")
+    size = (1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs))
+    fig = Figure(figsize=size, dpi=120, layout="constrained")
     ax = fig.subplots()
     image = ax.imshow(tops, cmap="Blues", aspect="auto")
     low, high = np.nanmin(tops), np.nanmax(tops)
