@@ -115,7 +115,12 @@ class Contestant:
     def _last_words(self) -> str:
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").strip().splitlines()
-        return words[-1] if words else f"exit status {self._process.wait(timeout=20)}"
+        if words:
+            return words[-1]
+        try:
+            return f"exit status {self._process.wait(timeout=20)}"
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe, said nothing, and still runs"
 
 
 def compete(
@@ -135,7 +140,7 @@ def compete(
         seconds: length of a window.
         questions: methods that each answers after it has opened, before the windows; each returns
             a dictionary of fields. `memory` comes last, after the windows.
-        title: of the progress bar.
+        title: of the progress bar, and of the lines on stderr that say what is being done.
         alone: each ends before the next one starts, because they would not fit into memory
             together: half of the windows forwards through the names, the others backwards.
 
@@ -145,6 +150,11 @@ def compete(
     windows: dict[str, list[Window]] = {name: [] for name in configs}
     facts: dict[str, dict[str, Any]] = {}
     bar = tqdm(total=repeats * len(configs), desc=title, unit="window", leave=False, disable=None)
+    begin = time.monotonic()
+
+    def phase(text: str) -> None:
+        # A line, so that a log shows it, too, where there is no bar.
+        bar.write(f"{title}: {time.monotonic() - begin:.0f} s: {text}", file=sys.stderr)
 
     def turn(name: str, player: Contestant) -> None:
         values = player.ask("window", seconds=seconds, patience=PATIENCE_SECONDS + seconds)
@@ -152,10 +162,12 @@ def compete(
         bar.update()
 
     def opened(name: str, stack: ExitStack) -> Contestant:
+        phase(f"{name}: first batch")
         player = stack.enter_context(Contestant(name, configs[name]))
         answers = player.ask("first_batch")
         if name not in facts:
             for question in questions:
+                phase(f"{name}: {question.replace('_', ' ')}")
                 answers |= player.ask(question)
             facts[name] = answers
         return player
@@ -166,13 +178,17 @@ def compete(
                 half = repeats - repeats // 2 if k < len(configs) else repeats // 2
                 with ExitStack() as stack:
                     player = opened(name, stack)
+                    phase(f"{name}: windows")
                     for _ in range(half):
                         turn(name, player)
                     facts[name] |= player.ask("memory")
             return windows, facts
         with ExitStack() as stack:
             players = {name: opened(name, stack) for name in configs}
-            for name in abba(tuple(configs), repeats):
+            order = abba(tuple(configs), repeats)
+            for k, name in enumerate(order):
+                if k % len(configs) == 0:
+                    phase(f"windows: round {k // len(configs) + 1} of {repeats}")
                 turn(name, players[name])
             for name, player in players.items():
                 facts[name] |= player.ask("memory")

@@ -8,8 +8,11 @@ the middle square, by the same decoder and filter.
 from __future__ import annotations
 
 import importlib
+import queue
+import time
 import warnings
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from pipelines.index import SampleIndex
 from pipelines.samples import encoded, open_samples
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+LIMIT_SECONDS = 60.0
 
 
 class _Crops(Dataset[torch.Tensor]):
@@ -171,20 +175,34 @@ class StockFfcv(Player):
         try:
             yield from (len(images) for (images,) in running)
         finally:
-            # The thread looks at this once its queue is full.
-            running.terminate_event.set()
-            running.join(timeout=60)
+            _end(running)
 
     def cuts(self) -> Iterator[Cut]:
         side = (self.size, self.size)
         decoder = self.decoders.CenterCropRGBImageDecoder(side, ratio=1)
-        with Beton.open(self.data) as beton:
-            i = 0
-            for (images,) in self._loader(decoder, order="SEQUENTIAL"):
-                for pixels in images.permute(0, 2, 3, 1).numpy():
-                    box = _middle(int(beton.heights[i]), int(beton.widths[i]))
-                    yield Cut(beton.payload(i).tobytes(), box, pixels)
-                    i += 1
+        running = iter(self._loader(decoder, order="SEQUENTIAL"))
+        try:
+            with Beton.open(self.data) as beton:
+                i = 0
+                for (images,) in running:
+                    for pixels in images.permute(0, 2, 3, 1).numpy():
+                        box = _middle(int(beton.heights[i]), int(beton.widths[i]))
+                        yield Cut(beton.payload(i).tobytes(), box, pixels)
+                        i += 1
+        finally:
+            _end(running)
+
+
+def _end(running: Any) -> None:
+    """End FFCV's thread of an epoch that was left early, for which FFCV itself has no way: at the
+    end of an epoch it waits, for ever, for a place in its queue."""
+    running.iter_ixes = iter(())
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while running.is_alive():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"FFCV's thread has not ended within {LIMIT_SECONDS:.0f} s")
+        with suppress(queue.Empty):
+            running.output_queue.get(timeout=0.05)
 
 
 class StockDali(Player):
