@@ -64,6 +64,7 @@ def row(
     unit: str,
     device: torch.device,
     digits: int = 1,
+    order: str = "ABBA",
     **more: object,
 ) -> Row:
     """One result: the windows' median, least and most in `unit`, and what it was measured with.
@@ -76,6 +77,7 @@ def row(
         unit: of the values.
         device: where the work was done.
         digits: of the rounded values.
+        order: in which contestants took turns; empty where nobody did.
         more: further fields.
     """
     return {
@@ -84,7 +86,7 @@ def row(
         "variant": variant,
         "unit": unit,
         **spread(values, digits),
-        "order": "ABBA",
+        "order": order,
         **more,
         **_machine(str(device)),
     }
@@ -130,11 +132,13 @@ def ratio_row(
     ours: Sequence[Window],
     theirs: Sequence[Window],
     *,
-    target: float,
+    target: float | None,
     device: torch.device,
 ) -> Row:
-    """How many times more images per CPU second: the k-th window of one against that of the other,
-    which ran next to it."""
+    """How many times as many images per CPU second: the k-th window of one against the k-th of the
+    other. Both are of the same round of turns; windows of other contestants may lie between them,
+    by which the machine may have slowed down. The order of turns evens that out over the rounds,
+    and least and most show what is left of it. Without a target the row only informs."""
     values = [b / a for a, b in zip(cost(ours), cost(theirs), strict=True)]
     middle = median(values)
     return row(
@@ -146,7 +150,7 @@ def ratio_row(
         device=device,
         digits=3,
         target=target,
-        met=middle >= target,
+        met=None if target is None else middle >= target,
     )
 
 

@@ -33,7 +33,16 @@ Way = Literal[
     "bf16 apex",
     "bf16 compile apex",
 ]
-COLUMNS = ("views_per_s", "share_of_matmul", "peak_device_mib", "first_batch_seconds")
+COLUMNS = (
+    "views_per_s",
+    "share_of_matmul",
+    "peak_device_mib",
+    "first_batch_seconds",
+    "target",
+    "met",
+)
+MEANT, TARGET = ("resnet50", 224), 3500.0
+"""Views/s that each way should reach on a GPU, and for which network and side that is meant."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ def main(args: Arguments) -> None:
             values["teraflop_per_s"] = round(flops / 1e12, 4)
             values["matmul_teraflop_per_s"] = round(ceilings[precision] / 1e12, 4)
             values["share_of_matmul"] = round(flops / ceilings[precision], 4)
+            if device.type == "cuda" and (args.backbone, args.size) == MEANT:
+                values |= {"target": TARGET, "met": values["views_per_s"] >= TARGET}
             rows.append(values)
     publish(rows, args.output, COLUMNS)
     bars(rows, args.plot, title="The training step alone (source images/s)")

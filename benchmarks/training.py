@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,6 +25,7 @@ from rotpred.schedule import Steps
 from rotpred.settings import Run
 from rotpred.state import Outcome, Trained, TrainState, channels_last
 
+LEAD_STEPS = 8
 WARMUP_STEPS = 8
 """Enough for cuDNN's search, compilation and the capture of a graph."""
 
@@ -152,10 +154,19 @@ class StepPlayer:
 
 
 def stepping(step: Step, batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
-    """Make steps and say how many images each took; a GPU is waited for at every eighth, so that
-    the clock does not time the queueing of kernels."""
-    for number, batch in enumerate(batches):
+    """Make steps and say how many images each took.
+
+    A GPU may lag behind by `LEAD_STEPS` steps and no more: else the clock would time the queueing
+    of kernels. It is never waited for until it has nothing to do, which would add the time that a
+    launch takes to what is measured.
+    """
+    queued: deque[torch.cuda.Event] = deque()
+    for batch in batches:
         step(batch)
-        if number % 8 == 7:
-            finish(device)
+        if device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            queued.append(done)
+            if len(queued) > LEAD_STEPS:
+                queued.popleft().synchronize()
         yield len(batch.indices)

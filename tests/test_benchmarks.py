@@ -161,8 +161,8 @@ def test_rotate4_measures_against_copying(tmp_path: Path) -> None:
         *("--size", "16", "--batch-size", "2", "--repeats", "1", "--no-compiled"),
         *("--device", "cpu"),
     )
-    names = ["rotate4", "rotate4, same output", "plain torch", "copy of as many bytes"]
-    assert [row["name"] for row in rows] == names
+    ours = ["rotate4", "rotate4, same output", "rotate4 of regions"]
+    assert [row["name"] for row in rows] == [*ours, "plain torch", "copy of as many bytes"]
     assert rows[-1]["share_of_copy"] == 1.0
     assert all(0 < row["share_of_copy"] for row in rows)
 
@@ -201,11 +201,16 @@ def test_convert_counts_bytes_and_workers(made: Containers, tmp_path: Path) -> N
     assert markers["payload_bytes"] > files and markers["bytes_added_percent"] > 0
     assert stock["payload_bytes"] != files
     assert all(row["cpu_seconds_per_1k_images"] > 0 for row in rows[:3])
+    added = rows[-1]
+    assert added["median"] == pytest.approx(markers["bytes_added_percent"], abs=0.001)
+    assert added["target"] == 2.0 and added["met"] == (added["median"] <= 2.0)
+    assert [row["target"] for row in rows[3:5]] == [4.0, None]
 
 
 def test_scale_measures_each_length(tmp_path: Path) -> None:
     rows = rows_of("scale", tmp_path, "--samples", "300", "1000", "--repeats", "1")
     assert {row["samples"] for row in rows} == {300, 1000}
+    assert {row["order"] for row in rows} == {""}  # Nobody took turns.
     seconds = [row["median"] for row in rows if row["name"] == "open"]
     assert len(seconds) == 2 and all(0 < s < 30 for s in seconds)
 
