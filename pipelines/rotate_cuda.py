@@ -128,8 +128,8 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
     """Resize regions where they are given, turn and normalise, in one kernel.
 
     Args:
-        images: uint8 (B, S, S, 3), contiguous, or regions to be resized to S; regions are trusted
-            to lie inside their pixels, as looking would wait for the device.
+        images: uint8 (B, S, S, 3), or regions to be resized to S; regions are trusted to lie inside
+            their pixels, as looking would wait for the device.
         out: (V, B, S, S, 3), contiguous, on the same device, float32, bfloat16 or float16, to be
             written; V is 1 or 4.
         normalize: mean and standard deviation per channel, in units of 0 to 255.
@@ -146,7 +146,9 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
     }
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         if isinstance(images, Regions):
-            columns = (images.offsets, images.shapes, images.flips)
-            _turn_regions[grid](images.pixels, *columns, out, constants, batch, side, **options)
+            # The kernel knows neither strides nor, beyond their size, types. Mostly nothing to do.
+            pixels, offsets = images.pixels.contiguous(), images.offsets.long().contiguous()
+            columns = (offsets, images.shapes.int().contiguous(), images.flips.bool().contiguous())
+            _turn_regions[grid](pixels, *columns, out, constants, batch, side, **options)
         else:
-            _turn_crops[grid](images, out, constants, batch, side, **options)
+            _turn_crops[grid](images.contiguous(), out, constants, batch, side, **options)

@@ -81,6 +81,15 @@ def check_regions() -> None:
     apart = (there - here).abs()
     assert apart.max() <= 1 and apart.mean() < 0.05
     assert torch.equal(there[:, 2], here[:, 2])  # of the right size: copied
+    # Columns of a table, as `pipelines.transfer` cuts them out: transposed, strided, all int64.
+    table = torch.stack([regions.offsets, *regions.shapes.long().T, regions.flips.long()], 1)
+    shapes = table.T.contiguous()[1:3].T
+    assert shapes.stride() == (1, len(SHAPES)) and not table[:, 0].is_contiguous()
+    strided = regions._replace(offsets=table[:, 0], shapes=shapes, flips=table[:, 3] != 0)
+    again = torch.full(size, float("nan"))
+    for given in (shapes, shapes.int()):  # a cast keeps the strides
+        rotate_cuda.write_views(strided._replace(shapes=given), again, normalize=pixels)
+        assert torch.equal(again, there)
 
 
 @pytest.mark.parametrize("check", ["check_crops", "check_regions"])
