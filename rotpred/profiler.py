@@ -62,13 +62,13 @@ def profiled(
 
 def _write(folder: Path, device: torch.device, profiler: profile) -> None:
     order = f"self_{device.type}_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
     try:
+        table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
         folder.mkdir(parents=True, exist_ok=True)
         with replaced(folder / TRACE) as temporary:
             profiler.export_chrome_trace(str(temporary))
         write_atomic(folder / TABLE, table.encode())
-    except OSError as error:  # as all records: they never end a training run
+    except (OSError, RuntimeError) as error:  # as all records: they never end a training run
         logger.warning("cannot write the profile: %s", error)
         return
     logger.info("profile of these steps in %s\n%s", folder, table)
