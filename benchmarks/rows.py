@@ -20,29 +20,40 @@ from pipelines.decode import ImageError
 from rotpred.runfolder import environment, write_atomic
 
 Row = dict[str, Any]
-A = TypeVar("A", bound="Timing")
+A = TypeVar("A", bound="Repeated")
 
 
 @dataclass(frozen=True)
-class Timing:
+class Repeated:
     """What every benchmark lets one choose."""
 
     repeats: int = 5
     """Windows of each contestant, in the order ABBA."""
-    seconds: float = 5.0
-    """Length of a window, at least."""
     output: Path | None = None
     """File for the JSON lines, in place of stdout."""
     plot: Path | None = None
     """File for the figure (PNG); none by default."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.seconds <= 0:
-            raise ValueError("--repeats must be at least 1 and --seconds positive")
+        if self.repeats < 1:
+            raise ValueError("--repeats must be at least 1")
         for name in ("output", "plot"):
             path = getattr(self, name)
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"--{name}: {path.parent} is not a folder")
+
+
+@dataclass(frozen=True)
+class Timing(Repeated):
+    """What a benchmark with windows of a chosen length lets one choose, too."""
+
+    seconds: float = 5.0
+    """Length of a window, at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seconds <= 0:
+            raise ValueError("--seconds must be positive")
 
 
 def spread(values: Sequence[float], digits: int = 1) -> Row:

@@ -55,7 +55,9 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 def rows_of(program: str, folder: Path, *arguments: str | Path) -> list[dict[str, Any]]:
     """Rows of a short run, each checked for the fields that all have."""
     output, plot = folder / "rows.jsonl", folder / "plot.png"
-    options = ["--seconds", "0.05", "--output", output, "--plot", plot]
+    options: list[str | Path] = ["--output", output, "--plot", plot]
+    if program not in ("scale", "splice"):  # They work for as long as it takes.
+        options += ["--seconds", "0.05"]
     done = run(program, *arguments, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and "median" in done.stderr
@@ -205,6 +207,20 @@ def test_convert_counts_bytes_and_workers(made: Containers, tmp_path: Path) -> N
     assert added["median"] == pytest.approx(markers["bytes_added_percent"], abs=0.001)
     assert added["target"] == 2.0 and added["met"] == (added["median"] <= 2.0)
     assert [row["target"] for row in rows[3:5]] == [4.0, None]
+
+
+def test_splice_compares_all_bytes(made: Containers, tmp_path: Path) -> None:
+    rows = rows_of(
+        "splice",
+        tmp_path,
+        *("--data", made.small(markers=True), "--pictures", "8", "--crops", "1", "--repeats", "1"),
+    )
+    whole, spliced, ratio, exact = rows
+    cost = "cpu_seconds_per_1k_images"
+    assert ratio["median"] == pytest.approx(whole[cost] / spliced[cost], rel=0.02)
+    assert 0 < spliced["bytes_kept_share"] < 1
+    assert exact["differing_bytes"] == exact["target"] == 0 and exact["met"]
+    assert exact["crops"] == 8
 
 
 def test_scale_measures_each_length(tmp_path: Path) -> None:
