@@ -38,6 +38,7 @@ _AHEAD = 1  # batches resized ahead of the consumer, beside those that DALI has 
 IN_FLIGHT = 2 * PREFETCH + _AHEAD + 1
 """No more batches than these are between the feed and the consumer."""
 
+_ENGINE_SHARE = 0.65  # of the pictures, to the GPU's JPEG engine: DALI's own default
 _LARGEST_HINT = 4096  # pixels; few pictures have more, and the memory is taken at once
 
 
@@ -170,9 +171,10 @@ def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
         # One rule for EXIF in all engines: upright. A beton is upright already.
         "adjust_orientation": beton is None,
     }
-    engine = mixed and spec.hw_decoder_load > 0
+    share = _ENGINE_SHARE if spec.hw_decoder_load is None else spec.hw_decoder_load
+    engine = mixed and share > 0
     if mixed:
-        options["hw_decoder_load"] = spec.hw_decoder_load
+        options["hw_decoder_load"] = share
     if engine and beton is not None:
         # Else its buffers grow, and the device waits, whenever a larger picture comes.
         options["preallocate_width_hint"] = min(int(beton.widths.max()), _LARGEST_HINT)

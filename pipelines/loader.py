@@ -6,6 +6,7 @@ yields batches that belong to the consumer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import time
@@ -24,7 +25,7 @@ from pipelines.order import Int64
 from pipelines.recycle import Recycler
 from pipelines.rotate import DTYPES, normalize_views, rotate4
 from pipelines.samples import RAW, Samples, fingerprint, open_samples
-from pipelines.spec import Engine, LoaderSpec, Precision, Shard
+from pipelines.spec import Engine, LoaderSpec, Precision, Shard, check_options
 from pipelines.transfer import Transfer
 from pipelines.tune import budget, tune
 
@@ -107,6 +108,8 @@ class Loader:
         source = self._source.epoch(epoch, start_step)
         try:
             while True:
+                with record_function("device"):
+                    self._transfer.wait()
                 begin = time.perf_counter()
                 with record_function("data wait"):
                     raw = self._transfer.fetch(source)
@@ -121,13 +124,16 @@ class Loader:
                 self._transfer.release()
                 yield batch
         finally:
-            close = getattr(source, "close", None)
-            if close is not None:
-                close()
+            try:
+                self._transfer.wait()  # The last copy may still read what closing frees.
+            finally:
+                if isinstance(source, Generator):
+                    source.close()
 
     def close(self) -> None:
         """Release the engine's threads, buffers and files."""
-        self._source.close()
+        with contextlib.closing(self._source):
+            self._transfer.wait()
 
     def __enter__(self) -> Loader:
         return self
@@ -237,11 +243,9 @@ def open_loader(
     samples = None
     if spec.engine != "synthetic" and spec.data.endswith(".beton"):
         samples = open_samples(spec.data, spec.root)
-    engine = choose_engine(
-        spec, raw=isinstance(samples, Beton) and bool((samples.modes == RAW).any())
-    )
-    if spec.resize == "device" and engine != "ffcv":
-        raise ValueError(f"resize=device is for engine=ffcv; {engine} emits resized crops only")
+    raw = isinstance(samples, Beton) and bool((samples.modes == RAW).any())
+    engine = choose_engine(spec, raw=raw)
+    check_options(spec, engine, on_gpu=device.type == "cuda")
     if engine == "synthetic":
         from pipelines.synthetic import CLASSES, SyntheticSource
 
@@ -268,8 +272,6 @@ def _open_source(
     engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
 ) -> Source:
     """Engines are imported here only, and only when asked for: each is a heavy package."""
-    if engine != "dali" and spec.decoder != "auto":
-        raise ValueError(f"decoder={spec.decoder} is for engine=dali; {engine} decodes on the CPU")
     limit = budget(spec, shard, device)
     workers = spec.workers or limit.threads
     source: Source

@@ -160,11 +160,13 @@ class LoaderSpec:
     (engine=ffcv only; more bytes over the bus, less work for the cores)."""
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes: mixed is nvJPEG on the GPU; auto takes it where batches go to a GPU."""
-    hw_decoder_load: float = 0.65
-    """Share of the pictures that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1."""
+    hw_decoder_load: float | None = None
+    """Share of the pictures that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1; None:
+    0.65. Refused where nothing is decoded on a GPU."""
     cpu_budget: float | None = None
-    """Share of the allowed cores that decoding may use where `workers` is 0; None: 0.4 where
-    batches go to a GPU (busier cores slow the launching of kernels), else 1."""
+    """Share of the allowed cores that decoding may use where `workers` is 0, and refused where it
+    is not; None: 0.4 where batches go to a GPU (busier cores slow the launching of kernels), else
+    1."""
     timeout: float = 120.0
     """Seconds to wait for a batch (twice that for the first one) before giving up."""
     samples: int = 1024
@@ -183,7 +185,7 @@ class LoaderSpec:
         if self.colour.active and self.views != "plain":
             raise ValueError("colour is for plain views")
         _check_sides(self.sides, self.crop)
-        if not 0 <= self.hw_decoder_load <= 1:
+        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
         if self.cpu_budget is not None and not 0 < self.cpu_budget <= 1:
             raise ValueError(f"cpu_budget must be above 0 and at most 1, got {self.cpu_budget}")
@@ -199,6 +201,35 @@ class LoaderSpec:
         """Side in pixels of the crops that an epoch emits."""
         return next(
             (side for first, side in reversed(self.sides) if first <= epoch), self.crop.size
+        )
+
+
+def check_options(spec: LoaderSpec, engine: Engine, *, on_gpu: bool) -> None:
+    """Raise `ValueError` for an option that an engine would not read.
+
+    Args:
+        spec: with what the user has chosen; synthetic images are not decoded, so that nothing about
+            decoding is refused for them.
+        engine: that `auto` stands for.
+        on_gpu: whether batches go to a GPU.
+    """
+    if spec.resize == "device" and engine != "ffcv":
+        raise ValueError(f"resize=device is for engine=ffcv; {engine} emits resized crops only")
+    if engine == "synthetic":
+        return
+    if engine != "dali" and spec.decoder != "auto":
+        raise ValueError(f"decoder={spec.decoder} is for engine=dali; {engine} decodes on the CPU")
+    if spec.hw_decoder_load is not None and (
+        engine != "dali" or spec.decoder == "cpu" or not on_gpu
+    ):
+        raise ValueError(
+            f"hw_decoder_load={spec.hw_decoder_load:g} is for engine=dali with batches that go to "
+            f"a GPU and decoder=auto or mixed; here {engine} decodes on the CPU"
+        )
+    if spec.cpu_budget is not None and spec.workers:
+        raise ValueError(
+            f"cpu_budget={spec.cpu_budget:g} is for workers=0; workers={spec.workers} is a number "
+            "of threads already"
         )
 
 

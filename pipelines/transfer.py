@@ -39,7 +39,7 @@ class _Slot:
 class Transfer:
     """The crops, labels, indices and validity of one batch after the other, on the device.
 
-    For each batch: `fetch`, `copy`, whatever reads the crops, `release`.
+    For each batch: `wait`, `fetch`, `copy`, whatever reads the crops, `release`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,21 +48,28 @@ class Transfer:
         if device.type == "cuda":
             stream: Callable[..., Any] = torch.cuda.Stream
             event: Callable[..., Any] = torch.cuda.Event
-            self._stream, self._copied = stream(device), event()
+            # Blocking: a host that runs ahead waits in every step, and would spin on a core that
+            # decoding needs.
+            self._stream, self._copied = stream(device), event(blocking=True)
             self._slots = [_Slot(device), _Slot(device)]
             self._numbers = torch.empty((0, 0), dtype=torch.int64)
 
-    def fetch(self, source: Iterator[RawBatch]) -> RawBatch | None:
-        """The next item of an engine, or None at the end.
+    def wait(self) -> None:
+        """Return when the last copy has read its buffers: the engine may reuse or free them.
 
-        Waits first until the last copy has read the buffers, which the engine may now reuse. That
-        copy has waited for the views of the batch two before it, so a host that runs ahead of its
-        device is stopped here when it is about three steps ahead. An engine that decodes on the GPU
-        hands its crops over to the stream that is current here.
+        That copy has waited for the views of the batch two before it, so a host that runs ahead of
+        its device is stopped here when it is about three steps ahead.
+        """
+        if self._stream is not None:
+            self._copied.synchronize()
+
+    def fetch(self, source: Iterator[RawBatch]) -> RawBatch | None:
+        """The next item of an engine, or None at the end; `wait` has to come first.
+
+        An engine that decodes on the GPU hands its crops over to the stream that is current here.
         """
         if self._stream is None:
             return next(source, None)
-        self._copied.synchronize()
         with torch.cuda.stream(self._stream):
             return next(source, None)
 
@@ -92,7 +99,7 @@ class Transfer:
         current.wait_event(self._copied)
         images: torch.Tensor | Regions = pixels
         if isinstance(raw.images, Regions):
-            shapes = numbers[4:6].T.int()
+            shapes = numbers[4:6].T.int().contiguous()  # A cast keeps strides.
             images = Regions(pixels, numbers[3], shapes, numbers[6].bool(), raw.images.side)
         return RawBatch(images, numbers[0], numbers[1], numbers[2].bool(), raw.boxes)
 

@@ -621,6 +621,26 @@ def test_where_dali_decodes_is_an_option_of_dali_only(beton: Path) -> None:
         open_loader(replace(spec, engine="dali", decoder="mixed"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hw_decoder_load": 0.0}, "hw_decoder_load=0 is for engine=dali .* folder decodes on"),
+        ({"workers": 1, "cpu_budget": 0.5}, "cpu_budget=0.5 is for workers=0; workers=1 is"),
+        *(
+            ({"engine": "dali", "decoder": decoder, "hw_decoder_load": 0.5}, "a GPU and decoder=")
+            for decoder in ("auto", "cpu")
+            if "dali" not in MISSING
+        ),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(
+    beton: Path, options: dict[str, object], words: str
+) -> None:
+    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Squash(8))
+    with pytest.raises(ValueError, match=words):
+        open_loader(replace(spec, **options))
+
+
 @pytest.mark.parametrize("name", engines("folder-beton", "dali-beton", "synthetic-none"))
 def test_resizing_on_the_device_is_for_ffcv(make, name: str) -> None:
     with pytest.raises(ValueError, match=f"resize=device is for engine=ffcv; {name.split('-')[0]}"):

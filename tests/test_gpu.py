@@ -77,6 +77,7 @@ def test_crops_lie_in_two_buffers_in_turn() -> None:
         images = torch.full((4, 16, 16, 3), number, dtype=torch.uint8).pin_memory()
         small = torch.full((4,), number)
         raw = RawBatch(images, small, small, small >= 0, torch.zeros((4, 5), dtype=torch.int32))
+        transfer.wait()
         moved = transfer.copy(transfer.fetch(iter([raw])))
         busy = busy @ busy * 1e-3  # readers are late
         places.append(moved.images.data_ptr())

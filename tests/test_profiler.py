@@ -32,7 +32,7 @@ def test_a_profiled_run(tmp_path: Path) -> None:
     out = pretrain.run(recipe, Rank())
     events = json.loads((out / "profile" / TRACE).read_bytes())["traceEvents"]
     names = [event.get("name", "") for event in events]
-    for name in ("data wait", "rotate", "forward", "backward", "optimiser"):
+    for name in ("device", "data wait", "rotate", "forward", "backward", "optimiser"):
         assert names.count(name) == 2, name
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert "conv" in (out / "profile" / TABLE).read_text()
@@ -75,3 +75,20 @@ def test_a_profile_that_cannot_be_written_costs_a_warning(
         step()
         step()
     assert "cannot write the profile" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["key_averages", "export_chrome_trace"])
+def test_a_profile_that_the_tracer_refuses_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr(torch.profiler.profile, part, refuse)
+    with (
+        caplog.at_level(logging.WARNING),
+        profiled(tmp_path / "profile", 1, CPU, wait=0, warm_up=1) as step,
+    ):
+        step()
+        step()
+    assert "cannot write the profile: no trace" in caplog.text
