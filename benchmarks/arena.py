@@ -61,7 +61,15 @@ class Contestant:
         Raises:
             ContestantError: it raised, ended, or did not answer in time.
         """
+        self.tell(method, **arguments)
+        return self.hear(method, patience=patience)
+
+    def tell(self, method: str, **arguments: Any) -> None:
+        """Call a method, whose answer `hear` waits for: several contestants work at once then."""
         self._send({"method": method, "arguments": arguments})
+
+    def hear(self, method: str, *, patience: float = PATIENCE_SECONDS) -> Any:
+        """The answer to what was told first and not heard yet; raises as `ask` does."""
         answer = json.loads(self._line(method, patience))
         if "error" in answer:
             raise ContestantError(f"{self.name}: {answer['error']}")
@@ -129,6 +137,7 @@ def compete(
     repeats: int,
     seconds: float,
     questions: Sequence[str] = (),
+    untimed: Sequence[str] = (),
     title: str = "",
     alone: bool = False,
 ) -> tuple[dict[str, list[Window]], dict[str, dict[str, Any]]]:
@@ -140,6 +149,7 @@ def compete(
         seconds: length of a window.
         questions: methods that each answers after it has opened, before the windows; each returns
             a dictionary of fields. `memory` comes last, after the windows.
+        untimed: further ones in which nothing is timed: all contestants answer them at once.
         title: of the progress bar, and of the lines on stderr that say what is being done.
         alone: each ends before the next one starts, because they would not fit into memory
             together: half of the windows forwards through the names, the others backwards.
@@ -161,35 +171,47 @@ def compete(
         windows[name].append(Window(*values))
         bar.update()
 
-    def opened(name: str, stack: ExitStack) -> Contestant:
+    def first(name: str, player: Contestant) -> None:
         phase(f"{name}: first batch")
-        player = stack.enter_context(Contestant(name, configs[name]))
-        answers = player.ask("first_batch")
-        if name not in facts:
-            for question in questions:
-                phase(f"{name}: {question.replace('_', ' ')}")
-                answers |= player.ask(question)
-            facts[name] = answers
-        return player
+        facts[name] = player.ask("first_batch")
+        for question in questions:
+            phase(f"{name}: {question.replace('_', ' ')}")
+            facts[name] |= player.ask(question)
 
-    with bar:
+    def together(players: Mapping[str, Contestant], question: str) -> None:
+        phase(f"all: {question.replace('_', ' ')}")
+        for player in players.values():
+            player.tell(question)
+        for name, player in players.items():
+            facts.setdefault(name, {}).update(player.hear(question))
+
+    with bar, ExitStack() as stack:
         if alone:
             for k, name in enumerate(abba(tuple(configs), 2 if repeats > 1 else 1)):
                 half = repeats - repeats // 2 if k < len(configs) else repeats // 2
-                with ExitStack() as stack:
-                    player = opened(name, stack)
+                with Contestant(name, configs[name]) as player:
+                    if name in facts:
+                        player.ask("first_batch")
+                    else:
+                        first(name, player)
+                        for question in untimed:
+                            together({name: player}, question)
                     phase(f"{name}: windows")
                     for _ in range(half):
                         turn(name, player)
                     facts[name] |= player.ask("memory")
             return windows, facts
-        with ExitStack() as stack:
-            players = {name: opened(name, stack) for name in configs}
-            order = abba(tuple(configs), repeats)
-            for k, name in enumerate(order):
-                if k % len(configs) == 0:
-                    phase(f"windows: round {k // len(configs) + 1} of {repeats}")
-                turn(name, players[name])
-            for name, player in players.items():
-                facts[name] |= player.ask("memory")
+        players = {name: stack.enter_context(Contestant(name, configs[name])) for name in configs}
+        # Imports take most of them longer than all else, and are not timed.
+        together(players, "ready")
+        for name, player in players.items():
+            first(name, player)
+        for question in untimed:
+            together(players, question)
+        for k, name in enumerate(abba(tuple(configs), repeats)):
+            if k % len(configs) == 0:
+                phase(f"windows: round {k // len(configs) + 1} of {repeats}")
+            turn(name, players[name])
+        for name, player in players.items():
+            facts[name] |= player.ask("memory")
     return windows, facts

@@ -1,6 +1,7 @@
 """The process of one contestant: reads a configuration and then commands, one JSON line each.
 
-Started by `arena.Contestant`, not by hand. An answer is one JSON line: `result`, or `error`.
+Started by `arena.Contestant`, not by hand. An answer is one JSON line: `result`, or `error`. The
+method `ready` is answered with nothing, once everything is imported.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ def main() -> None:
         try:
             if failure:
                 raise ValueError(failure)
-            result = getattr(player, command["method"])(**command["arguments"])
-            answer = {"result": result}
+            method = command["method"]
+            # Imports are done: what any player can say of itself.
+            ready = method == "ready"
+            answer = {"result": {} if ready else getattr(player, method)(**command["arguments"])}
         except Exception as error:  # the other side raises it
             traceback.print_exc()
             answer = {"error": _one_line(error)}

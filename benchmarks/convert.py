@@ -68,7 +68,7 @@ def _measure(data: str, args: Arguments) -> list[Row]:
         configs,
         repeats=args.repeats,
         seconds=args.seconds,
-        questions=("written",),
+        untimed=("written",),
         title="conversions",
     )
     side = "own size" if args.max_side is None else f"at most {args.max_side}px"

@@ -18,7 +18,7 @@ import torch
 from pictures import PHOTOGRAPHS, containers
 from plots import bars
 from rows import Row, publish, row, say, start
-from stages import Options, Stage, examine
+from stages import Options, Stage, decoding_threads, examine
 
 ADVICE = {
     "read": "the disk is slower than all that follows: put the beton on a local disk, shrink its "
@@ -53,13 +53,19 @@ def main(args: Arguments) -> None:
         stages = examine(data, args)
     rows = [_row(stage, data, args) for stage in stages]
     publish(rows, args.output, ("ceiling",))
-    bars(rows, args.plot, title=diagnose(stages, args.workers)[0])
-    for line in diagnose(stages, args.workers):
+    lines = diagnose(stages, threads=decoding_threads(args))
+    bars(rows, args.plot, title=lines[0])
+    for line in lines:
         say(line)
 
 
-def diagnose(stages: list[Stage], workers: int) -> list[str]:
-    """The stage that binds, by how much, and what to change; one sentence a line."""
+def diagnose(stages: list[Stage], *, threads: int) -> list[str]:
+    """The stage that binds, by how much, and what to change; one sentence a line.
+
+    Args:
+        stages: as measured.
+        threads: that decoded.
+    """
     pipeline = sorted((s for s in stages if s.in_pipeline), key=lambda s: s.rate)
     worst, next_one = pipeline[0], pipeline[1]
     lines = [
@@ -70,10 +76,12 @@ def diagnose(stages: list[Stage], workers: int) -> list[str]:
     if worst.name != "loader":
         return lines
     cores = len(os.sched_getaffinity(0))
-    used = workers or cores
     by_name = {stage.name: stage for stage in stages}
-    if used < cores:
-        lines.append(f"{used} of {cores} allowed cores decode: raise workers (train.workers)")
+    if threads < cores:
+        lines.append(
+            f"{threads} of {cores} allowed cores decode: raise cpu_budget, the share of the cores "
+            "for decoding, or set workers, the number of threads"
+        )
     else:
         lines.append("all allowed cores decode: give the job more cores, or the GPU (engine=dali)")
     entropy, full = by_name["entropy decoding, one core"], by_name["decoding, one core"]

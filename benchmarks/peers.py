@@ -136,7 +136,7 @@ def _measure(made: Containers, args: Arguments) -> list[Row]:
             group,
             repeats=args.repeats,
             seconds=args.seconds,
-            questions=("difference",),
+            untimed=("difference",),
             title="peers",
         )
         windows |= measured

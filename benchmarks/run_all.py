@@ -9,6 +9,8 @@ than ten minutes on two cores; leave the machine alone meanwhile.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +59,8 @@ def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
         "train_step": ["--backbone", "resnet18_tiny", "--size", "32", *timing, *cpu],
         "end_to_end": [*spliced, *small, *timing],
         "convert": ["--data", str(made.small_folder()), *timing],
-        "scale": ["--samples", "1000", "100000", "1300000", "--repeats", "3"],
+        "splice": [*spliced, "--pictures", "500", "--crops", "2", "--repeats", str(args.repeats)],
+        "scale": ["--samples", "1000", "100000", "1300000", "14000000", "--repeats", "3"],
         "doctor": [*spliced, *small],
     }
 
@@ -70,21 +73,17 @@ def main(args: Arguments) -> int:
     unknown = sorted(set(args.only) - chosen.keys())
     if unknown:
         raise ValueError(f"--only: no program {unknown[0]!r}; there are: {', '.join(chosen)}")
-    failed = []
+    failed, rows = [], []
     for name in args.only or chosen:
-        output, plot = args.output / f"{name}.jsonl", args.output / f"{name}.png"
+        output = args.output / f"{name}.jsonl"
+        # An older run's rows must not pass for this one's.
+        output.unlink(missing_ok=True)
         say(f"\n== {name}")
-        command = [str(HERE / f"{name}.py"), *chosen[name]]
-        command += ["--output", str(output), "--plot", str(plot)]
-        done = subprocess.run([sys.executable, *command], timeout=LIMIT_SECONDS, check=False)
-        if done.returncode != 0:
-            output.unlink(missing_ok=True)  # An older run's rows must not pass for this one's.
-            failed.append(name)
-    rows = [
-        json.loads(line)
-        for path in sorted(args.output.glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+        trouble = _run(name, [*chosen[name], "--output", str(output)], args.output)
+        if trouble:
+            failed.append(f"{name} ({trouble})")
+        else:
+            rows += [json.loads(line) for line in output.read_text().splitlines()]
     say(
         f"\n== Against the targets ({time.monotonic() - begin:.0f} s in all, rows in {args.output})"
     )
@@ -94,10 +93,27 @@ def main(args: Arguments) -> int:
     return 1 if failed else 0
 
 
+def _run(name: str, arguments: list[str], folder: Path) -> str:
+    """Run one program; what went wrong with it, or nothing."""
+    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    command += ["--plot", str(folder / f"{name}.png")]
+    # A session of its own: the processes that it started have to end with it.
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            status = process.wait(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"not done after {LIMIT_SECONDS} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return f"exit status {status}" if status else ""
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Arguments)))
-    except (ValueError, OSError, subprocess.TimeoutExpired) as problem:
+    except (ValueError, OSError) as problem:
         print(f"run_all: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -24,7 +24,8 @@ from pipelines.beton import Beton
 from pipelines.picture import crop, decode
 from pipelines.rotate import DTYPES, rotate4
 from pipelines.samples import Samples, encoded, open_samples
-from pipelines.spec import IMAGENET, Engine, Precision
+from pipelines.spec import IMAGENET, Engine, LoaderSpec, Precision, RandomResizedCrop, Shard
+from pipelines.tune import budget
 from rotpred.optim import Optim
 from rotpred.settings import Run
 
@@ -55,7 +56,7 @@ class Options(Timing):
     cuda_graph: bool = False
     """Replay forward and backward as a CUDA graph."""
     workers: int = 0
-    """Decoding threads; 0: one for each allowed core."""
+    """Decoding threads; 0: the share of the cores that training takes (`cpu_budget`)."""
     device: str = "cuda" if ON_GPU else "cpu"
     """Where to train."""
 
@@ -78,6 +79,12 @@ class Stage:
         return float(np.median(self.rates))
 
 
+def decoding_threads(args: Options) -> int:
+    """As many as training would use: given ones, or those of its budget beside this device."""
+    spec = LoaderSpec(batch_size=args.batch_size, crop=RandomResizedCrop(args.size))
+    return args.workers or budget(spec, Shard(), torch.device(args.device)).threads
+
+
 def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage]:
     """Measure all stages.
 
@@ -88,7 +95,7 @@ def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage
     """
     device = torch.device(args.device)
     samples = open_samples(data)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = decoding_threads(args)
     order = np.random.default_rng(0).permutation(len(samples)).tolist()
     pictures = [bytes(encoded(samples, i)) for i in order[:64]]
     if any(p[:2] != b"\xff\xd8" for p in pictures):
@@ -187,11 +194,12 @@ def _per_cpu_second(work: Callable[[bytes], None], pictures: list[bytes], second
 
 
 def _loading(data: str, workers: int, args: Options) -> Stage:
-    """Crops on the host, by the engine."""
+    """Crops as the engine hands them over, on the host or on the device."""
     player = Ours(
         data=data,
         engine=args.engine,
         output="crops",
+        device=args.device,
         size=args.size,
         batch_size=args.batch_size,
         workers=workers,

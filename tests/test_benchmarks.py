@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ HERE = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(HERE))  # Programs, not a package: they find one another beside themselves.
 
 import doctor  # noqa: E402
+import run_all  # noqa: E402
 import stages  # noqa: E402
 import timing  # noqa: E402
 from arena import Contestant, ContestantError  # noqa: E402
@@ -81,8 +83,13 @@ def test_loaders_writes_a_row_for_each_engine(made: Containers, tmp_path: Path) 
         *("--engines", "folder", "ffcv", "--size", "48", "--batch-size", "8"),
         *("--repeats", "2", "--device", "cpu"),
     )
-    assert [row["name"] for row in rows] == ["folder", "ffcv"]
-    for row in rows:
+    assert [row["name"] for row in rows[:2]] == ["folder", "ffcv"]
+    assert [row["name"] for row in rows[2:]] == ["warm start, folder", "warm start, ffcv"]
+    for start, loader in zip(rows[2:], rows[:2], strict=True):
+        assert start["median"] > 0.3 and start["repeats"] == 2  # Importing torch takes longer.
+        assert start["epoch_gap_seconds"] == loader["epoch_gap_seconds"]
+        assert start["target"] == 3.0 and start["met"] == (start["median"] <= 3.0)
+    for row in rows[:2]:
         assert row["repeats"] == 2 and row["median"] > 0
         assert row["first_batch_seconds"] > 0 and row["rss_mib"] > 50
         assert row["epoch_gap_seconds"] >= 0
@@ -246,7 +253,7 @@ def test_doctor_names_a_slow_disk(made: Containers, monkeypatch: pytest.MonkeyPa
     # Any network is slower than a loader on this machine, but for this fault: it is left out.
     monkeypatch.setattr(stages, "_device_stages", lambda *_: [Stage("step", [1e5], "")])
     found = stages.examine(str(made.small(markers=False)), options(), read=slow)
-    lines = doctor.diagnose(found, workers=0)
+    lines = doctor.diagnose(found, threads=2)
     assert lines[0].startswith("read binds") and "disk" in lines[1]
 
 
@@ -255,14 +262,21 @@ def test_doctor_names_too_few_threads(made: Containers, monkeypatch: pytest.Monk
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     data = str(made.small(markers=False))
     fast = stages.examine(data, options(workers=1), read=lambda i: bytes(i))
-    lines = doctor.diagnose(fast, workers=1)
+    lines = doctor.diagnose(fast, threads=1)
     assert lines[0].startswith("loader binds")
-    assert any("1 of 8 allowed cores" in line for line in lines)
+    assert any("1 of 8 allowed cores" in line and "cpu_budget" in line for line in lines)
+
+
+def test_doctor_decodes_with_the_threads_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10)))
+    assert stages.decoding_threads(options()) == 10
+    assert stages.decoding_threads(replace(options(), device="cuda")) == 4  # Launches need some.
+    assert stages.decoding_threads(options(workers=3)) == 3
 
 
 def test_doctor_names_the_network() -> None:
     pipeline = [Stage("read", [9e3], ""), Stage("loader", [900.0], ""), Stage("step", [90.0], "")]
-    lines = doctor.diagnose(pipeline, workers=0)
+    lines = doctor.diagnose(pipeline, threads=2)
     assert lines[0].startswith("step binds: 90") and "loader, reaches 900" in lines[0]
 
 
@@ -299,6 +313,31 @@ def test_a_contestant_that_fails_is_named() -> None:
     with Contestant("broken", config) as player, pytest.raises(ContestantError) as caught:
         player.ask("measure", batch_size=1)
     assert str(caught.value).startswith("broken: ") and "absent.beton" in str(caught.value)
+
+
+def test_a_program_that_hangs_or_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And rows of an earlier run are not shown as this one's."""
+    good = json.dumps({"name": "fresh", "variant": "", "unit": "x", "median": 2.0, "target": 1.0})
+    output = "import sys; out = sys.argv[sys.argv.index('--output') + 1]\n"
+    programs = {
+        "hangs": "import threading; threading.Event().wait()",
+        "fails": "raise SystemExit(3)",
+        "works": f"{output}open(out, 'w').write({good!r})",
+    }
+    for name, code in programs.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    for name in ("hangs", "fails", "not run"):
+        (tmp_path / f"{name}.jsonl").write_text(good.replace("fresh", "stale"))
+    monkeypatch.setattr(run_all, "HERE", tmp_path)
+    monkeypatch.setattr(run_all, "LIMIT_SECONDS", 3)
+    monkeypatch.setattr(run_all, "containers", lambda *_, **__: None)
+    monkeypatch.setattr(run_all, "programs", lambda *_: dict.fromkeys(programs, []))
+    assert run_all.main(run_all.Arguments(output=tmp_path)) == 1
+    said = capfd.readouterr().err
+    assert "hangs (not done after 3 s), fails (exit status 3)" in said
+    assert "fresh" in said and "stale" not in said
 
 
 def test_abba_goes_there_and_back() -> None:
