@@ -194,9 +194,9 @@ def _manifest(path: Path) -> Manifest | None:
 
 def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments | None:
     """The side file of a beton, checked against it; None if there is none."""
-    side, count = segments_path(path), len(layout.sizes)
+    side = segments_path(path)
     try:
-        found = open_segments(side, samples=count, fingerprint=layout.fingerprint)
+        return open_segments(side, layout)
     except FileNotFoundError:
         if manifest is not None and manifest.restarts is not None:
             raise BetonError(
@@ -205,26 +205,6 @@ def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments
         return None
     except (SegmentsError, OSError) as error:
         raise BetonError(str(error)) from error
-    records = found.records
-    height, width = records["mcu_height"].astype(np.int32), records["mcu_width"].astype(np.int32)
-    rows, columns = records["rows"].astype(np.int32), records["columns"].astype(np.int32)
-    fits = (-(-layout.heights // np.maximum(height, 1)) == rows) & (layout.modes == 0)
-    fits &= -(-layout.widths // np.maximum(width, 1)) == columns
-    fits |= records["interval"] == 0
-    if not fits.all():
-        i = int(np.argmin(fits))
-        raise BetonError(
-            f"{side}: sample {i}: expected MCUs for {layout.heights[i]} x {layout.widths[i]} "
-            f"pixels, found {rows[i]} x {columns[i]} of {height[i]} x {width[i]}"
-        )
-    short = records["head"] < layout.sizes
-    if not short.all():
-        i = int(np.argmin(short))
-        raise BetonError(
-            f"{side}: sample {i}: expected a head below {layout.sizes[i]} bytes, "
-            f"found {records['head'][i]}"
-        )
-    return found
 
 
 def _open(path: Path, manifest: Manifest | None) -> Beton:

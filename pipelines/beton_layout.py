@@ -113,14 +113,14 @@ class _Checker:
         digest = hashlib.sha256(self.data[: meta_end - rows.nbytes].data)
         modes, heights, widths, labels = self._metadata(rows, classes, digest)
         offsets, sizes = self._allocation(table, meta_end, page, digest)
-        for block in _blocks(count):
+        for block in blocks(count):
             part = rows[block]
             place = part["image"]["data_ptr"].copy()
             self._all(place == offsets[block], "data_ptr as allocated", place, "sample", block)
             raw = 3 * heights[block].astype(np.uint64) * widths[block].astype(np.uint64)
             exact = (modes[block] == 0) | (sizes[block] == raw)
             self._all(exact, "3 bytes a pixel in a raw sample", sizes[block], "sample", block)
-            self._release(part)
+            release(self.data, part)
         return Layout(
             offsets=offsets,
             sizes=sizes,
@@ -193,7 +193,7 @@ class _Checker:
         labelled = "label" in (rows.dtype.names or ())
         modes, labels = np.empty(count, np.uint8), np.full(count, -1, np.int64)
         heights, widths = np.empty(count, np.int32), np.empty(count, np.int32)
-        for block in _blocks(count):
+        for block in blocks(count):
             part = rows[block]
             digest.update(part.view(np.uint8).data)
             image = part["image"]
@@ -208,7 +208,7 @@ class _Checker:
                 fine = (label >= -1) & (label < limit)
                 self._all(fine, f"a label in -1..{limit - 1}", label, "sample", block)
                 labels[block] = label
-            self._release(part)
+            release(self.data, part)
         return modes, heights, widths, labels
 
     def _allocation(
@@ -221,7 +221,7 @@ class _Checker:
         # full, not zeros: numpy asks for huge pages for the one only, and small ones take longer to
         # be handed out than all the checks.
         offsets, sizes = np.empty(count, np.uint64), np.full(count, 0, np.uint64)
-        for block in _blocks(count):
+        for block in blocks(count):
             part = table[block]
             digest.update(part.view(np.uint8).data)
             ids, ptr, size = (part[name].copy() for name in ALLOC.names or ())
@@ -235,7 +235,7 @@ class _Checker:
             self._all(last < end, f"an end of at most {end}", last, what, block)
             ids = ids.view(np.int64)  # numpy's own kind of index, which it need not convert
             offsets[ids], sizes[ids] = ptr, size
-            self._release(part)
+            release(self.data, part)
         self._all(sizes > 0, "one place for each sample", sizes, "sample", slice(0, count))
         self._apart(offsets, sizes)
         return offsets, sizes
@@ -256,14 +256,6 @@ class _Checker:
         i, j = (int(order[int(np.argmax(clash)) + k]) for k in (0, 1))
         raise self.fail(f"sample {j}", f"a place behind sample {i}", offsets[j])
 
-    def _release(self, part: Array) -> None:
-        """Give back the memory that a part of the mapped file takes, which is read no more."""
-        view: Any = self.data.base
-        if isinstance(view, memoryview) and isinstance(view.obj, mmap.mmap):
-            start = part.ctypes.data - self.data.ctypes.data
-            before = start % mmap.PAGESIZE
-            view.obj.madvise(mmap.MADV_DONTNEED, start - before, part.nbytes + before)
-
     def _all(self, fine: Array, expected: str, found: Array, what: str, block: slice) -> None:
         """Fail at the first element of a block that is not fine."""
         if not fine.all():
@@ -271,6 +263,20 @@ class _Checker:
             raise self.fail(f"{what} {block.start + i}", expected, found[i])
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """Slices that cover [0, count)."""
+def blocks(count: int) -> Iterator[slice]:
+    """Slices that cover [0, count), of rows to be checked at once."""
     return (slice(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK))
+
+
+def release(data: Array, part: Array) -> None:
+    """Give back the memory that a part of a mapped file takes, which is read no more for now.
+
+    Args:
+        data: uint8 (bytes,): the whole file, as `numpy.frombuffer` makes it of a mapping.
+        part: A view into it.
+    """
+    view: Any = data.base
+    if isinstance(view, memoryview) and isinstance(view.obj, mmap.mmap):
+        start = part.ctypes.data - data.ctypes.data
+        before = start % mmap.PAGESIZE
+        view.obj.madvise(mmap.MADV_DONTNEED, start - before, part.nbytes + before)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.beton_layout import Layout, blocks, release
+
 if TYPE_CHECKING:  # Readers of a beton need no compiler.
     from pipelines.restart import Cuts
 
@@ -164,62 +166,107 @@ class SegmentsWriter:
         self._file.close()
 
 
-def open_segments(path: Path, *, samples: int, fingerprint: str) -> Segments:
+def open_segments(path: Path, layout: Layout) -> Segments:
     """Map a side file and check its structure.
 
     Args:
         path: The file.
-        samples: How many the beton has.
-        fingerprint: The beton's.
+        layout: The beton's, which must have its fingerprint, samples and sizes of pictures.
 
     Raises:
         SegmentsError: It is damaged, or belongs to another beton.
         OSError: It cannot be read.
     """
+    return _Checker(path, layout).segments()
 
-    def fail(place: str, expected: object, found: object) -> SegmentsError:
-        return SegmentsError(f"{path}: {place}: expected {expected}, found {found}")
 
-    size = path.stat().st_size
-    if size < HEADER.itemsize:
-        raise fail("byte 0", f"a header of {HEADER.itemsize} bytes", f"a file of {size}")
-    with open(path, "rb", buffering=0) as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-    header = data[: HEADER.itemsize].view(HEADER)[0]
-    if header["magic"] != MAGIC or header["version"] != VERSION:
-        found = f"{bytes(header['magic'])!r}, version {header['version']}"
-        raise fail("byte 0", f"{MAGIC!r}, version {VERSION}", found)
-    if header["fingerprint"] != fingerprint.encode():
-        found = bytes(header["fingerprint"]).decode("ascii", "backslashreplace")
-        raise fail("byte 16", f"a file of beton {fingerprint}", found)
-    if header["samples"] != samples:
-        raise fail("byte 32", f"{samples} samples as in the beton", header["samples"])
-    total = int(header["lengths"])
-    place = HEADER.itemsize + 2 * total
-    place += -place % 8
-    if place + samples * RECORD.itemsize != len(data):
-        raise fail("byte 40", f"lengths and {samples} records in {len(data)} bytes", total)
-    records = data[place:].view(RECORD)
+class _Checker:
+    """Checks of one side file, a block of records after another."""
 
-    def check(fine: npt.NDArray[np.bool_], expected: str, key: str) -> None:
-        if not fine.all():
-            i = int(np.argmin(fine))
-            raise fail(f"sample {i}", expected, records[key][i])
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        self.layout = layout
 
-    cut = records["interval"] > 0
-    grid = (records["columns"] > 0) & (records["rows"] > 0)
-    check(~cut | grid, "a grid of MCUs", "columns")
-    divides = records["columns"] % np.maximum(records["interval"], 1) == 0
-    check(~cut | divides, "an interval that divides its columns", "interval")
-    for key in ("mcu_width", "mcu_height"):
-        fine = np.isin(records[key], (8, 16, 32))
-        check(~cut | fine, f"{key} 8, 16 or 32", key)
-    room = records["head"].astype(np.int64) - records["frame"]
-    inside = (records["frame"] > 0) & (room >= 4)
-    check(~cut | inside, "a frame header before the scan", "frame")
-    ends = np.cumsum(counts(records), dtype=np.uint64)
-    check(records["first"][1:] == ends[:-1], "lengths that follow one another", "first")
-    if records["first"][0] != 0 or ends[-1] != total:
-        raise fail("byte 40", f"{ends[-1]} lengths from 0", f"{total} from {records['first'][0]}")
-    lengths = data[HEADER.itemsize : HEADER.itemsize + 2 * total].view("<u2")
-    return Segments(records=records, lengths=lengths)
+    def fail(self, place: str, expected: object, found: object) -> SegmentsError:
+        """The error of a check that failed."""
+        return SegmentsError(f"{self.path}: {place}: expected {expected}, found {found}")
+
+    def segments(self) -> Segments:
+        """Run all checks."""
+        size = self.path.stat().st_size
+        if size < HEADER.itemsize:
+            raise self.fail("byte 0", f"a header of {HEADER.itemsize} bytes", f"a file of {size}")
+        with open(self.path, "rb", buffering=0) as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        samples, total = len(self.layout.sizes), self._head(data[: HEADER.itemsize])
+        place = HEADER.itemsize + 2 * total
+        place += -place % 8
+        if place + samples * RECORD.itemsize != len(data):
+            raise self.fail("byte 40", f"lengths and {samples} records in {len(data)} bytes", total)
+        records, first = data[place:].view(RECORD), 0
+        for block in blocks(samples):
+            part = records[block]
+            first = self._block(part, block, first)
+            release(data, part)
+        if first != total:
+            raise self.fail("byte 40", f"{first} lengths", total)
+        lengths = data[HEADER.itemsize : HEADER.itemsize + 2 * total].view("<u2")
+        return Segments(records=records, lengths=lengths)
+
+    def _head(self, data: npt.NDArray[np.uint8]) -> int:
+        """Check the header; returns how many lengths there are."""
+        header, layout = data.view(HEADER)[0], self.layout
+        if header["magic"] != MAGIC or header["version"] != VERSION:
+            found = f"{bytes(header['magic'])!r}, version {header['version']}"
+            raise self.fail("byte 0", f"{MAGIC!r}, version {VERSION}", found)
+        if header["fingerprint"] != layout.fingerprint.encode():
+            found = bytes(header["fingerprint"]).decode("ascii", "backslashreplace")
+            raise self.fail("byte 16", f"a file of beton {layout.fingerprint}", found)
+        if header["samples"] != len(layout.sizes):
+            expected = f"{len(layout.sizes)} samples as in the beton"
+            raise self.fail("byte 32", expected, header["samples"])
+        return int(header["lengths"])
+
+    def _block(self, part: npt.NDArray[np.void], block: slice, first: int) -> int:
+        """Check the records of a block, whose lengths begin at `first`; returns where they end."""
+        # Fields of their own, side by side: strided ones take twice as long.
+        get = {name: part[name].copy() for name in RECORD.names or ()}
+        interval, columns, rows = get["interval"], get["columns"], get["rows"]
+        uncut, layout = interval == 0, self.layout
+
+        def check(fine: npt.NDArray[np.bool_], expected: str, key: str) -> None:
+            if not fine.all():
+                i = int(np.argmin(fine))
+                raise self.fail(f"sample {block.start + i}", expected, get[key][i])
+
+        check(uncut | ((columns > 0) & (rows > 0)), "a grid of MCUs", "columns")
+        per_row, rest = np.divmod(columns, np.maximum(interval, 1))
+        check(uncut | (rest == 0), "an interval that divides its columns", "interval")
+        for key in ("mcu_width", "mcu_height"):
+            side = get[key]
+            fine = (side == 8) | (side == 16) | (side == 32)
+            check(uncut | fine, f"{key} 8, 16 or 32", key)
+        # 32 bits are enough in unsigned numbers: the frame comes before the head.
+        inside = (get["frame"] > 0) & (get["frame"] < get["head"])
+        inside &= get["head"] - get["frame"] >= 4
+        check(uncut | inside, "a frame header before the scan", "frame")
+        short = uncut | (get["head"] < layout.sizes[block])
+        check(short, "a head below the sample's bytes", "head")
+        per_row[uncut] = 0
+        ends = first + np.cumsum(rows.astype(np.uint32) * per_row, dtype=np.uint64)
+        starts = np.concatenate((np.array([first], np.uint64), ends[:-1]))
+        check(get["first"] == starts, "lengths that follow one another", "first")
+        height, width = np.maximum(get["mcu_height"], 1), np.maximum(get["mcu_width"], 1)
+        fits = (layout.heights[block] + (height - np.int32(1))) // height == rows
+        fits &= (layout.widths[block] + (width - np.int32(1))) // width == columns
+        fits &= layout.modes[block] == 0
+        fits |= uncut
+        if not fits.all():
+            i = int(np.argmin(fits))
+            at = block.start + i
+            raise self.fail(
+                f"sample {at}",
+                f"MCUs for {layout.heights[at]} x {layout.widths[at]} pixels",
+                f"{rows[i]} x {columns[i]} of {height[i]} x {width[i]}",
+            )
+        return int(ends[-1])

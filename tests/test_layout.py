@@ -11,6 +11,7 @@ import pytest
 from pipelines import beton_layout
 from pipelines.beton import Beton, BetonError
 from pipelines.beton_layout import ALLOC, HEADER
+from pipelines.segments import RECORD, segments_path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from sparse import PAGE, write_sparse
@@ -40,6 +41,15 @@ def test_the_tables_order_does_not_matter_but_to_the_fingerprint(
     assert small.fingerprint == two.fingerprint
     for name in ("offsets", "sizes", "heights", "widths", "labels", "modes"):
         assert np.array_equal(getattr(small, name), getattr(two, name))
+    assert small.segments is not None and small.segments.of(4999).shape == (
+        -(-int(small.heights[4999]) // 16),
+    )
+    side = segments_path(paths[1])
+    records = np.memmap(side, RECORD, "r+", side.stat().st_size - 5000 * RECORD.itemsize)
+    records["first"][2345] += 1  # a block's first but for none of the others
+    records.flush()
+    with pytest.raises(BetonError, match="sample 2345: expected lengths that follow"):
+        Beton.open(paths[1])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -47,6 +57,7 @@ def test_samples_overlap_or_not_as_every_pair_says(tmp_path: Path, seed: int) ->
     """Samples of random sizes, some grown: the file opens exactly if no two share a byte."""
     path = write_sparse(tmp_path / "a.beton", 60, size=200_000, shuffled=True)
     draw = np.random.default_rng(seed)
+    segments_path(path).unlink()  # of the table before it is changed
     start = int(np.fromfile(path, HEADER, 1)[0]["alloc_table_ptr"])
     table = np.memmap(path, ALLOC, "r+", start, (60,))
     table["size"] = draw.integers(1, 200_000, 60)
