@@ -26,7 +26,8 @@ class Arguments:
     imagenet-subset:LIST (class folders; LIST of names as SimCLR's 1 % and 10 %),
     inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007)."""
     output: Path | None = None
-    """The .beton file to write, with its manifest OUTPUT.json beside it."""
+    """The .beton file to write, with its manifest OUTPUT.json beside it, and OUTPUT.segments where
+    --restart-markers is on."""
     verify: Path | None = None
     """Check this .beton file, every byte of it, and write nothing."""
     root: Path | None = None
