@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py [--data FOLDER] [--output benchmarks/results/local]
 
-Rows and figures of each program go into the output folder. With the default lengths it takes less
-than ten minutes on two cores; leave the machine alone meanwhile.
+Rows and figures of each program go into the output folder. With the default lengths it takes about
+a quarter of an hour on two cores; leave the machine alone meanwhile.
 """
 
 from __future__ import annotations

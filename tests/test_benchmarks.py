@@ -333,7 +333,7 @@ def test_a_program_that_hangs_or_fails_stops_no_other(
     monkeypatch.setattr(run_all, "HERE", tmp_path)
     monkeypatch.setattr(run_all, "LIMIT_SECONDS", 3)
     monkeypatch.setattr(run_all, "containers", lambda *_, **__: None)
-    monkeypatch.setattr(run_all, "programs", lambda *_: dict.fromkeys(programs, []))
+    monkeypatch.setattr(run_all, "programs", lambda *_: {name: [] for name in programs})
     assert run_all.main(run_all.Arguments(output=tmp_path)) == 1
     said = capfd.readouterr().err
     assert "hangs (not done after 3 s), fails (exit status 3)" in said
