@@ -12,21 +12,24 @@ sample ends the run by name.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelines import samples as data_sets
 from pipelines.augment import boxes
 from pipelines.batch import RawBatch
 from pipelines.beton import Beton
-from pipelines.dali_graph import IN_FLIGHT, PREFETCH, Crops, Graph
+from pipelines.crew import Runner
+from pipelines.dali_graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
 from pipelines.decode import ImageError
 from pipelines.faults import BadSamples
 from pipelines.jpeg import JpegError, read_header
@@ -35,6 +38,9 @@ from pipelines.picture import decode
 from pipelines.samples import RAW, Samples
 from pipelines.spec import LoaderSpec, Shard
 from pipelines.splice import splice_batch
+
+Batches = Callable[[int, int], tuple[Int64, npt.NDArray[np.bool_]]]
+"""`Order.batches`."""
 
 _FEED_AHEAD = 1  # batches that the feed has ready beyond those that DALI has taken
 
@@ -46,9 +52,9 @@ class _Feed:
     files read and boxes drawn.
     """
 
-    def __init__(self, samples: Samples, spec: LoaderSpec, order: Order) -> None:
-        self._samples, self._spec, self._order = samples, spec, order
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
+    def __init__(self, samples: Samples, spec: LoaderSpec, batches: Batches) -> None:
+        self._samples, self._spec, self._batches = samples, spec, batches
+        self._runner = Runner("feed")
         self._ready: deque[Future[tuple[Any, ...]]] = deque()
         self._lock = threading.Lock()  # on a CPU DALI asks from a thread of its own
         self.move(0, 0)
@@ -64,18 +70,21 @@ class _Feed:
     def __call__(self) -> tuple[Any, ...]:
         with self._lock:
             for place in itertools.islice(self._places, _FEED_AHEAD + 1 - len(self._ready)):
-                self._ready.append(self._pool.submit(self._batch, *place))
+                self._ready.append(self._runner.submit(functools.partial(self._batch, *place)))
             batch = self._ready.popleft()
         return batch.result(self._spec.timeout)
 
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, seconds: float) -> bool:
+        """End the thread; whether it has ended within so many seconds."""
+        with self._lock:
+            for batch in self._ready:
+                batch.cancel()
+        return self._runner.close(seconds)
 
     def _from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Int64]]:
         """Epoch, step and indices of one batch after the other, from epoch to epoch."""
         while True:
-            for indices in self._order.batches(epoch, step)[0]:
+            for indices in self._batches(epoch, step)[0]:
                 yield epoch, step, indices
                 step += 1
             epoch, step = epoch + 1, 0
@@ -136,7 +145,9 @@ class DaliSource:
             raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
         self._samples, self._spec = samples, spec
         self._order = Order(len(samples), spec, shard, samples.labels)
-        self._feed = _Feed(samples, spec, self._order)
+        # The feed and the consumer ask for the same, an epoch long: drawn once.
+        self._batches: Batches = functools.lru_cache(maxsize=2)(self._order.batches)
+        self._feed = _Feed(samples, spec, self._batches)
         self._next: tuple[int, int] | None = None
         self.bad = BadSamples(0)
         self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
@@ -146,7 +157,7 @@ class DaliSource:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
         """As `pipelines.loader.Source.epoch`."""
-        indices, valid = self._order.batches(epoch, start_step)
+        indices, valid = self._batches(epoch, start_step)
         if self._next != (epoch, start_step):
             self._feed.move(epoch, start_step)
         for step in range(start_step, self._order.steps):
@@ -158,15 +169,15 @@ class DaliSource:
             yield RawBatch(
                 images,
                 torch.from_numpy(self._samples.labels[indices[row]]),
-                torch.from_numpy(indices[row]),
+                torch.from_numpy(indices[row].copy()),
                 torch.from_numpy(valid[row].copy()),
                 where,
             )
 
     def close(self) -> None:
         """Release DALI's threads and memory pools, the feed's thread, and the file."""
-        self._graph.close()
-        self._feed.close()
+        # The feed may be what DALI is stuck in: then it has been waited for already.
+        self._feed.close(self._spec.timeout if self._graph.close() else STUCK_SECONDS)
         data_sets.close(self._samples)
 
     def _run(self, epoch: int, step: int) -> Crops:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import Int32, may_stick_out
 from pipelines.beton import Beton
+from pipelines.crew import Crew, Runner
 from pipelines.resample import resample, scratch_size
 from pipelines.samples import Samples
 from pipelines.spec import LoaderSpec
@@ -39,6 +40,9 @@ IN_FLIGHT = 2 * PREFETCH + _AHEAD + 1
 """No more batches than these are between the feed and the consumer."""
 
 _ENGINE_SHARE = 0.65  # of the pictures, to the GPU's JPEG engine: DALI's own default
+STUCK_SECONDS = 0.2
+"""To wait for the end of what has been waited for in vain."""
+
 _LARGEST_HINT = 4096  # pixels; few pictures have more, and the memory is taken at once
 
 
@@ -90,13 +94,14 @@ class Graph:
         )
         self._pipe.build()
         self._here, self._workers, self._timeout = not plan.resize, workers, spec.timeout
+        # DALI waits without a clock: so does a thread that may be left behind.
+        self._runner = Runner("regions")
         if self._here:
             # One of them is the consumer's.
             shape = (_AHEAD + 1, spec.batch_size * spec.crop.size**2 * 3)
             self._buffers, self._turn = torch.empty(shape, dtype=torch.uint8), 0
             self._ready: deque[Future[Crops]] = deque()
-            self._runner = ThreadPoolExecutor(1, thread_name_prefix="regions")
-            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="resize")
+            self._crew = Crew(workers, "resize")
 
     def next(self) -> Crops:
         """The batch that the feed gave next.
@@ -106,18 +111,33 @@ class Graph:
             RuntimeError: DALI's; its cause may be the feed's exception.
         """
         if not self._here:
-            images, where, _, tag = self._pipe.run()
+            images, where, _, tag = self._result(self._runner.submit(self._pipe.run))
             return _crops(from_dlpack(images.as_tensor()), where.as_array(), tag)
         for _ in range(_AHEAD + 1 - len(self._ready)):
             self._ready.append(self._runner.submit(self._resized))
-        return self._ready.popleft().result(self._timeout)
+        crops: Crops = self._result(self._ready.popleft())
+        return crops
 
-    def close(self) -> None:
-        """Release DALI's threads and memory pools, and end ours, before the feed is closed."""
-        if self._here:
-            self._runner.shutdown(wait=True, cancel_futures=True)
-            self._pool.shutdown(wait=True)
+    def close(self) -> bool:
+        """Release DALI's threads and memory pools, and end ours, before the feed is closed.
+
+        Returns:
+            Whether all have ended: none is stuck.
+        """
+        for crops in self._ready if self._here else ():
+            crops.cancel()
+        ended = self._runner.close(self._timeout)
+        if self._here and ended:
+            self._crew.close()
         self._pipe = None
+        return ended
+
+    def _result(self, work: Future[Any]) -> Any:
+        try:
+            return work.result(self._timeout)
+        except TimeoutError:
+            self._timeout = STUCK_SECONDS  # closing waits no longer
+            raise
 
     def _resized(self) -> Crops:
         """Resize and flip the regions of a batch; for the runner's thread."""
@@ -127,12 +147,13 @@ class Graph:
         images = self._buffers[self._turn][: int(np.prod(shape))].view(shape)
         self._turn = (self._turn + 1) % len(self._buffers)
         flips, out = boxes[:, 4] != 0, images.numpy()
-        shares = [slice(k, None, self._workers) for k in range(self._workers)]
-        for done in [
-            self._pool.submit(_resize, pixels[rows], flips[rows], out[rows])
-            for rows in shares[: len(pixels)]
-        ]:
-            done.result()
+        lanes = min(self._workers, len(pixels))
+
+        def work(lane: int) -> None:
+            rows = slice(lane, None, lanes)
+            _resize(pixels[rows], flips[rows], out[rows])
+
+        self._crew.run(work, lanes)
         return _crops(images, boxes, tag)
 
 

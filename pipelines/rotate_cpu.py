@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from numba.extending import intrinsic
 
 from pipelines.batch import Regions
 from pipelines.compiled import njit
+from pipelines.crew import Crew
 from pipelines.resample import resample, scratch_size
 from pipelines.spec import Normalize
 from pipelines.vector import I32, I64, build, load, shuffle, store
@@ -169,9 +168,8 @@ def _table(normalize: Normalize, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="rotate")
+def _crew(threads: int) -> Crew:
+    return Crew(threads, "rotate")
 
 
 def _check(regions: Regions) -> None:
@@ -224,8 +222,5 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
     threads = min(torch.get_num_threads(), batch)
     bounds = [batch * i // max(threads, 1) for i in range(threads + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-    if threads > 1:
-        list(_pool(os.getpid(), threads).map(work, parts))
-    else:
-        for part in parts:
-            work(part)
+    if parts:
+        _crew(threads).run(lambda lane: work(parts[lane]), threads)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines import compiled
-from pipelines.crew import Crew
+from pipelines.crew import Crew, Runner
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -148,6 +150,68 @@ def test_an_error_of_a_lane_is_raised_when_all_have_ended(broken: int) -> None:
         crew.run(work, 3)
     assert sorted(ended) == [lane for lane in range(3) if lane != broken]
     crew.close()
+
+
+def test_lanes_that_run_are_waited_for_where_another_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crew, gate, ended = Crew(3), threading.Event(), list[int]()
+    crew.run(int, 3)
+    pool = crew._pool
+    assert pool is not None
+    submit = pool.submit
+
+    def once(*call: Any) -> Any:
+        if gate.is_set():
+            threading.Timer(0.2, meeting.set).start()
+            raise RuntimeError("can't start new thread")
+        gate.set()
+        return submit(*call)
+
+    meeting = threading.Event()
+
+    def work(lane: int) -> None:
+        assert meeting.wait(20)
+        ended.append(lane)
+
+    monkeypatch.setattr(pool, "submit", once)
+    with pytest.raises(RuntimeError, match="new thread"):
+        crew.run(work, 3)
+    assert ended == [1]
+    crew.close()
+
+
+def test_a_runner_does_one_thing_after_the_other_and_hands_errors_over() -> None:
+    runner, seen = Runner("steady"), list[int]()
+    calls = [runner.submit(partial(seen.append, number)) for number in range(5)]
+    wrong = runner.submit(partial(int, "x"))
+    assert runner.submit(lambda: len(seen)).result(20) == 5 and seen == list(range(5))
+    assert all(call.done() for call in calls)
+    with pytest.raises(ValueError, match="invalid literal"):
+        wrong.result(20)
+    assert runner.close(20)
+    assert not any(t.name == "steady" for t in threading.enumerate())
+
+
+def test_a_runner_that_is_stuck_is_left_behind() -> None:
+    runner, gate = Runner("stuck"), threading.Event()
+    call, waiting = runner.submit(partial(gate.wait, 60)), runner.submit(int)
+    assert waiting.cancel()
+    assert not runner.close(0.05)
+    (thread,) = [t for t in threading.enumerate() if t.name == "stuck"]
+    assert thread.daemon  # the interpreter ends without it
+    gate.set()
+    assert call.result(20) is True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_runner_that_is_dropped_ends() -> None:
+    runner = Runner("dropped")
+    (thread,) = [t for t in threading.enumerate() if t.name == "dropped"]
+    del runner
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def _child(crew: Crew, results: object) -> None:
