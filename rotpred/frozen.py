@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.catalogues import voc2007
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
 from rotpred.features import Features, Store, extract, load_trunk
@@ -177,20 +178,27 @@ def one_against_rest(features: Features, classes: int) -> Labels:
     return np.where(features.labels[:, None] == np.arange(classes), 1, -1).astype(np.int8)
 
 
-def multi_labels(path: Path, features: Features) -> Labels:
+def multi_labels(path: str, features: Features, root: str = "") -> Labels:
     """The labels of a data set whose pictures show several classes: int8 (N, C).
 
     1 is present, -1 absent and 0 difficult, as in VOC's own ImageSets/Main/CLASS_SPLIT.txt.
 
     Args:
-        path: .npy with a row for every sample of the data set.
+        path: .npy with a row for every sample of the data set, or voc2007:SPLIT.
         features: chooses the rows.
+        root: the folder VOC2007, for voc2007:SPLIT.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else, or too few rows.
     """
-    table = np.load(path)
+    kind, _, split = path.partition(":")
+    if kind == "voc2007" and split:
+        if not root:
+            raise ValueError(f"labels {path} need the data's root: the folder VOC2007")
+        table = voc2007(root, split=split).targets
+    else:
+        table = np.load(path)
     if table.ndim != 2 or table.dtype != np.int8 or not np.isin(table, (-1, 0, 1)).all():
         raise ValueError(f"{path}: expected int8 (N, C) of -1, 0 and 1")
     if len(features.indices) and features.indices[-1] >= len(table):
@@ -201,14 +209,14 @@ def multi_labels(path: Path, features: Features) -> Labels:
     return chosen
 
 
-def labels_of(path: str, features: Features, classes: int) -> Labels:
+def labels_of(path: str, features: Features, classes: int, root: str = "") -> Labels:
     """Labels int8 (N, C) from a file, or from the class ids where no file is named.
 
     Raises:
         ValueError: there are neither.
     """
     if path:
-        return multi_labels(Path(path), features)
+        return multi_labels(path, features, root)
     if len(features.labels) == 0 or features.labels.min() < 0:
         raise ValueError("samples without a label, and no file of labels was named")
     return one_against_rest(features, classes)

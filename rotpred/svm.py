@@ -199,8 +199,8 @@ def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labe
             "them with --train.limit"
         )
     classes = int(max(train.labels.max(), val.labels.max())) + 1
-    labels = labels_of(recipe.train_labels, train, classes)
-    test_labels = labels_of(recipe.val_labels, val, classes)
+    labels = labels_of(recipe.train_labels, train, classes, recipe.train.root)
+    test_labels = labels_of(recipe.val_labels, val, classes, recipe.val.root)
     if labels.shape[1] != test_labels.shape[1]:
         raise ValueError(
             f"training data have {labels.shape[1]} classes, test data {test_labels.shape[1]}"

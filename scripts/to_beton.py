@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 from pipelines.beton import verify
+from pipelines.catalogues import voc2007
 from pipelines.images import open_images
 
 
@@ -24,7 +26,8 @@ class Arguments:
     torchvision:NAME (such as torchvision:CIFAR10), digits, or with --root the folder of pictures:
     imagenet-val:TRUTH (the flat folder; TRUTH a file of synsets, or the development kit),
     imagenet-subset:LIST (class folders; LIST of names as SimCLR's 1 % and 10 %),
-    inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007)."""
+    inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007; the labels go
+    to a .labels.npy file beside the output)."""
     output: Path | None = None
     """The .beton file to write, with its manifest OUTPUT.json beside it, and OUTPUT.segments where
     --restart-markers is on."""
@@ -93,6 +96,8 @@ def main(args: Arguments) -> str:
             overwrite=args.overwrite,
             progress=lambda done, _: advance(bar, done),
         )
+    if args.input.startswith("voc2007:"):
+        write_targets(args, made.samples)
     marks = made.restarts
     again = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
     return (
@@ -102,6 +107,19 @@ def main(args: Arguments) -> str:
         + (f" ({args.output}.quarantine.jsonl)" if made.quarantined else "")
         + ("" if marks is None else f"; {marks.cut} with restart markers, {marks.added} bytes")
     )
+
+
+def write_targets(args: Arguments, samples: int) -> None:
+    """VOC2007's labels, several for a picture, as NAME.labels.npy beside NAME.beton."""
+    assert args.root is not None and args.output is not None
+    targets = voc2007(args.root, split=args.input.partition(":")[2]).targets
+    if len(targets) != samples:
+        # Rows are found by a sample's number, which a picture that was left out has shifted.
+        raise ValueError(f"{args.output}: {samples} of {len(targets)} pictures; labels need all")
+    path = args.output.with_suffix(".labels.npy")
+    temporary = path.with_name(f"{path.stem}.tmp.npy")
+    np.save(temporary, targets)
+    temporary.replace(path)
 
 
 def advance(bar: tqdm, done: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from pipelines.images import open_images
 from pipelines.index import IndexFormatError, SampleIndex
 from pipelines.picture import decode
 from pipelines.spec import CenterCrop, LoaderSpec, Shard
+from rotpred.features import Features
+from rotpred.frozen import multi_labels
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -285,3 +289,21 @@ def test_a_catalogue_feeds_the_folder_engine_and_a_beton(tmp_path: Path) -> None
 def test_a_catalogue_without_a_root_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a root"):
         open_images("inaturalist:train2018.json")
+
+
+@pytest.mark.timeout(120)
+def test_voc2007_is_converted_with_its_labels(tmp_path: Path) -> None:
+    base, out = voc(tmp_path), tmp_path / "trainval.beton"
+    script = Path(__file__).parents[1] / "scripts/to_beton.py"
+    command = [sys.executable, script, "--input", "voc2007:trainval", "--root", base]
+    subprocess.run([*command, "--output", out, "--workers", "1"], check=True, timeout=100)
+    targets = np.load(tmp_path / "trainval.labels.npy")
+    assert np.array_equal(targets, voc2007(base, split="trainval").targets)
+    features = Features({}, np.full(2, -1), np.array([0, 2]), "", ())
+    for path, root in (
+        (str(tmp_path / "trainval.labels.npy"), ""),
+        ("voc2007:trainval", str(base)),
+    ):
+        assert np.array_equal(multi_labels(path, features, root), targets[[0, 2]])
+    with pytest.raises(ValueError, match="the folder VOC2007"):
+        multi_labels("voc2007:trainval", features)

@@ -47,7 +47,8 @@ class Svm:
     """Test data."""
     train_labels: str = ""
     """.npy of int8 (N, C), a row per sample of the training data: 1 present, -1 absent, 0
-    difficult. Empty: the class ids of the data, each class against the rest."""
+    difficult (to_beton writes one); or voc2007:SPLIT, read from the data's root. Empty: the class
+    ids of the data, each class against the rest."""
     val_labels: str = ""
     """The same for the test data."""
     stages: tuple[str, ...] = RESNET_STAGES
@@ -83,7 +84,8 @@ class LowShot:
     """Test data."""
     train_labels: str = ""
     """.npy of int8 (N, C), a row per sample of the training data: 1 present, -1 absent, 0
-    difficult. Empty: the class ids of the data, each class against the rest."""
+    difficult (to_beton writes one); or voc2007:SPLIT, read from the data's root. Empty: the class
+    ids of the data, each class against the rest."""
     val_labels: str = ""
     """The same for the test data."""
     stages: tuple[str, ...] = RESNET_STAGES
@@ -162,6 +164,8 @@ def voc07_svm() -> Svm:
     to 256 first and squash that to 224 x 224; here the picture is squashed at once. The README
     reports the best stage; results here have all.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_svm --weights FILE
+    (without conversion: --train.data voc2007:trainval --train.root VOC2007_FOLDER
+    --train-labels voc2007:trainval, and so for --val with test)
     Published (mmselfsup): mAP 67.70 (feature 4, here res4).
     """
     train, val = _voc07()
