@@ -195,6 +195,7 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
 def _warm_starts(name: str, config: dict[str, Any], repeats: int) -> list[float]:
     """Seconds from the start of a fresh process, its imports included, to its first batch. What is
     compiled lies in the cache, and the data in memory: the contestants have seen to both."""
+    say(f"warm starts of {name}")
     taken = []
     for _ in range(repeats):
         begin = time.perf_counter()
