@@ -72,7 +72,9 @@ def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
     codes = _codes(data, scan, standard)
     for interval in _intervals(scan):
         lengths = np.empty(scan.rows * scan.columns // interval, np.uint16)
-        out = np.empty(2 * len(scan.clean) + 64 * len(lengths), np.uint8)
+        # What is copied, a DC code of up to 31 bits with its value for each block, and padding and
+        # a marker behind each segment: all of it twice as long if each byte is FF and gets its 00.
+        out = np.empty(2 * len(scan.clean) + 8 * len(scan.blocks) + 8 * len(lengths), np.uint8)
         while True:
             size = int(_emit(scan.clean, scan.ends, scan.blocks, scan.units, codes,
                              scan.header.restart, interval, standard, out, lengths))  # fmt: skip

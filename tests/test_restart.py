@@ -163,6 +163,50 @@ def test_segments_never_exceed_what_a_length_can_say() -> None:
     np.testing.assert_array_equal(pixels(out), pixels(data))
 
 
+def crafted(values: list[int], sizes: list[int], columns: int) -> bytes:
+    """A grey picture of flat blocks: these DC differences, in codes of 1, 2, 3 ... bits."""
+    words = {size: "1" * n + "0" for n, size in enumerate(sizes)}
+    bits = ""
+    for value in values:
+        size = abs(value).bit_length()
+        low = value if value >= 0 else value + (1 << size) - 1
+        bits += words[size] + (f"{low:0{size}b}" if size else "") + "0"
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+
+    def part(kind: int, body: bytes) -> bytes:
+        return bytes((0xFF, kind)) + (len(body) + 2).to_bytes(2, "big") + body
+
+    height, width = 8 * len(values) // columns, 8 * columns
+    side = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    lengths = bytes([1] * len(sizes) + [0] * (16 - len(sizes)))
+    tables = b"\0" + lengths + bytes(sizes) + b"\x10\x01" + bytes(15) + b"\0"
+    head = part(0xDB, b"\0" + b"\x01" * 64) + part(0xC0, b"\x08" + side + b"\x01\x01\x11\0")
+    scan = part(0xDA, b"\x01\x01\0\0\x3f\0")
+    return b"\xff\xd8" + head + part(0xC4, tables) + scan + coded + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_short_codes_may_become_long_ones(seed: int) -> None:
+    """DC coefficients between the ends of their range, in tables whose codes are mostly one bit."""
+    draw = np.random.default_rng(seed)
+    columns, rows = int(draw.choice((1, 7, 16, 64))), 24
+    jumps = draw.random(rows * columns) < (1.0 if seed < 3 else draw.random())
+    up = np.cumsum(jumps) % 2 == 1
+    first = 2047 if seed % 2 else 1023
+    values = np.where(jumps, np.where(up, first, -first), 0).tolist()
+    often = first.bit_length() if jumps.mean() > 0.5 else 0
+    data = crafted(values, [often, first.bit_length() - often], columns)
+    out, cuts = cut(data)
+    assert find_fault(out, cuts.head, cuts.lengths) is None
+    np.testing.assert_array_equal(pixels(out), pixels(data))
+    found = walk_scan(out, read_header(out))
+    assert found is not None
+    # Every segment predicts from zero.
+    again = found.blocks["value"].astype(int).reshape(-1, cuts.interval).cumsum(1).ravel()
+    np.testing.assert_array_equal(again, np.cumsum(values))
+
+
 OTHERS: dict[str, Any] = {
     "progressive": encode(picture(), progressive=True),
     "CMYK": encode(picture(mode="CMYK")),
