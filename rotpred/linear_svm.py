@@ -80,7 +80,7 @@ def solve(
         beta, float64 (B, n, m): decision values of any rows are `gram(rows, training) @ beta`.
 
     Raises:
-        RuntimeError: no convergence, which finite input does not cause.
+        RuntimeError: no convergence, or values that are not finite.
     """
     y = signs[:, :, None]
     every_c2 = 2 * weights[:, :, None] * costs
@@ -94,6 +94,8 @@ def solve(
         k_gradient = kernel @ gradient
         # Lengths in the space of (w, b): |(w, b)|^2 = beta' K beta.
         distance = (gradient * k_gradient).sum(1).clamp_min(0).sqrt()
+        if not bool(torch.isfinite(distance).all()):
+            raise RuntimeError("the SVM's kernel or solution is not finite")
         todo = distance > TOLERANCE * (beta * f).sum(1).clamp_min(0).sqrt()
         solution[:, :, live] = beta
         # Products with K are what takes the time: costs that every problem has done with leave.
@@ -113,7 +115,7 @@ def solve(
             parts = gradient[:, :, columns], k_gradient[:, :, columns]
             step[:, :, columns], done = _conjugate_gradients(kernel, curvature, *parts)
             slow[:, columns] |= ~done
-            step *= used[:, None]
+            step = torch.where(used[:, None], step, 0)
         for i, column in direct.nonzero().tolist():
             rows = active[i, :, column].nonzero()[:, 0]
             step[i, :, column] = -beta[i, :, column]
@@ -157,11 +159,14 @@ def _conjugate_gradients(
             break
         bent = curvature * k_direction
         image, k_image = direction + bent, k_direction + kernel @ bent
-        rate = square / (direction * k_image).sum(1, keepdim=True).clamp_min(_TINY)
+        bend = (direction * k_image).sum(1, keepdim=True)
+        # Problems that are done stay where they are: rounding alone would decide where they go, and
+        # a quotient of two such numbers is not even finite.
+        rate = torch.where((square > goal) & (bend > 0), square / bend.clamp_min(_TINY), 0)
         step = step + rate * direction
         residual, k_residual = residual - rate * image, k_residual - rate * k_image
         following = (residual * k_residual).sum(1, keepdim=True).clamp_min(0)
-        turn = following / square.clamp_min(_TINY)
+        turn = torch.where(rate > 0, following / square.clamp_min(_TINY), 0)
         direction = residual + turn * direction
         k_direction = k_residual + turn * k_direction
         square = following
@@ -183,14 +188,19 @@ def _line_search(
     curvature = (step * k_step).sum(1, keepdim=True)
     pull = c2 * k_step
 
-    def slope(t: torch.Tensor) -> torch.Tensor:
+    def loss(t: torch.Tensor) -> torch.Tensor:
         inside = y - f - t * k_step
-        loss = (pull * torch.where(y * inside > 0, inside, 0)).sum(1, keepdim=True)
-        return along + t * curvature - loss
+        return (pull * torch.where(y * inside > 0, inside, 0)).sum(1, keepdim=True)
+
+    def slope(t: torch.Tensor) -> torch.Tensor:
+        return along + t * curvature - loss(t)
 
     low, high = torch.zeros_like(along), torch.ones_like(along)
-    # Newton steps end in t = 1; only where the slope there is clearly positive is it too far.
-    far = slope(high) > 1e-9 * curvature
+    # Newton steps end in t = 1; only where the slope there is clearly positive is it too far. Its
+    # parts cancel, and a step that moves no decision value has no curvature: what is clear, they
+    # say together.
+    end = loss(high)
+    far = along + curvature - end > 1e-9 * (along.abs() + curvature.abs() + end.abs())
     if not bool(far.any()):
         return high
     for _ in range(30):

@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred import svm
+from rotpred import linear_svm, svm
 from rotpred.distributed import Rank
 from rotpred.linear_svm import COSTS, average_precision, gram, normalize_rows, solve
 from rotpred.low_shot import aggregate, draw, scores_of_draw
@@ -101,6 +101,19 @@ def test_every_published_cost_is_optimal() -> None:
         slack = np.maximum(0, 1 - y[0].numpy() * (x @ w))
         gradient = w - 2 * cost * x.T @ (weight[0].numpy() * slack * y[0].numpy())
         assert np.linalg.norm(gradient) < 1e-6 * np.linalg.norm(w), cost
+
+
+def test_a_solved_problem_beside_others_stays_finite() -> None:
+    """What is left of its gradient is rounding, which may say that the curvature is negative."""
+    kernel = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
+    gradient = torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
+    rounded = torch.tensor([[[-3e-17], [-4e-17]]], dtype=torch.float64)
+    curvature = torch.tensor([[[200.0], [0.0]]], dtype=torch.float64)
+    step, _ = linear_svm._conjugate_gradients(kernel, curvature, gradient, rounded)
+    assert step.tolist() == [[[0.0], [0.0]]]
+    with pytest.raises(RuntimeError, match="not finite"):
+        one = torch.ones(1, 2, dtype=torch.float64)
+        solve(kernel * torch.nan, one, one, torch.ones(1, dtype=torch.float64))
 
 
 def test_blocks_of_the_kernel_fit_together() -> None:
