@@ -2,8 +2,8 @@
 
 numba keys what it keeps of a function on the file of that function alone: after a change of
 `splice.py` it would go on with the old splicing inside the kernels of `kernels.py`. So the folder
-it is kept in is named by a hash of all modules here that hold compiled code. Constants that such a
-module takes from others are part of its machine code: they belong into one that is hashed.
+it is kept in is named by a hash of all modules here, whose constants are part of the machine code
+wherever they are, and of the compiler's versions.
 
 `python -m pipelines.warm` compiles them all, so that a first run need not.
 """
@@ -13,37 +13,35 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import llvmlite
 import numba
 
 log = logging.getLogger(__name__)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _PACKAGE = Path(__file__).parent
-_COMPILED = re.compile(rb"^from (pipelines\.compiled|numba\.extending) import", re.MULTILINE)
 _PREFIX = "rotpred-"
 _STALE_SECONDS = 30 * 24 * 3600.0
 
 
 def digest(sources: Iterable[Path]) -> str:
-    """16 hexadecimal digits that change with any byte or name of the modules with compiled code.
+    """16 hexadecimal digits that change with any byte or name of these files, or the compiler.
 
     Args:
-        sources: Python files; those that import neither this module nor `numba.extending` are
-            passed over.
+        sources: Python files.
     """
-    found = hashlib.sha256()
+    found = hashlib.sha256(f"numba {numba.__version__} llvmlite {llvmlite.__version__} ".encode())
     for path in sorted(sources):
         text = path.read_bytes()
-        if _COMPILED.search(text):
-            found.update(f"{path.name} {len(text)} ".encode() + text)
+        found.update(f"{path.name} {len(text)} ".encode() + text)
     return found.hexdigest()[:16]
 
 
@@ -82,18 +80,20 @@ def _remove_stale(root: Path) -> None:
 
 
 _FOLDER = cache_folder()
+_DECORATING = threading.Lock()  # Modules may be imported by several threads.
 
 
 def njit(function: _F) -> _F:
     """Compile a function when first called: without the GIL, kept on disk, numpy's arithmetic."""
     config: Any = numba.config
-    before = config.CACHE_DIR
-    # Read while decorating only; other packages' functions stay where they were.
-    config.CACHE_DIR = str(_FOLDER) if _FOLDER else before
-    try:
-        compiled: Any = numba.njit(cache=_FOLDER is not None, nogil=True, error_model="numpy")(
-            function
-        )
-        return cast(_F, compiled)
-    finally:
-        config.CACHE_DIR = before
+    with _DECORATING:
+        before = config.CACHE_DIR
+        # Read while decorating only; other packages' functions stay where they were.
+        config.CACHE_DIR = str(_FOLDER) if _FOLDER else before
+        try:
+            compiled: Any = numba.njit(cache=_FOLDER is not None, nogil=True, error_model="numpy")(
+                function
+            )
+        finally:
+            config.CACHE_DIR = before
+    return cast(_F, compiled)

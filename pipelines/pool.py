@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.decode import ImageError
 from pipelines.images import Images
-from pipelines.prepare import Options, Prepared, compile_all, prepare
+from pipelines.prepare import Options, Prepared, compile_encoder, prepare
 
 _AHEAD = 2  # Chunks given to a worker at a time: it never waits for its parent.
 _WINDOW = 4  # Chunks per worker that may be finished before the one that is due: bounds memory.
@@ -63,7 +63,7 @@ def prepared(
     Raises:
         WorkerError: A worker was killed, or met an error that is not about one picture.
     """
-    compile_all()
+    compile_encoder()
     starts = range(0, len(source), chunk)
     count = min(workers or len(os.sched_getaffinity(0)), len(starts))
     team = _Team(source, options, chunk, count)

@@ -124,7 +124,7 @@ def prepare(picture: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prep
     return _cut(plain, header, scan) if options.restart_markers else plain
 
 
-def compile_all() -> None:
+def compile_encoder() -> None:
     """Have the compiled parts ready, so that processes forked later need not make or load them."""
     picture = np.zeros((8, 8, 3), np.uint8)
     _encode(picture, "array", Options())
