@@ -27,7 +27,7 @@ check: $(STAMP) ## ruff, mypy --strict, import contracts
 	@$(BIN)/mypy --strict rotpred pipelines
 	@$(BIN)/lint-imports --no-logo
 
-bench: $(STAMP) ## CPU benchmarks against others and the targets (15 minutes, two cores); BENCH_DATA=folder
+bench: $(STAMP) ## CPU benchmarks against others and the targets (10 minutes, two cores); BENCH_DATA=folder
 	@$(BIN)/python benchmarks/run_all.py $(if $(BENCH_DATA),--data "$(BENCH_DATA)")
 
 clean: ## remove .venv and caches; runs and beton files stay

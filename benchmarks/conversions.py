@@ -15,6 +15,7 @@ from timing import cpu_seconds, memory_mib
 from pipelines.beton import Beton
 from pipelines.convert import write_beton
 from pipelines.index import SampleIndex
+from pipelines.prepare import Check
 
 
 class _Writer:
@@ -71,11 +72,19 @@ class _Writer:
 
 
 class OurWriter(_Writer):
-    """`write_beton`: JPEG streams as they are, every one decoded once to see that it is sound."""
+    """`write_beton`: JPEG streams as they are, every one checked to see that it is sound."""
 
-    def __init__(self, *, data: str, workers: int, markers: bool, max_side: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        data: str,
+        workers: int,
+        markers: bool,
+        max_side: int | None,
+        check: Check = "scan",
+    ) -> None:
         super().__init__(data=data, workers=workers)
-        self.options = {"restart_markers": markers, "max_side": max_side}
+        self.options = {"restart_markers": markers, "max_side": max_side, "check": check}
 
     def write(self) -> None:
         write_beton(self.index, self.target, workers=self.workers, overwrite=True, **self.options)
