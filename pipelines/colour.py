@@ -9,6 +9,7 @@ mmselfsup 0.x (mmselfsup/datasets/pipelines/transforms.py) has them.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -85,11 +86,16 @@ def coloured_views(
     """
     x = normalize_views(images, views=1, normalize=_UNIT, dtype=torch.float32)
     x = shift(jitter(x, tints), tints)
-    mean, scale = (
-        torch.tensor(values, device=x.device).view(1, 3, 1, 1)
-        for values in (normalize.mean, [1 / std for std in normalize.std])
-    )
+    mean, scale = _statistics(normalize, x.device)
     return ((x - mean) * scale).to(dtype, memory_format=torch.channels_last)
+
+
+@functools.cache
+def _statistics(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / std, float32 (1, 3, 1, 1), made once."""
+    mean = torch.tensor(normalize.mean).view(1, 3, 1, 1)
+    scale = torch.tensor([1 / std for std in normalize.std]).view(1, 3, 1, 1)
+    return mean.to(device), scale.to(device)
 
 
 def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
@@ -106,7 +112,7 @@ def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
         factor = torch.where(_on(blended, x), chosen, torch.ones_like(chosen))
         result = (factor * x + (1 - factor) * toward).clamp_(0, 255).floor_()
         if len(turned):
-            picked = torch.from_numpy(turned).to(x.device)
+            picked = _on(turned, x).view(-1)
             result[picked] = _turn_hue(x[picked], chosen[picked])
         x = result
     return x
@@ -114,12 +120,15 @@ def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
 
 def shift(x: torch.Tensor, tints: Tints) -> torch.Tensor:
     """Lighting: add each sample's three constants to (B, 3, S, S). Nothing is cut off."""
-    return x + torch.from_numpy(tints.shifts).to(x.device)[:, :, None, None]
+    return x + _on(tints.shifts, x).view(-1, 3, 1, 1)
 
 
 def _on(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
-    """(B,) to (B, 1, 1, 1) beside x."""
-    return torch.from_numpy(values).to(x.device).view(-1, 1, 1, 1)
+    """Values to (..., 1, 1, 1) beside x. Pinned on the way to a GPU: the host must not wait."""
+    tensor = torch.from_numpy(values)
+    if x.is_cuda:
+        tensor = tensor.pin_memory().to(x.device, non_blocking=True)
+    return tensor.view(-1, 1, 1, 1)
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
