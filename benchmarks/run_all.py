@@ -55,6 +55,7 @@ def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
         "peers": [*given, *folder, *timing],
         # One container of the six that it compares by itself: each takes a minute and a half.
         "loaders": [str(made.small(markers=True)), *timing, *cpu, "--batch-size", "32"],
+        "resize": [*spliced, *timing],
         "rotate4": [*timing, *cpu],
         "train_step": ["--backbone", "resnet18_tiny", "--size", "32", *timing, *cpu],
         "end_to_end": [*spliced, *small, *timing],

@@ -176,6 +176,14 @@ def test_rotate4_measures_against_copying(tmp_path: Path) -> None:
     assert all(0 < row["share_of_copy"] for row in rows)
 
 
+def test_resize_is_compared_with_pillow(tmp_path: Path) -> None:
+    arguments = ("--pictures", "4", "--size", "32", "--repeats", "1")
+    ours, area, torchvision, *ratios = rows_of("resize", tmp_path, *arguments)
+    assert ours["pixel_difference"] <= ours["target"] == 1.0 and ours["met"]
+    assert torchvision["pixel_difference"] < area["pixel_difference"]
+    assert [row["name"] for row in ratios] == [f"ours / {r['name']}" for r in (area, torchvision)]
+
+
 def test_train_step_counts_operations(tmp_path: Path) -> None:
     (row,) = rows_of(
         "train_step",
@@ -204,16 +212,17 @@ def test_convert_counts_bytes_and_workers(made: Containers, tmp_path: Path) -> N
     rows = rows_of(
         "convert", tmp_path, "--data", made.small_folder(), "--repeats", "1", "--workers", "1"
     )
-    plain, markers, stock = rows[:3]
+    plain, header, markers, stock = rows[:4]
     files = sum(p.stat().st_size for p in made.small_folder().rglob("*.jpg"))
     assert plain["payload_bytes"] == plain["source_bytes"] == files
     assert markers["payload_bytes"] > files and markers["bytes_added_percent"] > 0
     assert stock["payload_bytes"] != files
-    assert all(row["cpu_seconds_per_1k_images"] > 0 for row in rows[:3])
+    assert header["payload_bytes"] == plain["payload_bytes"]
+    assert all(row["cpu_seconds_per_1k_images"] > 0 for row in rows[:4])
     added = rows[-1]
     assert added["median"] == pytest.approx(markers["bytes_added_percent"], abs=0.001)
     assert added["target"] == 2.0 and added["met"] == (added["median"] <= 2.0)
-    assert [row["target"] for row in rows[3:5]] == [4.0, None]
+    assert [row["target"] for row in rows[4:7]] == [4.0, 4.0, None]
 
 
 def test_splice_compares_all_bytes(made: Containers, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""The resize of our engines against OpenCV's INTER_AREA (stock FFCV's) and torchvision's.
+
+    python benchmarks/resize.py --data train.beton --output resize.jsonl
+
+Random resized crops of decoded pictures, one thread; beside the speed stands the difference of the
+pixels to Pillow's antialiased bilinear filter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from plots import bars
+from rows import Row, Timing, image_row, publish, ratio_row, start
+from timing import Window, abba, window
+from torchvision.transforms.v2 import functional as tv
+
+from pipelines.augment import boxes
+from pipelines.decode import decode_rgb
+from pipelines.resample import resample, scratch_size
+from pipelines.samples import encoded, open_samples
+from pipelines.spec import LoaderSpec, RandomResizedCrop
+
+Pixels = npt.NDArray[np.uint8]
+OURS = "ours"
+COLUMNS = ("cpu_seconds_per_1k_images", "pixel_difference", "pixel_bias", "target", "met")
+
+
+class Cut(NamedTuple):
+    """A picture and what is to be cut out of it."""
+
+    picture: Pixels
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def region(self) -> Pixels:
+        """A view, not a copy."""
+        rows = slice(self.top, self.top + self.height)
+        return self.picture[rows, self.left : self.left + self.width]
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Resizing of random crops: ours, OpenCV's INTER_AREA, torchvision's antialiased one."""
+
+    data: str | None = None
+    """A .beton file or a folder of images; without it, smooth noise of 500 x 375 pixels."""
+    pictures: int = 128
+    """Pictures that are decoded, spread over the data."""
+    size: int = 224
+    """Side of the output in pixels."""
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` or `OSError` in words."""
+    torch.set_num_threads(1)
+    cuts = _cuts(args)
+    work = _contestants(cuts, args.size)
+    reference = [_pillow(cut, args.size) for cut in cuts]
+    made = {name: [resize(cut) for cut in cuts] for name, resize in work.items()}  # warms up, too
+    windows: dict[str, list[Window]] = {name: [] for name in work}
+    device = torch.device("cpu")
+    for name in abba(tuple(work), args.repeats):
+        windows[name].append(
+            window(_endless(work[name], cuts), seconds=args.seconds, device=device)
+        )
+    rows: list[Row] = []
+    for name in work:
+        off = np.stack(made[name]).astype(np.int64) - np.stack(reference)
+        rows.append(
+            image_row(
+                "resize",
+                name,
+                f"{args.size}px crops",
+                windows[name],
+                views=1,
+                threads=1,
+                device=device,
+                pixel_difference=round(float(np.abs(off).mean()), 4),
+                pixel_bias=round(float(off.mean()), 4),
+                **({"target": 1.0, "met": bool(np.abs(off).mean() <= 1)} if name == OURS else {}),
+            )
+        )
+    for name in work:
+        if name != OURS:
+            pair = windows[OURS], windows[name]
+            rows.append(ratio_row("resize", f"ours / {name}", *pair, target=1.0, device=device))
+    publish(rows, args.output, COLUMNS)
+    bars(rows[: len(work)], args.plot, title="Resizing random crops, one thread", ours=(OURS,))
+
+
+def _cuts(args: Arguments) -> list[Cut]:
+    if args.data is None:
+        noise = np.random.default_rng(0).integers(0, 256, (args.pictures, 24, 32, 3), np.uint8)
+        pictures = [np.asarray(Image.fromarray(n).resize((500, 375))) for n in noise]
+    else:
+        samples = open_samples(args.data)
+        count = len(samples.labels)
+        chosen = np.linspace(0, count - 1, min(args.pictures, count)).astype(int)
+        pictures = [decode_rgb(bytes(encoded(samples, int(i)))) for i in chosen]
+    where = boxes(
+        LoaderSpec(crop=RandomResizedCrop(args.size)),
+        epoch=0,
+        indices=np.arange(len(pictures)),
+        heights=np.array([p.shape[0] for p in pictures], np.int32),
+        widths=np.array([p.shape[1] for p in pictures], np.int32),
+    )
+    return [Cut(p, *box) for p, box in zip(pictures, where[:, :4].tolist(), strict=True)]
+
+
+def _contestants(cuts: list[Cut], size: int) -> dict[str, Callable[[Cut], Pixels]]:
+    sides = [max(c.height for c in cuts), max(c.width for c in cuts)]
+    scratch = np.empty(scratch_size(*sides, size), np.uint32)
+    cv2 = importlib.import_module("cv2")
+    cv2.setNumThreads(1)
+
+    def ours(cut: Cut) -> Pixels:
+        region, out = cut.region, np.empty((size, size, 3), np.uint8)
+        resample(
+            region.ctypes.data, region.strides[0], cut.height, cut.width,
+            out.ctypes.data, size, False, scratch,
+        )  # fmt: skip
+        return out
+
+    def torchvision(cut: Cut) -> Pixels:
+        picture = torch.from_numpy(cut.region).permute(2, 0, 1)[None]
+        resized: torch.Tensor = tv.resize(picture, [size, size], antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()
+
+    area = functools.partial(cv2.resize, dsize=(size, size), interpolation=cv2.INTER_AREA)
+    return {
+        OURS: ours,
+        "OpenCV INTER_AREA": lambda cut: area(cut.region),
+        "torchvision antialiased": torchvision,
+    }
+
+
+def _pillow(cut: Cut, size: int) -> Pixels:
+    picture = Image.fromarray(cut.region)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _endless(resize: Callable[[Cut], Pixels], cuts: list[Cut]) -> Iterator[int]:
+    for cut in itertools.cycle(cuts):
+        resize(cut)
+        yield 1
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "resize")
