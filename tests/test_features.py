@@ -125,11 +125,11 @@ def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
     found = of(beton, tmp_path, (AVGPOOL,), limit=9)
     assert len(found.indices) == 9 and found.indices[-1] > 8
     np.testing.assert_array_equal(
-        multi_labels(tmp_path / "labels.npy", found), table[found.indices]
+        multi_labels(str(tmp_path / "labels.npy"), found), table[found.indices]
     )
     np.save(tmp_path / "labels.npy", table.astype(np.int64))
     with pytest.raises(ValueError, match="expected int8"):
-        multi_labels(tmp_path / "labels.npy", found)
+        multi_labels(str(tmp_path / "labels.npy"), found)
 
 
 def test_work_is_shared_without_gaps() -> None:
