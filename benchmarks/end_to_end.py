@@ -21,46 +21,27 @@ from statistics import median
 import torch
 from pictures import PHOTOGRAPHS, containers
 from plots import bars
-from rows import Row, Timing, image_row, publish, row, start
+from rows import Row, image_row, publish, row, start
 from timing import WARMUP_BATCHES, Window, abba, window
-from training import WARMUP_STEPS, Step, resident_batch, stepping
+from training import WARMUP_STEPS, Step, Training, resident_batch, stepping
 
 from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
-from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
+from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.optim import Optim
 from rotpred.settings import Run
 
-ON_GPU = torch.cuda.is_available()
 COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
+class Arguments(Training):
     """Training on real data against its loader and its step alone."""
 
     data: str | None = None
     """A beton or folder; without it, photographs are made."""
-    engine: Engine = "auto"
-    """Who decodes."""
-    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
-    """As in a recipe."""
-    size: int = 224 if ON_GPU else 64
-    """Side of the crops in pixels."""
-    batch_size: int = 64 if ON_GPU else 16
-    """Source images per step."""
-    precision: Precision = "bf16" if ON_GPU else "fp32"
-    """Type that the network computes in."""
-    compile: bool = False
-    """torch.compile the network."""
-    cuda_graph: bool = False
-    """Replay forward and backward as a CUDA graph."""
-    workers: int = 0
-    """Decoding threads; 0: chosen by the loader."""
     threads: int = 0
     """Threads of torch where the device is a CPU; 0: one for each allowed core."""
-    device: str = "cuda" if ON_GPU else "cpu"
-    """Where to train."""
     count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
 

@@ -16,49 +16,29 @@ import numpy as np
 import torch
 from ours import Ours
 from PIL import Image
-from rows import Timing
 from timing import cpu_seconds, window
-from training import WARMUP_STEPS, Step, resident_batch, stepping
+from training import WARMUP_STEPS, Step, Training, resident_batch, stepping
 
 from pipelines.beton import Beton
 from pipelines.picture import crop, decode
 from pipelines.rotate import DTYPES, rotate4
 from pipelines.samples import Samples, encoded, open_samples
-from pipelines.spec import IMAGENET, Engine, LoaderSpec, Precision, RandomResizedCrop, Shard
+from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop, Shard
 from pipelines.tune import budget
 from rotpred.optim import Optim
 from rotpred.settings import Run
 
-ON_GPU = torch.cuda.is_available()
 Read = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)
-class Options(Timing):
+class Options(Training):
     """How the stages are run."""
 
     repeats: int = 3
     """Windows of each stage."""
     seconds: float = 1.0
     """Length of a window, at least."""
-    engine: Engine = "auto"
-    """Who decodes."""
-    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
-    """As in a recipe."""
-    size: int = 224 if ON_GPU else 64
-    """Side of the crops in pixels."""
-    batch_size: int = 64 if ON_GPU else 16
-    """Source images per step."""
-    precision: Precision = "bf16" if ON_GPU else "fp32"
-    """Type that the network computes in."""
-    compile: bool = False
-    """torch.compile the network."""
-    cuda_graph: bool = False
-    """Replay forward and backward as a CUDA graph."""
-    workers: int = 0
-    """Decoding threads; 0: the share of the cores that training takes (`cpu_budget`)."""
-    device: str = "cuda" if ON_GPU else "cpu"
-    """Where to train."""
 
 
 @dataclass(frozen=True)

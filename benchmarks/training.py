@@ -6,18 +6,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
 import torch
+from rows import Timing
 from timing import finish, memory_mib, window
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.batch import Batch
 from pipelines.loader import open_loader
-from pipelines.spec import LoaderSpec, Precision, RandomResizedCrop
+from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.heads import make_rotnet
 from rotpred.optim import Optim
@@ -25,9 +26,34 @@ from rotpred.schedule import Steps
 from rotpred.settings import Run
 from rotpred.state import Outcome, Trained, TrainState, channels_last
 
+ON_GPU = torch.cuda.is_available()
 LEAD_STEPS = 8
 WARMUP_STEPS = 8
 """Enough for cuDNN's search, compilation and the capture of a graph."""
+
+
+@dataclass(frozen=True)
+class Training(Timing):
+    """What is trained, and how its data come: of the programs that time training or its stages."""
+
+    engine: Engine = "auto"
+    """Who decodes."""
+    backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
+    """As in a recipe."""
+    size: int = 224 if ON_GPU else 64
+    """Side of the crops in pixels."""
+    batch_size: int = 64 if ON_GPU else 16
+    """Source images per step."""
+    precision: Precision = "bf16" if ON_GPU else "fp32"
+    """Type that the network computes in."""
+    compile: bool = False
+    """torch.compile the network."""
+    cuda_graph: bool = False
+    """Replay forward and backward as a CUDA graph."""
+    workers: int = 0
+    """Decoding threads; 0: chosen by the loader within its share of the cores (`cpu_budget`)."""
+    device: str = "cuda" if ON_GPU else "cpu"
+    """Where to train."""
 
 
 class Step:
