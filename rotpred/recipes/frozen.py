@@ -32,17 +32,17 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Svm:
-    """A linear SVM per class and stage, its cost chosen by cross-validation."""
+class _Svms:
+    """What both evaluations with linear SVMs choose."""
 
-    name: str = "svm"
+    name: str = "svms"
     """Names the run in results and in the default run folder."""
     weights: str = ""
     """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
     backbone: str = "resnet50"
     """The architecture of the weights."""
     train: LoaderSpec = PLAIN
-    """Data to train on; test data must have the same classes."""
+    """Data to train on, or to draw from; test data must have the same classes."""
     val: LoaderSpec = PLAIN
     """Test data."""
     train_labels: str = ""
@@ -54,57 +54,50 @@ class Svm:
     stages: tuple[str, ...] = RESNET_STAGES
     """Stages of the backbone, pooled to about 9,000 values, and avgpool."""
     costs: tuple[float, ...] = COSTS
-    """Costs C to choose from; the first of equally good ones is taken."""
+    """Costs C."""
     positive_weight: float = 2.0
     """What multiplies the cost of positives."""
-    folds: int = 3
-    """Of the cross-validation."""
     run: Place = field(default_factory=Place)
     """Where it works."""
 
     def __post_init__(self) -> None:
         _check_svm(self.costs, self.positive_weight, self.stages)
+
+
+@dataclass(frozen=True)
+class Svm(_Svms):
+    """A linear SVM per class and stage, its cost chosen by cross-validation."""
+
+    name: str = "svm"
+    """Names the run in results and in the default run folder."""
+    costs: tuple[float, ...] = COSTS
+    """Costs C to choose from; the first of equally good ones is taken."""
+    folds: int = 3
+    """Of the cross-validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2, got {self.folds}")
 
 
 @dataclass(frozen=True)
-class LowShot:
+class LowShot(_Svms):
     """Linear SVMs per class and stage, trained on a few samples; several draws of these."""
 
     name: str = "lowshot"
     """Names the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
-    backbone: str = "resnet50"
-    """The architecture of the weights."""
-    train: LoaderSpec = PLAIN
-    """Data to draw from; test data must have the same classes."""
-    val: LoaderSpec = PLAIN
-    """Test data."""
-    train_labels: str = ""
-    """.npy of int8 (N, C), a row per sample of the training data: 1 present, -1 absent, 0
-    difficult (to_beton writes one); or voc2007:SPLIT, read from the data's root. Empty: the class
-    ids of the data, each class against the rest."""
-    val_labels: str = ""
-    """The same for the test data."""
-    stages: tuple[str, ...] = RESNET_STAGES
-    """Stages of the backbone, pooled to about 9,000 values, and avgpool."""
     costs: tuple[float, ...] = COSTS
     """Costs C; the one with the highest mean on the test data is reported, as published."""
-    positive_weight: float = 2.0
-    """What multiplies the cost of positives."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)
     """Numbers of positives per class; (classes - 1) times as many negatives go with them."""
     draws: int = 5
     """Independent draws per number of shots."""
     seed: int = 0
     """Decides the draws."""
-    run: Place = field(default_factory=Place)
-    """Where it works."""
 
     def __post_init__(self) -> None:
-        _check_svm(self.costs, self.positive_weight, self.stages)
+        super().__post_init__()
         if not self.shots or min(self.shots) < 1 or self.draws < 1 or self.seed < 0:
             raise ValueError("shots and draws must be at least 1, and seed not negative")
 
