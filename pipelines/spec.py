@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Engine = Literal["auto", "ffcv", "dali", "folder", "synthetic"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+_DECIDING = (
+    "crop", "sides", "flip", "normalize", "shuffle", "limit", "per_class", "seed", "max_bad",
+    "samples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,20 @@ class LoaderSpec:
     def view_count(self) -> int:
         """Views emitted per source image."""
         return 4 if self.views == "rotate4" else 1
+
+    def deciding(self) -> dict[str, object]:
+        """Plain data: all that decides which pixels come in which order, but for the data.
+
+        The engine is not among it, nor is where crops are resized: both change pixels by rounding
+        only.
+        """
+        fields = asdict(self)
+        names = [*_DECIDING, *(["colour"] if self.colour.active else [])]
+        return {name: fields[name] for name in names}
+
+    def scalars(self, epoch: int) -> dict[str, float]:
+        """What the log shows beside the losses of an epoch."""
+        return {"side": float(self.side(epoch))} if self.sides else {}
 
     def side(self, epoch: int) -> int:
         """Side in pixels of the crops that an epoch emits."""

@@ -44,7 +44,7 @@ Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 class _Setup:
     """An open job with its trunk."""
 
-    job: Job
+    job: Job[Loader]
     trunk: Backbone
     sha: str
     """Checksum of the weights, "" for random ones."""

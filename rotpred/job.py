@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
 from rotpred.distributed import Rank, any_true, check_equal
+from rotpred.feed import Feed, Stream
 from rotpred.runfolder import plain, write_json
 from rotpred.runlog import RunLog, lock
 from rotpred.settings import Run
@@ -22,14 +24,12 @@ from rotpred.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=Stream)
+S_co = TypeVar("S_co", bound=Stream, covariant=True)
+L = TypeVar("L", bound=Feed[object])
+
 DONE = "done.json"
 """Name of the file that marks a run folder as finished, results and figures included."""
-
-# The engine is not among them, nor is where crops are resized: both change pixels by rounding only.
-_DECIDING = (
-    "crop", "sides", "flip", "normalize", "shuffle", "limit", "per_class", "seed", "max_bad",
-    "samples",
-)  # fmt: skip
 
 _WHY = {
     "rotate4": "pretraining predicts rotations",
@@ -37,19 +37,19 @@ _WHY = {
 }
 
 
-class Recipe(Protocol):
-    """What all recipes have."""
+class Recipe(Protocol[S_co]):
+    """What all recipes that train have."""
 
     @property
     def name(self) -> str:
         """Names the default run folder."""
 
     @property
-    def train(self) -> LoaderSpec:
+    def train(self) -> S_co:
         """Training data."""
 
     @property
-    def val(self) -> LoaderSpec | None:
+    def val(self) -> S_co | None:
         """Validation data, if there are any."""
 
     @property
@@ -58,14 +58,14 @@ class Recipe(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[L]):
     """An open run: its folder is locked and its data are there."""
 
-    recipe: Recipe
+    recipe: Recipe[Stream]
     rank: Rank
     out: Path
-    loader: Loader
-    val: Loader | None
+    loader: L
+    val: L | None
 
     @property
     def total(self) -> int:
@@ -112,7 +112,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(recipe: Recipe, rank: Rank, *, views: Literal["rotate4", "plain"]) -> Iterator[Job]:
+def open_job(
+    recipe: Recipe[LoaderSpec], rank: Rank, *, views: Literal["rotate4", "plain"]
+) -> Iterator[Job[Loader]]:
     """Lock the run folder, seed torch, open the data.
 
     Raises:
@@ -120,18 +122,27 @@ def open_job(recipe: Recipe, rank: Rank, *, views: Literal["rotate4", "plain"]) 
         FileNotFoundError: there are no such data.
         RuntimeError: the ranks have data of different length or content.
     """
+    for spec in (recipe.train, recipe.val):
+        if spec is not None and spec.views != views:
+            raise ValueError(f"{_WHY[views]}: views must be {views}")
+    with open_run(recipe, rank, open_data) as job:
+        yield job
+
+
+@contextlib.contextmanager
+def open_run(
+    recipe: Recipe[S], rank: Rank, opener: Callable[[S, Rank, Run], AbstractContextManager[L]]
+) -> Iterator[Job[L]]:
+    """Lock the run folder, seed torch, open the data with `opener`; raises as `open_job` does."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     torch.manual_seed(recipe.train.seed)
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out))
-        for spec in (recipe.train, recipe.val):
-            if spec is not None and spec.views != views:
-                raise ValueError(f"{_WHY[views]}: views must be {views}")
-        loader = stack.enter_context(open_data(recipe.train, rank, recipe.run))
+        loader = stack.enter_context(opener(recipe.train, rank, recipe.run))
         val = None
         if recipe.val is not None:
-            val = stack.enter_context(open_data(recipe.val, rank, recipe.run))
+            val = stack.enter_context(opener(recipe.val, rank, recipe.run))
         check_data(loader, rank)
         yield Job(recipe, rank, out, loader, val)
 
@@ -142,7 +153,7 @@ def open_data(spec: LoaderSpec, rank: Rank, run: Run) -> Loader:
     return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
 
 
-def check_data(loader: Loader, rank: Rank) -> None:
+def check_data(loader: Feed[object], rank: Rank) -> None:
     """Refuse what would let ranks drift apart: other data on another machine, padded training.
 
     Raises:
@@ -155,7 +166,7 @@ def check_data(loader: Loader, rank: Rank) -> None:
     check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the training data")
 
 
-def identity(loader: Loader, rank: Rank, run: Run, **own: object) -> dict[str, Any]:
+def identity(loader: Feed[object], rank: Rank, run: Run, **own: object) -> dict[str, Any]:
     """What decides the weights, as plain JSON: a checkpoint is gone on with only where it is equal.
 
     How fast they come (engine, workers, cadences, graphs, number of processes) is not part of it.
@@ -166,15 +177,13 @@ def identity(loader: Loader, rank: Rank, run: Run, **own: object) -> dict[str, A
         run: length and precision.
         own: what the protocol adds, dataclasses turned into dictionaries.
     """
-    spec = asdict(loader.spec)
     deciding = {
         "data": loader.data_id,
         "global_batch": loader.spec.batch_size * rank.world,
         "epochs": run.epochs,
         "precision": run.precision,
         "accumulate": run.accumulate,
-        **{name: spec[name] for name in _DECIDING},
-        **({"colour": spec["colour"]} if loader.spec.colour.active else {}),
+        **loader.spec.deciding(),
         **own,
     }
     result = plain(deciding)

@@ -22,18 +22,20 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 import torch
 
-from pipelines.batch import Batch
-from pipelines.loader import Loader
 from rotpred.distributed import Rank, all_sum, any_true
+from rotpred.feed import Feed
 from rotpred.profiler import profiled
 from rotpred.runlog import RunLog
 from rotpred.settings import Run
 from rotpred.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+B = TypeVar("B")
 
 STOP_STATUS = 75
 """Exit status of a run that a signal ended after a checkpoint (BSD's EX_TEMPFAIL: try again)."""
@@ -88,13 +90,13 @@ class _Signals:
 
 def steps(
     state: TrainState,
-    loader: Loader,
+    loader: Feed[B],
     run: Run,
     *,
     log: RunLog,
     evaluate: Callable[[int], float] | None = None,
     eval_every: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[B]:
     """The batches of a run, from where `state` stands to the end.
 
     Args:
@@ -184,7 +186,7 @@ def steps(
 class _Meter:
     """Throughput and means between two log lines."""
 
-    def __init__(self, state: TrainState, loader: Loader, log: RunLog, run: Run) -> None:
+    def __init__(self, state: TrainState, loader: Feed[object], log: RunLog, run: Run) -> None:
         self._state, self._loader, self._log, self._run = state, loader, log, run
         self.restart()
 
@@ -199,11 +201,10 @@ class _Meter:
         self.check_finite()
         steps_done = self._state.step - self._step
         spec = self._loader.spec
-        side = {"side": float(spec.side(epoch))} if spec.sides else {}
         self._log.interval(
             step=self._state.step,
             epoch=epoch,
-            values={**means, "lr": self._state.lr, **side},
+            values={**means, "lr": self._state.lr, **spec.scalars(epoch)},
             images=steps_done * spec.batch_size,
             views=steps_done * spec.batch_size * spec.view_count,
             wait_seconds=self._loader.wait_seconds - self._waited,
@@ -220,7 +221,7 @@ class _Meter:
             )
 
 
-def stream_digest(loader: Loader, rank: Rank) -> str:
+def stream_digest(loader: Feed[object], rank: Rank) -> str:
     """Hash of all (epoch, index, box) that the run has trained on: equal runs, equal digest."""
     # Two's complement addition wraps exactly as unsigned addition does.
     signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest

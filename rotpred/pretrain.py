@@ -68,7 +68,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
     return job.out
 
 
-def _train(recipe: Pretrain, state: TrainState, job: Job, log: RunLog) -> ConfusionResult | None:
+def _train(recipe: Pretrain, state: TrainState, job: Job[Loader], log: RunLog) -> ConfusionResult | None:
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, ConfusionResult] = {}
 
@@ -124,7 +124,7 @@ def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResul
 
 
 def _finish(
-    recipe: Pretrain, state: TrainState, job: Job, result: ConfusionResult | None, log: RunLog
+    recipe: Pretrain, state: TrainState, job: Job[Loader], result: ConfusionResult | None, log: RunLog
 ) -> None:
     """Weights, results and figures; the mark of a finished run comes last."""
     model = state.module
@@ -182,7 +182,7 @@ def _apex_sync_bn(model: nn.Module) -> nn.Module:
     return convert_syncbn_model(model)  # type: ignore[no-any-return]
 
 
-def _announce(recipe: Pretrain, job: Job) -> None:
+def _announce(recipe: Pretrain, job: Job[Loader]) -> None:
     images = recipe.train.batch_size * job.rank.world
     logger.info(
         "%s: %s on %s x %d, engine %s, %d images = %d views a step, %d steps",

@@ -146,7 +146,7 @@ def _network(recipe: Semi, classes: int, rank: Rank) -> tuple[Classifier, str]:
     return model.train(), sha
 
 
-def _train(recipe: Semi, state: TrainState, job: Job, log: RunLog) -> Scores | None:
+def _train(recipe: Semi, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, Scores] = {}
 
@@ -186,7 +186,7 @@ def evaluate(recipe: Semi, state: TrainState, val: Loader) -> Scores:
 
 
 def _finish(
-    recipe: Semi, state: TrainState, job: Job, scores: Scores, log: RunLog, sha: str
+    recipe: Semi, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
     for metric in ("top1", "top5"):

@@ -141,14 +141,14 @@ class TrainState:
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
-    def learn(self, objective: Objective, *inputs: torch.Tensor) -> None:
+    def learn(self, objective: Objective, *inputs: Any) -> None:
         """Forward, backward, and a step of the optimisers where an accumulation ends.
 
         Nothing here waits for the device, apart from the capture of a graph.
 
         Args:
             objective: called with the inputs, or with copies of them; the same one at every step.
-            inputs: tensors of a batch.
+            inputs: tensors of a batch; without CUDA graphs, whatever the objective takes.
         """
         if self._flat is None:
             loss, shown = self._gradients(objective, *inputs)
@@ -163,7 +163,7 @@ class TrainState:
             with record_function("optimiser"):
                 self._update()
 
-    def _gradients(self, objective: Objective, *inputs: torch.Tensor) -> Outcome:
+    def _gradients(self, objective: Objective, *inputs: Any) -> Outcome:
         with record_function("forward"):
             loss, shown = objective(*inputs)
         with record_function("backward"):
