@@ -68,7 +68,9 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
     return job.out
 
 
-def _train(recipe: Pretrain, state: TrainState, job: Job[Loader], log: RunLog) -> ConfusionResult | None:
+def _train(
+    recipe: Pretrain, state: TrainState, job: Job[Loader], log: RunLog
+) -> ConfusionResult | None:
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, ConfusionResult] = {}
 
@@ -124,7 +126,11 @@ def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResul
 
 
 def _finish(
-    recipe: Pretrain, state: TrainState, job: Job[Loader], result: ConfusionResult | None, log: RunLog
+    recipe: Pretrain,
+    state: TrainState,
+    job: Job[Loader],
+    result: ConfusionResult | None,
+    log: RunLog,
 ) -> None:
     """Weights, results and figures; the mark of a finished run comes last."""
     model = state.module
