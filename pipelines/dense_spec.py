@@ -126,7 +126,7 @@ class DenseSpec:
         """Whether every batch is full of samples, without padding."""
         return self.train
 
-    def scalars(self, epoch: int) -> dict[str, float]:
+    def scalars(self, _epoch: int, /) -> dict[str, float]:
         """What the log shows beside the losses of an epoch: nothing."""
         return {}
 

@@ -27,7 +27,7 @@ class Stream(Protocol):
     def seed(self) -> int:
         """Decides order and augmentation."""
 
-    def scalars(self, epoch: int) -> Mapping[str, float]:
+    def scalars(self, epoch: int, /) -> Mapping[str, float]:
         """What the log shows beside the losses of an epoch."""
 
     def deciding(self) -> Mapping[str, object]:

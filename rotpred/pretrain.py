@@ -18,7 +18,7 @@ from rotpred.heads import RotNet, make_rotnet
 from rotpred.job import Job, identity, open_job
 from rotpred.loop import steps
 from rotpred.metrics import Confusion, ConfusionResult
-from rotpred.optim import APEX_INSTALL
+from rotpred.norms import synced
 from rotpred.recipes import Pretrain
 from rotpred.runlog import RunLog, read_rows
 from rotpred.state import Outcome, Trained, TrainState, autocast, channels_last
@@ -158,34 +158,8 @@ def _finish(
 
 
 def _network(recipe: Pretrain, rank: Rank) -> RotNet:
-    model: nn.Module = make_rotnet(recipe.backbone)
-    if recipe.sync_bn != "off":
-        if rank.device.type != "cuda":
-            raise ValueError(f"sync_bn={recipe.sync_bn} needs GPUs: on a CPU pass --sync-bn off")
-        if recipe.run.cuda_graph:
-            raise ValueError(
-                f"run.cuda_graph cannot capture what sync_bn={recipe.sync_bn} sends between GPUs: "
-                "pass --sync-bn off or --run.no-cuda-graph"
-            )
-        model = _apex_sync_bn(model) if recipe.sync_bn == "apex" else _torch_sync_bn(model)
-    assert isinstance(model, RotNet)
+    model = synced(make_rotnet(recipe.backbone), recipe.sync_bn, rank, recipe.run)
     return channels_last(model, rank.device).train()
-
-
-def _torch_sync_bn(model: nn.Module) -> nn.Module:
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    return converted
-
-
-def _apex_sync_bn(model: nn.Module) -> nn.Module:
-    try:
-        from apex.parallel import convert_syncbn_model
-    except ImportError as error:
-        raise ValueError(
-            "sync_bn=apex needs NVIDIA apex, which is not installed. It is built from source "
-            f"(the package apex on PyPI is something else): {APEX_INSTALL}"
-        ) from error
-    return convert_syncbn_model(model)  # type: ignore[no-any-return]
 
 
 def _announce(recipe: Pretrain, job: Job[Loader]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pipelines.loader import Loader
@@ -24,6 +23,7 @@ from rotpred.features import load_trunk
 from rotpred.heads import RotNet, make_rotnet
 from rotpred.job import Job, identity, open_job
 from rotpred.loop import NotFiniteError, steps
+from rotpred.norms import synced
 from rotpred.recipes.semi import Semi
 from rotpred.runfolder import read_results
 from rotpred.runlog import RunLog, lock, read_rows
@@ -132,18 +132,8 @@ def _point(recipe: Semi, rank: Rank) -> Path:
 def _network(recipe: Semi, classes: int, rank: Rank) -> tuple[Classifier, str]:
     trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
     head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
-    model: nn.Module = Classifier(trunk.requires_grad_(True), head)
-    if recipe.sync_bn == "torch":
-        if rank.device.type != "cuda":
-            raise ValueError("sync_bn=torch needs GPUs: on a CPU pass --sync-bn off")
-        if recipe.run.cuda_graph:
-            raise ValueError(
-                "run.cuda_graph cannot capture what SyncBN sends between GPUs: pass --sync-bn off "
-                "or --run.no-cuda-graph"
-            )
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    assert isinstance(model, Classifier)
-    return model.train(), sha
+    model = Classifier(trunk.requires_grad_(True), head)
+    return synced(model, recipe.sync_bn, rank, recipe.run).train(), sha
 
 
 def _train(recipe: Semi, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
