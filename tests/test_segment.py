@@ -1,0 +1,391 @@
+"""Segmentation: windows, loss, exact mean IoU, runs that go on, predictions of others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import processes
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_trees import cityscapes, voc_masks
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from pipelines.dense import open_dense
+from pipelines.dense_spec import IGNORED, DenseBatch, RatioCrop, Within
+from rotpred import segment
+from rotpred.backbone import build_backbone
+from rotpred.checkpoint import load_latest
+from rotpred.distributed import Rank
+from rotpred.fcn import Fcn
+from rotpred.optim import Optim
+from rotpred.recipes import Run
+from rotpred.recipes.segmentation import RECIPES, Segmentation, cityscapes_seg, voc12aug_seg
+from rotpred.schedule import lr_at
+from rotpred.segment import Segment, slide
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """So that sums come in one order, here and in other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny trees: six pictures of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
+    base = tmp_path_factory.mktemp("trees")
+    return {
+        "voc12aug_seg": voc_masks(base, n=5, side=48),
+        "cityscapes_seg": cityscapes(base, n=5, height=40, width=80),
+    }
+
+
+def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segmentation:
+    """A published recipe at toy size: crops of 40, two epochs of two steps of two pictures."""
+    made, root = RECIPES[name](), str(roots[name])
+    frame: dict[str, Any] = {"long": 64, "short": 40}
+    base = replace(
+        made,
+        weights="random",
+        backbone="resnet18_tiny",
+        sync_bn="off",
+        train=replace(
+            made.train, root=root, batch_size=2, geometry=RatioCrop(40, **frame),
+            steps_per_epoch=2, workers=1,
+        ),
+        val=replace(made.val, root=root, batch_size=2, geometry=Within(**frame), workers=1),
+        optim=Optim(lr=0.01, weight_decay=5e-4),
+        slide_crop=33,
+        slide_stride=20,
+        save_predictions=True,
+        run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
+
+
+def saved(out: Path) -> dict[str, torch.Tensor]:
+    latest = load_latest(out / "checkpoints")
+    assert latest is not None
+    model: dict[str, torch.Tensor] = latest.state["model"]
+    return model
+
+
+def numbers(path: Path) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        return np.asarray(picture)
+
+
+@pytest.fixture(scope="module", params=sorted(RECIPES))
+def finished(
+    request: pytest.FixtureRequest, roots: dict[str, Path], tmp_path_factory: Any
+) -> Segmentation:
+    """Each recipe, run to its end."""
+    made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
+    segment.run(made, Rank())
+    return made
+
+
+def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
+    """mIoU, recall and accuracy by scikit-learn's matrix over the PNG files of the run."""
+    out = Path(finished.run.out)
+    found, predicted, truths = results(out), [], []
+    with open_dense(finished.val) as val:
+        for i, name in enumerate(val.samples.names):
+            truth, mask = val.samples.mask(i), numbers(out / f"predictions/{name}.png")
+            assert mask.shape == truth.shape
+            truths.append(truth[truth != IGNORED])
+            predicted.append(mask[truth != IGNORED])
+        classes = val.classes
+    matrix = confusion_matrix(
+        np.concatenate(truths), np.concatenate(predicted), labels=range(len(classes))
+    )
+    right = np.diag(matrix)
+    unions = matrix.sum(0) + matrix.sum(1) - right
+    ious = {f"IoU/{classes[k]}": 100 * right[k] / unions[k] for k in np.flatnonzero(unions)}
+    actual = matrix.sum(1) > 0
+    assert {k: row["value"] for k, row in found.items() if k.startswith("IoU/")} == pytest.approx(
+        ious
+    )
+    assert found["mIoU"]["value"] == pytest.approx(np.mean(list(ious.values())))
+    assert found["accuracy"]["value"] == pytest.approx(100 * right.sum() / matrix.sum())
+    recall = 100 * np.mean(right[actual] / matrix.sum(1)[actual])
+    assert found["mean recall"]["value"] == pytest.approx(recall)
+    assert found["mIoU"]["n"] == 5 and found["mIoU"]["unit"] == "%"
+    assert len(classes) == (21 if finished.test == "whole" else 19)
+
+
+def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
+    """Picture by picture, with logits enlarged twice: to the input, and to the stored size."""
+    out, align = Path(finished.run.out), finished.align_corners
+    with open_dense(replace(finished.val, batch_size=1)) as val, torch.no_grad():
+        model = Fcn(build_backbone("resnet18_tiny"), len(val.classes)).eval()
+        model.load_state_dict(saved(out))
+        for batch in val.epoch(0):
+            i = int(batch.indices[0])
+
+            def logits_of(x: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = F.interpolate(
+                    model(x), x.shape[2:], mode="bilinear", align_corners=align
+                )
+                return logits
+
+            if finished.test == "slide":
+                logits = naive_slide(logits_of, batch.images, 33, 20)
+            else:
+                logits = logits_of(batch.images)
+            size = tuple(val.samples.sizes[i].tolist())
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=align)
+            expected = logits.argmax(1)[0].numpy()
+            mask = numbers(out / f"predictions/{val.samples.names[i]}.png")
+            # Sums of windows in another order may break a tie.
+            assert (mask != expected).mean() < 0.002
+
+
+def test_the_run_folder(finished: Segmentation) -> None:
+    """Curves and masks as pictures, losses and accuracy in the log, a validation each epoch."""
+    out = Path(finished.run.out)
+    for name in ("masks", "curves"):
+        with Image.open(out / f"figures/{name}.png") as picture:
+            assert picture.width > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 20
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in rows if "val/mIoU" in row] == [2, 4]
+    assert len(steps) == 4
+    for row in steps:
+        parts = row["loss/decode"] + 0.4 * row["loss/auxiliary"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5) and 0 <= row["accuracy"] <= 100
+    assert (out / "done.json").exists() and results(out)["training speed"]["value"] > 0
+
+
+def test_a_run_goes_on_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
+    """Ended inside the second epoch, then continued; dropout draws what it would have drawn."""
+    run = replace(finished.run, out=str(tmp_path))
+    segment.run(replace(finished, run=replace(run, max_steps=3)), Rank())
+    torch.manual_seed(99)
+    segment.run(replace(finished, run=run), Rank())
+    expected = saved(Path(finished.run.out))
+    for name, tensor in saved(tmp_path).items():
+        assert torch.equal(tensor, expected[name]), name
+    mean_iou = results(tmp_path)["mIoU"]["value"]
+    assert mean_iou == results(Path(finished.run.out))["mIoU"]["value"]
+
+
+def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: Path) -> None:
+    out = Path(finished.run.out)
+    folder = str(out / "predictions")
+    made = replace(finished, predictions=folder, run=replace(finished.run, out=str(tmp_path)))
+    assert segment.run(made, Rank()) == tmp_path
+    found, expected = results(tmp_path), results(out)
+    values = {name: row["value"] for name, row in found.items()}
+    assert values == {name: expected[name]["value"] for name in values}
+    assert "mIoU" in values and (tmp_path / "figures/masks.png").exists()
+    (tmp_path / "few").mkdir()
+    with pytest.raises(ValueError, match=r"\.png"):
+        segment.run(replace(made, predictions=str(tmp_path / "few")), Rank())
+
+
+def test_two_processes(roots: dict[str, Path], tmp_path: Path) -> None:
+    """The command itself; its weights, validated by one process, give equal masks and numbers."""
+    for name, root in roots.items():
+        out, alone = tmp_path / name, tmp_path / f"{name}_alone"
+        common = [
+            name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
+            "--train.root", str(root), "--train.steps-per-epoch", "2", "--train.workers", "1",
+            "--val.root", str(root), "--val.workers", "1", "--optim.reference-batch", "None",
+            "--train.geometry.size", "40", "--train.geometry.long", "64",
+            "--train.geometry.short", "40", "--val.geometry.long", "64",
+            "--val.geometry.short", "40", "--slide-crop", "33", "--slide-stride", "20",
+            "--save-predictions", "--run.epochs", "1", "--run.device", "cpu",
+        ]  # fmt: skip
+        arguments = [*common, "--train.batch-size", "1", "--run.out", str(out)]
+        console = tmp_path / f"{name}.txt"
+        status = processes.run(processes.evaluate, arguments, console=console, world=2)
+        assert status == [0, 0], console.read_text()[-3000:]
+        shutil.copytree(out / "checkpoints", alone / "checkpoints")
+        arguments = [*common, "--train.batch-size", "2", "--run.out", str(alone)]
+        status = processes.run(processes.evaluate, arguments, console=console)
+        assert status == [0], console.read_text()[-3000:]
+        found, expected = results(alone), results(out)
+        for metric in ("mIoU", "accuracy", "mean recall"):
+            assert found[metric]["value"] == expected[metric]["value"]
+            assert found[metric]["n"] == expected[metric]["n"] == 5
+        masks = sorted(path.name for path in (out / "predictions").rglob("*.png"))
+        assert len(masks) == 5
+        for path in (out / "predictions").rglob("*.png"):
+            other = alone / path.relative_to(out)
+            assert np.array_equal(numbers(path), numbers(other))
+
+
+def naive_slide(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
+) -> torch.Tensor:
+    """As mmsegmentation describes it: a grid of windows, each moved back inside the picture."""
+    height, width = image.shape[2:]
+    rows = max(height - crop + stride - 1, 0) // stride + 1
+    columns = max(width - crop + stride - 1, 0) // stride + 1
+    lists: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for row in range(rows):
+        for column in range(columns):
+            bottom = min(row * stride + crop, height)
+            right = min(column * stride + crop, width)
+            top, left = max(bottom - crop, 0), max(right - crop, 0)
+            logits = logits_of(image[:, :, top:bottom, left:right])[0]
+            for y in range(top, bottom):
+                for x in range(left, right):
+                    lists.setdefault((y, x), []).append(logits[:, y - top, x - left])
+    return torch.stack(
+        [
+            torch.stack([torch.stack(lists[y, x]).mean(0) for x in range(width)], dim=1)
+            for y in range(height)
+        ],
+        dim=1,
+    )[None]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "stride"),
+    [((20, 31), 12, 8), ((12, 12), 12, 5), ((7, 30), 12, 12), ((5, 6), 12, 4), ((28, 20), 12, 8)],
+)
+def test_sliding_windows(size: tuple[int, int], crop: int, stride: int) -> None:
+    """Each pixel is the mean over all windows that have it; borders of windows are seen."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    seen = []
+
+    def logits_of(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape[2:]))
+        return F.conv2d(x, weight, padding=1).relu()
+
+    image = torch.randn(1, 3, *size)
+    found = slide(logits_of, image, crop, stride)
+    count = len(seen)
+    torch.testing.assert_close(found, naive_slide(logits_of, image, crop, stride))
+    assert seen[:count] == seen[count:]
+    assert set(seen) == {(min(crop, size[0]), min(crop, size[1]))}
+
+
+def test_windows_of_cityscapes() -> None:
+    """Eight windows of 769 in a picture of 1025 x 2049, the first and last at its corners."""
+    corners = []
+
+    def logits_of(x: torch.Tensor) -> torch.Tensor:
+        corners.append((float(x[0, 0, 0, 0]), float(x[0, 1, 0, 0]), *x.shape[2:]))
+        return x[:, :1]
+
+    places = torch.meshgrid(torch.arange(1025.0), torch.arange(2049.0), indexing="ij")
+    slide(logits_of, torch.stack([*places, places[0]])[None], 769, 513)
+    assert corners == [(y, x, 769, 769) for y in (0, 256) for x in (0, 513, 1026, 1280)]
+
+
+def test_objective_by_hand() -> None:
+    """Both losses over all pixels, the auxiliary one times its weight; accuracy of what counts."""
+    draw = np.random.default_rng(1)
+    masks = torch.from_numpy(draw.integers(0, 3, (2, 16, 24)))
+    masks[0, :5], masks[1, :, 20:] = IGNORED, IGNORED
+    outputs = [torch.from_numpy(draw.normal(size=(2, 3, 2, 3))).float() for _ in range(2)]
+
+    def model(images: torch.Tensor) -> list[torch.Tensor]:
+        assert images.shape == (2, 3, 16, 24)
+        return outputs
+
+    state: Any = SimpleNamespace(step=3, rank=Rank(), model=model, autocast=contextlib.nullcontext)
+    none = torch.zeros(2, 2, dtype=torch.int64)
+    batch = DenseBatch(torch.zeros(2, 3, 16, 24), none, none, none[0], none[0] == 0, [], masks)
+    for align in (False, True):
+        recipe = Segmentation(align_corners=align, aux_weight=0.25)
+        loss, shown = Segment(recipe).objective(state, batch)
+        losses = []
+        for logits in outputs:
+            large = torch.nn.Upsample((16, 24), mode="bilinear", align_corners=align)(logits)
+            shares = large.double().softmax(1)
+            counted = masks != IGNORED
+            of_truth = shares.gather(1, masks.where(counted, 0)[:, None])[:, 0]
+            losses.append(float(-of_truth.log()[counted].sum()) / masks.numel())
+            if logits is outputs[0]:
+                right = (shares.argmax(1) == masks)[counted].double().mean()
+        assert float(loss) == pytest.approx(losses[0] + 0.25 * losses[1], rel=1e-5)
+        assert float(shown["loss"]) == float(loss)
+        assert float(shown["loss/decode"]) == pytest.approx(losses[0], rel=1e-5)
+        assert float(shown["accuracy"]) == pytest.approx(100 * float(right), rel=1e-5)
+    with pytest.raises(ValueError, match="no masks"):
+        Segment(recipe).objective(state, batch._replace(masks=None))
+
+
+@pytest.mark.slow
+def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Random weights, overrides of the recipe only: nearly every pixel of the training pictures."""
+    made = small("voc12aug_seg", roots, tmp_path)
+    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8}
+    made = replace(
+        made,
+        train=replace(
+            made.train, **data, batch_size=4, geometry=RatioCrop(64, 64, 48, ratio=(1, 1)),
+            steps_per_epoch=60, flip=False, photometric=False,
+        ),
+        val=replace(made.val, **data, geometry=Within(64, 48)),
+        optim=Optim(lr=0.02, weight_decay=0.0),
+        run=replace(made.run, epochs=1, log_every=20),
+    )  # fmt: skip
+    assert results(segment.run(made, Rank()))["mIoU"]["value"] > 90
+
+
+def test_the_published_settings() -> None:
+    """protocols, section 8."""
+    for made, crop, frame, batch, steps in (
+        (voc12aug_seg(), 512, (2048, 512), 16, 20_000),
+        (cityscapes_seg(), 769, (2049, 1025), 8, 40_000),
+    ):
+        assert RECIPES[made.name]() == made and made.backbone == "resnet50"
+        assert made.train.geometry == RatioCrop(crop, *frame, ratio=(0.5, 2.0), most=0.75)
+        assert made.val.geometry == Within(*frame)
+        assert made.train.photometric and made.train.flip
+        assert not (made.val.photometric or made.val.flip or made.val.train)
+        assert made.train.divisor == made.val.divisor == made.val.batch_size == 1
+        assert 4 * made.train.batch_size == made.optim.reference_batch == batch
+        assert made.train.steps_per_epoch is not None
+        assert made.run.epochs * made.train.steps_per_epoch == steps
+        assert (made.optim.lr, made.optim.momentum, made.optim.weight_decay) == (0.01, 0.9, 5e-4)
+        assert made.optim.decay_rule == "all" and not made.optim.nesterov
+        # mmcv's poly: (lr - 1e-4) * (1 - t) ** 0.9 + 1e-4.
+        rates = [lr_at(made.schedule, made.optim.lr, t, 10) for t in (0, 5, 10)]
+        assert rates == pytest.approx([0.01, 0.0099 * 0.5**0.9 + 1e-4, 1e-4])
+        assert (made.aux_weight, made.dropout, made.sync_bn) == (0.4, 0.1, "torch")
+    assert (voc12aug_seg().test, voc12aug_seg().align_corners) == ("whole", False)
+    made = cityscapes_seg()
+    assert (made.test, made.slide_crop, made.slide_stride) == ("slide", 769, 513)
+    assert made.align_corners and made.val.data == "cityscapes:val"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"slide_stride": 0}, "slide_stride"),
+        ({"slide_stride": 770}, "gaps"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"aux_weight": float("nan")}, "aux_weight"),
+    ],
+)
+def test_senseless_values_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Segmentation(**changes)
