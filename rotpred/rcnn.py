@@ -68,8 +68,8 @@ class Rcnn(nn.Module):
         if not self.training:
             return found
         return {
-            "loss_rpn_cls": losses["loss_objectness"],
-            "loss_rpn_box": losses["loss_rpn_box_reg"],
+            "rpn_cls": losses["loss_objectness"],
+            "rpn_box": losses["loss_rpn_box_reg"],
             **more,
         }
 

@@ -186,7 +186,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
                 for target, box, which, keep in zip(targets, boxes, matched, positive, strict=True)
             ]
             found = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes)))
-            losses["loss_mask"] = mask_loss(found, classes, torch.cat(goals))
+            losses["mask"] = mask_loss(found, classes, torch.cat(goals))
         return [], losses
 
     def _detect(
@@ -228,8 +228,8 @@ def box_losses(
     positive = torch.where(labels > 0)[0]
     found = deltas[positive, labels[positive] - 1]
     return {
-        "loss_cls": F.cross_entropy(logits, labels),
-        "loss_box": F.l1_loss(found, truth[positive], reduction="sum") / max(1, len(labels)),
+        "cls": F.cross_entropy(logits, labels),
+        "box": F.l1_loss(found, truth[positive], reduction="sum") / max(1, len(labels)),
     }
 
 
@@ -245,7 +245,7 @@ def mask_targets(
         size: bins on a side; one is inside where half of its samples are.
     """
     # Only the masks that are asked for, once each: as floats they take four times the memory.
-    used, place = torch.unique(which, return_inverse=True)  # type: ignore[no-untyped-call]
+    used, place = torch.unique(which, return_inverse=True)
     rois = torch.cat((place[:, None].to(boxes.dtype), boxes), 1)
     planes = masks[used][:, None].to(boxes.dtype)
     shares = roi_align(planes, rois, size, 1.0, sampling_ratio=0, aligned=True)[:, 0]

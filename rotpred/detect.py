@@ -1,0 +1,208 @@
+"""Detection: training of a two-stage detector, and exact average precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as run_lengths
+from torch import nn
+
+from pipelines.annotations import DenseSamples
+from pipelines.dense import DenseLoader, open_dense
+from pipelines.dense_spec import DenseBatch
+from pipelines.picture import decode
+from pipelines.spec import Shard
+from rotpred import dense
+from rotpred.backbone import Backbone
+from rotpred.box_ap import Found, voc_metrics
+from rotpred.coco_ap import coco_metrics
+from rotpred.dense import Evaluation
+from rotpred.distributed import Rank
+from rotpred.drawing import boxes_figure
+from rotpred.predictions import gather_found, read_found, write_found
+from rotpred.rcnn import faster_rcnn_c4, mask_rcnn_fpn
+from rotpred.recipes.detection import Detection
+from rotpred.roi import Detections, paste_masks
+from rotpred.runlog import RunLog, lock
+from rotpred.state import Outcome, TrainState
+
+SHOWN = 6
+"""Validation pictures in the figure."""
+
+PREDICTIONS = "predictions.json"
+"""What the last validation found, in the run folder, as COCO's JSON results."""
+
+
+def run(recipe: Detection, rank: Rank) -> Path:
+    """Train and count exact average precision, or score a file; write the run folder.
+
+    Raises:
+        ValueError: weights, data, predictions and recipe do not fit together, in words.
+        Stopped: a signal ended the run after a checkpoint.
+    """
+    if recipe.predictions:
+        return score(recipe, rank)
+    with _any_shape():
+        return dense.run(recipe, rank, Detect)
+
+
+@contextlib.contextmanager
+def _any_shape() -> Iterator[None]:
+    """Let cuDNN choose without trials, which it would make anew for nearly every batch."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Detect:
+    """What detection does differently: `dense.Task`."""
+
+    def __init__(self, recipe: Detection) -> None:
+        """Touch nothing yet."""
+        self.recipe = recipe
+
+    def network(self, backbone: Backbone, classes: int) -> nn.Module:
+        """The detector around the backbone."""
+        recipe = self.recipe
+        if recipe.model == "faster_rcnn_c4":
+            return faster_rcnn_c4(backbone, classes, recipe.proposals)
+        return mask_rcnn_fpn(
+            backbone,
+            classes,
+            recipe.proposals,
+            box_head=recipe.box_head,
+            masks=has_masks(recipe),
+        )
+
+    def objective(self, state: TrainState, batch: DenseBatch) -> Outcome:
+        """The sum of all losses, each in float32 and logged."""
+        # The random choice of proposals is a function of seed, step and picture: a run that goes
+        # on draws the same, and so does one of another number of processes.
+        seeds = [
+            int(
+                np.random.SeedSequence([self.recipe.train.seed, state.step, i]).generate_state(1)[0]
+            )
+            for i in batch.indices.tolist()
+        ]
+        with state.autocast():
+            losses: dict[str, torch.Tensor] = state.model(
+                batch.images, batch.sizes, batch.targets, seeds
+            )
+        loss = torch.stack(list(losses.values())).sum()
+        return loss, {"loss": loss, **{f"loss/{name}": part for name, part in losses.items()}}
+
+    def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
+        """Average precision over all pictures; what was found is written into the run folder."""
+        mine: dict[int, Found] = {}
+        for batch in val.epoch(0):
+            with state.autocast():
+                results: list[Detections] = state.module(batch.images, batch.sizes)
+            for k in batch.valid.nonzero().flatten().tolist():
+                size, original = batch.sizes[k].tolist(), batch.originals[k].tolist()
+                mine[int(batch.indices[k])] = stored(results[k], size, original)
+        found = gather_found(mine, len(val.samples), state.rank)
+        if state.rank.main:
+            write_found(state.folder.parent / PREDICTIONS, found, val.samples)
+        return evaluation(self.recipe, found, val.samples, draw=state.rank.main)
+
+    def identity(self) -> dict[str, object]:
+        """The detector."""
+        recipe = self.recipe
+        about = {"model": recipe.model, "proposals": vars(recipe.proposals)}
+        return about | ({"box_head": recipe.box_head} if recipe.model == "mask_rcnn_fpn" else {})
+
+
+def has_masks(recipe: Detection) -> bool:
+    """Whether masks of objects are learnt and predicted."""
+    return recipe.model == "mask_rcnn_fpn" and _format(recipe) == "coco"
+
+
+def _format(recipe: Detection) -> str:
+    return recipe.val.data.partition(":")[0]
+
+
+def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> Found:
+    """Detections in the pixels of the picture as it is stored, masks as run lengths.
+
+    Args:
+        result: in the pixels of the resized picture.
+        size: its height and width.
+        original: those of the stored picture.
+    """
+    height, width = original
+    down, across = height / size[0], width / size[1]
+    boxes = result["boxes"].float()
+    boxes = boxes * boxes.new_tensor([across, down, across, down])
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    masks: list[dict[str, object]] = []
+    if "masks" in result:
+        for plane in paste_masks(result["masks"], boxes, (height, width)).cpu().numpy():
+            lengths = run_lengths.encode(np.asfortranarray(plane, dtype=np.uint8))
+            masks.append({"size": [height, width], "counts": lengths["counts"].decode("ascii")})
+    return Found(
+        boxes.cpu().numpy(),
+        result["labels"].cpu().numpy() - 1,
+        result["scores"].float().cpu().numpy(),
+        tuple(masks),
+    )
+
+
+def evaluation(
+    recipe: Detection, found: Sequence[Found], samples: DenseSamples, *, draw: bool
+) -> Evaluation:
+    """Average precision by the rules of the data set, and a figure where it is asked for."""
+    values = (
+        coco_metrics(found, samples, masks=any(one.masks for one in found) or has_masks(recipe))
+        if _format(recipe) == "coco"
+        else voc_metrics(found, samples)
+    )
+    figures = {}
+    if draw:
+        some = range(min(SHOWN, len(samples)))
+        pictures = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
+        figures["detections"] = boxes_figure(
+            pictures, [found[i] for i in some], samples.classes, [samples.objects(i) for i in some]
+        )
+    return Evaluation(values, n=len(samples), figures=figures)
+
+
+def score(recipe: Detection, rank: Rank) -> Path:
+    """Compare a file of detections with the validation data, and write the run folder.
+
+    Raises:
+        ValueError: an entry is of an unknown picture or class, or senseless; it says which.
+    """
+    out, path = Path(recipe.run.out or f"runs/{recipe.name}_predictions"), Path(recipe.predictions)
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    with (
+        lock(out) if rank.main else contextlib.nullcontext(),
+        open_dense(recipe.val, shard=shard) as val,
+        RunLog(
+            out,
+            recipe=recipe,
+            rank_main=rank.main,
+            world=rank.world,
+            total_steps=0,
+            device=str(rank.device),
+        ) as log,
+    ):
+        result = evaluation(recipe, read_found(path, val.samples), val.samples, draw=rank.main)
+        for metric, value in result.values.items():
+            log.result(
+                recipe.name,
+                metric=metric,
+                value=100 * value,
+                unit="%",
+                n=result.n,
+                predictions=path.name,
+            )
+        for name, figure in result.figures.items():
+            log.figure(name, figure)
+    return out
