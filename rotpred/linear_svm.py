@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rotpred.metrics import average_precision_of
+
 Float64 = npt.NDArray[np.float64]
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
@@ -32,6 +34,8 @@ _NEWTON_STEPS = 100
 _CG_STEPS = 80
 _CG_GAIN = 0.05
 _TINY = 1e-300
+_ROUNDING = 8 * torch.finfo(torch.float64).eps
+"""Relative to |gradient|^2: how far off gradient' K gradient may be, for rows of length one."""
 _DIRECT_SHARE = 0.6
 """Below this share of active rows a Cholesky factor is cheaper than the iterations."""
 
@@ -93,10 +97,13 @@ def solve(
         gradient = beta - torch.where(active, c2 * (y - f), 0)
         k_gradient = kernel @ gradient
         # Lengths in the space of (w, b): |(w, b)|^2 = beta' K beta.
-        distance = (gradient * k_gradient).sum(1).clamp_min(0).sqrt()
+        square = (gradient * k_gradient).sum(1)
+        hidden = _ROUNDING * (gradient * gradient).sum(1)
+        distance = (square.clamp_min(0) + hidden).sqrt()
         if not bool(torch.isfinite(distance).all()):
             raise RuntimeError("the SVM's kernel or solution is not finite")
-        todo = distance > TOLERANCE * (beta * f).sum(1).clamp_min(0).sqrt()
+        accepted = TOLERANCE * (beta * f).sum(1).clamp_min(0).sqrt()
+        todo = distance > accepted
         solution[:, :, live] = beta
         # Products with K are what takes the time: costs that every problem has done with leave.
         keep = todo.any(0)
@@ -106,22 +113,32 @@ def solve(
         c2, beta, f, active, gradient, k_gradient = (
             part[:, :, keep] for part in (c2, beta, f, active, gradient, k_gradient)
         )
+        # Where K is singular (more rows than features), conjugate gradients leave a long part of the
+        # gradient that changes no decision value, and rounding of that part hides the rest.
+        blind = todo & (square[:, keep] <= hidden[:, keep])
         direct = todo & (slow | (active.sum(1) < kernel.shape[1] * _DIRECT_SHARE))
         step = torch.zeros_like(beta)
         used = todo & ~direct
         columns = used.any(0).nonzero()[:, 0]
         if len(columns):
-            curvature = torch.where(active, c2, 0)[:, :, columns]
-            parts = gradient[:, :, columns], k_gradient[:, :, columns]
-            step[:, :, columns], done = _conjugate_gradients(kernel, curvature, *parts)
-            slow[:, columns] |= ~done
-            step = torch.where(used[:, None], step, 0)
+            goal = torch.where(blind, accepted[:, keep] / 2, _CG_GAIN * distance[:, keep]) ** 2
+            found, done = _conjugate_gradients(
+                kernel,
+                torch.where(active, c2, 0)[:, :, columns],
+                gradient[:, :, columns],
+                k_gradient[:, :, columns],
+                blind[:, None, columns],
+                goal[:, None, columns],
+            )
+            step[:, :, columns] = torch.where(used[:, None, columns], found, 0)
+            slow[:, columns] |= used[:, columns] & ~done
         for i, column in direct.nonzero().tolist():
             rows = active[i, :, column].nonzero()[:, 0]
             step[i, :, column] = -beta[i, :, column]
             step[i, rows, column] += _on_active(kernel[i], signs[i], c2[i, :, column], rows)
         k_step = kernel @ step
         t = _line_search(y, c2, f, step, k_step)
+        slow |= todo & (t[:, 0] == 0)
         beta, f = beta + t * step, f + t * k_step
     raise RuntimeError(f"the SVM did not converge within {_NEWTON_STEPS} Newton steps")
 
@@ -137,7 +154,12 @@ def _on_active(
 
 
 def _conjugate_gradients(
-    kernel: torch.Tensor, curvature: torch.Tensor, gradient: torch.Tensor, k_gradient: torch.Tensor
+    kernel: torch.Tensor,
+    curvature: torch.Tensor,
+    gradient: torch.Tensor,
+    k_gradient: torch.Tensor,
+    blind: torch.Tensor,
+    goal: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve (1 + S K) step = -gradient, S the diagonal of curvatures, for all columns.
 
@@ -145,15 +167,18 @@ def _conjugate_gradients(
     symmetric with eigenvalues from 1 on, and in which every iterate is a step downhill. K times
     each vector is kept beside it, so that an iteration costs one product.
 
+    Where `blind` (B, 1, m), they start from -gradient instead of 0: that solves exactly what K maps
+    to 0, which this inner product does not see.
+
     Returns:
-        The steps (B, n, m), and bool (B, m): whether the residual fell by the factor `_CG_GAIN`.
+        The steps (B, n, m), and bool (B, m): whether the residual's squared length is down to
+        `goal` (B, 1, m).
     """
-    step = torch.zeros_like(gradient)
-    residual, k_residual = -gradient, -k_gradient
+    step = torch.where(blind, -gradient, 0)
+    residual = torch.where(blind, curvature * k_gradient, -gradient)
+    k_residual = kernel @ residual if bool(blind.any()) else -k_gradient
     direction, k_direction = residual, k_residual
     square = (residual * k_residual).sum(1, keepdim=True).clamp_min(0)
-    # A fraction is enough: the active set moves, and the next Newton step goes on from here.
-    goal = square * _CG_GAIN**2
     for _ in range(_CG_STEPS):
         if bool((square <= goal).all()):
             break
@@ -197,10 +222,10 @@ def _line_search(
 
     low, high = torch.zeros_like(along), torch.ones_like(along)
     # Newton steps end in t = 1; only where the slope there is clearly positive is it too far. Its
-    # parts cancel, and a step that moves no decision value has no curvature: what is clear, they
-    # say together.
-    end = loss(high)
-    far = along + curvature - end > 1e-9 * (along.abs() + curvature.abs() + end.abs())
+    # parts cancel, and so do the terms of each: a step that corrects beta where K is singular moves
+    # no decision value, and what the sums say of it is rounding.
+    terms = (step * f).abs() + (step * k_step).abs() + (pull * (y - f - k_step)).abs()
+    far = slope(high) > 1e-10 * terms.sum(1, keepdim=True)
     if not bool(far.any()):
         return high
     for _ in range(30):
@@ -228,11 +253,6 @@ def average_precision(scores: Float64, positive: npt.NDArray[np.bool_]) -> tuple
         raise ValueError("average precision needs a positive sample")
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite")
-    hits = positive[np.argsort(-scores, kind="stable")]
-    places = np.flatnonzero(hits)  # recall changes here only
-    precision = np.arange(1, len(places) + 1) / (places + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    # Recall is at least r/10 from the ceil(r/10 * positives)-th hit on; in integers, as tenths of a
-    # recall are not what floating point makes of them.
-    first = [max(0, -(-tenth * len(places) // 10) - 1) for tenth in range(11)]
-    return float(envelope.mean()), float(envelope[first].mean())
+    return average_precision_of(
+        positive[np.argsort(-scores, kind="stable")], int(np.count_nonzero(positive))
+    )
