@@ -113,8 +113,8 @@ def solve(
         c2, beta, f, active, gradient, k_gradient = (
             part[:, :, keep] for part in (c2, beta, f, active, gradient, k_gradient)
         )
-        # Where K is singular (more rows than features), conjugate gradients leave a long part of the
-        # gradient that changes no decision value, and rounding of that part hides the rest.
+        # Where K is singular (more rows than features), conjugate gradients leave a long part of
+        # the gradient that changes no decision value; its rounding hides the rest.
         blind = todo & (square[:, keep] <= hidden[:, keep])
         direct = todo & (slow | (active.sum(1) < kernel.shape[1] * _DIRECT_SHARE))
         step = torch.zeros_like(beta)

@@ -103,13 +103,39 @@ def test_every_published_cost_is_optimal() -> None:
         assert np.linalg.norm(gradient) < 1e-6 * np.linalg.norm(w), cost
 
 
+@pytest.mark.parametrize("dim", [1, 2, 4, 6])
+def test_more_rows_than_features(dim: int) -> None:
+    """A kernel of small rank: beta is long, and most of it changes no decision value."""
+    costs = torch.tensor(COSTS, dtype=torch.float64)
+    for seed, n in ((0, 60), (1, 200), (10, 500)):
+        chance = np.random.default_rng([dim, seed, n])
+        rows = chance.normal(size=(n, dim)).astype(np.float32)
+        signs = np.where(chance.random(n) < 0.2, 1.0, -1.0)
+        y = torch.from_numpy(signs)[None]
+        weight = torch.where(y > 0, 2.0, 1.0).double()
+        beta = solve(gram(rows, rows, CPU)[None], y, weight, costs)[0].numpy()
+        x = np.hstack([unit(rows), np.ones((n, 1))])
+        for cost, w in zip(COSTS, (x.T @ beta).T, strict=True):
+            # Newton's method in the few weights themselves, from the solution on: it stays there.
+            for _ in range(5):
+                active = signs * (x @ w) < 1
+                pull = 2 * cost * weight[0].numpy() * active
+                hessian = np.eye(dim + 1) + (x.T * pull) @ x
+                exact = np.linalg.solve(hessian, x.T @ (pull * signs))
+                np.testing.assert_allclose(w, exact, atol=1e-6 * np.linalg.norm(exact))
+                w = exact
+
+
 def test_a_solved_problem_beside_others_stays_finite() -> None:
     """What is left of its gradient is rounding, which may say that the curvature is negative."""
     kernel = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
     gradient = torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
     rounded = torch.tensor([[[-3e-17], [-4e-17]]], dtype=torch.float64)
     curvature = torch.tensor([[[200.0], [0.0]]], dtype=torch.float64)
-    step, _ = linear_svm._conjugate_gradients(kernel, curvature, gradient, rounded)
+    step, _ = linear_svm._conjugate_gradients(
+        kernel, curvature, gradient, rounded, torch.zeros(1, 1, 1, dtype=torch.bool),
+        torch.zeros(1, 1, 1, dtype=torch.float64),
+    )  # fmt: skip
     assert step.tolist() == [[[0.0], [0.0]]]
     with pytest.raises(RuntimeError, match="not finite"):
         one = torch.ones(1, 2, dtype=torch.float64)
