@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as run_lengths
 from torch import nn
 
 from pipelines.annotations import DenseSamples
@@ -19,7 +18,7 @@ from pipelines.spec import Shard
 from rotpred import dense
 from rotpred.backbone import Backbone
 from rotpred.box_ap import Found, voc_metrics
-from rotpred.coco_ap import coco_metrics
+from rotpred.coco_ap import api, coco_metrics
 from rotpred.dense import Evaluation
 from rotpred.distributed import Rank
 from rotpred.drawing import boxes_figure
@@ -121,11 +120,7 @@ class Detect:
 
 def has_masks(recipe: Detection) -> bool:
     """Whether masks of objects are learnt and predicted."""
-    return recipe.model == "mask_rcnn_fpn" and _format(recipe) == "coco"
-
-
-def _format(recipe: Detection) -> str:
-    return recipe.val.data.partition(":")[0]
+    return recipe.model == "mask_rcnn_fpn" and recipe.train.data.startswith("coco:")
 
 
 def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> Found:
@@ -143,6 +138,7 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     masks: list[dict[str, object]] = []
     if "masks" in result:
+        run_lengths = api("mask")
         for plane in paste_masks(result["masks"], boxes, (height, width)).cpu().numpy():
             lengths = run_lengths.encode(np.asfortranarray(plane, dtype=np.uint8))
             masks.append({"size": [height, width], "counts": lengths["counts"].decode("ascii")})
@@ -160,7 +156,7 @@ def evaluation(
     """Average precision by the rules of the data set, and a figure where it is asked for."""
     values = (
         coco_metrics(found, samples, masks=any(one.masks for one in found) or has_masks(recipe))
-        if _format(recipe) == "coco"
+        if recipe.val.data.startswith("coco:")
         else voc_metrics(found, samples)
     )
     figures = {}
