@@ -54,6 +54,8 @@ class DenseSamples(Protocol):
     """Short hash of names, sizes and annotations."""
     kind: Literal["objects", "masks"]
     """Which of the two functions below it has."""
+    outlined: bool
+    """Whether objects have outlines."""
     least_side: int
     """Pictures with a shorter side, in pixels, are not trained on."""
 
@@ -99,6 +101,7 @@ class ObjectSamples:
     """A data set of boxes, with what its parser has found. A `DenseSamples`."""
 
     kind: Literal["objects", "masks"] = "objects"
+    outlined = False
 
     def __init__(
         self,
@@ -140,6 +143,7 @@ class MaskSamples:
     """A data set of masks in PNG files. A `DenseSamples`."""
 
     kind: Literal["objects", "masks"] = "masks"
+    outlined = False
     least_side = 0
 
     def __init__(

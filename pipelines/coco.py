@@ -23,6 +23,8 @@ _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/dataset
 class CocoSamples(ObjectSamples):
     """COCO's pictures in the order of their ids; names are the ids as text."""
 
+    outlined = True
+
     def __init__(
         self,
         categories: Mapping[int, str],

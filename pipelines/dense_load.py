@@ -61,7 +61,7 @@ def load(
     if spec.train and samples.kind == "objects":
         objects = kept(samples.objects(i), spec)
         labels = torch.from_numpy(objects.labels + 1)
-        scene = _with_objects(scene, objects)
+        scene = _with_objects(scene, objects, outlined=samples.outlined)
     elif spec.train:
         scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
     scene = joint.resized(scene, plan)
@@ -168,14 +168,14 @@ def _picture(samples: DenseSamples, i: int) -> tv_tensors.Image:
     return tv_tensors.Image(pixels)
 
 
-def _with_objects(scene: Scene, objects: Objects) -> Scene:
+def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
     """The picture with boxes, and masks where there are outlines."""
     height, width = scene.image.shape[1:]
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)
     )
     masks = None
-    if objects.outlines:
+    if outlined:
         pixels = coco.rasterised(objects.outlines, height, width)
         masks = tv_tensors.Mask(torch.from_numpy(pixels))
     return Scene(scene.image, boxes, masks)

@@ -258,6 +258,20 @@ def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Pa
     return root
 
 
+def coloured(path: Path, kind: int) -> npt.NDArray[np.bool_]:
+    """Where a picture has the colour of a kind of objects."""
+    pixels = np.asarray(Image.open(path)).astype(int)
+    return (abs(pixels - COLOURS[kind]) < 60).all(axis=2)
+
+
+def check_box(there: npt.NDArray[np.bool_], box: npt.NDArray[np.float32]) -> None:
+    """The box holds the colour to its last pixel and none of the pixels around."""
+    left, top, right, bottom = map(int, box)
+    assert there[top:bottom, left:right].all()
+    around = there[top - 1 : bottom + 1, left - 1 : right + 1].sum()
+    assert around == (bottom - top) * (right - left)
+
+
 def write(path: Path, lines: Iterable[str]) -> None:
     """A text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
