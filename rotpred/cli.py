@@ -12,16 +12,24 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, distributed, knn, pretrain, semi, svm
+from rotpred import classify, detect, distributed, knn, pretrain, semi, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
-from rotpred.recipes import Linear, Pretrain, frozen, linear
+from rotpred.recipes import Linear, Pretrain, detection, frozen, linear
 from rotpred.recipes import pretrain as pretraining
 from rotpred.recipes import semi as fine_tuning
 
 logger = logging.getLogger(__name__)
 
-Recipe = Pretrain | Linear | fine_tuning.Semi | frozen.Svm | frozen.LowShot | frozen.Knn
+Recipe = (
+    Pretrain
+    | Linear
+    | detection.Detection
+    | fine_tuning.Semi
+    | frozen.Svm
+    | frozen.LowShot
+    | frozen.Knn
+)
 R = TypeVar("R", bound=Recipe)
 
 INTERRUPTED = 130
@@ -64,7 +72,7 @@ def pretrain_main(args: Sequence[str] | None = None) -> int:
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
     recipe = choose(
-        {**linear.RECIPES, **fine_tuning.RECIPES, **frozen.RECIPES},
+        {**linear.RECIPES, **fine_tuning.RECIPES, **frozen.RECIPES, **detection.RECIPES},
         sys.argv[1:] if args is None else args,
         "Evaluate pretrained weights. RECIPE --help tells source, command and options of one. "
         "Start with torchrun for several processes.",
@@ -83,6 +91,8 @@ def _drive(recipe: Recipe) -> int:
                     classify.run(recipe, rank)
                 case fine_tuning.Semi():
                     semi.run(recipe, rank)
+                case detection.Detection():
+                    detect.run(recipe, rank)
                 case frozen.Svm():
                     svm.run(recipe, rank)
                 case frozen.LowShot():

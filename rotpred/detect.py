@@ -164,7 +164,10 @@ def evaluation(
         some = range(min(SHOWN, len(samples)))
         pictures = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
         figures["detections"] = boxes_figure(
-            pictures, [found[i] for i in some], samples.classes, [samples.objects(i) for i in some]
+            pictures,
+            [found[i] for i in some],
+            samples.classes,
+            truth=[samples.objects(i) for i in some],
         )
     return Evaluation(values, n=len(samples), figures=figures)
 
