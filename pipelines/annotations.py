@@ -165,7 +165,7 @@ class MaskSamples:
         self.names = tuple(picture.name for picture in pictures)
         self.sizes = _sizes(pictures)
         self._paths, self._masks = [picture.path for picture in pictures], masks
-        self._table = table
+        self._table, self._wrong = table.astype(np.uint8), table < 0
         lengths = (os.path.getsize(mask).to_bytes(8, "little") for mask in masks)
         self.data_id = _hash(self.classes, pictures, lengths)
 
@@ -194,14 +194,13 @@ class MaskSamples:
                 f"{self._masks[i]}: {numbers.shape[1]}x{numbers.shape[0]} pixels, the picture has "
                 f"{width}x{height}"
             )
-        classes = self._table[numbers]
-        if classes.min(initial=0) < 0:
-            wrong = int(numbers[classes < 0][0])
+        if (mistakes := self._wrong[numbers]).any():
+            wrong = int(numbers[mistakes][0])
             raise ImageError(
                 f"{self._masks[i]}: pixels of the number {wrong}, which is none of the "
                 f"{len(self.classes)} classes"
             )
-        return classes.astype(np.uint8)
+        return self._table[numbers]
 
 
 class Picture(NamedTuple):
