@@ -26,11 +26,11 @@ from tqdm import tqdm
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Precision, Shard
 from rotpred.backbone import Backbone, build_backbone
-from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.distributed import Rank, any_true, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.heads import pooled_dims, stage_pools
 from rotpred.runfolder import plain, replaced, write_json
 from rotpred.state import autocast, channels_last
-from rotpred.weights import load_backbone
+from rotpred.weights import imagenet_file, load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ AVGPOOL = "avgpool"
 
 RANDOM = "random"
 """Value of a recipe's `weights` for the control: the same network, untrained."""
+
+IMAGENET = "imagenet"
+"""Value of a recipe's `weights` for torchvision's, trained on ImageNet with its labels."""
 
 Store = Literal["float32", "float16"]
 
@@ -67,18 +70,32 @@ def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
     """
     if not weights:
         raise ValueError(
-            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), or "
-            "--weights random for the untrained control"
+            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), "
+            "--weights random for the untrained control, or --weights imagenet for supervised ones"
         )
     trunk = build_backbone(name)
     sha = ""
     if weights != RANDOM:
-        report = load_backbone(trunk, Path(weights))
+        path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
+        report = load_backbone(trunk, path)
         sha = report.sha256
         logger.info("%s: %s", weights, report.words())
     trunk = channels_last(trunk, rank.device)
     # eval() for good: batch norm must use the trained statistics and must not move them.
     return trunk.eval().requires_grad_(False), sha
+
+
+def _supervised(arch: str, rank: Rank) -> Path:
+    """`imagenet_file`, where one process of each machine downloads; none goes on alone."""
+    failure: ValueError | None = None
+    if rank.local_rank == 0:
+        try:
+            imagenet_file(arch)
+        except ValueError as error:
+            failure = error
+    if any_true(failure is not None, rank):
+        raise failure or ValueError("another process has no supervised weights")
+    return imagenet_file(arch)
 
 
 def extract(

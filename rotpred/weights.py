@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from rotpred.backbone import Backbone, build_backbone
@@ -19,6 +22,7 @@ from rotpred.heads import RotNet
 __all__ = [
     "LoadReport",
     "finite_tensors",
+    "imagenet_file",
     "load_backbone",
     "load_rotnet",
     "read_backbone",
@@ -26,6 +30,13 @@ __all__ = [
     "sha256_file",
     "write_whole",
 ]
+
+logger = logging.getLogger(__name__)
+
+SUPERVISED = ("resnet18", "resnet50")
+"""Backbones that torchvision has weights for, trained on ImageNet with its labels."""
+
+_PATIENCE = 60.0
 
 
 class LoadReport(NamedTuple):
@@ -120,6 +131,43 @@ def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadRe
         raise CheckpointError(f"{path} does not say which network it is for: name its arch")
     backbone = build_backbone(arch or str(found.arch))
     return backbone, _fill_backbone(backbone, path, found)
+
+
+def imagenet_file(arch: str) -> Path:
+    """The file of torchvision's supervised weights (IMAGENET1K_V1), downloaded if it is not there.
+
+    It lies where torchvision itself keeps it (torch.hub, TORCH_HOME); its name holds the start of
+    its checksum, which is compared when it comes and when it is found.
+
+    Raises:
+        ValueError: torchvision has none for this network, or they cannot be had, in words.
+        CheckpointError: the file is not what its name says.
+    """
+    if arch not in SUPERVISED:
+        raise ValueError(
+            f"torchvision has no supervised weights for {arch} (only {', '.join(SUPERVISED)}): "
+            "give --weights FILE or --weights random"
+        )
+    url: str = torchvision.models.get_weight(f"ResNet{arch[6:]}_Weights.IMAGENET1K_V1").url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    start = path.stem.rpartition("-")[2]
+    if not path.exists():
+        logger.info("downloading %s to %s", url, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_PATIENCE)  # torch's download has no timeout of its own
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=start, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"no supervised weights ({error}): put {url} to {path}, or give --weights FILE or "
+                "--weights random"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(before)
+    if not sha256_file(path).startswith(start):
+        raise CheckpointError(f"{path} is damaged: remove it, and it will be downloaded anew")
+    return path
 
 
 def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> LoadReport:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from test_distributed import torchrun
 
 from pipelines.loader import open_loader
@@ -116,6 +119,53 @@ def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> N
             of(beton, tmp_path, **change)
     with pytest.raises(ValueError, match=r"has no stage .*layer4.*: it has stem, res2"):
         of(beton, tmp_path, ("layer4",))
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the server: a made file under a checksum's name, and an empty TORCH_HOME."""
+    torch.manual_seed(5)
+    made = tmp_path / "made.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), made)
+    path = tmp_path / f"resnet18-{hashlib.sha256(made.read_bytes()).hexdigest()[:8]}.pth"
+    made.rename(path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    known = types.SimpleNamespace(url=path.as_uri())
+    monkeypatch.setattr(torchvision.models, "get_weight", lambda _: known)
+    return path
+
+
+def test_supervised_weights_come_from_torchvision(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "home" / "hub" / "checkpoints" / published.name
+    for _ in range(2):
+        trunk, sha = load_trunk("resnet18", "imagenet", Rank())
+        assert sha == hashlib.sha256(kept.read_bytes()).hexdigest()
+        theirs = torch.load(published, weights_only=True)
+        assert all(torch.equal(v, theirs[k]) for k, v in trunk.state_dict().items())
+        assert not trunk.training
+        monkeypatch.delattr(torch.hub, "download_url_to_file", raising=False)  # it is kept
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        load_trunk("resnet18", "imagenet", Rank())
+
+
+def test_supervised_weights_that_cannot_be_had(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no supervised weights for nin3 \(only resnet18, resnet50\)"
+    ):
+        load_trunk("nin3", "imagenet", Rank())
+    content = published.read_bytes()
+    published.write_bytes(content[1:])
+    with pytest.raises(
+        ValueError, match=r"invalid hash value.* give --weights FILE or --weights r"
+    ):
+        load_trunk("resnet18", "imagenet", Rank())
+    published.unlink()
+    with pytest.raises(ValueError, match=rf"No such file.*put file://.*{published.name} to .*home"):
+        load_trunk("resnet18", "imagenet", Rank())
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
 def test_labels_by_index(beton: Path, tmp_path: Path) -> None:

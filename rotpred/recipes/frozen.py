@@ -38,7 +38,8 @@ class _Svms:
     name: str = "svms"
     """Names the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
     backbone: str = "resnet50"
     """The architecture of the weights."""
     train: LoaderSpec = PLAIN
@@ -109,7 +110,8 @@ class Knn:
     name: str = "knn"
     """Names the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
     backbone: str = "resnet50"
     """The architecture of the weights."""
     train: LoaderSpec = PLAIN
