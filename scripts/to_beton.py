@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from pipelines.beton import verify
 from pipelines.catalogues import voc2007
-from pipelines.images import open_images
+from pipelines.images import Images, open_images
+from rotpred.runfolder import replaced
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Arguments:
     imagenet-val:TRUTH (the flat folder; TRUTH a file of synsets, or the development kit),
     imagenet-subset:LIST (class folders; LIST of names as SimCLR's 1 % and 10 %),
     inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007; the labels go
-    to a .labels.npy file beside the output)."""
+    to a .labels.npy file beside the output, and no picture may be unusable)."""
     output: Path | None = None
     """The .beton file to write, with its manifest OUTPUT.json beside it, and OUTPUT.segments where
     --restart-markers is on."""
@@ -80,9 +82,10 @@ def main(args: Arguments) -> str:
         raise ValueError(f"{args.output} exists: give --overwrite to replace it")
     from pipelines.convert import write_beton  # With numba: too slow to load for --help.
 
-    images = open_images(args.input, root=args.root, labelled=not args.unlabelled, split=args.split)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(images), unit="img", smoothing=0.1, disable=None) as bar:
+    with contextlib.ExitStack() as stack:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        images, budget = opened(args, stack)
+        bar = stack.enter_context(tqdm(total=len(images), unit="img", smoothing=0.1, disable=None))
         made = write_beton(
             images,
             args.output,
@@ -90,14 +93,12 @@ def main(args: Arguments) -> str:
             short_side=args.short_side,
             quality=args.quality,
             workers=args.workers,
-            budget=args.budget,
+            budget=budget,
             check=args.check,
             restart_markers=args.restart_markers,
             overwrite=args.overwrite,
             progress=lambda done, _: advance(bar, done),
         )
-    if args.input.startswith("voc2007:"):
-        write_targets(args, made.samples)
     marks = made.restarts
     again = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
     return (
@@ -109,17 +110,27 @@ def main(args: Arguments) -> str:
     )
 
 
-def write_targets(args: Arguments, samples: int) -> None:
-    """VOC2007's labels, several for a picture, as NAME.labels.npy beside NAME.beton."""
-    assert args.root is not None and args.output is not None
-    targets = voc2007(args.root, split=args.input.partition(":")[2]).targets
-    if len(targets) != samples:
-        # Rows are found by a sample's number, which a picture that was left out has shifted.
-        raise ValueError(f"{args.output}: {samples} of {len(targets)} pictures; labels need all")
-    path = args.output.with_suffix(".labels.npy")
-    temporary = path.with_name(f"{path.stem}.tmp.npy")
-    np.save(temporary, targets)
-    temporary.replace(path)
+def opened(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | None]:
+    """The pictures, and how many may be left out.
+
+    VOC2007's labels, several for a picture, become NAME.labels.npy beside NAME.beton when the stack
+    is left without an error. Their rows go by a picture's number: none may be left out.
+    """
+    assert args.input is not None and args.output is not None
+    kind, _, split = args.input.partition(":")
+    if kind != "voc2007" or args.unlabelled:
+        labelled = not args.unlabelled
+        images = open_images(args.input, root=args.root, labelled=labelled, split=args.split)
+        return images, args.budget
+    if args.root is None:
+        raise ValueError(f"{args.input} needs --root: the folder VOC2007")
+    if args.budget:
+        raise ValueError("--budget is not for voc2007, whose labels need every picture")
+    found = voc2007(args.root, split=split)
+    labels = stack.enter_context(replaced(args.output.with_suffix(".labels.npy")))
+    with labels.open("wb") as file:
+        np.save(file, found.targets)
+    return found.images, 0
 
 
 def advance(bar: tqdm, done: int) -> None:

@@ -307,3 +307,21 @@ def test_voc2007_is_converted_with_its_labels(tmp_path: Path) -> None:
         assert np.array_equal(multi_labels(path, features, root), targets[[0, 2]])
     with pytest.raises(ValueError, match="the folder VOC2007"):
         multi_labels("voc2007:trainval", features)
+
+
+@pytest.mark.timeout(120)
+def test_voc2007_is_converted_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An unusable picture would shift the rows of all later ones: neither file is written."""
+    base, out = voc(tmp_path), tmp_path / "out" / "trainval.beton"
+    (base / voc2007(base, split="trainval").images.name(1)).write_bytes(b"no picture")
+    script = Path(__file__).parents[1] / "scripts/to_beton.py"
+    command = [sys.executable, script, "--input", "voc2007:trainval", "--output", out]
+    for options, words in (
+        (["--root", base, "--workers", "1"], "the budget is 0"),
+        (["--root", base, "--budget", "3"], "--budget is not for voc2007"),
+        ([], "needs --root"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and words in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert not [p.name for p in out.parent.glob("*") if p.suffix in (".beton", ".npy")]
