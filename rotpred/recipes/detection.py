@@ -78,9 +78,9 @@ def voc0712_det() -> Detection:
     mmdetection/voc0712/faster-rcnn_r50-c4_ms-24k_voc0712.py: SGD 0.02, momentum 0.9, decay 1e-4,
     x0.1 at 18k and 22k, 100 iterations of warm-up from 0.001; short side 480 to 800 in steps of 32,
     long one 1333 at most, flip; test at 800; SyncBN, nothing frozen, one extra norm after res5.
-    The two differ: detectron2, as here, trains on difficult objects and does not decay norms
-    (mmdetection: --train.no-keep-difficult --optim.decay-rule all); its PreciseBN, statistics
-    estimated anew from 200 batches before a validation, is left out.
+    The two differ: detectron2, as here, trains on difficult objects and does not decay norms; for
+    mmdetection's: --train.no-keep-difficult --optim.decay-rule all. Left out: detectron2's
+    PreciseBN, batch norm's statistics estimated anew from 200 batches before a validation.
     AP is detectron2's, 11 points at ten overlaps; AP/area is the area below the whole curve.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py voc0712_det --weights FILE
     (published in fp32; --run.precision bf16 for mixed precision. On fewer GPUs rate and number of
