@@ -12,11 +12,12 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, detect, distributed, knn, pretrain, semi, svm
+from rotpred import classify, detect, distributed, knn, pretrain, rotation, segment, semi, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
-from rotpred.recipes import Linear, Pretrain, detection, frozen, linear
+from rotpred.recipes import Linear, Pretrain, detection, frozen, linear, segmentation
 from rotpred.recipes import pretrain as pretraining
+from rotpred.recipes import rotation as rotating
 from rotpred.recipes import semi as fine_tuning
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,12 @@ Recipe = (
     Pretrain
     | Linear
     | detection.Detection
+    | segmentation.Segmentation
     | fine_tuning.Semi
     | frozen.Svm
     | frozen.LowShot
     | frozen.Knn
+    | rotating.Rotation
 )
 R = TypeVar("R", bound=Recipe)
 
@@ -72,7 +75,14 @@ def pretrain_main(args: Sequence[str] | None = None) -> int:
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
     recipe = choose(
-        {**linear.RECIPES, **fine_tuning.RECIPES, **frozen.RECIPES, **detection.RECIPES},
+        {
+            **linear.RECIPES,
+            **fine_tuning.RECIPES,
+            **frozen.RECIPES,
+            **rotating.RECIPES,
+            **detection.RECIPES,
+            **segmentation.RECIPES,
+        },
         sys.argv[1:] if args is None else args,
         "Evaluate pretrained weights. RECIPE --help tells source, command and options of one. "
         "Start with torchrun for several processes.",
@@ -93,12 +103,16 @@ def _drive(recipe: Recipe) -> int:
                     semi.run(recipe, rank)
                 case detection.Detection():
                     detect.run(recipe, rank)
+                case segmentation.Segmentation():
+                    segment.run(recipe, rank)
                 case frozen.Svm():
                     svm.run(recipe, rank)
                 case frozen.LowShot():
                     svm.run_low_shot(recipe, rank)
                 case frozen.Knn():
                     knn.run(recipe, rank)
+                case rotating.Rotation():
+                    rotation.run(recipe, rank)
     except Stopped as stop:
         logger.warning("%s", stop)
         return STOP_STATUS

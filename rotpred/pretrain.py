@@ -17,16 +17,15 @@ from rotpred.distributed import Rank
 from rotpred.heads import RotNet, make_rotnet
 from rotpred.job import Job, identity, open_job
 from rotpred.loop import steps
-from rotpred.metrics import Confusion, ConfusionResult
+from rotpred.metrics import ConfusionResult
 from rotpred.norms import synced
 from rotpred.recipes import Pretrain
 from rotpred.runlog import RunLog, read_rows
-from rotpred.state import Outcome, Trained, TrainState, autocast, channels_last
+from rotpred.scoring import ROTATIONS, score_rotations
+from rotpred.state import Outcome, Trained, TrainState, channels_last
 from rotpred.weights import save_backbone
 
 logger = logging.getLogger(__name__)
-
-ROTATIONS = 4
 
 
 def run(recipe: Pretrain, rank: Rank) -> Path:
@@ -109,20 +108,14 @@ def _train(
     return results.get(state.step)
 
 
-@torch.no_grad()
 def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResult:
     """Count predicted against true rotations over the whole validation set, on any world size."""
     state.agree()
     state.module.eval()
-    counts = Confusion(ROTATIONS, device=state.rank.device)
     try:
-        for batch in val.epoch(0):
-            with autocast(state.rank.device, recipe.run.precision):
-                predicted = state.module(batch.images).argmax(1)
-            counts.update(predicted, batch.targets, batch.valid)
+        return score_rotations(state.module, val, state.rank, recipe.run.precision)
     finally:
         state.module.train()
-    return counts.compute(state.rank)
 
 
 def _finish(

@@ -343,6 +343,8 @@ TABLES = (
 """What the page always shows, in this order; recipes that are in none follow as they are."""
 
 TITLES = {
+    "in1k_rotation": "ImageNet-1k, rotation prediction by the weights' own head",
+    "cifar10_rotation": "CIFAR-10, rotation prediction by the weights' own head",
     "cifar10_linear": "CIFAR-10, linear classifiers",
     "cifar10_knn": "CIFAR-10, weighted nearest neighbours",
     "cifar10_svm": "CIFAR-10, linear SVM, each class against the rest",

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from pipelines.loader import Loader
+from pipelines.spec import Precision
 from rotpred.distributed import Rank
-from rotpred.metrics import TopK
+from rotpred.metrics import Confusion, ConfusionResult, TopK
+from rotpred.state import autocast
 
 Scores = dict[str, dict[str, float]]
 """Metrics (top1, top5, n) by classifier; shares are from 0 to 1."""
+
+ROTATIONS = 4
 
 
 def number_of_classes(train: Loader, val: Loader) -> int:
@@ -59,3 +64,30 @@ def score(
         counts.update(outputs, batch.targets, batch.valid)
     assert counts is not None
     return dict(zip(names, counts.compute(rank), strict=True))
+
+
+@torch.no_grad()
+def score_rotations(
+    net: nn.Module,
+    val: Loader,
+    rank: Rank,
+    precision: Precision,
+    *,
+    tick: Callable[[int], None] = lambda _done: None,
+) -> ConfusionResult:
+    """Count predicted against true rotations of every picture, on any number of ranks.
+
+    Args:
+        net: images to logits (N, 4), in evaluation mode.
+        val: rotate4 views; every valid view of an epoch counts once.
+        rank: all ranks call, and get the same.
+        precision: of the network.
+        tick: told the number of batches that are done.
+    """
+    counts = Confusion(ROTATIONS, device=rank.device)
+    for done, batch in enumerate(val.epoch(0), start=1):
+        with autocast(rank.device, precision):
+            predicted = net(batch.images).argmax(1)
+        counts.update(predicted, batch.targets, batch.valid)
+        tick(done)
+    return counts.compute(rank)

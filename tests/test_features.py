@@ -193,7 +193,7 @@ import pathlib, sys, torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
 from rotpred.features import extract, load_trunk
-from rotpred.recipes.frozen import Knn, LowShot, Place, Svm
+from rotpred.recipes.frozen import Knn, LowShot, CachedPlace, Svm
 from rotpred import knn, svm
 
 out = pathlib.Path(sys.argv[1])
@@ -204,7 +204,9 @@ spec = LoaderSpec(
 with distributed.session("cpu", timeout_seconds=60) as rank:
     common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
     def place(name):
-        return Place(str(out / f"{name}{rank.world}"), str(out / f"cache{rank.world}"), "cpu")
+        return CachedPlace(
+            str(out / f"{name}{rank.world}"), "cpu", cache=str(out / f"cache{rank.world}")
+        )
     costs = (1.0, 0.01)
     svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
     few = LowShot(

@@ -14,7 +14,7 @@ import torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import knn
 from rotpred.distributed import Rank
-from rotpred.recipes.frozen import Knn, Place, in1k_knn
+from rotpred.recipes.frozen import CachedPlace, Knn, in1k_knn
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -120,7 +120,7 @@ def recipe(beton: Path, tmp_path: Path) -> Knn:
     )  # fmt: skip
     return Knn(
         weights="random", backbone="resnet18_tiny", train=spec, val=spec, neighbours=(1, 5),
-        run=Place(str(tmp_path / "run"), str(tmp_path / "cache"), "cpu"),
+        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from rotpred import linear_svm, svm
 from rotpred.distributed import Rank
 from rotpred.linear_svm import COSTS, average_precision, gram, normalize_rows, solve
 from rotpred.low_shot import aggregate, draw, scores_of_draw
-from rotpred.recipes.frozen import LowShot, Place, Svm, voc07_lowshot, voc07_svm
+from rotpred.recipes.frozen import CachedPlace, LowShot, Svm, voc07_lowshot, voc07_svm
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -266,7 +266,7 @@ def spec(samples: int, seed: int) -> LoaderSpec:
 
 def test_run_folders(tmp_path: Path) -> None:
     """From pictures to rows and figures; a finished folder is left as it is."""
-    place = Place(out=str(tmp_path / "full"), cache=str(tmp_path / "cache"), device="cpu")
+    place = CachedPlace(out=str(tmp_path / "full"), cache=str(tmp_path / "cache"), device="cpu")
     table = np.where(np.arange(24)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
     np.save(tmp_path / "labels.npy", table)
     common = {
@@ -286,7 +286,10 @@ def test_run_folders(tmp_path: Path) -> None:
     assert (out / "results.json").stat().st_mtime_ns == written
 
     few = LowShot(
-        shots=(1, 4), draws=2, run=Place(str(tmp_path / "few"), place.cache, "cpu"), **common
+        shots=(1, 4),
+        draws=2,
+        run=CachedPlace(str(tmp_path / "few"), "cpu", cache=place.cache),
+        **common,
     )  # type: ignore[arg-type]
     out = svm.run_low_shot(few, Rank())
     rows = {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
@@ -301,7 +304,7 @@ def test_labels_of_another_data_set_are_refused(tmp_path: Path) -> None:
     recipe = Svm(
         weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
         train_labels=str(tmp_path / "labels.npy"), stages=("avgpool",),
-        run=Place(str(tmp_path / "run"), str(tmp_path / "cache"), "cpu"),
+        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
     )  # fmt: skip
     with pytest.raises(ValueError, match="has 5 rows, but the data have sample 23"):
         svm.run(recipe, Rank())

@@ -17,18 +17,24 @@ PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in which type an evaluation works."""
+    """Where and in which type an evaluation without training of a network works."""
 
     out: str = ""
     """Run folder; empty for runs/NAME."""
-    cache: str = "runs/features"
-    """Folder of extracted features, which evaluations of the same weights and data share."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, or cuda."""
     precision: Precision = "fp32"
     """Autocast type of the network: fp32 (no autocast), bf16 or fp16."""
     timeout: float = 1800.0
     """Seconds that a process waits for its peers before the job is ended."""
+
+
+@dataclass(frozen=True)
+class CachedPlace(Place):
+    """That, and where features are kept."""
+
+    cache: str = "runs/features"
+    """Folder of extracted features, which evaluations of the same weights and data share."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class _Svms:
     """Costs C."""
     positive_weight: float = 2.0
     """What multiplies the cost of positives."""
-    run: Place = field(default_factory=Place)
+    run: CachedPlace = field(default_factory=CachedPlace)
     """Where it works."""
 
     def __post_init__(self) -> None:
@@ -128,7 +134,7 @@ class Knn:
     """Cosine similarity; False (VISSL's default, with temperature 0.1) is the dot product."""
     store: Store = "float32"
     """Type of the features on disk; the similarities are float32."""
-    run: Place = field(default_factory=Place)
+    run: CachedPlace = field(default_factory=CachedPlace)
     """Where it works."""
 
     def __post_init__(self) -> None:
