@@ -85,6 +85,10 @@ class Segment:
 
     def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
         """Mean IoU over all pixels of all pictures, each in its stored size."""
+        with _any_shape():
+            return self._evaluate(state, val)
+
+    def _evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
         rank, samples = state.rank, val.samples
         confusion = Confusion(len(val.classes), device=rank.device)
         shown: list[tuple[int, Mask]] = []
@@ -135,6 +139,17 @@ class Segment:
         return {"model": "fcn", **{name: getattr(self.recipe, name) for name in names}}
 
 
+@contextlib.contextmanager
+def _any_shape() -> Iterator[None]:
+    """Let cuDNN choose without trials, which it would make anew for nearly every picture."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def slide(
     logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
 ) -> torch.Tensor:
@@ -177,7 +192,8 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
     """Compare a folder of predicted masks with the validation data, and write the run folder.
 
     Raises:
-        ValueError: a mask is missing, of another size or of unknown classes; it says which.
+        FileNotFoundError: there is none of a picture.
+        ValueError: one has another size or unknown classes; it says which.
     """
     out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
     folder, shard = Path(recipe.predictions), Shard(rank.rank, rank.world, rank.local_world)
@@ -188,9 +204,15 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
         confusion = Confusion(len(val.classes))
         shown: list[tuple[int, Mask]] = []
         for i in range(rank.rank, len(val.samples), rank.world):
-            predicted, truth = read_masks(folder, val.samples, i), val.samples.mask(i)
-            counted = torch.from_numpy(truth != IGNORED)
-            confusion.update(torch.from_numpy(predicted), torch.from_numpy(truth), counted)
+            predicted = read_masks(folder, val.samples, i, label_ids=recipe.label_ids)
+            truth = val.samples.mask(i)
+            counted = truth != IGNORED
+            if (predicted[counted] == IGNORED).any():
+                raise ValueError(
+                    f"{folder}: pixels of {val.samples.names[i]} that count have no class but "
+                    f"{IGNORED}"
+                )
+            confusion.update(*map(torch.from_numpy, (predicted, truth, counted)))
             if rank.main and len(shown) < SHOWN:
                 shown.append((i, predicted))
         found = evaluation(confusion.compute(rank), val, shown)

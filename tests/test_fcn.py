@@ -71,18 +71,6 @@ def test_what_is_no_resnet_is_refused() -> None:
         dilate(build_backbone("nin4"))
 
 
-@pytest.mark.parametrize(("size", "classes", "side"), [(512, 21, 64), (769, 19, 97)])
-def test_shapes_at_true_size(size: int, classes: int, side: int) -> None:
-    """Both crops of the published recipes, without computing anything."""
-    with torch.device("meta"):
-        model = Fcn(build_backbone("resnet50"), classes)
-        x = torch.empty(2, 3, size, size)
-        logits, auxiliary = model.train()(x)
-        assert logits.shape == auxiliary.shape == (2, classes, side, side)
-        assert model.eval()(x).shape == logits.shape
-        assert resized(logits, (size, size), align_corners=True).shape[2:] == (size, size)
-
-
 def test_the_heads_of_the_published_network() -> None:
     """Parameters by mmsegmentation's arithmetic, and how they start."""
     torch.manual_seed(2)

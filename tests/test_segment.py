@@ -48,10 +48,10 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny trees: six pictures of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
+    """Tiny trees: eight pictures of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
     base = tmp_path_factory.mktemp("trees")
     return {
-        "voc12aug_seg": voc_masks(base, n=5, side=48),
+        "voc12aug_seg": voc_masks(base, n=8, side=48),
         "cityscapes_seg": cityscapes(base, n=5, height=40, width=80),
     }
 
@@ -69,7 +69,9 @@ def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segme
             made.train, root=root, batch_size=2, geometry=RatioCrop(40, **frame),
             steps_per_epoch=2, workers=1,
         ),
-        val=replace(made.val, root=root, batch_size=2, geometry=Within(**frame), workers=1),
+        val=replace(
+            made.val, root=root, batch_size=2, geometry=Within(**frame), workers=1, limit=5
+        ),
         optim=Optim(lr=0.01, weight_decay=5e-4),
         slide_crop=33,
         slide_stride=20,
@@ -131,7 +133,7 @@ def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
     assert found["accuracy"]["value"] == pytest.approx(100 * right.sum() / matrix.sum())
     recall = 100 * np.mean(right[actual] / matrix.sum(1)[actual])
     assert found["mean recall"]["value"] == pytest.approx(recall)
-    assert found["mIoU"]["n"] == 5 and found["mIoU"]["unit"] == "%"
+    assert found["mIoU"]["n"] == len(predicted) == 5 and found["mIoU"]["unit"] == "%"
     assert len(classes) == (21 if finished.test == "whole" else 19)
 
 
@@ -200,41 +202,69 @@ def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: P
     values = {name: row["value"] for name, row in found.items()}
     assert values == {name: expected[name]["value"] for name in values}
     assert "mIoU" in values and (tmp_path / "figures/masks.png").exists()
-    (tmp_path / "few").mkdir()
-    with pytest.raises(ValueError, match=r"\.png"):
-        segment.run(replace(made, predictions=str(tmp_path / "few")), Rank())
+    few = tmp_path / "few"
+    shutil.copytree(folder, few)
+    path = min(few.glob("*.png"))
+    mask = numbers(path)
+    for pixels, words in (
+        (mask[1:], "size"),
+        (np.full_like(mask, 250), "250"),
+        (mask | 255, "255"),
+    ):
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(ValueError, match=words):
+            segment.run(replace(made, predictions=str(few)), Rank())
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=path.stem):
+        segment.run(replace(made, predictions=str(few)), Rank())
 
 
-def test_two_processes(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_label_ids_are_read_where_told(roots: dict[str, Path], tmp_path: Path) -> None:
+    """The truth itself, as Cityscapes' server would take it: all right."""
+    root = roots["cityscapes_seg"] / "gtFine/val"
+    for path in root.glob("*/*_labelIds.png"):
+        city = tmp_path / "theirs" / path.parent.name
+        city.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, city)
+    made = small("cityscapes_seg", roots, tmp_path / "out", predictions=str(tmp_path / "theirs"))
+    found = results(segment.run(replace(made, label_ids=True), Rank()))
+    assert found["mIoU"]["value"] == found["accuracy"]["value"] == 100
+    assert {name for name in found if name.startswith("IoU/")} == {"IoU/road", "IoU/sky", "IoU/car"}
+    with pytest.raises(ValueError, match="none of the 19 classes"):
+        segment.run(made, Rank())
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
     """The command itself; its weights, validated by one process, give equal masks and numbers."""
-    for name, root in roots.items():
-        out, alone = tmp_path / name, tmp_path / f"{name}_alone"
-        common = [
-            name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
-            "--train.root", str(root), "--train.steps-per-epoch", "2", "--train.workers", "1",
-            "--val.root", str(root), "--val.workers", "1", "--optim.reference-batch", "None",
-            "--train.geometry.size", "40", "--train.geometry.long", "64",
-            "--train.geometry.short", "40", "--val.geometry.long", "64",
-            "--val.geometry.short", "40", "--slide-crop", "33", "--slide-stride", "20",
-            "--save-predictions", "--run.epochs", "1", "--run.device", "cpu",
-        ]  # fmt: skip
-        arguments = [*common, "--train.batch-size", "1", "--run.out", str(out)]
-        console = tmp_path / f"{name}.txt"
-        status = processes.run(processes.evaluate, arguments, console=console, world=2)
-        assert status == [0, 0], console.read_text()[-3000:]
-        shutil.copytree(out / "checkpoints", alone / "checkpoints")
-        arguments = [*common, "--train.batch-size", "2", "--run.out", str(alone)]
-        status = processes.run(processes.evaluate, arguments, console=console)
-        assert status == [0], console.read_text()[-3000:]
-        found, expected = results(alone), results(out)
-        for metric in ("mIoU", "accuracy", "mean recall"):
-            assert found[metric]["value"] == expected[metric]["value"]
-            assert found[metric]["n"] == expected[metric]["n"] == 5
-        masks = sorted(path.name for path in (out / "predictions").rglob("*.png"))
-        assert len(masks) == 5
-        for path in (out / "predictions").rglob("*.png"):
-            other = alone / path.relative_to(out)
-            assert np.array_equal(numbers(path), numbers(other))
+    root, out, alone = roots[name], tmp_path / "run", tmp_path / "alone"
+    common = [
+        name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
+        "--train.root", str(root), "--train.steps-per-epoch", "2", "--train.workers", "1",
+        "--val.root", str(root), "--val.workers", "1", "--val.limit", "5",
+        "--optim.reference-batch", "None",
+        "--train.geometry.size", "40", "--train.geometry.long", "64",
+        "--train.geometry.short", "40", "--val.geometry.long", "64",
+        "--val.geometry.short", "40", "--slide-crop", "33", "--slide-stride", "20",
+        "--save-predictions", "--run.epochs", "1", "--run.device", "cpu",
+    ]  # fmt: skip
+    arguments = [*common, "--train.batch-size", "1", "--run.out", str(out)]
+    console = tmp_path / "console"
+    status = processes.run(processes.evaluate, arguments, console=console, world=2)
+    assert status == [0, 0], console.read_text()[-3000:]
+    shutil.copytree(out / "checkpoints", alone / "checkpoints")
+    arguments = [*common, "--train.batch-size", "2", "--run.out", str(alone)]
+    status = processes.run(processes.evaluate, arguments, console=console)
+    assert status == [0], console.read_text()[-3000:]
+    found, expected = results(alone), results(out)
+    for metric in ("mIoU", "accuracy", "mean recall"):
+        assert found[metric]["value"] == expected[metric]["value"]
+        assert found[metric]["n"] == expected[metric]["n"] == 5
+    masks = sorted(path.name for path in (out / "predictions").rglob("*.png"))
+    assert len(masks) == 5
+    for path in (out / "predictions").rglob("*.png"):
+        other = alone / path.relative_to(out)
+        assert np.array_equal(numbers(path), numbers(other))
 
 
 def naive_slide(
@@ -333,6 +363,7 @@ def test_objective_by_hand() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
     """Random weights, overrides of the recipe only: nearly every pixel of the training pictures."""
     made = small("voc12aug_seg", roots, tmp_path)
@@ -375,6 +406,21 @@ def test_the_published_settings() -> None:
     made = cityscapes_seg()
     assert (made.test, made.slide_crop, made.slide_stride) == ("slide", 769, 513)
     assert made.align_corners and made.val.data == "cityscapes:val"
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "side"), [("voc12aug_seg", 21, 64), ("cityscapes_seg", 19, 97)]
+)
+def test_shapes_at_true_size(name: str, classes: int, side: int) -> None:
+    """Logits of the published crops, on a device that computes nothing."""
+    made = RECIPES[name]()
+    geometry = made.train.geometry
+    assert isinstance(geometry, RatioCrop)
+    with torch.device("meta"):
+        model = Segment(made).network(build_backbone(made.backbone), classes)
+        x = torch.empty(made.train.batch_size, 3, geometry.size, geometry.size)
+        for logits in (*model.train()(x), model.eval()(x)):
+            assert logits.shape == (len(x), classes, side, side)
 
 
 @pytest.mark.parametrize(

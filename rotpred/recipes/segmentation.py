@@ -61,7 +61,10 @@ class Segmentation:
     """Write what was predicted for every validation picture at the last validation into
     OUT/predictions, as NAME.png of class ids with a palette, for `predictions`."""
     predictions: str = ""
-    """Score this folder of PNG files against the validation data instead of training."""
+    """Score this folder of PNG files (NAME.png or NAME_ANYTHING.png, class ids, in the size of the
+    pictures) against the validation data instead of training."""
+    label_ids: bool = False
+    """Those files have Cityscapes' label ids, as its server takes them, not the 19 train ids."""
     eval_every: int = 1
     """Epochs between validations; the last epoch is always validated, and is what counts."""
     run: Run = field(default_factory=lambda: Run(epochs=10, precision="fp32"))
