@@ -12,11 +12,12 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, detect, distributed, knn, pretrain, segment, semi, svm
+from rotpred import classify, detect, distributed, knn, pretrain, rotation, segment, semi, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
 from rotpred.recipes import Linear, Pretrain, detection, frozen, linear, segmentation
 from rotpred.recipes import pretrain as pretraining
+from rotpred.recipes import rotation as rotating
 from rotpred.recipes import semi as fine_tuning
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ Recipe = (
     | frozen.Svm
     | frozen.LowShot
     | frozen.Knn
+    | rotating.Rotation
 )
 R = TypeVar("R", bound=Recipe)
 
@@ -77,6 +79,7 @@ def evaluate_main(args: Sequence[str] | None = None) -> int:
             **linear.RECIPES,
             **fine_tuning.RECIPES,
             **frozen.RECIPES,
+            **rotating.RECIPES,
             **detection.RECIPES,
             **segmentation.RECIPES,
         },
@@ -108,6 +111,8 @@ def _drive(recipe: Recipe) -> int:
                     svm.run_low_shot(recipe, rank)
                 case frozen.Knn():
                     knn.run(recipe, rank)
+                case rotating.Rotation():
+                    rotation.run(recipe, rank)
     except Stopped as stop:
         logger.warning("%s", stop)
         return STOP_STATUS
