@@ -365,20 +365,20 @@ def test_objective_by_hand() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
-    """Random weights, overrides of the recipe only: nearly every pixel of the training pictures."""
+    """Random weights, overrides of the recipe only: what is wrong lies along the objects' edges."""
     made = small("voc12aug_seg", roots, tmp_path)
-    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8}
+    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8, "geometry": Within(64, 48)}
     made = replace(
         made,
         train=replace(
-            made.train, **data, batch_size=4, geometry=RatioCrop(64, 64, 48, ratio=(1, 1)),
-            steps_per_epoch=60, flip=False, photometric=False,
+            made.train, **data, batch_size=4, steps_per_epoch=80, flip=False, photometric=False
         ),
-        val=replace(made.val, **data, geometry=Within(64, 48)),
-        optim=Optim(lr=0.02, weight_decay=0.0),
+        val=replace(made.val, **data),
+        optim=Optim(lr=0.03, weight_decay=0.0),
         run=replace(made.run, epochs=1, log_every=20),
-    )  # fmt: skip
-    assert results(segment.run(made, Rank()))["mIoU"]["value"] > 90
+    )
+    found = results(segment.run(made, Rank()))
+    assert found["mIoU"]["value"] > 92 and found["accuracy"]["value"] > 97
 
 
 def test_the_published_settings() -> None:
