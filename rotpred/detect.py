@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.annotations import DenseSamples
 from pipelines.dense import DenseLoader, open_dense
 from pipelines.dense_spec import DenseBatch
 from pipelines.picture import decode
@@ -109,7 +108,8 @@ class Detect:
         found = gather_found(mine, len(val.samples), state.rank)
         if state.rank.main:
             write_found(state.folder.parent / PREDICTIONS, found, val.samples)
-        return evaluation(self.recipe, found, val.samples, draw=state.rank.main)
+        masks = has_masks(self.recipe)
+        return evaluation(val, found, masks=masks, draw=state.rank.main)
 
     def identity(self) -> dict[str, object]:
         """The detector."""
@@ -150,15 +150,20 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     )
 
 
-def evaluation(
-    recipe: Detection, found: Sequence[Found], samples: DenseSamples, *, draw: bool
-) -> Evaluation:
-    """Average precision by the rules of the data set, and a figure where it is asked for."""
-    values = (
-        coco_metrics(found, samples, masks=any(one.masks for one in found) or has_masks(recipe))
-        if recipe.val.data.startswith("coco:")
-        else voc_metrics(found, samples)
-    )
+def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, draw: bool) -> Evaluation:
+    """Average precision by the rules of the data set, and a figure where it is asked for.
+
+    Args:
+        val: whose data are compared with.
+        found: one per picture.
+        masks: of COCO's data, compare masks as well.
+        draw: make the figure.
+    """
+    samples = val.samples
+    if val.spec.data.startswith("coco:"):
+        values = coco_metrics(found, samples, masks=masks)
+    else:
+        values = voc_metrics(found, samples)
     figures = {}
     if draw:
         some = range(min(SHOWN, len(samples)))
@@ -192,7 +197,9 @@ def score(recipe: Detection, rank: Rank) -> Path:
             device=str(rank.device),
         ) as log,
     ):
-        result = evaluation(recipe, read_found(path, val.samples), val.samples, draw=rank.main)
+        found = read_found(path, val.samples)
+        masks = any(one.masks for one in found)
+        result = evaluation(val, found, masks=masks, draw=rank.main)
         for metric, value in result.values.items():
             log.result(
                 recipe.name,

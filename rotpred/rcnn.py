@@ -85,7 +85,7 @@ class FasterRcnnC4(Rcnn):
         self.rpn = Rpn(channels, (proposals.anchors,), (pace,), proposals)
         # The norm has no ReLU behind it, there as here.
         head = nn.Sequential(nn.BatchNorm2d(top), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        pool = Pooler(14, {"res4": pace})
+        pool = Pooler(proposals.pooled, {"res4": pace})
         self.heads = Heads(pool, head, BoxPredictor(top, classes), rois=proposals.rois)
 
     @property
@@ -117,22 +117,23 @@ class MaskRcnnFpn(Rcnn):
         strides, width = self.pyramid.strides, self.pyramid.channels
         self.rpn = Rpn(width, tuple((side,) for side in proposals.anchors), strides, proposals)
         pooled = dict(zip(LEVELS[:4], strides, strict=False))
+        side = proposals.pooled // 2
         norm = nn.BatchNorm2d if box_head == "4conv1fc" else None
         head: nn.Module
         if box_head == "4conv1fc":
-            head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=norm)
+            head = FastRCNNConvFCHead((width, side, side), [width] * 4, [1024], norm_layer=norm)
         else:
-            head = TwoMLPHead(width * 7 * 7, 1024)
+            head = TwoMLPHead(width * side * side, 1024)
         for layer in head.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, a=1)
                 nn.init.zeros_(layer.bias)
         self.heads = Heads(
-            Pooler(7, pooled),
+            Pooler(side, pooled),
             head,
             BoxPredictor(1024, classes),
             rois=proposals.rois,
-            mask_pool=Pooler(14, pooled) if masks else None,
+            mask_pool=Pooler(2 * side, pooled) if masks else None,
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm) if masks else None,
             mask_predictor=MaskPredictor(width, classes) if masks else None,
         )

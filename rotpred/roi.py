@@ -29,7 +29,7 @@ class Detections(TypedDict, total=False):
     scores: torch.Tensor
     """float32 (K,)."""
     masks: torch.Tensor
-    """float32 (K, 28, 28): probabilities within the box; of detectors with a mask head."""
+    """float32 (K, s, s), s usually 28: probabilities within the box; of detectors with masks."""
 
 
 class Pooler(nn.Module):

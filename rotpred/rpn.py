@@ -28,6 +28,9 @@ class Proposals:
     """Best boxes of a picture that come out of it."""
     rois: int = 512
     """Of these, how many the box head is trained on, per picture."""
+    pooled: int = 14
+    """Side of the map that becomes of a proposal before res5, or before the mask head; half of it
+    before the box head of a pyramid. Masks are twice as fine."""
 
     def __post_init__(self) -> None:
         if not self.anchors or min(self.anchors) < 1:
@@ -37,6 +40,8 @@ class Proposals:
                 "proposals.before, after and rois must be at least 1, got "
                 f"{self.before}, {self.after} and {self.rois}"
             )
+        if self.pooled < 2 or self.pooled % 2:
+            raise ValueError(f"proposals.pooled must be even, at least 2, got {self.pooled}")
 
 
 class Draws(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision is untyped

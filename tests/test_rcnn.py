@@ -18,7 +18,7 @@ from rotpred.rcnn import FPN, Rcnn, faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.rpn import Anchors, Draws, Proposals, Rpn
 
 FEW = Proposals(anchors=(16, 32), before=(60, 40), after=(30, 20), rois=12)
-FEW_FPN = Proposals(anchors=(8, 16, 32, 64, 128), before=(60, 40), after=(30, 20), rois=8)
+FEW_FPN = Proposals(anchors=(8, 16, 32, 64, 128), before=(60, 40), after=(30, 20), rois=8, pooled=8)
 SIZES = torch.tensor([[64, 48], [50, 64]])
 
 
@@ -256,7 +256,7 @@ def test_detections_lie_in_the_picture_and_are_float32(kind: str) -> None:
         assert (one["scores"][:-1] >= one["scores"][1:]).all() and one["scores"].min() > 0.05
         assert set(one["labels"].tolist()) <= {1, 2, 3}
         if kind == "fpn":
-            assert one["masks"].shape == (len(boxes), 28, 28)
+            assert one["masks"].shape == (len(boxes), 16, 16)
             assert one["masks"].min() >= 0 and one["masks"].max() <= 1
 
 
@@ -282,6 +282,8 @@ def test_what_is_refused() -> None:
         Proposals(anchors=())
     with pytest.raises(ValueError, match="at least 1"):
         Proposals(rois=0)
+    with pytest.raises(ValueError, match="even"):
+        Proposals(pooled=7)
     with pytest.raises(ValueError, match="targets"):
         faster_rcnn_c4(build_backbone("resnet18"), 3, FEW)(torch.zeros(1, 3, 64, 64), SIZES)
     assert FPN.anchors == (32, 64, 128, 256, 512)
