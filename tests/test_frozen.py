@@ -1,0 +1,161 @@
+"""The recipes on frozen features, from the layouts as they are handed out to exact numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import save_jpeg, smooth_picture
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from test_svm import straight_ap, svc, unit
+from trees import plant
+
+from pipelines.catalogues import VOC_CLASSES
+from pipelines.loader import open_loader
+from pipelines.spec import CenterCrop, LoaderSpec, Squash
+from rotpred import knn, svm
+from rotpred.distributed import Rank
+from rotpred.features import load_trunk
+from rotpred.low_shot import draw
+from rotpred.recipes.frozen import CachedPlace, in1k_knn, voc07_lowshot, voc07_svm
+
+pytestmark = pytest.mark.timeout(120)
+
+COSTS = (0.5, 0.5**4, 0.5**9)
+"""Low ones, which liblinear solves to the last digits in a moment."""
+SPLITS = {"trainval": 48, "test": 21}
+
+Rows = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int8]
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Labels]]:
+    """VOCdevkit/VOC2007 with a few difficult labels, and those by split."""
+    base = tmp_path_factory.mktemp("voc") / "VOCdevkit/VOC2007"
+    (base / "ImageSets/Main").mkdir(parents=True)
+    chance, tables = np.random.default_rng(0), {}
+    for split, count in SPLITS.items():
+        names = [f"{len(split)}{i:05}" for i in range(count)]
+        for i, name in enumerate(names):
+            picture = smooth_picture(i, 40 + i % 5, 44 + i % 7)
+            save_jpeg(base / "JPEGImages" / f"{name}.jpg", picture)
+        draws = chance.random((count, len(VOC_CLASSES)))
+        table = np.where(draws < 0.3, 1, np.where(draws < 0.4, 0, -1)).astype(np.int8)
+        tables[split] = table
+        for name, column in zip(VOC_CLASSES, table.T, strict=True):
+            lines = [f"{n} {v:2}\n" for n, v in zip(names, column, strict=True)]
+            (base / f"ImageSets/Main/{name}_{split}.txt").write_text("".join(lines))
+    return base, tables
+
+
+def averaged(spec: LoaderSpec) -> tuple[Rows, list[int]]:
+    """The average pool of pictures one by one, through random weights, and their labels."""
+    torch.manual_seed(spec.seed)
+    trunk = load_trunk("resnet18_tiny", "random", Rank())[0]
+    with open_loader(replace(spec, batch_size=1)) as loader, torch.no_grad():
+        found = [(trunk(b.images).mean((2, 3))[0].numpy(), int(b.labels)) for b in loader.epoch(0)]
+    return np.stack([row for row, _ in found]), [label for _, label in found]
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
+
+
+def small(base: Path, out: Path) -> dict[str, Any]:
+    """The changes that bring a VOC07 recipe to the tree, straight from its folder."""
+    common: dict[str, Any] = {"root": str(base), "crop": Squash(32), "engine": "folder"}
+    spec = replace(voc07_svm().train, batch_size=8, workers=1, **common)
+    return {
+        "weights": "random", "backbone": "resnet18_tiny", "stages": ("avgpool",), "costs": COSTS,
+        "train": replace(spec, data="voc2007:trainval"), "train_labels": "voc2007:trainval",
+        "val": replace(spec, data="voc2007:test"), "val_labels": "voc2007:test",
+        "run": CachedPlace(str(out / "run"), "cpu", cache=str(out / "cache")),
+    }  # fmt: skip
+
+
+def test_voc07_svm(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
+    """Against scikit-learn, class after class: difficult is negative in training, not tested."""
+    base, tables = voc
+    recipe = replace(voc07_svm(), **small(base, tmp_path))
+    found = results(svm.run(recipe, Rank()))
+    rows, others = unit(averaged(recipe.train)[0]), unit(averaged(recipe.val)[0])
+    expected = []
+    for labels, truth in zip(tables["trainval"].T, tables["test"].T, strict=True):
+        signs = np.where(labels > 0, 1, -1)
+        folds = list(StratifiedKFold(3).split(rows, signs))
+        means = []
+        for cost in COSTS:
+            aps = []
+            for fit, held in folds:
+                scores = svc(cost).fit(rows[fit], signs[fit]).decision_function(rows[held])
+                aps.append(average_precision_score(signs[held] > 0, scores))
+            means.append(np.mean(aps))
+        model = svc(COSTS[int(np.argmax(means))]).fit(rows, signs)
+        keep = truth != 0
+        expected.append(straight_ap(model.decision_function(others[keep]), truth[keep] > 0))
+    assert found["mAP/avgpool"]["per_class"] == pytest.approx(expected, abs=1e-6)
+    assert found["mAP/avgpool"]["value"] == pytest.approx(100 * np.mean(expected), abs=1e-6)
+    assert found["mAP/avgpool"]["n"] == SPLITS["test"] and "mAP11/avgpool" in found
+
+
+def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
+    """Against scikit-learn on the same draws; one cost for both, chosen on the test data."""
+    base, tables = voc
+    changes = small(base, tmp_path) | {"shots": (1,), "draws": 2}
+    recipe = replace(voc07_lowshot(), **changes)
+    found = results(svm.run_low_shot(recipe, Rank()))
+    rows, others = unit(averaged(recipe.train)[0]), unit(averaged(recipe.val)[0])
+    signs = np.repeat([1, -1], [1, 19])
+    aps = np.zeros((2, len(VOC_CLASSES), len(COSTS)))
+    for number, c, j in np.ndindex(aps.shape):
+        labels, truth = tables["trainval"][:, c], tables["test"][:, c]
+        chosen = draw(labels, 1, classes=20, seed=(recipe.seed, number, 1, c))
+        model = svc(COSTS[j]).fit(rows[chosen], signs)
+        keep = truth != 0
+        aps[number, c, j] = straight_ap(model.decision_function(others[keep]), truth[keep] > 0)
+    expected = aps.mean(1)[:, aps.mean((0, 1)).argmax()]
+    (row,) = found.values()
+    assert row["metric"] == "mAP/avgpool/k=1"
+    assert row["value"] == pytest.approx(100 * expected.mean(), abs=1e-6)
+    assert row["deviation"] == pytest.approx(100 * expected.std(), abs=1e-6)
+
+
+def test_in1k_knn(tmp_path: Path) -> None:
+    """From class folders and the flat validation folder with its list of synsets."""
+    tree = plant(tmp_path / "data")["in1k_linear"]
+    made = in1k_knn()
+    common: dict[str, Any] = {
+        "crop": CenterCrop(32, 36), "engine": "folder", "workers": 1, "batch_size": 4
+    }  # fmt: skip
+    recipe = replace(
+        made,
+        weights="random",
+        backbone="resnet18_tiny",
+        neighbours=(1, 5),
+        store="float32",
+        train=replace(made.train, data=tree.train, root=tree.train_root, **common),
+        val=replace(made.val, data=tree.val, root=tree.val_root, **common),
+        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+    )
+    found = results(knn.run(recipe, Rank()))
+    (bank, labels), (queries, truth) = averaged(recipe.train), averaged(recipe.val)
+    assert truth == tree.truth
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    for k in (1, 5):
+        hits = 0
+        for query, right in zip(queries, truth, strict=True):
+            similar = bank @ query
+            votes = np.zeros(4)
+            for row in np.argsort(-similar)[:k]:
+                votes[labels[row]] += np.exp(similar[row] / 0.07)
+            hits += int(votes.argmax()) == right
+        assert found[f"top1/k={k}"]["value"] == pytest.approx(10 * hits)
