@@ -30,7 +30,7 @@ classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
 TOLERANCE = 1e-7
 """How far, relative to |(w, b)|, a solution may be from the exact one; see `solve`."""
 
-_NEWTON_STEPS = 100
+NEWTON_STEPS = 100
 _CG_STEPS = 80
 _CG_GAIN = 0.05
 _TINY = 1e-300
@@ -92,7 +92,7 @@ def solve(
     live = torch.arange(len(costs), device=costs.device)
     c2, beta, f = every_c2, solution.clone(), solution.clone()
     slow = torch.zeros(len(kernel), len(costs), dtype=torch.bool, device=kernel.device)
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         active = y * f < 1
         gradient = beta - torch.where(active, c2 * (y - f), 0)
         k_gradient = kernel @ gradient
@@ -137,10 +137,10 @@ def solve(
             step[i, :, column] = -beta[i, :, column]
             step[i, rows, column] += _on_active(kernel[i], signs[i], c2[i, :, column], rows)
         k_step = kernel @ step
-        t = _line_search(y, c2, f, step, k_step)
+        t = line_search(y, c2, f, k_step, step * f, step * k_step)
         slow |= todo & (t[:, 0] == 0)
         beta, f = beta + t * step, f + t * k_step
-    raise RuntimeError(f"the SVM did not converge within {_NEWTON_STEPS} Newton steps")
+    raise RuntimeError(f"the SVM did not converge within {NEWTON_STEPS} Newton steps")
 
 
 def _on_active(
@@ -198,23 +198,31 @@ def _conjugate_gradients(
     return step, (square <= goal)[:, 0]
 
 
-def _line_search(
+def line_search(
     y: torch.Tensor,
     c2: torch.Tensor,
     f: torch.Tensor,
-    step: torch.Tensor,
-    k_step: torch.Tensor,
+    moved: torch.Tensor,
+    forward: torch.Tensor,
+    curved: torch.Tensor,
 ) -> torch.Tensor:
     """Return the t (B, 1, m) in 0..1 at which the objective is least along each step.
 
     Its derivative rises with t and is piecewise linear: bisection, down to rounding.
+
+    Args:
+        y: as in `solve`.
+        c2: as in `solve`.
+        f: decision values (B, n, m).
+        moved: what the step changes them by.
+        forward: terms (B, d, m) whose sum is the inner product of (w, b) with its step.
+        curved: terms whose sum is that of the step with itself.
     """
-    along = (step * f).sum(1, keepdim=True)
-    curvature = (step * k_step).sum(1, keepdim=True)
-    pull = c2 * k_step
+    along, curvature = forward.sum(1, keepdim=True), curved.sum(1, keepdim=True)
+    pull = c2 * moved
 
     def loss(t: torch.Tensor) -> torch.Tensor:
-        inside = y - f - t * k_step
+        inside = y - f - t * moved
         return (pull * torch.where(y * inside > 0, inside, 0)).sum(1, keepdim=True)
 
     def slope(t: torch.Tensor) -> torch.Tensor:
@@ -224,8 +232,9 @@ def _line_search(
     # Newton steps end in t = 1; only where the slope there is clearly positive is it too far. Its
     # parts cancel, and so do the terms of each: a step that corrects beta where K is singular moves
     # no decision value, and what the sums say of it is rounding.
-    terms = (step * f).abs() + (step * k_step).abs() + (pull * (y - f - k_step)).abs()
-    far = slope(high) > 1e-10 * terms.sum(1, keepdim=True)
+    terms = (forward, curved, pull * (y - f - moved))
+    size = sum(part.abs().sum(1, keepdim=True) for part in terms)
+    far = slope(high) > 1e-10 * size
     if not bool(far.any()):
         return high
     for _ in range(30):

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rotpred.compact_svm import solve_compact
 from rotpred.linear_svm import average_precision, solve
 
 Float64 = npt.NDArray[np.float64]
@@ -60,6 +61,7 @@ def scores_of_draw(
     positive_weight: float,
     seed: Sequence[int],
     tick: Callable[[], None],
+    rows: torch.Tensor | None = None,
 ) -> Float64:
     """Train and test every class at every number of shots and every cost, for one draw.
 
@@ -73,6 +75,7 @@ def scores_of_draw(
         positive_weight: what multiplies the cost of positives.
         seed: of this draw.
         tick: called after each class.
+        rows: float64 (N, d), `compact_svm.compact` of the samples that are drawn from.
 
     Returns:
         Average precision as published, (len(shots), C, len(costs)).
@@ -82,7 +85,7 @@ def scores_of_draw(
     grid = torch.tensor(costs, dtype=torch.float64, device=device)
     result = np.zeros((len(shots), classes, len(costs)))
     for place, k in enumerate(shots):
-        rows = torch.from_numpy(
+        drawn = torch.from_numpy(
             np.stack(
                 [draw(labels[:, c], k, classes=classes, seed=(*seed, k, c)) for c in range(classes)]
             )
@@ -93,10 +96,15 @@ def scores_of_draw(
         weights = torch.where(signs > 0, positive_weight, 1.0)
         together = max(1, _CHUNK // n**2)
         for first in range(0, classes, together):
-            chunk = rows[first : first + together]
-            parts = torch.stack([kernel[chosen][:, chosen] for chosen in chunk])
-            shape = (len(chunk), n)
-            beta = solve(parts, signs.expand(shape), weights.expand(shape), grid)
+            chunk = drawn[first : first + together]
+            if rows is not None and rows.shape[1] < n:
+                beta = torch.stack(
+                    [solve_compact(rows[chosen], signs, weights, grid) for chosen in chunk]
+                )
+            else:
+                parts = torch.stack([kernel[chosen][:, chosen] for chosen in chunk])
+                shape = (len(chunk), n)
+                beta = solve(parts, signs.expand(shape), weights.expand(shape), grid)
             for c, (chosen, solution) in enumerate(zip(chunk, beta, strict=True), first):
                 decisions = (test[:, chosen] @ solution).cpu().numpy()
                 keep = test_labels[:, c] != 0

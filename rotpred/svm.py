@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
 from rotpred import figures
+from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank, all_sum
 from rotpred.frozen import Evaluation, Labels, labels_of, open_evaluation, share
 from rotpred.linear_svm import average_precision, gram, solve
@@ -46,10 +47,10 @@ def run(recipe: Svm, rank: Rank) -> Path:
             # AP, 11-point AP, chosen cost; each rank fills in its own classes.
             found = torch.zeros(len(stages), classes, 3, dtype=torch.float64)
             tick = Ticker(log)
-            for stage, numbers, kernel, test in _work(evaluation, stages, units):
+            for stage, numbers, kernel, test, rows in _work(evaluation, stages, units):
                 for c in numbers:
                     found[stage, c] = torch.tensor(
-                        one_class(kernel, test, labels[:, c], test_labels[:, c], recipe),
+                        one_class(kernel, test, labels[:, c], test_labels[:, c], recipe, rows),
                         dtype=torch.float64,
                     )
                     tick()
@@ -69,6 +70,7 @@ def one_class(
     labels: npt.NDArray[np.int8],
     test_labels: npt.NDArray[np.int8],
     recipe: Svm,
+    rows: torch.Tensor | None = None,
 ) -> tuple[float, float, float]:
     """Choose the cost of one class by cross-validation, refit, test.
 
@@ -82,6 +84,7 @@ def one_class(
         labels: int8 (N,).
         test_labels: int8 (M,).
         recipe: costs, folds, weight of positives.
+        rows: float64 (N, d), `compact` of the training samples.
 
     Returns:
         AP as published, 11-point AP, and the cost.
@@ -97,14 +100,14 @@ def one_class(
     # As cross_val_score(cv=3): stratified, in the order of the samples.
     folds = StratifiedKFold(recipe.folds).split(np.zeros(len(signs)), signs)
     for fold, (fit, held) in enumerate(folds):
-        beta = _fit(kernel, fit, signs, costs, recipe.positive_weight)
+        beta = _fit(kernel, rows, fit, signs, costs, recipe.positive_weight)
         scores = kernel[held][:, fit] @ beta
         precision[fold] = [
             average_precision_score(signs[held] > 0, s.numpy()) for s in scores.T.cpu()
         ]
     best = int(precision.mean(axis=0).argmax())
     every = np.arange(len(signs))
-    beta = _fit(kernel, every, signs, costs[best : best + 1], recipe.positive_weight)
+    beta = _fit(kernel, rows, every, signs, costs[best : best + 1], recipe.positive_weight)
     keep = test_labels != 0
     scores = (test @ beta)[:, 0].cpu().numpy()[keep]
     return (*average_precision(scores, test_labels[keep] > 0), recipe.costs[best])
@@ -130,7 +133,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
             shape = (len(stages), recipe.draws, len(shots), classes, len(recipe.costs))
             scores = torch.zeros(shape, dtype=torch.float64)
             tick = Ticker(log)
-            for stage, numbers, kernel, test in _work(evaluation, stages, units):
+            for stage, numbers, kernel, test, rows in _work(evaluation, stages, units):
                 for number in numbers:
                     part = scores_of_draw(
                         kernel,
@@ -142,6 +145,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         positive_weight=recipe.positive_weight,
                         seed=(recipe.seed, number),
                         tick=tick,
+                        rows=rows,
                     )
                     scores[stage, number] = torch.from_numpy(part)
             scores = all_sum(scores, rank)
@@ -149,8 +153,8 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                 name: aggregate(part.numpy(), recipe.costs)
                 for name, part in zip(stages, scores, strict=True)
             }
-            for name, rows in results.items():
-                for k, row in zip(shots, rows, strict=True):
+            for name, of_shots in results.items():
+                for k, row in zip(shots, of_shots, strict=True):
                     evaluation.result(
                         log,
                         f"mAP/{name}/k={k}",
@@ -179,15 +183,19 @@ class Ticker:
 
 def _fit(
     kernel: torch.Tensor,
-    rows: npt.NDArray[np.int64],
+    rows: torch.Tensor | None,
+    chosen: npt.NDArray[np.int64],
     signs: npt.NDArray[np.float64],
     costs: torch.Tensor,
     positive_weight: float,
 ) -> torch.Tensor:
-    """Return beta (len(rows), len(costs)) of the problem on some of the training samples."""
-    y = torch.from_numpy(signs[rows]).to(kernel.device)[None]
-    part = kernel[rows][:, rows] if len(rows) < len(kernel) else kernel
-    return solve(part[None], y, torch.where(y > 0, positive_weight, 1.0), costs)[0]
+    """Return beta (len(chosen), len(costs)) of the problem on some of the training samples."""
+    y = torch.from_numpy(signs[chosen]).to(kernel.device)
+    weights = torch.where(y > 0, positive_weight, 1.0)
+    if rows is not None and rows.shape[1] < len(chosen):
+        return solve_compact(rows[chosen], y, weights, costs)
+    part = kernel[chosen][:, chosen] if len(chosen) < len(kernel) else kernel
+    return solve(part[None], y[None], weights[None], costs)[0]
 
 
 def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labels]:
@@ -210,14 +218,14 @@ def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labe
 
 def _work(
     evaluation: Evaluation, stages: Sequence[str], units: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor]]:
-    """Yield this rank's work: a stage, the numbers that go with it, and the stage's kernels."""
+) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yield this rank's work: a stage, the numbers that go with it, its kernels and rows."""
     mine = units[share(len(units), evaluation.rank)]
     device = evaluation.rank.device
     for stage, group in itertools.groupby(mine, key=lambda unit: unit[0]):
         train, val = (part.stages[stages[stage]] for part in (evaluation.train, evaluation.val))
         kernel, test = gram(train, train, device), gram(val, train, device)
-        yield stage, [number for _, number in group], kernel, test
+        yield stage, [number for _, number in group], kernel, test, compact(train, device)
 
 
 def per_class(aps: Mapping[str, npt.NDArray[np.float64]]) -> Figure:

@@ -15,6 +15,7 @@ from sklearn.svm import LinearSVC
 
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import linear_svm, svm
+from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank
 from rotpred.linear_svm import COSTS, average_precision, gram, normalize_rows, solve
 from rotpred.low_shot import aggregate, draw, scores_of_draw
@@ -124,6 +125,25 @@ def test_more_rows_than_features(dim: int) -> None:
                 exact = np.linalg.solve(hessian, x.T @ (pull * signs))
                 np.testing.assert_allclose(w, exact, atol=1e-6 * np.linalg.norm(exact))
                 w = exact
+
+
+@pytest.mark.parametrize("dim", [1, 6, 90])
+def test_fewer_values_than_rows(dim: int) -> None:
+    """Solved in the weights: they are optimal at all costs, and so are the decisions of beta."""
+    rows, labels = data(400, dim, 1, seed=7)
+    compacted = compact(rows, CPU)
+    assert compacted is not None and compacted.shape == (400, dim + 1)
+    assert compact(rows[: dim + 1], CPU) is None
+    signs = np.where(labels[:, 0] > 0, 1.0, -1.0)
+    y = torch.from_numpy(signs)
+    weight = torch.where(y > 0, 2.0, 1.0).double()
+    beta = solve_compact(compacted, y, weight, torch.tensor(COSTS, dtype=torch.float64)).numpy()
+    x = np.hstack([unit(rows), np.ones((len(rows), 1))])
+    for cost, w in zip(COSTS, (x.T @ beta).T, strict=True):
+        pull = 2 * cost * weight.numpy() * (signs * (x @ w) < 1)
+        hessian = np.eye(dim + 1) + (x.T * pull) @ x
+        exact = np.linalg.solve(hessian, x.T @ (pull * signs))
+        np.testing.assert_allclose(w, exact, atol=1e-6 * np.linalg.norm(exact))
 
 
 def test_a_solved_problem_beside_others_stays_finite() -> None:
