@@ -22,7 +22,7 @@ Boxes = npt.NDArray[np.int64]
 
 
 def voc(folder: Path, count: int) -> Path:
-    """VOCdevkit/VOC2007 with the lists trainval and test, both of all pictures.
+    """VOCdevkit/VOC2007 with the list trainval.
 
     Returns:
         The root, for data of voc:2007/trainval.
@@ -38,28 +38,24 @@ def voc(folder: Path, count: int) -> Path:
         size = f"<width>{picture.width}</width><height>{picture.height}</height><depth>3</depth>"
         _text(base / "Annotations" / f"{place.stem}.xml", _xml(place.name, size, objects))
     stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
-    for name in ("trainval", "test"):
-        _text(base / "ImageSets" / "Main" / f"{name}.txt", "".join(f"{s}\n" for s in stems))
+    _text(base / "ImageSets" / "Main" / "trainval.txt", "".join(f"{s}\n" for s in stems))
     return folder
 
 
 def voc_masks(folder: Path, count: int) -> Path:
-    """VOCdevkit/VOC2012 with the segmentation lists train, aug and val, all of all pictures."""
+    """VOCdevkit/VOC2012 with the segmentation list train."""
     base = folder / "VOC2012"
     for place, boxes, picture in _scenes(folder, count, base / "JPEGImages"):
         mask = Image.fromarray(_mask(boxes, picture, lambda i: i + 1, 0))
-        for name in ("SegmentationClass", "SegmentationClassAug"):
-            (base / name).mkdir(parents=True, exist_ok=True)
-            mask.save(base / name / f"{place.stem}.png")
+        (base / "SegmentationClass").mkdir(exist_ok=True)
+        mask.save(base / "SegmentationClass" / f"{place.stem}.png")
     stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
-    for name in ("train", "aug", "val"):
-        text = "".join(f"{s}\n" for s in stems)
-        _text(base / "ImageSets" / "Segmentation" / f"{name}.txt", text)
+    _text(base / "ImageSets" / "Segmentation" / "train.txt", "".join(f"{s}\n" for s in stems))
     return folder
 
 
 def coco(folder: Path, count: int) -> Path:
-    """train2017 and val2017 of the same pictures, with instances as rectangular polygons."""
+    """train2017, with instances as rectangular polygons."""
     images, annotations = [], []
     for place, boxes, picture in _scenes(folder, count, folder / "train2017"):
         number = int(place.stem) + 1
@@ -85,25 +81,22 @@ def coco(folder: Path, count: int) -> Path:
             )
     categories = [{"id": i + 1, "name": f"thing {i + 1}"} for i in range(80)]
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    shutil.copytree(folder / "train2017", folder / "val2017")
-    for name in ("train2017", "val2017"):
-        _text(folder / "annotations" / f"instances_{name}.json", text)
+    _text(folder / "annotations" / "instances_train2017.json", text)
     return folder
 
 
 def cityscapes(folder: Path, count: int) -> Path:
-    """leftImg8bit and gtFine, train and val of the same pictures at full size."""
+    """leftImg8bit and gtFine, train, at full size."""
     for place, _, picture in _scenes(folder, count, folder / "photographs"):
         large = picture.resize(CITY)
         mask = Image.fromarray(_mask(_boxes(large, int(place.stem)), large, lambda i: 24 + i, 7))
-        for split in ("train", "val"):
-            for kind, image, ending in (
-                ("leftImg8bit", large, "leftImg8bit"),
-                ("gtFine", mask, "gtFine_labelIds"),
-            ):
-                target = folder / kind / split / "town"
-                target.mkdir(parents=True, exist_ok=True)
-                image.save(target / f"town_{int(place.stem):06}_000000_{ending}.png")
+        for kind, image, ending in (
+            ("leftImg8bit", large, "leftImg8bit"),
+            ("gtFine", mask, "gtFine_labelIds"),
+        ):
+            target = folder / kind / "train" / "town"
+            target.mkdir(parents=True, exist_ok=True)
+            image.save(target / f"town_{int(place.stem):06}_000000_{ending}.png")
     return folder
 
 

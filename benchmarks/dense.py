@@ -1,0 +1,208 @@
+"""Detection and segmentation: loader alone, step alone, and both together.
+
+    python benchmarks/dense.py --recipes voc0712_det --output dense.jsonl
+
+Photographs with made annotations, in the layout of each data set. On a GPU the recipes run at their
+true size; on a CPU at a quarter of it, with a small network.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import scenes
+import torch
+from plots import bars
+from rows import Row, Timing, image_row, publish, start
+from timing import Window, abba, memory_mib, window
+
+from pipelines.dense import DenseLoader, open_dense
+from pipelines.dense_spec import DenseBatch, DenseSpec, RatioCrop, ShortSide
+from rotpred.backbone import build_backbone
+from rotpred.dense import Task
+from rotpred.detect import Detect
+from rotpred.distributed import Rank
+from rotpred.recipes import detection, segmentation
+from rotpred.recipes.detection import Detection
+from rotpred.rpn import Proposals
+from rotpred.segment import Segment
+from rotpred.state import Outcome, Trained, TrainState, channels_last
+
+ON_GPU = torch.cuda.is_available()
+Name = Literal["voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg"]
+COLUMNS = ("cpu_seconds_per_1k_images", "wait_share", "peak_mib", "target", "met")
+DATA: dict[str, tuple[str, Callable[[Path, int], Path]]] = {
+    "voc0712_det": ("voc:2007/trainval", scenes.voc),
+    "coco_det": ("coco:train2017", scenes.coco),
+    "voc12aug_seg": ("vocseg:2012/train", scenes.voc_masks),
+    "cityscapes_seg": ("cityscapes:train", scenes.cityscapes),
+}
+"""What a recipe trains on here, and who makes it."""
+RECIPES = {**detection.RECIPES, **segmentation.RECIPES}
+RESIDENT = 4
+"""Batches that the step alone takes in turns: their shapes differ."""
+MOST_WAIT = 0.1
+"""Share of the time that training may wait for its loader."""
+
+
+@dataclass(frozen=True)
+class Arguments(Timing):
+    """Training steps of detection and segmentation against their loaders."""
+
+    recipes: tuple[Name, ...] = ("voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg")
+    """Which."""
+    backbone: str = "resnet50" if ON_GPU else "resnet18"
+    """In place of the recipes' own."""
+    scale: float = 1.0 if ON_GPU else 0.25
+    """Sizes of pictures, as a share of the recipes'; its square is that of numbers of proposals."""
+    batch_size: int | None = None if ON_GPU else 2
+    """Pictures per step; None: the recipes'."""
+    count: int = 48
+    """Photographs that are made."""
+    workers: int = 0
+    """Loading threads; 0: all allowed cores."""
+    device: str = "cuda" if ON_GPU else "cpu"
+    """Where to train."""
+
+
+def main(args: Arguments) -> None:
+    """Measure, publish; `ValueError` or `OSError` in words."""
+    rows: list[Row] = []
+    for name in args.recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            data, make = DATA[name]
+            rows += _task(name, data, make(Path(folder), args.count), args)
+    publish(rows, args.output, COLUMNS)
+    bars(rows, args.plot, title="Training for detection and segmentation", ours=("both",))
+
+
+def _task(name: str, data: str, root: Path, args: Arguments) -> list[Row]:
+    device = torch.device(args.device)
+    full: Any = RECIPES[name]()
+    spec = replace(
+        full.train,
+        root=str(root),
+        data=data,
+        geometry=_scaled(full.train.geometry, args.scale),
+        batch_size=args.batch_size or full.train.batch_size,
+        workers=args.workers,
+    )
+    recipe = replace(full, train=spec, backbone=args.backbone, sync_bn="off")
+    if isinstance(recipe, Detection):
+        recipe = replace(recipe, proposals=_fewer(recipe.proposals, args.scale**2))
+    windows, facts = _measure(recipe, args, device)
+    variant = f"{name} {args.backbone}, sizes x {args.scale:g}, batch {spec.batch_size}"
+    variant += f" {recipe.run.precision}"
+    rows = [
+        image_row(
+            "dense", contestant, variant, windows[contestant], views=1,
+            threads=torch.get_num_threads(), device=device, **facts.get(contestant, {}),
+        )
+        for contestant in windows
+    ]  # fmt: skip
+    both = rows[-1]
+    both |= {"target": MOST_WAIT, "met": both["wait_share"] <= MOST_WAIT}
+    return rows
+
+
+def _measure(
+    recipe: Any, args: Arguments, device: torch.device
+) -> tuple[dict[str, list[Window]], dict[str, dict[str, float]]]:
+    task: Task = (Detect if isinstance(recipe, Detection) else Segment)(recipe)
+    spec: DenseSpec = recipe.train
+    with open_dense(spec, device=device, precision=recipe.run.precision) as loader:
+        state, learn = _state(recipe, task, loader, device)
+        with closing(loader.epoch(0)) as batches:
+            resident = list(islice(batches, RESIDENT))
+
+        def train(batches: Iterator[DenseBatch]) -> Iterator[int]:
+            for batch in batches:
+                state.begin(0.0)
+                state.learn(learn, batch)
+                state.step += 1
+                yield len(batch.indices)
+
+        ways: dict[str, Callable[[Iterator[DenseBatch]], Iterator[int]]] = {
+            "loader alone": lambda batches: (len(batch.indices) for batch in batches),
+            "step alone": lambda _: train(cycle(resident)),
+            "both": train,
+        }
+        for _ in islice(train(cycle(resident)), 2 * RESIDENT):
+            pass  # Warms up: cuDNN's choice of kernels, memory.
+        windows: dict[str, list[Window]] = {way: [] for way in ways}
+        waited = []
+        for number, way in enumerate(abba(tuple(ways), args.repeats)):
+            with closing(_endless(loader, number)) as stream:
+                next(stream)
+                before = loader.wait_seconds
+                taken = window(ways[way](stream), seconds=args.seconds, device=device)
+            windows[way].append(taken)
+            if way == "both":
+                waited.append((loader.wait_seconds - before) / taken.seconds)
+    peak = memory_mib()["peak_rss_mib"]
+    if device.type == "cuda":
+        peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    share = sorted(waited)[len(waited) // 2]
+    return windows, {"both": {"wait_share": round(share, 4), "peak_mib": peak}}
+
+
+def _state(
+    recipe: Any, task: Task, loader: DenseLoader, device: torch.device
+) -> tuple[TrainState, Callable[[DenseBatch], Outcome]]:
+    module = task.network(build_backbone(recipe.backbone), len(loader.classes))
+    module = channels_last(module, device).train()
+    # A rate at which no network diverges, whatever the batch.
+    optim = replace(recipe.optim, lr=1e-4, reference_batch=None)
+    state = TrainState(
+        module,
+        [Trained(module, optim, recipe.schedule)],
+        rank=Rank(device=device),
+        run=recipe.run,
+        folder=Path(),
+        global_batch=recipe.train.batch_size,
+        identity={"backbone": recipe.backbone},
+    )
+    return state, lambda batch: task.objective(state, batch)
+
+
+def _endless(loader: DenseLoader, first: int) -> Iterator[DenseBatch]:
+    epoch = 1000 * (first + 1)
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+def _fewer(proposals: Proposals, share: float) -> Proposals:
+    def pair(numbers: tuple[int, int]) -> tuple[int, int]:
+        return max(1, round(numbers[0] * share)), max(1, round(numbers[1] * share))
+
+    return replace(
+        proposals,
+        before=pair(proposals.before),
+        after=pair(proposals.after),
+        rois=max(1, round(proposals.rois * share)),
+    )
+
+
+def _scaled(geometry: Any, scale: float) -> Any:
+    def side(length: int) -> int:
+        return max(32, round(length * scale))
+
+    match geometry:
+        case ShortSide():
+            lengths = tuple(side(length) for length in geometry.lengths)
+            return replace(geometry, lengths=lengths, longest=side(geometry.longest))
+        case RatioCrop():
+            sides = {n: side(getattr(geometry, n)) for n in ("size", "long", "short")}
+            return replace(geometry, **sides)
+    raise TypeError(f"no training geometry: {geometry}")
+
+
+if __name__ == "__main__":
+    start(main, Arguments, "dense")
