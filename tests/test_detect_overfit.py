@@ -18,7 +18,7 @@ from rotpred.rpn import Proposals
 from rotpred.schedule import Steps
 
 
-@pytest.mark.slow
+@pytest.mark.overfit
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("name", "backbone", "anchors", "steps", "metrics"),
