@@ -110,7 +110,7 @@ class ObjectSamples:
         objects: Sequence[Objects],
         *,
         least_side: int = 0,
-        identity: bytes = b"",
+        identity: Iterable[bytes] = (),
     ) -> None:
         self.classes = tuple(classes)
         self.names = tuple(picture.name for picture in pictures)
@@ -121,7 +121,7 @@ class ObjectSamples:
         self._objects = objects
         columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
         rows = (array.tobytes() for arrays in columns for array in arrays)
-        self.data_id = _hash(self.classes, pictures, itertools.chain(rows, (identity,)))
+        self.data_id = _hash(self.classes, pictures, itertools.chain(rows, identity))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -224,15 +224,18 @@ def clip(
         ValueError: it lies further outside, or has no area; in words.
     """
     box = (left, top, right, bottom)
-    words = "{:g},{:g} to {:g},{:g}".format(*box)
     if not all(math.isfinite(v) for v in box):
-        raise ValueError(f"the box {words} is not finite")
+        raise ValueError(f"the box {_words(*box)} is not finite")
     if left < -_SLACK or top < -_SLACK or right > width + _SLACK or bottom > height + _SLACK:
-        raise ValueError(f"the box {words} leaves the picture of {width}x{height} pixels")
+        raise ValueError(f"the box {_words(*box)} leaves the picture of {width}x{height} pixels")
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     if right <= left or bottom <= top:
-        raise ValueError(f"the box {words} has no area")
+        raise ValueError(f"the box {_words(*box)} has no area")
     return left, top, right, bottom
+
+
+def _words(left: float, top: float, right: float, bottom: float) -> str:
+    return f"{left:g},{top:g} to {right:g},{bottom:g}"
 
 
 def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool]]) -> Objects:

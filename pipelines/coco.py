@@ -45,7 +45,7 @@ class CocoSamples(ObjectSamples):
             pictures,
             [replace(one, outlines=()) for one in objects],
             least_side=_LEAST_SIDE,
-            identity=b"".join(part for one in self._outlines for part in one.parts()),
+            identity=itertools.chain.from_iterable(one.parts() for one in self._outlines),
         )
 
     def objects(self, i: int) -> Objects:
@@ -54,15 +54,15 @@ class CocoSamples(ObjectSamples):
 
 
 class _Packed:
-    """Outlines of a picture's objects: numbers as Python keeps them take four times the memory."""
+    """Outlines of a picture's objects, in one array."""
 
     def __init__(self, outlines: Sequence[Any]) -> None:
         self._runs = {k: one for k, one in enumerate(outlines) if isinstance(one, dict)}
         polygons = [[] if k in self._runs else one for k, one in enumerate(outlines)]
         lengths = [[len(polygon) for polygon in one] for one in polygons]
         self._lengths = lengths
-        numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(polygons))
-        self._numbers = np.fromiter(numbers, np.float64)
+        parts = itertools.chain.from_iterable(polygons)
+        self._numbers = np.concatenate([np.empty(0, np.float64), *parts])
 
     def unpacked(self) -> tuple[object, ...]:
         found: list[object] = []
@@ -118,15 +118,20 @@ def objects(
             problems.add(f"{source}: image id {number}", f"no picture {str(folder / file)!r}")
     rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in pictures}
     outlines: dict[int, list[object]] = {number: [] for number in pictures}
-    for one in annotations:
-        number = int(one.get("image_id", -1)) if isinstance(one, dict) else -1
-        if number in images and number not in pictures:
-            continue  # beyond the limit, or its picture has been counted already
+    annotations.reverse()
+    while annotations:  # Each is let go as soon as it is read: all of train2017's take gigabytes.
+        one = annotations.pop()
         try:
-            if number not in pictures:
+            number = int(one["image_id"])
+            if number not in images:
                 raise ValueError(f"no image id {number}")
+            if number not in pictures:
+                continue  # beyond the limit, or its picture has been counted already
             row, outline = _object(one, labels, pictures[number])
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            problems.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
+            continue
+        except (TypeError, ValueError) as error:
             what = f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
             where = one.get("id") if isinstance(one, dict) else repr(one)[:50]
             problems.add(f"{source}: annotation id {where}", what)
@@ -193,7 +198,8 @@ def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
 def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:
     """Files and sizes by image id, names by category id in rising order, and the annotations."""
     try:
-        content = json.loads(source.read_bytes())
+        # Not its bytes: json.loads would keep them beside the text, 450 MB of train2017 each.
+        content = json.loads(source.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise IndexFormatError(f"{source}: no JSON: {error}") from error
     try:
@@ -216,7 +222,8 @@ def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, s
 def _object(
     one: Mapping[str, Any], labels: Mapping[int, int], picture: Picture
 ) -> tuple[tuple[Any, ...], object]:
-    """Box, label, difficult and crowd; and the outline."""
+    """Box, label, difficult and crowd; and the outline: run lengths, or an array of each polygon,
+    as numbers that Python keeps take four times the memory."""
     if one["category_id"] not in labels:
         raise ValueError(f"no category id {one['category_id']}")
     left, top, width, height = (float(v) for v in one["bbox"])
@@ -228,6 +235,10 @@ def _object(
             raise ValueError(f"run lengths of {outline['size']} pixels, the picture has {size}")
         if not isinstance(outline["counts"], str | list):
             raise ValueError("run lengths are no list and no text")
-    elif not outline or any(len(part) < 6 or len(part) % 2 for part in outline):
-        raise ValueError("a polygon of less than three points")
+    else:
+        outline = [np.array(part, np.float64) for part in outline]
+        if not outline or any(p.ndim != 1 or len(p) < 6 or len(p) % 2 for p in outline):
+            raise ValueError("a polygon of less than three points")
+        if not all(np.isfinite(part).all() for part in outline):
+            raise ValueError("a polygon that is not finite")
     return (box, labels[one["category_id"]], False, bool(one.get("iscrowd", 0))), outline

@@ -133,7 +133,7 @@ class DenseSpec:
     def deciding(self) -> dict[str, object]:
         """Plain data: all that decides which pixels come in which order, but for the data."""
         fields = asdict(self)
-        for name in ("data", "root", "batch_size", "workers", "timeout"):
+        for name in ("data", "root", "batch_size", "max_bad", "workers", "timeout"):
             del fields[name]
         return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}
 

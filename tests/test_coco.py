@@ -91,7 +91,7 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
             problems.found[1:],
             (
                 "leaves the picture", "has no area", "no category id 2", "no image id 5",
-                "less than three points", "KeyError 'category_id'", "run lengths of [1, 2]",
+                "less than three points", "it has no 'category_id'", "run lengths of [1, 2]",
             ),
             strict=True,
         ),

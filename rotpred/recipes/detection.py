@@ -20,7 +20,8 @@ class Detection:
     name: str = "detection"
     """Names the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
     backbone: str = "resnet50"
     """The architecture of the weights: a ResNet."""
     model: Literal["faster_rcnn_c4", "mask_rcnn_fpn"] = "faster_rcnn_c4"
@@ -116,6 +117,7 @@ def coco_det() -> Detection:
             root=root,
             geometry=ShortSide(tuple(range(640, 801, 32)), 1333),
             steps_per_epoch=7330,
+            max_bad=10,  # train2017 has boxes without area; who cannot read it stops all the same
         ),
         val=replace(base.val, data="coco:val2017", root=root),
         optim=replace(base.optim, decay_rule="all"),

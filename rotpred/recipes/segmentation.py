@@ -19,7 +19,8 @@ class Segmentation:
     name: str = "segmentation"
     """Names the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint of a pretraining run, a torchvision file, or "random"."""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
     backbone: str = "resnet50"
     """The architecture of the weights: a ResNet."""
     train: DenseSpec = field(
