@@ -110,7 +110,11 @@ def resized(scene: Scene, place: Place) -> Scene:
     if boxes is not None:
         boxes = F.resize(boxes, size)
     if masks is not None and masks.shape[1:] != torch.Size(size):
-        masks = F.resize(masks, size, interpolation=InterpolationMode.NEAREST_EXACT)
+        # As a picture: resize of a Mask takes any interpolation for NEAREST in some versions.
+        pixels = F.resize(
+            masks.as_subclass(torch.Tensor), size, interpolation=InterpolationMode.NEAREST_EXACT
+        )
+        masks = tv_tensors.Mask(pixels)
     if place.flip:
         image = F.horizontal_flip(image)
         boxes = None if boxes is None else F.horizontal_flip(boxes)
