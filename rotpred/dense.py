@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from rotpred.job import Job, identity, open_run
 from rotpred.loop import steps
 from rotpred.norms import SyncBn, synced
 from rotpred.optim import Optim
-from rotpred.runlog import RunLog, read_rows
+from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.schedule import Schedule
 from rotpred.settings import Run
 from rotpred.state import Outcome, Trained, TrainState, channels_last
@@ -80,6 +81,10 @@ class Recipe(Protocol):
         """Batch norm over all processes, or over each process's own pictures."""
 
     @property
+    def predictions(self) -> str:
+        """File or folder to score instead of training."""
+
+    @property
     def eval_every(self) -> int:
         """Epochs between validations."""
 
@@ -118,7 +123,7 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     recipe = scaled(recipe, rank)
     if recipe.run.cuda_graph:
         raise ValueError(
-            f"{recipe.name} has inputs of many shapes, which no graph holds: pass "
+            f"{recipe.name}: no CUDA graph holds a step of detection or segmentation: pass "
             "--run.no-cuda-graph"
         )
     task = make(recipe)
@@ -159,21 +164,60 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     return job.out
 
 
+def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> Path:
+    """Compare predictions in files with the validation data, and write the run folder.
+
+    Args:
+        recipe: its validation data, and where the files are.
+        rank: all ranks call.
+        count: reads the files and compares; returns the same on all ranks.
+    """
+    path = Path(recipe.predictions)
+    out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    with (
+        lock(out) if rank.main else contextlib.nullcontext(),
+        open_dense(recipe.val, shard=shard) as val,
+    ):
+        found = count(val)
+        with RunLog(
+            out, recipe=recipe, rank_main=rank.main, world=rank.world, total_steps=0,
+            device=str(rank.device),
+        ) as log:  # fmt: skip
+            _results(recipe, found, log, predictions=path.name)
+            for name, figure in found.figures.items():
+                log.figure(name, figure)
+    return out
+
+
+@contextlib.contextmanager
+def any_shape() -> Iterator[None]:
+    """Let cuDNN choose without trials, which it would make anew for nearly every picture."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def scaled(recipe: R, rank: Rank) -> R:
     """The recipe for this many processes: the same epochs of pictures, the rate by linear scaling.
 
     An epoch of `train.steps_per_epoch` steps belongs to `optim.reference_batch` pictures a step;
     with a k-th of them it has k times as many steps, and `Optim.lr_for` takes a k-th of the rate
-    (Goyal et al. 2017, section 2.1). Milestones and warm-up count epochs, so they follow.
+    (Goyal et al. 2017, section 2.1); where `run.accumulate` adds up the gradients of several steps,
+    the rate is that of all their pictures. Milestones and warm-up count epochs, so they follow.
     """
     reference, batch = recipe.optim.reference_batch, recipe.train.batch_size * rank.world
     length = recipe.train.steps_per_epoch
     if reference is None or length is None or batch == reference:
         return recipe
     steps_now = max(1, round(length * reference / batch))
+    update = batch * recipe.run.accumulate
     logger.info(
         "%d pictures a step, not %d: rate %g x %d/%d = %g, and %d steps an epoch x %d/%d = %d",
-        batch, reference, recipe.optim.lr, batch, reference, recipe.optim.lr_for(batch),
+        batch, reference, recipe.optim.lr, update, reference, recipe.optim.lr_for(update),
         length, reference, batch, steps_now,
     )  # fmt: skip
     return replace(recipe, train=replace(recipe.train, steps_per_epoch=steps_now))  # type: ignore[type-var]
@@ -232,8 +276,7 @@ def _finish(
     if not state.rank.main:
         return
     about: dict[str, Any] = {"checkpoint_sha256": sha or None, "weights": Path(recipe.weights).name}
-    for metric, value in found.values.items():
-        log.result(recipe.name, metric=metric, value=100 * value, unit="%", n=found.n, **about)
+    _results(recipe, found, log, **about)
     rows = read_rows(log.out / "log.jsonl")
     for metric, name, unit in (
         ("training speed", "images_per_s", "images/s"),
@@ -246,3 +289,8 @@ def _finish(
             log.result(recipe.name, metric=metric, value=middle, unit=unit, n=len(values), **about)
     log.figure("curves", figures.curves(rows))
     job.finish(state)
+
+
+def _results(recipe: Recipe, found: Evaluation, log: RunLog, **about: Any) -> None:
+    for metric, value in found.values.items():
+        log.result(recipe.name, metric=metric, value=100 * value, unit="%", n=found.n, **about)

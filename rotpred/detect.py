@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipelines.dense import DenseLoader, open_dense
+from pipelines.dense import DenseLoader
 from pipelines.dense_spec import DenseBatch
 from pipelines.picture import decode
-from pipelines.spec import Shard
 from rotpred import dense
 from rotpred.backbone import Backbone
 from rotpred.box_ap import Found, voc_metrics
 from rotpred.coco_ap import api, coco_metrics
 from rotpred.dense import Evaluation
-from rotpred.distributed import Rank
+from rotpred.distributed import Rank, broadcast_str
 from rotpred.drawing import boxes_figure
 from rotpred.predictions import gather_found, read_found, write_found
 from rotpred.rcnn import faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.recipes.detection import Detection
 from rotpred.roi import Detections, paste_masks
-from rotpred.runlog import RunLog, lock
 from rotpred.state import Outcome, TrainState
 
 SHOWN = 6
@@ -44,19 +42,13 @@ def run(recipe: Detection, rank: Rank) -> Path:
     """
     if recipe.predictions:
         return score(recipe, rank)
-    with _any_shape():
+    if recipe.run.compile:
+        raise ValueError(
+            f"{recipe.name} has pictures of many sizes, for each of which torch.compile would "
+            "begin anew: pass --run.no-compile"
+        )
+    with dense.any_shape():
         return dense.run(recipe, rank, Detect)
-
-
-@contextlib.contextmanager
-def _any_shape() -> Iterator[None]:
-    """Let cuDNN choose without trials, which it would make anew for nearly every batch."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 class Detect:
@@ -91,7 +83,7 @@ class Detect:
         ]
         with state.autocast():
             losses: dict[str, torch.Tensor] = state.model(
-                batch.images, batch.sizes, batch.targets, seeds
+                batch.images, batch.sizes.tolist(), batch.targets, seeds
             )
         loss = torch.stack(list(losses.values())).sum()
         return loss, {"loss": loss, **{f"loss/{name}": part for name, part in losses.items()}}
@@ -101,7 +93,7 @@ class Detect:
         mine: dict[int, Found] = {}
         for batch in val.epoch(0):
             with state.autocast():
-                results: list[Detections] = state.module(batch.images, batch.sizes)
+                results: list[Detections] = state.module(batch.images, batch.sizes.tolist())
             for k in batch.valid.nonzero().flatten().tolist():
                 size, original = batch.sizes[k].tolist(), batch.originals[k].tolist()
                 mine[int(batch.indices[k])] = stored(results[k], size, original)
@@ -109,7 +101,7 @@ class Detect:
         if state.rank.main:
             write_found(state.folder.parent / PREDICTIONS, found, val.samples)
         masks = has_masks(self.recipe)
-        return evaluation(val, found, masks=masks, draw=state.rank.main)
+        return evaluation(val, found, masks=masks, rank=state.rank)
 
     def identity(self) -> dict[str, object]:
         """The detector."""
@@ -150,22 +142,25 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     )
 
 
-def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, draw: bool) -> Evaluation:
-    """Average precision by the rules of the data set, and a figure where it is asked for.
+def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, rank: Rank) -> Evaluation:
+    """Average precision by the rules of the data set; all ranks call, the main one has a figure.
 
     Args:
         val: whose data are compared with.
         found: one per picture.
         masks: of COCO's data, compare masks as well.
-        draw: make the figure.
+        rank: of this process.
     """
     samples = val.samples
-    if val.spec.data.startswith("coco:"):
-        values = coco_metrics(found, samples, masks=masks)
-    else:
-        values = voc_metrics(found, samples)
+
+    def count() -> dict[str, float]:
+        if val.spec.data.startswith("coco:"):
+            return coco_metrics(found, samples, masks=masks)
+        return voc_metrics(found, samples)
+
+    values = _by_main(count, rank)
     figures = {}
-    if draw:
+    if rank.main:
         some = range(min(SHOWN, len(samples)))
         pictures = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
         figures["detections"] = boxes_figure(
@@ -177,38 +172,29 @@ def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, draw: b
     return Evaluation(values, n=len(samples), figures=figures)
 
 
+def _by_main(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
+    """What the main process counts, on all ranks: pycocotools takes gigabytes in each that does."""
+    said: dict[str, dict[str, float] | str] = {}
+    if rank.main:
+        try:
+            said["values"] = count()
+        except ValueError as error:
+            said["error"] = str(error)
+    said = json.loads(broadcast_str(json.dumps(said), rank))
+    if isinstance(values := said.get("values"), dict):
+        return values
+    raise ValueError(said["error"])
+
+
 def score(recipe: Detection, rank: Rank) -> Path:
     """Compare a file of detections with the validation data, and write the run folder.
 
     Raises:
         ValueError: an entry is of an unknown picture or class, or senseless; it says which.
     """
-    out, path = Path(recipe.run.out or f"runs/{recipe.name}_predictions"), Path(recipe.predictions)
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    with (
-        lock(out) if rank.main else contextlib.nullcontext(),
-        open_dense(recipe.val, shard=shard) as val,
-        RunLog(
-            out,
-            recipe=recipe,
-            rank_main=rank.main,
-            world=rank.world,
-            total_steps=0,
-            device=str(rank.device),
-        ) as log,
-    ):
-        found = read_found(path, val.samples)
-        masks = any(one.masks for one in found)
-        result = evaluation(val, found, masks=masks, draw=rank.main)
-        for metric, value in result.values.items():
-            log.result(
-                recipe.name,
-                metric=metric,
-                value=100 * value,
-                unit="%",
-                n=result.n,
-                predictions=path.name,
-            )
-        for name, figure in result.figures.items():
-            log.figure(name, figure)
-    return out
+
+    def count(val: DenseLoader) -> Evaluation:
+        found = read_found(Path(recipe.predictions), val.samples)
+        return evaluation(val, found, masks=any(one.masks for one in found), rank=rank)
+
+    return dense.score(recipe, rank, count)

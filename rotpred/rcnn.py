@@ -44,7 +44,7 @@ class Rcnn(nn.Module):
     def forward(
         self,
         images: torch.Tensor,
-        sizes: torch.Tensor,
+        sizes: Sequence[Sequence[int]],
         targets: list[Target] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor] | list[Detections]:
@@ -52,7 +52,8 @@ class Rcnn(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised; each picture at the top left, 0 beside it.
-            sizes: int64 (B, 2): height and width of each, to which boxes are clipped.
+            sizes: height and width of each, to which boxes are clipped. No tensor: data parallelism
+                would move it to the GPU, and to read it would wait for all that is queued there.
             targets: the truth, in training.
             seeds: of the random choice of anchors and proposals, for each picture; None: torch's.
         """
@@ -61,7 +62,7 @@ class Rcnn(nn.Module):
         for part in (self.rpn, self.heads):
             part.fg_bg_sampler.seeds = seeds
         maps = self.maps(images)
-        shapes = [(int(height), int(width)) for height, width in sizes.tolist()]
+        shapes = [(height, width) for height, width in sizes]
         boxes, losses = self.rpn(ImageList(images, shapes), maps, targets)
         found: list[Detections]
         found, more = self.heads(maps, boxes, shapes, targets, shared=self.shared)

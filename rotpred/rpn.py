@@ -106,7 +106,8 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
         """The anchors of all maps, float32 (A, 4), the same for each picture."""
         device = maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        # Numbers, where torchvision has tensors: those would be copied to the GPU, and waited for.
+        steps = [[stride] * 2 for stride in self.strides]
         grids = self.grid_anchors([list(m.shape[-2:]) for m in maps], steps)
         return [torch.cat(grids)] * len(images.image_sizes)
 

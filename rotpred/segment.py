@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from pipelines.dense import DenseLoader, open_dense
+from pipelines.dense import DenseLoader
 from pipelines.dense_spec import IGNORED, DenseBatch
 from pipelines.picture import decode
-from pipelines.spec import Shard
 from rotpred import dense
 from rotpred.backbone import Backbone
 from rotpred.dense import Evaluation
@@ -27,7 +25,6 @@ from rotpred.metrics import Confusion, ConfusionResult
 from rotpred.predictions import read_masks
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.runfolder import replaced
-from rotpred.runlog import RunLog, lock
 from rotpred.state import Outcome, TrainState
 
 Mask = npt.NDArray[np.uint8]
@@ -85,7 +82,7 @@ class Segment:
 
     def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
         """Mean IoU over all pixels of all pictures, each in its stored size."""
-        with _any_shape():
+        with dense.any_shape():
             return self._evaluate(state, val)
 
     def _evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
@@ -139,17 +136,6 @@ class Segment:
         return {"model": "fcn", **{name: getattr(self.recipe, name) for name in names}}
 
 
-@contextlib.contextmanager
-def _any_shape() -> Iterator[None]:
-    """Let cuDNN choose without trials, which it would make anew for nearly every picture."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def slide(
     logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
 ) -> torch.Tensor:
@@ -195,12 +181,9 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
         FileNotFoundError: there is none of a picture.
         ValueError: one has another size or unknown classes; it says which.
     """
-    out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
-    folder, shard = Path(recipe.predictions), Shard(rank.rank, rank.world, rank.local_world)
-    with (
-        lock(out) if rank.main else contextlib.nullcontext(),
-        open_dense(recipe.val, shard=shard) as val,
-    ):
+    folder = Path(recipe.predictions)
+
+    def count(val: DenseLoader) -> Evaluation:
         confusion = Confusion(len(val.classes))
         shown: list[tuple[int, Mask]] = []
         for i in range(rank.rank, len(val.samples), rank.world):
@@ -215,27 +198,9 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
             confusion.update(*map(torch.from_numpy, (predicted, truth, counted)))
             if rank.main and len(shown) < SHOWN:
                 shown.append((i, predicted))
-        found = evaluation(confusion.compute(rank), val, shown)
-    with RunLog(
-        out,
-        recipe=recipe,
-        rank_main=rank.main,
-        world=rank.world,
-        total_steps=0,
-        device=str(rank.device),
-    ) as log:
-        for metric, value in found.values.items():
-            log.result(
-                recipe.name,
-                metric=metric,
-                value=100 * value,
-                unit="%",
-                n=found.n,
-                predictions=folder.name,
-            )
-        for name, figure in found.figures.items():
-            log.figure(name, figure)
-    return out
+        return evaluation(confusion.compute(rank), val, shown)
+
+    return dense.score(recipe, rank, count)
 
 
 def evaluation(

@@ -21,6 +21,7 @@ from pipelines.dense_spec import ShortSide
 from rotpred import detect
 from rotpred.backbone import build_backbone
 from rotpred.checkpoint import load_latest
+from rotpred.dense import scaled
 from rotpred.detect import Detect
 from rotpred.distributed import Rank
 from rotpred.optim import Optim
@@ -127,7 +128,7 @@ def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None
         count = 0
         for batch in val.epoch(0):
             i = int(batch.indices[0])
-            (expected,) = model(batch.images, batch.sizes)
+            (expected,) = model(batch.images, batch.sizes.tolist())
             scale = batch.originals[0] / batch.sizes[0]
             boxes = expected["boxes"] * scale.flip(0).repeat(2)
             count += len(boxes)
@@ -214,6 +215,16 @@ def test_the_rate_follows_the_number_of_pictures(
     assert "0.02 x 2/16 = 0.0025, and 1 steps an epoch x 16/2 = 8" in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[0]["lr"] == pytest.approx(0.0025 * 0.001)
+    with caplog.at_level("INFO"):  # two steps an update: the rate of four pictures
+        scaled(replace(made, run=replace(made.run, accumulate=2)), Rank())
+    assert "0.02 x 4/16 = 0.005, and 1 steps an epoch x 16/2 = 8" in caplog.text
+
+
+def test_what_pictures_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_path: Path) -> None:
+    made = small("voc0712_det", roots, tmp_path)
+    for name, words in (("compile", "no-compile"), ("cuda_graph", "no-cuda-graph")):
+        with pytest.raises(ValueError, match=words):
+            detect.run(replace(made, run=replace(made.run, **{name: True})), Rank())
 
 
 def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:

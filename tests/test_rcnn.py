@@ -19,7 +19,7 @@ from rotpred.rpn import Anchors, Draws, Proposals, Rpn
 
 FEW = Proposals(anchors=(16, 32), before=(60, 40), after=(30, 20), rois=12)
 FEW_FPN = Proposals(anchors=(8, 16, 32, 64, 128), before=(60, 40), after=(30, 20), rois=8, pooled=8)
-SIZES = torch.tensor([[64, 48], [50, 64]])
+SIZES = [[64, 48], [50, 64]]
 
 
 def truth() -> list[Target]:
@@ -31,7 +31,7 @@ def truth() -> list[Target]:
             "labels": torch.tensor([3, 1]),
         },
     ]
-    for target, (height, width) in zip(targets, SIZES.tolist(), strict=True):
+    for target, (height, width) in zip(targets, SIZES, strict=True):
         masks = torch.zeros(len(target["boxes"]), height, width, dtype=torch.uint8)
         for mask, (left, top, right, bottom) in zip(masks, target["boxes"].int(), strict=True):
             mask[top:bottom, left:right] = 1
@@ -249,7 +249,7 @@ def test_detections_lie_in_the_picture_and_are_float32(kind: str) -> None:
     mixed = torch.autocast("cpu", torch.bfloat16, enabled="bf16" in kind)
     with torch.no_grad(), mixed:
         found = model(images, SIZES)
-    for one, (height, width) in zip(found, SIZES.tolist(), strict=True):
+    for one, (height, width) in zip(found, SIZES, strict=True):
         boxes = one["boxes"]
         assert 0 < len(boxes) <= 9 and boxes.dtype == one["scores"].dtype == torch.float32
         assert boxes.min() >= 0 and boxes[:, 2].max() <= width and boxes[:, 3].max() <= height
