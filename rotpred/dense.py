@@ -21,10 +21,11 @@ from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.features import load_trunk
-from rotpred.job import Job, identity, open_run
+from rotpred.job import DONE, Job, identity, open_run
 from rotpred.loop import steps
-from rotpred.norms import SyncBn, synced
+from rotpred.norms import SyncBn, check, synced
 from rotpred.optim import Optim
+from rotpred.runfolder import write_json
 from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.schedule import Schedule
 from rotpred.settings import Run
@@ -122,10 +123,8 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     """
     recipe = scaled(recipe, rank)
     if recipe.run.cuda_graph:
-        raise ValueError(
-            f"{recipe.name}: no CUDA graph holds a step of detection or segmentation: pass "
-            "--run.no-cuda-graph"
-        )
+        raise ValueError(f"{recipe.name}: no CUDA graph holds its steps: pass --run.no-cuda-graph")
+    check(recipe.sync_bn, rank, recipe.run)
     task = make(recipe)
     with open_run(recipe, rank, _open) as job:
         assert job.val is not None
@@ -167,6 +166,9 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
 def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> Path:
     """Compare predictions in files with the validation data, and write the run folder.
 
+    The page counts them among the results of trained weights, or of those that recipe.weights names
+    beside the predictions ("random", "imagenet").
+
     Args:
         recipe: its validation data, and where the files are.
         rank: all ranks call.
@@ -174,19 +176,21 @@ def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> 
     """
     path = Path(recipe.predictions)
     out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
-    shard = Shard(rank.rank, rank.world, rank.local_world)
     with (
         lock(out) if rank.main else contextlib.nullcontext(),
-        open_dense(recipe.val, shard=shard) as val,
+        _open(recipe.val, rank, recipe.run) as val,
     ):
         found = count(val)
         with RunLog(
             out, recipe=recipe, rank_main=rank.main, world=rank.world, total_steps=0,
             device=str(rank.device),
         ) as log:  # fmt: skip
-            _results(recipe, found, log, predictions=path.name)
+            about = {"weights": Path(recipe.weights or path).name, "predictions": path.name}
+            _results(recipe, found, log, **about)
             for name, figure in found.figures.items():
                 log.figure(name, figure)
+            if rank.main:
+                write_json(out / DONE, {"val": val.data_id, **about})
     return out
 
 

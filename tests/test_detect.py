@@ -30,6 +30,7 @@ from rotpred.recipes import Run
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.roi import paste_masks
 from rotpred.rpn import Proposals
+from rotpred.runs import read_runs
 from rotpred.schedule import Steps, lr_at
 
 pytestmark = pytest.mark.timeout(240)
@@ -270,6 +271,8 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
     run = replace(finished.run, out=str(tmp_path / "run"))
     detect.run(replace(finished, predictions=str(path), weights="", run=run), Rank())
     before, after = results(Path(finished.run.out)), results(tmp_path / "run")
+    (kept,) = read_runs(tmp_path / "run")  # as the page does
+    assert {(r.kind, r.weights) for r in kept.results} == {("trained", "mine.json")}
     for name, row in before.items():
         if "AP" in name:
             assert after[name]["value"] == pytest.approx(row["value"], abs=0.05), name
