@@ -21,8 +21,22 @@ def synced(model: M, kind: SyncBn, rank: Rank, run: Run) -> M:
     Raises:
         ValueError: there is no GPU, apex is not installed, or CUDA graphs are asked for as well.
     """
+    check(kind, rank, run)
     if kind == "off":
         return model
+    if kind == "apex":
+        return _apex(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def check(kind: SyncBn, rank: Rank, run: Run) -> None:
+    """Refuse what `synced` will, but for apex: before data are opened that take minutes.
+
+    Raises:
+        ValueError: there is no GPU, or CUDA graphs are asked for as well.
+    """
+    if kind == "off":
+        return
     if rank.device.type != "cuda":
         raise ValueError(f"sync_bn={kind} needs GPUs: on a CPU pass --sync-bn off")
     if run.cuda_graph:
@@ -30,9 +44,6 @@ def synced(model: M, kind: SyncBn, rank: Rank, run: Run) -> M:
             f"run.cuda_graph cannot capture what sync_bn={kind} sends between GPUs: pass "
             "--sync-bn off or --run.no-cuda-graph"
         )
-    if kind == "apex":
-        return _apex(model)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _apex(model: M) -> M:
