@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from pipelines.images import Images
 from pipelines.prepare import Options, Prepared, compile_encoder, prepare
 
 _AHEAD = 2  # Chunks given to a worker at a time: it never waits for its parent.
+_PATIENCE_SECONDS = 600.0  # For any answer; a chunk takes seconds.
 _WINDOW = 4  # Chunks per worker that may be finished before the one that is due: bounds memory.
 
 
@@ -121,7 +123,14 @@ class _Team:
 
     def receive(self) -> Iterator[Chunk]:
         """Wait for at least one chunk, or for a worker's death."""
-        for pipe in wait([pipe for pipe, jobs in self.busy.items() if jobs]):
+        asked = [pipe for pipe, jobs in self.busy.items() if jobs]
+        ready = wait(asked, timeout=_PATIENCE_SECONDS)
+        if not ready:
+            near = min(min(self.busy[pipe]) for pipe in asked)
+            raise WorkerError(
+                f"no worker has answered for {_PATIENCE_SECONDS:g} s (near sample {near})"
+            )
+        for pipe in ready:
             assert isinstance(pipe, Connection)
             try:
                 answer = pipe.recv()
@@ -158,6 +167,9 @@ def _work(
     pipe: Connection, others: list[Connection], source: Images, options: Options, chunk: int
 ) -> None:
     """Life of a worker: prepare the chunks it is asked for until its parent is gone."""
+    # What the parent has thrown away is the parent's to finalise: its threads, for which some of it
+    # would wait, are not here.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:  # Or the pipes would outlive the parent, and with them this process.
