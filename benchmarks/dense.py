@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import scenes
 import torch
-from plots import bars
 from rows import Row, Timing, image_row, publish, start
 from timing import Window, abba, memory_mib, window
 
@@ -79,7 +78,6 @@ def main(args: Arguments) -> None:
             data, make = DATA[name]
             rows += _task(name, data, make(Path(folder), args.count), args)
     publish(rows, args.output, COLUMNS)
-    bars(rows, args.plot, title="Training for detection and segmentation", ours=("both",))
 
 
 def _task(name: str, data: str, root: Path, args: Arguments) -> list[Row]:
