@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import pytest
 from PIL import Image, ImageOps
 from test_jpeg import encode, exif, frame_at, picture, png_of, with_size
 
+from pipelines import pool
 from pipelines.beton import Beton, verify
 from pipelines.beton_write import BetonWriter, exclusive
 from pipelines.convert import ConversionError, write_beton
@@ -196,6 +198,44 @@ def test_output_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
         write_beton(in_memory(700), path, workers=workers)
         outputs.append(path.read_bytes() + manifest_path(path).read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_workers_leave_the_garbage_of_the_parent_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finalisers wait for threads that a worker does not have: it must not run them."""
+    parent = os.getpid()
+
+    class Trap:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                threading.Event().wait()
+
+    def read(_i: int) -> npt.NDArray[np.uint8]:
+        gc.collect()
+        return np.zeros((16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 20.0)
+    gc.disable()
+    try:
+        Trap()
+        write_beton(in_memory(4, read), tmp_path / "out.beton", workers=1)
+    finally:
+        gc.enable()
+
+
+def test_silent_workers_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(_i: int) -> npt.NDArray[np.uint8]:
+        threading.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.5)
+    with pytest.raises(ConversionError, match="no worker has answered for 0.5 s"):
+        write_beton(in_memory(4, stuck), tmp_path / "out.beton", workers=1)
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize(
