@@ -20,7 +20,7 @@ from rotpred.cached import FeatureLoader
 from rotpred.distributed import Rank
 from rotpred.features import AVGPOOL, extract, load_trunk
 from rotpred.heads import pooled_dims, stage_pools
-from rotpred.job import Job, check_data, identity, open_job
+from rotpred.job import Job, check_data, open_job
 from rotpred.loop import steps
 from rotpred.probes import ProbeSet, StageProbe
 from rotpred.recipes import Linear, Probe
@@ -88,22 +88,13 @@ def run(recipe: Linear, rank: Rank) -> Path:
                 raise ValueError("run.cuda_graph trains probes on one GPU only: they use SyncBN")
             # As mmselfsup's heads; in place, below the StageProbes that the optimisers hold.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
-        state = TrainState(
+        state = job.train_state(
             heads,
             [part.trained for part in parts],
-            rank=rank,
-            run=recipe.run,
-            folder=job.out / "checkpoints",
-            global_batch=recipe.train.batch_size * rank.world,
-            identity=identity(
-                job.loader,
-                rank,
-                recipe.run,
-                backbone=recipe.backbone,
-                weights=sha,
-                probes=[asdict(probe) for probe in recipe.probes],
-                **({"features": setup.names} if setup.names else {}),
-            ),
+            backbone=recipe.backbone,
+            weights=sha,
+            probes=[asdict(probe) for probe in recipe.probes],
+            **({"features": setup.names} if setup.names else {}),
         )
         with job.begin(state) as log:
             if log is not None:

@@ -21,7 +21,7 @@ from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.features import load_trunk
-from rotpred.job import DONE, Job, identity, open_run
+from rotpred.job import DONE, Job, open_run
 from rotpred.loop import steps
 from rotpred.norms import SyncBn, check, synced
 from rotpred.optim import Optim
@@ -133,24 +133,15 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
         module = task.network(trunk.cpu().requires_grad_(True).train(), len(job.loader.classes))
         module = channels_last(synced(module, recipe.sync_bn, rank, recipe.run), rank.device)
-        state = TrainState(
+        state = job.train_state(
             module.train(),
             [Trained(module, recipe.optim, recipe.schedule)],
-            rank=rank,
-            run=recipe.run,
-            folder=job.out / "checkpoints",
-            global_batch=recipe.train.batch_size * rank.world,
-            identity=identity(
-                job.loader,
-                rank,
-                recipe.run,
-                backbone=recipe.backbone,
-                weights=sha,
-                sync_bn=recipe.sync_bn,
-                optim=asdict(recipe.optim),
-                schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
-                **task.identity(),
-            ),
+            backbone=recipe.backbone,
+            weights=sha,
+            sync_bn=recipe.sync_bn,
+            optim=asdict(recipe.optim),
+            schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
+            **task.identity(),
         )
         with job.begin(state) as log:
             if log is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
@@ -20,7 +21,7 @@ from rotpred.feed import Feed, Stream
 from rotpred.runfolder import plain, write_json
 from rotpred.runlog import RunLog, lock
 from rotpred.settings import Run
-from rotpred.state import TrainState
+from rotpred.state import Trained, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,25 @@ class Job(Generic[L]):
         total = self.recipe.run.epochs * len(self.loader)
         most = self.recipe.run.max_steps
         return total if most is None else min(total, most)
+
+    def train_state(self, module: nn.Module, trained: list[Trained], **own: object) -> TrainState:
+        """What is trained, with its checkpoints in the run folder.
+
+        Args:
+            module: on its device.
+            trained: its parts.
+            own: as for `identity`, the backbone among it.
+        """
+        recipe, rank = self.recipe, self.rank
+        return TrainState(
+            module,
+            trained,
+            rank=rank,
+            run=recipe.run,
+            folder=self.out / "checkpoints",
+            global_batch=recipe.train.batch_size * rank.world,
+            identity=identity(self.loader, rank, recipe.run, **own),
+        )
 
     @contextlib.contextmanager
     def begin(self, state: TrainState) -> Iterator[RunLog | None]:

@@ -15,7 +15,7 @@ from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.heads import RotNet, make_rotnet
-from rotpred.job import Job, identity, open_job
+from rotpred.job import Job, open_job
 from rotpred.loop import steps
 from rotpred.metrics import ConfusionResult
 from rotpred.norms import synced
@@ -40,22 +40,13 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
     """
     with open_job(recipe, rank, views="rotate4") as job:
         model = _network(recipe, rank)
-        state = TrainState(
+        state = job.train_state(
             model,
             [Trained(model, recipe.optim, recipe.schedule)],
-            rank=rank,
-            run=recipe.run,
-            folder=job.out / "checkpoints",
-            global_batch=recipe.train.batch_size * rank.world,
-            identity=identity(
-                job.loader,
-                rank,
-                recipe.run,
-                backbone=recipe.backbone,
-                sync_bn=recipe.sync_bn,
-                optim=asdict(recipe.optim),
-                schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
-            ),
+            backbone=recipe.backbone,
+            sync_bn=recipe.sync_bn,
+            optim=asdict(recipe.optim),
+            schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
         )
         with job.begin(state) as log:
             if log is not None:

@@ -21,7 +21,7 @@ from rotpred import figures
 from rotpred.distributed import Rank
 from rotpred.features import load_trunk
 from rotpred.heads import RotNet, make_rotnet
-from rotpred.job import Job, identity, open_job
+from rotpred.job import Job, open_job
 from rotpred.loop import NotFiniteError, steps
 from rotpred.norms import synced
 from rotpred.recipes.semi import Semi
@@ -92,28 +92,19 @@ def _point(recipe: Semi, rank: Rank) -> Path:
         assert job.val is not None
         model, sha = _network(recipe, number_of_classes(job.loader, job.val), rank)
         head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_mult)
-        state = TrainState(
+        state = job.train_state(
             model,
             [
                 Trained(model.backbone, recipe.optim, recipe.schedule),
                 Trained(model.head, head, recipe.schedule),
             ],
-            rank=rank,
-            run=recipe.run,
-            folder=job.out / "checkpoints",
-            global_batch=recipe.train.batch_size * rank.world,
-            identity=identity(
-                job.loader,
-                rank,
-                recipe.run,
-                backbone=recipe.backbone,
-                weights=sha,
-                sync_bn=recipe.sync_bn,
-                deterministic=recipe.deterministic,
-                optim=asdict(recipe.optim),
-                head_mult=recipe.head_mult,
-                schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
-            ),
+            backbone=recipe.backbone,
+            weights=sha,
+            sync_bn=recipe.sync_bn,
+            deterministic=recipe.deterministic,
+            optim=asdict(recipe.optim),
+            head_mult=recipe.head_mult,
+            schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
         )
         with job.begin(state) as log:
             if log is not None:
