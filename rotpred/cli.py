@@ -15,6 +15,7 @@ import tyro
 from rotpred import classify, detect, distributed, knn, pretrain, rotation, segment, semi, svm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
+from rotpred.program import INTERRUPTED, USER_ERROR
 from rotpred.recipes import Linear, Pretrain, detection, frozen, linear, segmentation
 from rotpred.recipes import pretrain as pretraining
 from rotpred.recipes import rotation as rotating
@@ -34,12 +35,6 @@ Recipe = (
     | rotating.Rotation
 )
 R = TypeVar("R", bound=Recipe)
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
-
-USER_ERROR = 2
-"""Exit status where the command, the data or the machine must change."""
 
 
 def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: str) -> R:

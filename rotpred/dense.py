@@ -20,7 +20,7 @@ from pipelines.spec import Shard
 from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
-from rotpred.features import load_trunk
+from rotpred.features import FromWeights, load_trunk
 from rotpred.job import DONE, Job, open_run
 from rotpred.loop import steps
 from rotpred.norms import SyncBn, check, synced
@@ -46,20 +46,8 @@ class Evaluation:
     """Pictures by name, on the main rank."""
 
 
-class Recipe(Protocol):
+class Recipe(FromWeights, Protocol):
     """What recipes of dense tasks have."""
-
-    @property
-    def name(self) -> str:
-        """Names the run in results and in the default run folder."""
-
-    @property
-    def weights(self) -> str:
-        """As `features.load_trunk` takes them."""
-
-    @property
-    def backbone(self) -> str:
-        """The architecture of the weights."""
 
     @property
     def train(self) -> DenseSpec:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,22 @@ class Features:
     """What the loader calls the data set."""
     classes: tuple[str, ...] = ()
     """Class names, empty where the data set has none."""
+
+
+class FromWeights(Protocol):
+    """What recipes that evaluate weights have in common."""
+
+    @property
+    def name(self) -> str:
+        """Names the run in results and in the default run folder."""
+
+    @property
+    def weights(self) -> str:
+        """What `load_trunk` reads."""
+
+    @property
+    def backbone(self) -> str:
+        """The architecture of the weights."""
 
 
 def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:

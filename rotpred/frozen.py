@@ -17,7 +17,7 @@ import torch
 from pipelines.catalogues import voc2007
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
-from rotpred.features import Features, Store, extract, load_trunk
+from rotpred.features import Features, FromWeights, Store, extract, load_trunk
 from rotpred.job import DONE
 from rotpred.runfolder import plain, write_json
 from rotpred.runlog import RunLog, lock
@@ -43,20 +43,8 @@ class Place(Protocol):
         """Folder of extracted features."""
 
 
-class Recipe(Protocol):
+class Recipe(FromWeights, Protocol):
     """What these evaluations have in common."""
-
-    @property
-    def name(self) -> str:
-        """Names the default run folder."""
-
-    @property
-    def weights(self) -> str:
-        """What `load_trunk` reads."""
-
-    @property
-    def backbone(self) -> str:
-        """The architecture of the weights."""
 
     @property
     def train(self) -> LoaderSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from rotpred.export import Format, export_backbone
+from rotpred.program import drive
 from rotpred.weights import read_backbone
 
 
@@ -49,17 +49,5 @@ def main(args: Arguments) -> str:
     )
 
 
-def terminate(*_: object) -> None:
-    """Leave by an exception, so that temporary files go."""
-    sys.exit(143)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        print(main(tyro.cli(Arguments)))
-    except (ValueError, OSError, ImportError) as problem:
-        print(f"export: {' '.join(str(problem).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(drive("export", Arguments, main))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from rotpred.console import configure_logging
 from rotpred.page import Block, html, markdown
+from rotpred.program import drive
 from rotpred.report import TITLE, page
 from rotpred.runfolder import write_atomic
 from rotpred.runs import Run, read_runs
@@ -74,9 +74,4 @@ def main(args: Arguments) -> str:
 
 
 if __name__ == "__main__":
-    configure_logging()
-    try:
-        print(main(tyro.cli(Arguments)))
-    except (ValueError, OSError) as problem:
-        print(f"report: {' '.join(str(problem).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(drive("report", Arguments, main))

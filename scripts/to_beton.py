@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from pipelines.beton import verify
 from pipelines.catalogues import voc2007
 from pipelines.images import Images, open_images
+from rotpred.program import drive, leave_if_terminated
 from rotpred.runfolder import replaced
 
 
@@ -60,9 +59,6 @@ class Arguments:
     write OUTPUT.segments, so that loaders decode only what a crop needs."""
     overwrite: bool = False
     """Replace an existing output, once the new one is complete and verified."""
-
-
-terminated: list[bool] = []
 
 
 def main(args: Arguments) -> str:
@@ -134,26 +130,9 @@ def opened(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | 
 
 
 def advance(bar: tqdm, done: int) -> None:
-    if terminated:
-        sys.exit(143)
+    leave_if_terminated()
     bar.update(done - bar.n)
 
 
-def terminate(*_: object) -> None:
-    """Leave by an exception, so that cleanup runs.
-
-    Where Python drops it (in a callback of fork, say), the next step of the progress does it again.
-    """
-    terminated.append(True)
-    sys.exit(143)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        print(main(tyro.cli(Arguments)))
-    except (ValueError, OSError, ImportError) as problem:
-        print(f"to_beton: {' '.join(str(problem).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(drive("to_beton", Arguments, main))

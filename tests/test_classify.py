@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from outcomes import results, saved
 from torch import nn
 from trees import Tree, Trees, plant
 
@@ -17,7 +17,7 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, Colour, LoaderSpec, RandomCrop
 from rotpred import classify, features, probes
 from rotpred.backbone import Backbone, build_backbone
-from rotpred.checkpoint import CheckpointError, load_latest
+from rotpred.checkpoint import CheckpointError
 from rotpred.distributed import Rank
 from rotpred.heads import stage_pools
 from rotpred.optim import Optim
@@ -173,17 +173,6 @@ def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
         val=replace(val, batch_size=4),
         run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=1),
     )
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
-
-
-def saved(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None
-    model: dict[str, torch.Tensor] = latest.state["model"]
-    return model
 
 
 @pytest.mark.parametrize(

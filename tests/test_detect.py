@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from dense_trees import coco, voc
+from outcomes import results, saved
 from PIL import Image
 from pycocotools import mask as run_lengths
 
@@ -20,7 +21,6 @@ from pipelines.dense import open_dense
 from pipelines.dense_spec import ShortSide
 from rotpred import detect
 from rotpred.backbone import build_backbone
-from rotpred.checkpoint import load_latest
 from rotpred.dense import scaled
 from rotpred.detect import Detect
 from rotpred.distributed import Rank
@@ -33,16 +33,7 @@ from rotpred.rpn import Proposals
 from rotpred.runs import read_runs
 from rotpred.schedule import Steps, lr_at
 
-pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """So that sums come in one order, here and in other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +63,6 @@ def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Detec
         run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=1, keep=2),
     )  # fmt: skip
     return replace(base, **changes)
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
-
-
-def saved(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None
-    model: dict[str, torch.Tensor] = latest.state["model"]
-    return model
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))

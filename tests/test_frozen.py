@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import save_jpeg, smooth_picture
+from outcomes import results
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from test_svm import straight_ap, svc, unit
@@ -63,10 +63,6 @@ def averaged(spec: LoaderSpec) -> tuple[Rows, list[int]]:
     with open_loader(replace(spec, batch_size=1)) as loader, torch.no_grad():
         found = [(trunk(b.images).mean((2, 3))[0].numpy(), int(b.labels)) for b in loader.epoch(0)]
     return np.stack([row for row, _ in found]), [label for _, label in found]
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
 
 
 def small(base: Path, out: Path) -> dict[str, Any]:

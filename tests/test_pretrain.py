@@ -17,6 +17,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from outcomes import results, saved
 
 from pipelines.convert import write_beton
 from pipelines.images import MemoryImages
@@ -93,7 +94,7 @@ def pretrain(args: list[str], console: Path, *, status: int = 0, world: int = 1)
 
 
 def same_weights(one: Path, other: Path) -> None:
-    expected, found = final(one), final(other)
+    expected, found = saved(one), saved(other)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
@@ -101,17 +102,6 @@ def same_weights(one: Path, other: Path) -> None:
 
 def digest(out: Path) -> object:
     return results(out)["accuracy"]["stream_digest"]
-
-
-def final(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None
-    weights: dict[str, torch.Tensor] = latest.state["model"]
-    return weights
-
-
-def results(out: Path) -> dict[str, dict[str, object]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_trees import cityscapes, voc_masks
+from outcomes import results, saved
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from windows import naive_slide
@@ -23,23 +24,13 @@ from pipelines.dense import open_dense
 from pipelines.dense_spec import IGNORED, RatioCrop, Within
 from rotpred import segment
 from rotpred.backbone import build_backbone
-from rotpred.checkpoint import load_latest
 from rotpred.distributed import Rank
 from rotpred.fcn import Fcn
 from rotpred.optim import Optim
 from rotpred.recipes import Run
 from rotpred.recipes.segmentation import RECIPES, Segmentation
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """So that sums come in one order, here and in other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +66,6 @@ def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segme
         run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
     )  # fmt: skip
     return replace(base, **changes)
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
-
-
-def saved(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None
-    model: dict[str, torch.Tensor] = latest.state["model"]
-    return model
 
 
 def numbers(path: Path) -> npt.NDArray[np.uint8]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from outcomes import results, saved
 from PIL import Image
 from trees import Trees, plant
 
@@ -21,7 +21,6 @@ from pipelines.samples import open_samples
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred import semi
 from rotpred.backbone import build_backbone
-from rotpred.checkpoint import load_latest
 from rotpred.distributed import Rank
 from rotpred.heads import make_rotnet
 from rotpred.optim import Optim
@@ -58,17 +57,6 @@ def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> Se
         run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
     )  # fmt: skip
     return replace(base, **changes)
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
-
-
-def saved(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None
-    model: dict[str, torch.Tensor] = latest.state["model"]
-    return model
 
 
 def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
