@@ -5,21 +5,11 @@ Numbers are text, as they were printed: 47.0 is not 47.00. A new benchmark is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-__all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES", "WARNING", "Cell", "Source", "Table"]
+from rotpred.tables import Cell, Source, Table, cells
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a column of published numbers comes from."""
-
-    name: str
-    """Head of the column."""
-    place: str
-    """Project and file, network and schedule."""
-
+__all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES", "WARNING"]
 
 _ZOO = "OpenSelfSup, docs/MODEL_ZOO.md, ResNet-50"
 MM = Source(
@@ -38,61 +28,6 @@ PAPER = Source("paper", "Gidaris et al., ICLR 2018, as later texts quote it (sec
 RERUN = Source(
     "rerun of the paper's code", "gidariss/FeatureLearningRotNet, issue 6: a user's report"
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of a table."""
-
-    name: str
-    metrics: tuple[str, ...]
-    """Metrics of results.json that fill it; of several results, the highest."""
-    published: Mapping[Source, str] = field(default_factory=dict)
-    where: Mapping[str, float] = field(default_factory=dict)
-    """Further fields that a row of results.json must have, with these values."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """One benchmark."""
-
-    title: str
-    recipes: tuple[str, ...]
-    """Names of the recipes that fill it."""
-    cells: tuple[Cell, ...]
-    notes: tuple[str, ...] = ()
-    processes: int = 1
-    """Of the recipes, as they were published."""
-    options: tuple[str, ...] = ()
-    """Of their commands, besides the weights."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The columns of published numbers, in the order of their first number."""
-        return tuple(dict.fromkeys(source for cell in self.cells for source in cell.published))
-
-
-def _cells(
-    names: Iterable[str],
-    metrics: Iterable[str],
-    published: Mapping[Source, str],
-    where: Mapping[str, float] | None = None,
-) -> tuple[Cell, ...]:
-    """Cells in a row; a source's numbers are separated by spaces, `-` where it has none."""
-    names = list(names)
-    columns = {source: numbers.split() for source, numbers in published.items()}
-    if any(len(numbers) != len(names) for numbers in columns.values()):
-        raise ValueError(f"expected {len(names)} numbers from each source for {names}")
-    return tuple(
-        Cell(
-            name,
-            (metric,),
-            {source: row[i] for source, row in columns.items() if row[i] != "-"},
-            where or {},
-        )
-        for i, (name, metric) in enumerate(zip(names, metrics, strict=True))
-    )
-
 
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _FEATURES = tuple(f"Feature{i} ({stage})" for i, stage in enumerate(_STAGES, start=1))
@@ -122,10 +57,10 @@ _SVM = Table(
             tuple(f"mAP/{stage}" for stage in _STAGES),
             {MM: "67.70", OSS: "67.38", OSS_RANDOM: "30.54", OSS_SUPERVISED: "87.17"},
         ),
-        *_cells(_FEATURES, (f"mAP/{stage}" for stage in _STAGES), {}),
+        *cells(_FEATURES, (f"mAP/{stage}" for stage in _STAGES), {}),
         Cell("AvgPool", ("mAP/avgpool",)),
         Cell("best of Feature1-5, 11-point AP", tuple(f"mAP11/{stage}" for stage in _STAGES)),
-        *_cells(
+        *cells(
             [f"{name}, 11-point AP" for name in _FEATURES],
             (f"mAP11/{stage}" for stage in _STAGES),
             {},
@@ -143,7 +78,7 @@ _LOW_SHOT = Table(
     "VOC07 classification, low-shot SVM (mAP, mean ± deviation over the draws)",
     ("voc07_lowshot",),
     (
-        *_cells(
+        *cells(
             [f"Feature4 (res4), k = {k}" for k in _SHOTS],
             [f"mAP/res4/k={k}" for k in _SHOTS],
             {
@@ -153,7 +88,7 @@ _LOW_SHOT = Table(
                 OSS_SUPERVISED: "52.99 63.55 73.7 78.79 81.76 83.75 85.18 85.97",
             },
         ),
-        *_cells(
+        *cells(
             [f"Feature5 (res5), k = {k}" for k in _SHOTS], [f"mAP/res5/k={k}" for k in _SHOTS], {}
         ),
     ),
@@ -169,7 +104,7 @@ _LINEAR = Table(
     "ImageNet-1k, linear classifiers (top-1)",
     ("in1k_linear", "in1k_mhead"),
     (
-        *_cells(
+        *cells(
             (*_FEATURES, "AvgPool"),
             (*_TOP1, "top1/avgpool"),
             {
@@ -190,7 +125,7 @@ _LINEAR = Table(
 _INAT = Table(
     "iNaturalist 2018, linear classifiers (top-1)",
     ("inat18_mhead",),
-    _cells((*_FEATURES, "AvgPool"), (*_TOP1, "top1/avgpool"), {}),
+    cells((*_FEATURES, "AvgPool"), (*_TOP1, "top1/avgpool"), {}),
     ("Nothing is published for rotation prediction.",),
     processes=8,
 )
@@ -199,7 +134,7 @@ _PLACES = Table(
     "Places205, linear classifiers (top-1)",
     ("places205_mhead",),
     (
-        *_cells(
+        *cells(
             _FEATURES,
             _TOP1,
             {
@@ -218,7 +153,7 @@ _PLACES = Table(
 
 def _semi(percent: int, published: Mapping[Source, str]) -> tuple[Cell, ...]:
     names = (f"{percent} %, top-1", f"{percent} %, top-5")
-    return _cells(names, ("top1", "top5"), published, {"fraction": percent / 100})
+    return cells(names, ("top1", "top5"), published, {"fraction": percent / 100})
 
 
 _SEMI = Table(
@@ -236,7 +171,7 @@ _SEMI = Table(
 _KNN = Table(
     "ImageNet-1k, weighted nearest neighbours (top-1)",
     ("in1k_knn",),
-    _cells(
+    cells(
         [f"k = {k}" for k in (10, 20, 100, 200)],
         [f"top1/k={k}" for k in (10, 20, 100, 200)],
         {MM: "11.0 11.9 12.6 12.4"},
@@ -248,7 +183,7 @@ _KNN = Table(
 _VOC_DETECTION = Table(
     "VOC07+12 detection, Faster R-CNN C4, 24k iterations",
     ("voc0712_det",),
-    _cells(
+    cells(
         ("AP50", "AP", "AP75"),
         ("AP50", "AP", "AP75"),
         {
@@ -270,7 +205,7 @@ _PARTS = ("AP", "AP50", "AP75")
 _COCO = Table(
     "COCO, Mask R-CNN FPN, 1x",
     ("coco_det",),
-    _cells(
+    cells(
         [f"{kind} {part}" for kind in ("box", "mask") for part in _PARTS],
         [f"{kind}/{part}" for kind in ("box", "mask") for part in _PARTS],
         {
@@ -291,7 +226,7 @@ _COCO = Table(
 _VOC_SEGMENTATION = Table(
     "VOC12+Aug segmentation, FCN, 20k iterations",
     ("voc12aug_seg",),
-    _cells(("mIoU",), ("mIoU",), {MM: "64.31"}),
+    cells(("mIoU",), ("mIoU",), {MM: "64.31"}),
     (_OLDEST,),
     processes=4,
 )
@@ -309,17 +244,17 @@ _NIN = Table(
     "CIFAR-10, probes of the paper's network-in-network (top-1)",
     ("cifar10_probes",),
     (
-        *_cells(
+        *cells(
             [f"{block}, non-linear" for block in _BLOCKS],
             [f"top1/{block}/nonlinear" for block in _BLOCKS],
             {PAPER: "85.07 89.06 86.21 61.73", RERUN: "84.65 88.89 85.88 54.04"},
         ),
-        *_cells(
+        *cells(
             [f"{block}, convolutional" for block in _BLOCKS],
             [f"top1/{block}/conv" for block in _BLOCKS],
             {PAPER: "- 91.16 - -"},
         ),
-        *_cells(
+        *cells(
             [f"{block}, linear" for block in _BLOCKS], [f"top1/{block}" for block in _BLOCKS], {}
         ),
     ),

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from rotpred import published
 from rotpred.page import NOT_RUN, Block, Code, Grid, Heading, Picture, Text
-from rotpred.published import Cell, Source, Table
 from rotpred.runs import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, Result, Run
+from rotpred.tables import Cell, Source, Table
 
 TITLE = "Rotation prediction: results"
 MARK = "†"
