@@ -1,4 +1,4 @@
-"""What a table of the model page is made of: rows, the results that fill them, numbers of others."""
+"""What tables of the model page are made of: rows, results that fill them, numbers of others."""
 
 from __future__ import annotations
 
