@@ -16,7 +16,6 @@ import multiprocessing
 import resource
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ LARGEST_SHARE = 0.5
 COLUMNS = ("cpu_seconds", "peak_mib", "mean_ap", "target", "met")
 Side = Literal["ours", "scikit-learn"]
 Made = tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]
+"""Features, and labels of all classes: 1, -1, or 0 for difficult ones."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,11 @@ def _apart(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
 
 def _measure(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
-    train, labels = _made(args, args.samples, 0)
-    test, test_labels = _made(args, args.tests, 1)
+    train, test = _made(args, args.samples, 0), _made(args, args.tests, 1)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
-    work: Callable[..., tuple[float, int]] = _ours if side == "ours" else _peer
-    mean, unfinished = work(train, labels, test, test_labels, args, draws)
+    work = _ours if side == "ours" else _peer
+    mean, unfinished = work(train, test, args, draws)
     return {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
@@ -137,19 +136,12 @@ def _measure(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
     }
 
 
-def _ours(
-    train: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int8],
-    test: npt.NDArray[np.float32],
-    test_labels: npt.NDArray[np.int8],
-    args: Arguments,
-    draws: int,
-) -> tuple[float, int]:
+def _ours(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, int]:
     cpu = torch.device("cpu")
-    kernel, rows = gram(train, train, cpu), gram(test, train, cpu)
+    kernel, rows = gram(train[0], train[0], cpu), gram(test[0], train[0], cpu)
     scores = [
         scores_of_draw(
-            kernel, rows, labels, test_labels, shots=args.shots, costs=COSTS,
+            kernel, rows, train[1], test[1], shots=args.shots, costs=COSTS,
             positive_weight=WEIGHT, seed=(0, number), tick=lambda: None,
         )
         for number in range(draws)
@@ -157,23 +149,17 @@ def _ours(
     return float(np.mean(scores)), 0
 
 
-def _peer(
-    train: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int8],
-    test: npt.NDArray[np.float32],
-    test_labels: npt.NDArray[np.int8],
-    args: Arguments,
-    draws: int,
-) -> tuple[float, int]:
+def _peer(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, int]:
     """Source of the settings: mmselfsup, svm_voc07/tools/train_svm_low_shot.py."""
-    rows, held = normalize_rows(train).numpy(), normalize_rows(test).numpy()
+    (features, labels), (held_features, held_labels) = train, test
+    rows, held = normalize_rows(features).numpy(), normalize_rows(held_features).numpy()
     scores, unfinished = [], 0
     for number in range(draws):
         for k in args.shots:
             signs = np.concatenate([np.ones(k), -np.ones((args.classes - 1) * k)])
             for c in range(args.classes):
                 chosen = draw(labels[:, c], k, classes=args.classes, seed=(0, number, k, c))
-                keep = test_labels[:, c] != 0
+                keep = held_labels[:, c] != 0
                 for cost in COSTS:
                     svm = LinearSVC(
                         C=cost, class_weight={1: WEIGHT, -1: 1}, intercept_scaling=1.0,
@@ -184,7 +170,7 @@ def _peer(
                         svm.fit(rows[chosen], signs)
                     unfinished += len(caught)
                     decisions = svm.decision_function(held)[keep]
-                    scores.append(average_precision(decisions, test_labels[keep, c] > 0)[0])
+                    scores.append(average_precision(decisions, held_labels[keep, c] > 0)[0])
     return float(np.mean(scores)), unfinished
 
 

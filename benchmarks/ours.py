@@ -105,5 +105,5 @@ class Ours(Player):
 
 
 def _crops(loader: Loader, epoch: int) -> Generator[RawBatch, None, None]:
-    with closing(loader._source.epoch(epoch)) as source:  # type: ignore[type-var]
+    with closing(loader.source.epoch(epoch)) as source:  # type: ignore[type-var]
         yield from source

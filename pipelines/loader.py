@@ -80,19 +80,20 @@ class Loader:
         """Time that consumers have spent waiting for decoded crops, over all epochs."""
         self.digest = 0
         """Sum over all valid samples served of the hash of (epoch, index, box), modulo 2**64."""
-        self._source = source
+        self.source = source
+        """Who decodes: its epochs are the crops before transfer and rotation."""
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
         self._recycler = Recycler()
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
-        return len(self._source)
+        return len(self.source)
 
     @property
     def bad(self) -> int:
         """Undecodable samples masked so far."""
-        return self._source.bad.total
+        return self.source.bad.total
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch, from a step on.
@@ -105,7 +106,7 @@ class Loader:
             ImageError: more undecodable samples than the spec allows.
             TimeoutError: the engine gave no batch within the spec's timeout.
         """
-        source = self._source.epoch(epoch, start_step)
+        source = self.source.epoch(epoch, start_step)
         try:
             while True:
                 with record_function("device"):
@@ -132,7 +133,7 @@ class Loader:
 
     def close(self) -> None:
         """Release the engine's threads, buffers and files."""
-        with contextlib.closing(self._source):
+        with contextlib.closing(self.source):
             self._transfer.wait()
 
     def __enter__(self) -> Loader:

@@ -273,7 +273,7 @@ def test_the_next_epoch_is_begun_before_it_is_asked_for(
     for _ in range(len(loader)):
         next(epoch)
     epoch.close()  # at the last batch, as a training loop does
-    source = loader._source
+    source = loader.source
     pool = source._feed._runner if engine == "dali" else source._pool
     pool.submit(int).result(30)  # behind everything that its only thread was given
     # Validation reads epoch 0 again and again; DALI's feed does not know, and discards.
@@ -315,14 +315,14 @@ def test_dali_is_given_what_a_crop_needs(make, tmp_path: Path) -> None:
         assert torch.equal(ours.indices, theirs.indices)
         assert torch.equal(ours.images, theirs.images)
     assert part.digest == whole.digest
-    given, *_ = part._source._feed._batch(0, 0, np.arange(2))
+    given, *_ = part.source._feed._batch(0, 0, np.arange(2))
     with Beton.open(tmp_path / "d.beton") as beton:
         assert sum(map(len, given)) < 0.6 * beton.sizes.sum()
 
 
 @pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_resizes_while_the_consumer_works(make) -> None:
-    source = make("dali-beton")._source
+    source = make("dali-beton").source
     crops = source.epoch(0)
     held = next(crops)
     before = held.images.clone()
@@ -355,7 +355,7 @@ def test_dali_that_is_stuck_is_left_behind(make) -> None:
             asked.set()
             stuck.wait(60)
 
-    loader._source._graph._pipe = Stuck()
+    loader.source._graph._pipe = Stuck()
     try:
         with pytest.raises(TimeoutError, match="no batch from DALI for 1 s"):
             epoch_of(loader)

@@ -412,7 +412,7 @@ def test_a_file_replaced_in_mid_epoch_is_read_to_its_end(
 
 def test_an_epoch_allocates_no_dictionaries_per_sample(loader: Loader) -> None:
     """Tables go to the kernel as the beton's own arrays: nothing grows with the data set."""
-    source: Any = loader._source
+    source: Any = loader.source
     tables = source._loader.tables.state
     beton = source._beton
     mine = (beton.data, beton.offsets, beton.sizes, beton.heights, beton.widths, beton.modes)
