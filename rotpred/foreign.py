@@ -25,7 +25,9 @@ CONTAINERS = ("model", "state_dict", "network", "model_state_dict", "classy_stat
 converted AlexNet; VISSL's training. Without any of them the file is the state dict."""
 
 BOOKKEEPING = (
+    "__builtin__.getattr",
     "argparse.Namespace",
+    "builtins.getattr",
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
@@ -35,7 +37,8 @@ BOOKKEEPING = (
     "numpy.ndarray",
 )
 """Types that training programs save beside the tensors (options, curves). Nothing of them is needed
-or made: each becomes a `_Nothing`. Any other type in a file is refused."""
+or made: each becomes a `_Nothing`, mmengine's `getattr` of its buffers' methods as well, so that
+nothing is looked up or called. Any other type in a file is refused."""
 
 
 class _Nothing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,6 +93,26 @@ def stages(
     ]
 
 
+def _as_authors(layers: nn.Sequential) -> nn.Sequential:
+    """Their initialisation: N(0, sqrt(2 / fan)) by what a layer puts out, biases zero.
+
+    Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py, `initilize`. Batch
+    norm hides the scale of a weight from the output, but not from its learning rate: of a layer with
+    12,288 inputs, torch's default weights are twenty times smaller.
+    """
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            fan = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
+        elif isinstance(layer, nn.Linear):
+            fan = layer.out_features
+        else:
+            continue
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / fan))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
 def conv(backbone: Backbone, classes: int) -> list[StageProbe]:
     """Three convolutions (3x3, 1x1, 1x1; 192), global average, Linear, on every stage.
 
@@ -106,13 +127,15 @@ def conv(backbone: Backbone, classes: int) -> list[StageProbe]:
         StageProbe(
             f"{name}/conv",
             i,
-            nn.Sequential(
-                *unit(backbone.stage_channels[i], 3),
-                *unit(_HIDDEN, 1),
-                *unit(_HIDDEN, 1),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(_HIDDEN, classes),
+            _as_authors(
+                nn.Sequential(
+                    *unit(backbone.stage_channels[i], 3),
+                    *unit(_HIDDEN, 1),
+                    *unit(_HIDDEN, 1),
+                    nn.AdaptiveAvgPool2d(1),
+                    nn.Flatten(),
+                    nn.Linear(_HIDDEN, classes),
+                )
             ),
         )
         for i, name in enumerate(backbone.stage_names)
@@ -135,11 +158,13 @@ def nonlinear(backbone: Backbone, classes: int, input_size: int) -> list[StagePr
         StageProbe(
             f"{name}/nonlinear",
             i,
-            nn.Sequential(
-                nn.Flatten(),
-                *unit(channels * height * width_),
-                *unit(width),
-                nn.Linear(width, classes),
+            _as_authors(
+                nn.Sequential(
+                    nn.Flatten(),
+                    *unit(channels * height * width_),
+                    *unit(width),
+                    nn.Linear(width, classes),
+                )
             ),
         )
         for i, (name, (channels, height, width_)) in enumerate(

@@ -106,6 +106,24 @@ def rate(recipe: Linear, epoch: float) -> float:
     return lr_at(probe.schedule, probe.optim.lr_for(256), epoch, recipe.run.epochs)
 
 
+def test_the_authors_probes_begin_as_theirs() -> None:
+    """By what a layer puts out, not by what it reads: their `initilize`, worked out by hand."""
+    torch.manual_seed(0)
+    trunk = build_backbone("nin4")
+    for probe, expected in (
+        (probes.nonlinear(trunk, 10, 32)[1], [(200, 0.1), (200, 0.1), (10, 0.4472)]),
+        (
+            probes.conv(trunk, 10)[1],
+            [(192, 0.03402), (192, 0.10206), (192, 0.10206), (10, 0.4472)],
+        ),
+    ):
+        layers = [part for part in probe.layers if isinstance(part, nn.Linear | nn.Conv2d)]
+        assert [layer.weight.shape[0] for layer in layers] == [width for width, _ in expected]
+        for layer, (_, deviation) in zip(layers, expected, strict=True):
+            assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+            assert layer.bias is None or not layer.bias.any()
+
+
 def test_the_published_settings() -> None:
     """protocols, sections 2 and 3: 256 images a step; rates just before and after each change."""
     tables = {
