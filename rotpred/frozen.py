@@ -21,6 +21,7 @@ from rotpred.features import Features, FromWeights, Store, extract, load_trunk
 from rotpred.job import DONE
 from rotpred.runfolder import plain, write_json
 from rotpred.runlog import RunLog, lock
+from rotpred.scoring import Labelled, shared_classes
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,21 @@ def open_evaluation(
             for spec in (recipe.train, recipe.val)
         )
         yield Evaluation(recipe, rank, out, train, val, sha)
+
+
+def classes_of(evaluation: Evaluation) -> int:
+    """Number of classes of training and test data, which must be the same by name and order.
+
+    Raises:
+        ValueError: they are not, or samples have no label.
+    """
+    recipe = evaluation.recipe
+    return shared_classes(
+        *(
+            Labelled(spec.data, part.classes, part.labels.min(), part.labels.max())
+            for spec, part in ((recipe.train, evaluation.train), (recipe.val, evaluation.val))
+        )
+    )
 
 
 def share(count: int, rank: Rank) -> slice:

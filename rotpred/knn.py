@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rotpred.distributed import Rank, all_sum
-from rotpred.frozen import open_evaluation, share
+from rotpred.frozen import classes_of, open_evaluation, share
 from rotpred.recipes.frozen import Knn
 
 BANK_ROWS = 8192
@@ -34,10 +34,7 @@ def run(recipe: Knn, rank: Rank) -> Path:
     stages = (recipe.stage,)
     with open_evaluation(recipe, rank, stages=stages, store=recipe.store) as evaluation:
         train, val = evaluation.train, evaluation.val
-        for part in (train, val):
-            if len(part.labels) == 0 or part.labels.min() < 0:
-                raise ValueError("nearest neighbours need labelled data")
-        classes = int(max(train.labels.max(), val.labels.max())) + 1
+        classes = classes_of(evaluation)
         if max(recipe.neighbours) > len(train.labels):
             raise ValueError(
                 f"{max(recipe.neighbours)} neighbours of {len(train.labels)} training samples"

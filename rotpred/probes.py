@@ -97,8 +97,8 @@ def _as_authors(layers: nn.Sequential) -> nn.Sequential:
     """Their initialisation: N(0, sqrt(2 / fan)) by what a layer puts out, biases zero.
 
     Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py, `initilize`. Batch
-    norm hides the scale of a weight from the output, but not from its learning rate: of a layer with
-    12,288 inputs, torch's default weights are twenty times smaller.
+    norm hides the scale of a weight from the output, but not from its learning rate: torch's
+    default weights of a layer with 12,288 inputs are twenty times smaller.
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):

@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 from rotpred import figures
 from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank, all_sum
-from rotpred.frozen import Evaluation, Labels, labels_of, open_evaluation, share
+from rotpred.frozen import Evaluation, Labels, classes_of, labels_of, open_evaluation, share
 from rotpred.linear_svm import average_precision, gram, solve
 from rotpred.low_shot import ShotResult, aggregate, scores_of_draw
 from rotpred.recipes.frozen import LowShot, Svm
@@ -206,7 +206,10 @@ def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labe
             f"{len(train.labels)} training samples are more than {MAX_SAMPLES}: choose some of "
             "them with --train.limit"
         )
-    classes = int(max(train.labels.max(), val.labels.max())) + 1
+    if recipe.train_labels or recipe.val_labels:
+        classes = int(max(train.labels.max(), val.labels.max())) + 1
+    else:
+        classes = classes_of(evaluation)
     labels = labels_of(recipe.train_labels, train, classes, recipe.train.root)
     test_labels = labels_of(recipe.val_labels, val, classes, recipe.val.root)
     if labels.shape[1] != test_labels.shape[1]:

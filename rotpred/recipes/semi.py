@@ -71,9 +71,14 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0
         fraction: 0.01 or 0.1, which have their own weight decay.
         lr: of the backbone, for 256 images a step.
         head_mult: times that for the classifier.
+
+    Raises:
+        ValueError: another fraction.
     """
-    percent = round(100 * fraction)
-    decay = {1: 5e-4, 10: 1e-4}[percent]
+    decays = {0.01: 5e-4, 0.1: 1e-4}
+    if fraction not in decays:
+        raise ValueError(f"fraction must be 0.01 or 0.1, got {fraction}")
+    percent, decay = round(100 * fraction), decays[fraction]
     plain = LoaderSpec(
         data=f"data/imagenet/train_{percent}percent.beton", batch_size=64, views="plain"
     )
