@@ -126,7 +126,7 @@ def inaturalist(
             it, and archives have been unpacked into a folder of that name as well.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
+        FileNotFoundError: A file, folder or picture is missing.
         IndexFormatError: The file lacks a part, or a picture has not exactly one category.
     """
     source, base = Path(annotations), _folder(root)
@@ -162,7 +162,10 @@ def inaturalist(
         raise FileNotFoundError(f"{source}: {first!r} is not below {str(base)!r}")
     ids = [labels[image] for image in names]
     classes = [categories[i] for i in range(len(categories))]
-    return SampleIndex.from_names(base, names.values(), ids, classes)
+    index = SampleIndex.from_names(base, names.values(), ids, classes)
+    numbers = list(names)
+    index.require_files(lambda i: f"{source}: image id {numbers[i]}")
+    return index
 
 
 def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
@@ -173,12 +176,13 @@ def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
         split: train, val, trainval or test.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
+        FileNotFoundError: A file, folder or picture is missing.
         IndexFormatError: A line is wrong, or the classes' files name different pictures.
     """
     base = _folder(root)
     columns: list[list[int]] = []
     pictures: list[str] = []
+    places: list[str] = []
     for name in VOC_CLASSES:
         source = base / "ImageSets" / "Main" / f"{name}_{split}.txt"
         column: list[int] = []
@@ -188,6 +192,7 @@ def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
                 raise IndexFormatError(f"{place}: expected `picture -1|0|1`, found {line[:200]!r}")
             if not columns:
                 pictures.append(picture)
+                places.append(place)
             elif row >= len(pictures) or pictures[row] != picture:
                 raise IndexFormatError(f"{place}: {picture!r} is not the picture of other classes")
             column.append(int(value))
@@ -195,10 +200,8 @@ def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
             raise IndexFormatError(f"{source}: {len(column)} lines, expected {len(pictures)}")
         columns.append(column)
     names = [f"JPEGImages/{picture}.jpg" for picture in pictures]
-    missing = next((name for name in names if not (base / name).is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"{str(base / missing)!r} does not exist")
     images = SampleIndex.from_names(base, names, [-1] * len(names), ())
+    images.require_files(places.__getitem__)
     return MultiLabelled(images, np.array(columns, np.int8).T.copy(), VOC_CLASSES)
 
 

@@ -6,9 +6,10 @@ bytes a path where a list of `Path` objects would take ten times that.
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +81,36 @@ class SampleIndex:
         blob, offsets = _pack(self.blob[bounds[i] : bounds[i + 1]] for i in chosen)
         return replace(self, blob=blob, offsets=offsets, labels=self.labels[chosen])
 
+    def require_files(self, place: Callable[[int], str]) -> None:
+        """Refuse an index that names a file that is not there.
+
+        Each folder is listed once: on a network's file system that is a thousand requests where
+        asking for the files one by one would be a million.
+
+        Args:
+            place: Where sample i is named, for the message.
+
+        Raises:
+            FileNotFoundError: The first one that is missing, after its place.
+        """
+        folders: dict[bytes, array[int]] = {}
+        bounds = self.offsets.tolist()
+        for i in range(len(self)):
+            folder = os.path.dirname(self.blob[bounds[i] : bounds[i + 1]])
+            folders.setdefault(folder, array("q")).append(i)
+        first = len(self)
+        for folder, members in folders.items():
+            try:
+                present = frozenset(os.listdir(os.path.join(os.fsencode(self.root), folder)))
+            except (FileNotFoundError, NotADirectoryError):
+                present = frozenset()
+            for i in members:
+                name = os.path.basename(self.blob[bounds[i] : bounds[i + 1]])
+                if i < first and name not in present:
+                    first = i
+        if first < len(self):
+            raise FileNotFoundError(f"{place(first)}: {str(self.path(first))!r} does not exist")
+
     def describe(self) -> dict[str, object]:
         """What the data set is, without absolute paths."""
         return {"kind": "files", "root": self.root.name, "samples": len(self)}
@@ -130,7 +161,7 @@ class SampleIndex:
             root: The folder that its paths are relative to; None takes the list's own folder.
 
         Raises:
-            FileNotFoundError: The list or the root does not exist.
+            FileNotFoundError: The list, the root or a picture does not exist.
             IndexFormatError: A line is wrong; the message starts with file:line.
         """
         source = Path(file)
@@ -145,7 +176,9 @@ class SampleIndex:
             raise IndexFormatError(f"{str(source)!r} names no images")
         ids = np.frombuffer(labels, np.int64)
         classes = tuple(map(str, range(int(ids.max()) + 1)))
-        return cls(base, blob, offsets, ids, classes)
+        index = cls(base, blob, offsets, ids, classes)
+        index.require_files(lambda i: f"{source}:{_line_of(source, i)}")
+        return index
 
     @classmethod
     def from_names(
@@ -233,6 +266,13 @@ def _parse_list(source: Path, labels: array[int]) -> Iterator[bytes]:
                 raise IndexFormatError(f"{place}: path {name!r} leads outside the root")
             labels.append(label)
             yield os.fsencode(name)
+
+
+def _line_of(source: Path, i: int) -> int:
+    """The number of the line that names sample i: empty ones name none."""
+    with source.open("rb") as lines:
+        named = (number for number, raw in enumerate(lines, 1) if raw.decode().strip())
+        return next(itertools.islice(named, i, None))
 
 
 def _checked(names: Iterable[str], root: str | os.PathLike[str]) -> Iterator[bytes]:
