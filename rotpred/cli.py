@@ -16,8 +16,7 @@ from rotpred import classify, detect, distributed, knn, pretrain, rotation, segm
 from rotpred.console import configure_logging
 from rotpred.loop import STOP_STATUS, Stopped
 from rotpred.program import INTERRUPTED, USER_ERROR
-from rotpred.recipes import Linear, Pretrain, detection, frozen, linear, segmentation
-from rotpred.recipes import pretrain as pretraining
+from rotpred.recipes import Linear, Pretrain, detection, every, frozen, segmentation
 from rotpred.recipes import rotation as rotating
 from rotpred.recipes import semi as fine_tuning
 
@@ -60,7 +59,7 @@ def _describe(make: Callable[[], object], listed: bool) -> str:
 def pretrain_main(args: Sequence[str] | None = None) -> int:
     """scripts/pretrain.py: returns the exit status."""
     recipe = choose(
-        pretraining.RECIPES,
+        every.PRETRAINING,
         sys.argv[1:] if args is None else args,
         "Pretrain by rotation prediction. Start with torchrun for several processes.",
     )
@@ -70,14 +69,7 @@ def pretrain_main(args: Sequence[str] | None = None) -> int:
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
     recipe = choose(
-        {
-            **linear.RECIPES,
-            **fine_tuning.RECIPES,
-            **frozen.RECIPES,
-            **rotating.RECIPES,
-            **detection.RECIPES,
-            **segmentation.RECIPES,
-        },
+        every.EVALUATION,
         sys.argv[1:] if args is None else args,
         "Evaluate pretrained weights. RECIPE --help tells source, command and options of one. "
         "Start with torchrun for several processes.",

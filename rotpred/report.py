@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rotpred import published
+from rotpred.departures import departures
 from rotpred.page import NOT_RUN, Block, Code, Grid, Heading, Picture, Text
 from rotpred.runs import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, Result, Run
 from rotpred.tables import Cell, Source, Table
@@ -86,6 +87,7 @@ def _table(table: Table, results: Sequence[Result]) -> list[Block]:
         kind for kind in KINDS if kind in (TRAINED, RANDOM) or any(r.kind == kind for r in results)
     ]
     blocks: list[Block] = [Heading(table.title, 2), _config(table, results)]
+    blocks += _departures(dict.fromkeys(r.run for r in results))
     blocks += [Text(note) for note in table.notes]
     for kind in kinds:
         weights = {r.sha for r in results if r.kind == kind and r.sha}
@@ -143,7 +145,7 @@ def _text(result: Result, cell: Cell | None) -> str:
         text += f" ± {deviation:.2f}"
     if result.unit != "%":
         text += f" {result.unit}"
-    if "protocol" in result.row:
+    if "protocol" in result.row or departures(result.run.recipe):
         text += MARK
     chosen = []
     if cell is not None and len(cell.metrics) > 1:
@@ -167,6 +169,18 @@ def _config(table: Table, results: Sequence[Result]) -> Text:
     if counts := sorted({r.n for r in results}):
         text += f"; n = {' or '.join(f'{n:,}' for n in counts)}"
     return Text(f"{text}.")
+
+
+def _departures(runs: Iterable[Run]) -> list[Block]:
+    """What runs changed of their recipe, a line for those that changed the same."""
+    changed: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        if words := departures(run.recipe):
+            changed.setdefault(words, []).append(run.name)
+    return [
+        Text(f"{MARK}: {', '.join(names)}: {'; '.join(words)}.", warning=True)
+        for words, names in changed.items()
+    ]
 
 
 def _commands(table: Table, results: Sequence[Result], kinds: Sequence[str]) -> str:
@@ -210,6 +224,7 @@ def _pretext(runs: Sequence[Run]) -> list[Block]:
         )
     head = ("run", "config", result.metric, "chance", "views", "published")
     commands = [f"# {run.name}\n{run.command}" for run in dict.fromkeys(r.run for r in found)]
+    blocks += _departures(dict.fromkeys(r.run for r in found))
     return [*blocks, Grid(head, tuple(rows)), Code("\n".join(commands))]
 
 

@@ -1,0 +1,85 @@
+"""Results of changed recipes are not passed off as those of the published ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotpred.departures import departures
+from rotpred.page import markdown
+from rotpred.recipes.every import EVALUATION, PRETRAINING
+from rotpred.report import page
+from rotpred.runfolder import plain
+from rotpred.runs import read_runs
+
+
+def kept(recipe: object) -> dict[str, object]:
+    """A recipe as a run folder gives it back."""
+    value: dict[str, object] = json.loads(json.dumps(plain(recipe)))
+    return value
+
+
+@pytest.mark.parametrize("name", sorted({**PRETRAINING, **EVALUATION}))
+def test_a_recipe_does_not_depart_from_itself(name: str) -> None:
+    assert departures(kept({**PRETRAINING, **EVALUATION}[name]())) == ()
+
+
+def test_what_decides_is_told_and_the_rest_is_not() -> None:
+    made: Any = EVALUATION["in1k_semi_1"]()
+    made = replace(
+        made,
+        weights="x.pth",
+        fraction=0.1,
+        train=replace(made.train, data="mine", workers=3, engine="dali", batch_size=32),
+        val=replace(made.val, batch_size=7, limit=50),
+        optim=replace(made.optim, nesterov=True),
+        run=replace(made.run, out="here", device="cpu", precision="bf16", log_every=1),
+    )
+    assert departures(kept(made)) == (
+        "fraction 0.1 (recipe: 0.01)",
+        "train.batch_size 32 (recipe: 64)",
+        "val.limit 50 (recipe: none)",
+        "optim.nesterov True (recipe: False)",
+        "run.precision bf16 (recipe: fp32)",
+    )
+
+
+def test_lists_and_types() -> None:
+    knn: Any = EVALUATION["in1k_knn"]()
+    assert departures(kept(replace(knn, neighbours=(200,)))) == (
+        "neighbours 200 (recipe: 10 20 100 200)",
+    )
+    linear: Any = EVALUATION["in1k_linear"]()
+    other = replace(linear, train=replace(linear.train, crop=linear.val.crop))
+    assert "train.crop.type CenterCrop (recipe: RandomResizedCrop)" in departures(kept(other))
+    probe = replace(linear.probes[0], lrs=(1.0, 2.0))
+    assert departures(kept(replace(linear, probes=(probe,)))) == (
+        "probes.0.lrs 1.0 2.0 (recipe: none)",
+    )
+
+
+def test_other_names_and_older_files_are_passed_over() -> None:
+    assert departures({}) == ()
+    assert departures({"name": "nobody's", "fraction": 3}) == ()
+    assert departures({"name": "in1k_semi_1", "gone": 3, "optim": {"gone": 1}}) == ()
+
+
+def test_the_page_marks_them(tmp_path: Path) -> None:
+    """Beside the published number stands what was changed, for trained and random weights apart."""
+    for weights, neighbours in (("random", (10, 20, 100, 200)), ("a.safetensors", (20,))):
+        out = tmp_path / weights
+        out.mkdir()
+        made: Any = EVALUATION["in1k_knn"]()
+        made = replace(made, weights=weights, neighbours=neighbours)
+        row = {"benchmark": made.name, "recipe": made.name, "metric": "top1/k=20", "value": 5.0,
+               "unit": "%", "n": 10, "weights": weights, "checkpoint_sha256": None}  # fmt: skip
+        for file, value in (("results", [row]), ("recipe", kept(made)), ("done", {})):
+            (out / f"{file}.json").write_text(json.dumps(value))
+    runs = [run for weights in ("random", "a.safetensors") for run in read_runs(tmp_path / weights)]
+    text = markdown(page(runs), folder=tmp_path)
+    assert "†: a.safetensors: neighbours 20 (recipe: 10 20 100 200)." in text
+    assert "| 5.00† | 5.00 |" in text
