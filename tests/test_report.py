@@ -272,8 +272,10 @@ def test_detection_and_segmentation_rows(make: Make) -> None:
 def test_other_data_sets_and_protocols_follow_as_they_are(make: Make) -> None:
     values = {"top1/avgpool": 44.0, "top1/res2": 64.0}
     cached = rows(values, protocol="features of the validation crop")
-    trained = make("trained", "cifar10_linear", cached)
-    random = make("random", "cifar10_linear", rows({"top1/res2": 55.5}), weights="random")
+    own = {"backbone": "resnet18_tiny"}
+    trained = make("trained", "cifar10_linear", cached, fields=own)
+    scores = rows({"top1/res2": 55.5})
+    random = make("random", "cifar10_linear", scores, weights="random", fields=own)
     rotation = {"benchmark": "rotation", "metric": "accuracy", "value": 74.5, "chance": 25.0}
     pretext = make("pretrain", "rotnet_cifar10_r18", [rotation], weights=None)
     text = rendered(trained, random, pretext)
