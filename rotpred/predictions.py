@@ -20,7 +20,7 @@ from pipelines.stored import read_numbers
 from rotpred.box_ap import Found
 from rotpred.coco_ap import check_runs
 from rotpred.distributed import Rank, gather_rows
-from rotpred.durable import temporary_of
+from rotpred.runfolder import write_atomic
 
 _HIGHEST = float(np.finfo(np.float32).max)
 
@@ -97,6 +97,9 @@ def write_found(path: Path, found: Sequence[Found], samples: DenseSamples) -> No
 
     image_id is the picture's name, a number where it is one without leading zeros; category_id is
     COCO's where the data set has such, else counts from 1 in the order of the classes.
+
+    Raises:
+        OSError: it cannot be written; what was at `path` is there as before.
     """
     categories = _categories(samples)
     rows = []
@@ -114,9 +117,7 @@ def write_found(path: Path, found: Sequence[Found], samples: DenseSamples) -> No
             if one.masks:
                 row["segmentation"] = one.masks[k]
             rows.append(row)
-    temporary = temporary_of(path)
-    temporary.write_text(json.dumps(rows))
-    temporary.replace(path)
+    write_atomic(path, json.dumps(rows).encode())
 
 
 def read_found(path: Path, samples: DenseSamples) -> list[Found]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,24 @@ def test_results_of_voc_come_back(boxes: ObjectSamples, tmp_path: Path) -> None:
     assert {row["image_id"] for row in rows} == set(boxes.names)
     assert rows[0]["category_id"] == found[0].labels[0] + 1
     assert same(read_found(path, boxes), found)
+
+
+@pytest.mark.parametrize("before", [None, "[]"])
+def test_a_full_disk_leaves_nothing_half(
+    boxes: ObjectSamples, tmp_path: Path, before: str | None
+) -> None:
+    """Neither a temporary nor a part of the file; what was there stays."""
+    found, path = perfect(boxes, masks=False), tmp_path / "found.json"
+    if before is not None:
+        path.write_text(before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # writes fail in the middle
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_found(path, found, boxes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ([before] if before else [])
 
 
 def devkit(folder: Path, found: Sequence[Found], samples: DenseSamples, prefix: str) -> Path:
