@@ -215,11 +215,13 @@ def _train(
     recipe: Recipe, task: Task, state: TrainState, job: Job[DenseLoader], log: RunLog
 ) -> Evaluation:
     """Train to the end; returns the validation of the final weights."""
-    results: dict[int, Evaluation] = {}
+    last: tuple[int, Evaluation] | None = None  # not all: their figures are large pictures
 
     def validate(_finished: int) -> float:
+        nonlocal last
         assert job.val is not None
-        found = results[state.step] = evaluate(task, state, job.val)
+        found = evaluate(task, state, job.val)
+        last = state.step, found
         log.validation(step=state.step, values={k: 100 * v for k, v in found.values.items()})
         for name, figure in found.figures.items():
             log.figure(name, figure)
@@ -231,9 +233,10 @@ def _train(
     data, pace = job.loader, recipe.eval_every
     for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
         state.learn(objective, batch)
-    if state.step not in results:  # max_steps ended it inside an epoch
+    if last is None or last[0] != state.step:  # max_steps ended it inside an epoch
         validate(0)
-    return results[state.step]
+    assert last is not None
+    return last[1]
 
 
 def evaluate(task: Task, state: TrainState, val: DenseLoader) -> Evaluation:

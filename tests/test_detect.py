@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ from pycocotools import mask as run_lengths
 
 from pipelines.dense import open_dense
 from pipelines.dense_spec import ShortSide
-from rotpred import detect
+from rotpred import dense, detect
 from rotpred.backbone import build_backbone
-from rotpred.dense import scaled
+from rotpred.dense import Evaluation, scaled
 from rotpred.detect import Detect
 from rotpred.distributed import Rank
 from rotpred.optim import Optim
@@ -150,6 +153,35 @@ def test_a_run_that_was_cut_goes_on(finished: Detection, tmp_path: Path) -> None
         for out in (Path(finished.run.out), tmp_path)
     ]
     assert digests[0] == digests[1] != "0"
+
+
+@pytest.mark.parametrize("last_step", [4, 5])
+def test_of_many_validations_the_last_is_kept(
+    monkeypatch: pytest.MonkeyPatch, last_step: int
+) -> None:
+    """Each holds figures of megabytes; the one returned is that of the final weights."""
+    state: Any = types.SimpleNamespace(step=0, learn=lambda *_: None)
+    made: list[weakref.ref[Evaluation]] = []
+
+    def steps(*_: object, evaluate: Callable[[int], float], **__: object) -> Iterator[None]:
+        for state.step in range(1, last_step + 1):
+            yield None
+            if state.step % 2 == 0:
+                assert evaluate(state.step) == state.step
+
+    def validated(*_: object) -> Evaluation:
+        assert sum(ref() is not None for ref in made) <= 1
+        found = Evaluation({"AP": float(state.step)}, n=1)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(dense, "steps", steps)
+    monkeypatch.setattr(dense, "evaluate", validated)
+    job: Any = types.SimpleNamespace(loader=None, val=())
+    log: Any = types.SimpleNamespace(validation=lambda **_: None)
+    found = dense._train(voc0712_det(), Detect(voc0712_det()), state, job, log)
+    assert found.values == {"AP": last_step} and len(made) == (2 if last_step == 4 else 3)
+    assert [ref() is not None for ref in made] == [False] * (len(made) - 1) + [True]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
