@@ -28,7 +28,11 @@ def rate(work: Callable[[], object], amount: float, device: torch.device) -> flo
 
 
 def matmul_flops(device: torch.device, precision: Precision) -> float:
-    """Floating point operations per second of a large matrix product."""
+    """Floating point operations per second of a large matrix product.
+
+    In fp32 on a GPU its factors are rounded as those of convolutions are (TF32, by default), which
+    it is there to be compared with.
+    """
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device).to(DTYPES[precision])
     out = torch.empty_like(a)
@@ -38,7 +42,12 @@ def matmul_flops(device: torch.device, precision: Precision) -> float:
         for _ in range(repeats):
             torch.mm(a, a, out=out)
 
-    return rate(work, repeats * 2.0 * side**3, device)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        return rate(work, repeats * 2.0 * side**3, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def copy_bytes(device: torch.device) -> float:

@@ -33,7 +33,7 @@ def _write(  # type: ignore[no-untyped-def]
     scale = tl.load(constants + 3 + c, mask=c < 3, other=0.0)
     # Two roundings, as in the definition: a sum and a product in this order cannot be fused.
     words = ((pixels - mean[None, None, :]) * scale[None, None, :]).to(out.dtype.element_ty)
-    last, image = side - 1, side.to(tl.int64) * side * 3
+    last, image = side - 1, tl.cast(side, tl.int64) * side * 3
     place = out + i * image + c[None, None, :]
     column = (y < side)[:, None, None] & (x < side)[None, :, None] & (c < 3)[None, None, :]
     rows, columns = y[:, None, None], x[None, :, None]

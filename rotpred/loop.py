@@ -10,8 +10,9 @@
     for batch in steps(state, loader, run, log=log):
         state.learn(objective, batch.images, batch.targets)
 
-Nothing in a step reads the device back. At the log cadence the sums that `state.learn` gathered are
-read, and all ranks agree on whether a signal has come or a loss was not finite.
+The loop reads nothing back from the device in a step; torch's SyncBN does, in every layer, and so
+do detection's proposals. At the log cadence the sums that `state.learn` gathered are read, and all
+ranks agree on whether a signal has come or a loss was not finite.
 """
 
 from __future__ import annotations

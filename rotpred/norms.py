@@ -19,7 +19,8 @@ def synced(model: M, kind: SyncBn, rank: Rank, run: Run) -> M:
     """Let batch norm take its statistics over all processes, or leave it as it is ("off").
 
     Raises:
-        ValueError: there is no GPU, apex is not installed, or CUDA graphs are asked for as well.
+        ValueError: there is no GPU, apex is not installed, or CUDA graphs or compilation are asked
+            for as well.
     """
     check(kind, rank, run)
     if kind == "off":
@@ -33,7 +34,7 @@ def check(kind: SyncBn, rank: Rank, run: Run) -> None:
     """Refuse what `synced` will, but for apex: before data are opened that take minutes.
 
     Raises:
-        ValueError: there is no GPU, or CUDA graphs are asked for as well.
+        ValueError: there is no GPU, or CUDA graphs or compilation are asked for as well.
     """
     if kind == "off":
         return
@@ -43,6 +44,12 @@ def check(kind: SyncBn, rank: Rank, run: Run) -> None:
         raise ValueError(
             f"run.cuda_graph cannot capture what sync_bn={kind} sends between GPUs: pass "
             "--sync-bn off or --run.no-cuda-graph"
+        )
+    if run.compile:
+        # Dynamo breaks the graph in every such layer and gives up after eight of them.
+        raise ValueError(
+            f"run.compile falls to pieces in the layers of sync_bn={kind}: pass --sync-bn off or "
+            "--run.no-compile"
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -147,15 +148,25 @@ def build(
     elif optim.kind == "apex_sgd":
         built = _apex_sgd()(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
     else:
-        built = torch.optim.SGD(
-            groups,
-            lr=lr,
-            momentum=optim.momentum,
-            nesterov=optim.nesterov,
-            fused=True if on_cuda else None,
-            foreach=None if on_cuda else True,
-        )
+        sgd = fused_sgd if on_cuda else functools.partial(torch.optim.SGD, foreach=True)
+        built = sgd(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
     set_lr(built, lr)
+    return built
+
+
+def fused_sgd(
+    groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool
+) -> torch.optim.SGD:
+    """torch's fused SGD, whose momentum is zero before the first step and not undefined.
+
+    Torch leaves the buffers to the first step, which writes nothing where a GradScaler finds an
+    overflow, as it does in the first steps as a rule; the second one then adds what the memory
+    held before. Without dampening, a step from zero is torch's first step.
+    """
+    built = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        for parameter in (p for group in built.param_groups for p in group["params"]):
+            built.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return built
 
 

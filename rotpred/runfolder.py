@@ -156,6 +156,11 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
         "python": platform.python_version(),
         **versions,
         "cuda": torch.version.cuda,
+        # What fp32 means on a GPU: torch rounds the factors of convolutions to 10 bits, by default.
+        "tf32": {
+            "convolutions": torch.backends.cudnn.allow_tf32,
+            "products": torch.backends.cuda.matmul.allow_tf32,
+        },
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(cores),

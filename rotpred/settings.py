@@ -22,14 +22,15 @@ class Run:
     precision: Precision = "bf16"
     """Autocast type: bf16, fp16 (with a gradient scaler) or fp32 (no autocast)."""
     compile: bool = False
-    """torch.compile the network, once for each side of the pictures."""
+    """torch.compile the network, once for each side of the pictures. Not with SyncBN."""
     cuda_graph: bool = False
     """Replay forward and backward as one CUDA graph for each side of the pictures: less work for a
     host that is late. Needs a GPU, and batch norm without SyncBN."""
     accumulate: int = 1
     """Steps whose gradients are added up before one update of the weights."""
     log_every: int = 50
-    """Steps between progress lines; the only times at which the host reads the device."""
+    """Steps between progress lines; apart from SyncBN and detection, the only times at which the
+    host waits for the device."""
     save_every: int = 1000
     """Steps between checkpoints; one more is written at the end of each epoch."""
     profile: int = 0

@@ -224,7 +224,10 @@ def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
         pretrain.run(recipe, rank)
 
 
-def test_graphs_and_synchronised_batch_norm_are_refused() -> None:
-    recipe = replace(Pretrain(run=Run(cuda_graph=True)), sync_bn="torch", backbone="nin3")
-    with pytest.raises(ValueError, match=r"sync_bn=torch.*--run\.no-cuda-graph"):
+@pytest.mark.parametrize("option", ["cuda_graph", "compile"])
+def test_synchronised_batch_norm_goes_with_neither(option: str) -> None:
+    run = replace(Run(), **{option: True})  # type: ignore[arg-type]
+    recipe = replace(Pretrain(run=run), sync_bn="torch", backbone="nin3")
+    words = rf"sync_bn=torch.*--run\.no-{option.replace('_', '-')}"
+    with pytest.raises(ValueError, match=words):
         pretrain._network(recipe, Rank(device=torch.device("cuda:0")))

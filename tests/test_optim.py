@@ -13,7 +13,7 @@ from torch import nn
 
 from rotpred.backbone import build_backbone
 from rotpred.heads import make_rotnet
-from rotpred.optim import Lars, Optim, build, param_groups, set_lr
+from rotpred.optim import Lars, Optim, build, fused_sgd, param_groups, set_lr
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -111,6 +111,33 @@ def test_sgd_steps_as_written_down(nesterov: bool) -> None:
         velocity = 0.9 * velocity + decayed
         weight -= 0.1 * (decayed + 0.9 * velocity if nesterov else velocity)
         torch.testing.assert_close(net.weight.detach(), weight)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fused_sgd_survives_an_overflow_in_the_first_step(nesterov: bool) -> None:
+    """Gradients of infinity under a GradScaler leave no trace, then steps are the plain ones."""
+    nets = [nn.Linear(3, 2) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    common = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    fused = fused_sgd([{"params": list(nets[0].parameters())}], **common)  # type: ignore[arg-type]
+    plain = torch.optim.SGD(nets[1].parameters(), **common)  # type: ignore[arg-type]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    # Memory that torch hands out unwritten is filled with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        for gradient in (math.inf, 1.0, -2.0):
+            scale = scaler.scale(torch.ones(())).item()
+            for net, factor in zip(nets, (scale, 1.0), strict=True):
+                for parameter in net.parameters():
+                    parameter.grad = torch.full_like(parameter, gradient * factor)
+            scaler.step(fused)
+            scaler.update()
+            if math.isfinite(gradient):
+                plain.step()
+            for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+                torch.testing.assert_close(one, other)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_lars_steps_as_in_the_paper() -> None:

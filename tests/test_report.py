@@ -277,7 +277,7 @@ def test_other_data_sets_and_protocols_follow_as_they_are(make: Make) -> None:
     scores = rows({"top1/res2": 55.5})
     random = make("random", "cifar10_linear", scores, weights="random", fields=own)
     rotation = {"benchmark": "rotation", "metric": "accuracy", "value": 74.5, "chance": 25.0}
-    pretext = make("pretrain", "rotnet_cifar10_r18", [rotation], weights=None)
+    pretext = make("pretrain", "rotnet_cifar10_r18", [rotation], weights=None, fields=own)
     text = rendered(trained, random, pretext)
     assert table(text, "CIFAR-10, linear") == {
         "top1/avgpool": {"trained": "44.00†", "random": NOT_RUN, "difference": "–"},

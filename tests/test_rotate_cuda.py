@@ -106,11 +106,15 @@ def test_kernels_under_the_interpreter(check: str) -> None:
     assert done.stdout == f"{check} passed\n"
 
 
+@pytest.mark.parametrize("side", ["i32", "constexpr"])
 @pytest.mark.parametrize(("precision", "capability"), [("fp16", 80), ("bf16", 90)])
 def test_kernels_compile_without_a_gpu(
-    precision: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, capability: int, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For A100 and H100, down to PTX: rounding to nearest, and nothing fused in between."""
+    """For A100 and H100, down to PTX: rounding to nearest, and nothing fused in between.
+
+    A side of 1 is a constant, as Triton's launcher makes of every argument that is 1.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,13 +124,15 @@ def test_kernels_compile_without_a_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     crops = {"crops": "*u8"}
     regions = {"source": "*u8", "offsets": "*i64", "shapes": "*i32", "flips": "*i1"}
-    common = {"out": f"*{precision}", "constants": "*fp32", "batch": "i32", "side": "i32"}
+    common = {"out": f"*{precision}", "constants": "*fp32", "batch": "i32", "side": side}
     for kernel, inputs in (
         (rotate_cuda._turn_crops, crops),
         (rotate_cuda._turn_regions, regions),
     ):
         signature = {**inputs, **common, "VIEWS": "constexpr", "TILE": "constexpr"}
         values = {(len(signature) - 2,): 4, (len(signature) - 1,): 16}
+        if side == "constexpr":
+            values[(list(signature).index("side"),)] = 1
         compiled = triton.compile(
             ASTSource(kernel, signature=signature, constexprs=values),
             target=GPUTarget("cuda", capability, 32),
