@@ -20,6 +20,18 @@ from pipelines.index import IndexFormatError
 _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
 
 
+def api(module: str) -> Any:
+    """Return a module of pycocotools.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"pycocotools.{module}")
+    except ImportError as error:
+        raise ValueError("this needs pycocotools: pip install -e '.[eval]'") from error
+
+
 class CocoSamples(ObjectSamples):
     """COCO's pictures in the order of their ids; names are the ids as text."""
 
@@ -99,13 +111,15 @@ def objects(
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: the file is no such JSON, no picture is left, or there are too many problems.
+        ValueError: the file is no such JSON, no picture is left, there are too many problems, or
+            pycocotools, which training and validation need, is not installed.
     """
     source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
     if not source.is_file():
         raise FileNotFoundError(f"{str(source)!r} does not exist")
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+    api("mask")  # Its lack is told now: reading takes minutes, and the threads need it after that.
     images, categories, annotations = _content(source)
     labels = {number: label for label, number in enumerate(categories)}
     chosen = dict(itertools.islice(sorted(images.items()), limit))
@@ -190,7 +204,7 @@ def decompressed(counts: str | bytes) -> npt.NDArray[np.int64]:
 
 def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
     """Run lengths of polygons, as one region."""
-    tools: Any = importlib.import_module("pycocotools.mask")
+    tools = api("mask")
     runs: dict[str, Any] = tools.merge(tools.frPyObjects(outline, height, width))
     return runs
 

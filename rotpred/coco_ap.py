@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.annotations import DenseSamples
-from pipelines.coco import decompressed
+from pipelines.coco import api, decompressed
 from rotpred.box_ap import Found
 
 _NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
 """The first of what COCOeval.summarize leaves in `stats`."""
-
-
-def api(module: str) -> Any:
-    """Return a module of pycocotools.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module(f"pycocotools.{module}")
-    except ImportError as error:
-        raise ValueError("this needs pycocotools: pip install -e '.[eval]'") from error
 
 
 def coco_metrics(found: Sequence[Found], samples: DenseSamples, *, masks: bool) -> dict[str, float]:

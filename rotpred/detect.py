@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.coco import api
 from pipelines.dense import DenseLoader
 from pipelines.dense_spec import DenseBatch
 from pipelines.picture import decode
 from rotpred import dense
 from rotpred.backbone import Backbone
 from rotpred.box_ap import Found, voc_metrics
-from rotpred.coco_ap import api, coco_metrics
+from rotpred.coco_ap import coco_metrics
 from rotpred.dense import Evaluation
 from rotpred.distributed import Rank, broadcast_str
 from rotpred.drawing import boxes_figure

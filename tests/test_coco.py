@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import dense_trees
@@ -12,6 +13,8 @@ from dense_trees import COCO_CATEGORIES, check_box, coloured
 
 from pipelines import coco
 from pipelines.annotations import Problems
+from pipelines.dense import open_dense
+from pipelines.dense_spec import DenseSpec
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -62,6 +65,22 @@ def test_run_lengths_and_polygons_are_pycocotools_own() -> None:
         assert np.array_equal(coco.rasterised([polygons], height, width)[0], whole)
     with pytest.raises(ValueError, match="run lengths of 7 pixels for 4x2"):
         coco.rasterised([{"size": [2, 4], "counts": [3, 4]}], 2, 4)
+
+
+def test_without_pycocotools_nothing_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said at once and as a user's mistake: not after minutes, by a thread of the loader."""
+    root = dense_trees.coco(tmp_path, 3)
+    (root / "annotations/instances_val2017.json").write_text("{")  # reading it is another error
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    for read in (
+        lambda: coco.objects("val2017", root, problems=Problems(0)),
+        lambda: open_dense(DenseSpec(data="coco:val2017", root=str(root))),
+        lambda: coco.api("mask"),
+    ):
+        with pytest.raises(ValueError, match=r"needs pycocotools: pip install -e '\.\[eval\]'"):
+            read()
 
 
 def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
