@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.spec import CIFAR10, IMAGENET, Normalize
 from rotpred.backbone import Backbone
 from rotpred.durable import CheckpointError
 from rotpred.foreign import Tensors
@@ -52,12 +53,13 @@ def export_backbone(
 ) -> Written:
     """Write a backbone for another project, as a whole or not at all.
 
-    torchvision and timm: a flat state dict (`fc` is missing, load with strict=False or
-    num_classes=0). mmdet and mmseg: `state_dict` with `backbone.` keys, for an `init_cfg` of type
-    Pretrained with that prefix. detectron2: its own names in a pickle, which its loader matches by
-    their ends. ONNX: input "images" (N, 3, H, W), float32 and normalised; outputs "map"
-    (N, D, h, w), the last stage, and "pooled" (N, D), its global average. N, H and W are free, BN
-    is folded into the convolutions. What onnx's own evaluator computes has been compared.
+    What the other project must feed it is in no file; `reading` says it. torchvision and timm: a
+    flat state dict (`fc` is missing, load with strict=False or num_classes=0). mmdet and mmseg:
+    `state_dict` with `backbone.` keys, for an `init_cfg` of type Pretrained with that prefix.
+    detectron2: its own names in a pickle, which its loader matches by their ends. ONNX: input
+    "images" (N, 3, H, W), float32 and normalised; outputs "map" (N, D, h, w), the last stage, and
+    "pooled" (N, D), its global average. N, H and W are free, BN is folded into the convolutions.
+    What onnx's own evaluator computes has been compared.
 
     Args:
         backbone: as `build_backbone` made it; put in evaluation mode.
@@ -94,6 +96,44 @@ def export_backbone(
             data, count = _onnx_bytes(backbone, meta)
             digest = write_whole(path, data)
     return Written(path, count, path.stat().st_size, digest)
+
+
+def reading(form: Format) -> str:
+    """How the other project must read pictures and file, by the names of its own options, one line.
+
+    Its defaults need not be these (detectron2's are BGR, standard deviation 1 and the stride in the
+    1 x 1 convolution), and would degrade results without a word. A file of weights does not say
+    what its pretraining normalised with, so that both of our statistics are named.
+    """
+    imagenet, cifar10 = (_statistics(form, statistics) for statistics in (IMAGENET, CIFAR10))
+    return (
+        f"{_INPUT[form]}; mean and deviation as in pretraining: "
+        f"ImageNet recipes use {imagenet}; CIFAR-10 recipes {cifar10}"
+    )
+
+
+_INPUT: Mapping[Format, str] = {
+    "safetensors": "RGB in 0..1",
+    "torchvision": "RGB in 0..1",
+    "timm": "RGB in 0..1",
+    "mmdet": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
+    "mmseg": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
+    "detectron2": "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False (not the defaults)",
+    "onnx": "RGB in 0..1",
+}
+"""What each format's readers are told beside the statistics."""
+
+
+def _statistics(form: Format, normalize: Normalize) -> str:
+    names, unit = ("mean", "std"), 255
+    match form:
+        case "detectron2":
+            names, unit = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"), 1
+        case "mmdet" | "mmseg":
+            unit = 1
+    rows = (normalize.mean, normalize.std)
+    texts = (",".join(f"{round(v / unit, 4):g}" for v in row) for row in rows)
+    return ", ".join(f"{name} [{text}]" for name, text in zip(names, texts, strict=True))
 
 
 def _torch_bytes(content: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from rotpred.export import Format, export_backbone
+from rotpred.export import Format, export_backbone, reading
 from rotpred.program import drive
 from rotpred.weights import read_backbone
 
@@ -20,7 +20,8 @@ class Arguments:
 
     torchvision, timm: flat keys without fc. mmdet, mmseg: keys with the prefix `backbone.`.
     detectron2: a .pkl of arrays. onnx: dynamic batch and sides, checked against torch. These but
-    onnx take resnet18 and resnet50; safetensors and onnx take every network.
+    onnx take resnet18 and resnet50; safetensors and onnx take every network. What the other project
+    must be told (order of colours, mean and deviation, place of the stride) is printed in the end.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -45,7 +46,8 @@ def main(args: Arguments) -> str:
     return (
         f"{args.checkpoint}: {report.words()}\n"
         f"{made.path}: {backbone.arch} for {args.format}, {made.tensors} tensors, "
-        f"{made.bytes / 1e6:.1f} MB, sha256 {made.sha256}"
+        f"{made.bytes / 1e6:.1f} MB, sha256 {made.sha256}\n"
+        f"read it with: {reading(args.format)}"
     )
 
 

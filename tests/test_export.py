@@ -29,7 +29,7 @@ import rotpred.export
 from rotpred.backbone import Backbone, build_backbone
 from rotpred.checkpoint import save
 from rotpred.durable import CheckpointError, sha256_file
-from rotpred.export import Format, Written, export_backbone
+from rotpred.export import SUFFIXES, Format, Written, export_backbone, reading
 from rotpred.heads import make_rotnet
 from rotpred.weights import load_backbone, save_backbone
 
@@ -119,6 +119,39 @@ def test_detectron2_gets_its_names_and_arrays(tmp_path: Path) -> None:
     # Every tensor once: nothing but the names has changed, and not the order.
     for array, (key, value) in zip(model.values(), own.items(), strict=True):
         assert torch.equal(torch.from_numpy(array), value), key
+
+
+ZOO = "mean [0.485,0.456,0.406], std [0.229,0.224,0.225]"
+BYTES = "mean [123.675,116.28,103.53], std [58.395,57.12,57.375]"
+
+
+@pytest.mark.parametrize(
+    ("forms", "words"),
+    [
+        (("timm", "torchvision", "onnx", "safetensors"), ("RGB in 0..1", f"recipes use {ZOO};")),
+        (("mmdet", "mmseg"), ("bgr_to_rgb=True", "style='pytorch'", f"recipes use {BYTES};")),
+        (
+            ("detectron2",),
+            (
+                "INPUT.FORMAT RGB",
+                "MODEL.RESNETS.STRIDE_IN_1X1 False",
+                "MODEL.PIXEL_MEAN [123.675,116.28,103.53]",
+                "MODEL.PIXEL_STD [58.395,57.12,57.375]",
+            ),
+        ),
+    ],
+)
+def test_how_each_format_is_to_be_read(forms: tuple[Format, ...], words: tuple[str, ...]) -> None:
+    """The statistics in the unit of the project; those of CIFAR-10 recipes are others."""
+    for form in forms:
+        text = reading(form)
+        assert all(part in text for part in words) and "\n" not in text
+        ours = "[125.3,123,113.9]" if "116.28" in text else "[0.4914,0.4824,0.4467]"
+        assert "CIFAR-10 recipes" in text and ours in text
+
+
+def test_every_format_says_how() -> None:
+    assert all("as in pretraining" in reading(form) for form in SUFFIXES)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +267,7 @@ def test_the_command_converts_a_checkpoint_and_says_what_it_wrote(
     assert (done.status, done.err) == (0, "")
     assert "rotpred checkpoint: 120 tensors loaded, 2 ignored (head.fc.weight, hea" in done.out
     assert re.search(r"resnet18 for torchvision, 120 tensors, 44\.\d MB", done.out)
-    assert f"sha256 {sha256_file(output)}" in done.out
+    assert f"sha256 {sha256_file(output)}\nread it with: {reading('torchvision')}\n" in done.out
     assert equal(torch.load(output, weights_only=True), net.backbone.state_dict())
     again = command(source, "--format", "torchvision", "--output", output)
     assert again.status == 2 and "give --overwrite" in again.err
