@@ -61,7 +61,7 @@ def load(
     if spec.train and samples.kind == "objects":
         objects = kept(samples.objects(i), spec)
         labels = torch.from_numpy(objects.labels + 1)
-        scene = _with_objects(scene, objects, outlined=samples.outlined)
+        scene = _with_objects(scene, objects, outlined=samples.outlined and spec.masks)
     elif spec.train:
         scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
     scene = joint.resized(scene, plan)
@@ -101,6 +101,8 @@ def open_samples(spec: DenseSpec) -> DenseSamples:
     problems = Problems(spec.max_bad)
     if spec.classes and kind not in ("voc", "vocseg"):
         raise ValueError(f"{spec.data}: classes are for voc and vocseg data")
+    if not spec.masks and kind in ("vocseg", "cityscapes"):
+        raise ValueError(f"{spec.data}: masks are all that there is to learn: leave them on")
     match kind:
         case "voc" | "vocseg":
             read = voc.boxes if kind == "voc" else voc.masks
@@ -169,7 +171,7 @@ def _picture(samples: DenseSamples, i: int) -> tv_tensors.Image:
 
 
 def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
-    """The picture with boxes, and masks where there are outlines."""
+    """The picture with boxes, and with masks where outlines are there and wanted."""
     height, width = scene.image.shape[1:]
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)

@@ -87,6 +87,9 @@ class DenseSpec:
     """Train on boxes marked difficult, as detectron2 does; mmdetection ignores them."""
     keep_empty: bool = False
     """Train on pictures without any box to learn from. Evaluation reads every picture."""
+    masks: bool = True
+    """Of coco data, load the objects' masks beside their boxes. Without them training is cheaper;
+    pictures and boxes are the same. A network that learns no masks has them left out by itself."""
     train: bool = True
     """An endless shuffled order, grouped by aspect ratio; else every picture once, in order."""
     steps_per_epoch: int | None = None
@@ -133,7 +136,7 @@ class DenseSpec:
     def deciding(self) -> dict[str, object]:
         """Plain data: all that decides which pixels come in which order, but for the data."""
         fields = asdict(self)
-        for name in ("data", "root", "batch_size", "max_bad", "workers", "timeout"):
+        for name in ("data", "root", "batch_size", "masks", "max_bad", "workers", "timeout"):
             del fields[name]
         return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}
 
@@ -147,7 +150,7 @@ class Target(TypedDict, total=False):
     """int64 (K,): 1 + position among the classes; 0 is the background."""
     masks: torch.Tensor
     """uint8 (K, h, w), 0 or 1, in the size of the picture without padding; where the data have
-    masks of objects."""
+    masks of objects and the spec wants them."""
 
 
 class DenseBatch(NamedTuple):

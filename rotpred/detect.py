@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ from rotpred.recipes.detection import Detection
 from rotpred.roi import Detections, paste_masks
 from rotpred.state import Outcome, TrainState
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 6
 """Validation pictures in the figure."""
 
@@ -48,6 +52,11 @@ def run(recipe: Detection, rank: Rank) -> Path:
             f"{recipe.name} has pictures of many sizes, for each of which torch.compile would "
             "begin anew: pass --run.no-compile"
         )
+    if has_masks(recipe) and not recipe.train.masks:
+        raise ValueError(f"{recipe.name}: {recipe.model} learns masks: pass --train.masks")
+    if recipe.train.data.startswith("coco:") and recipe.train.masks and not has_masks(recipe):
+        logger.info("%s learns no masks: those of %s stay away", recipe.model, recipe.train.data)
+        recipe = replace(recipe, train=replace(recipe.train, masks=False))
     with dense.any_shape():
         return dense.run(recipe, rank, Detect)
 

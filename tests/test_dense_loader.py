@@ -123,6 +123,24 @@ def test_a_training_batch_is_what_its_contract_says(base: Path, kind: type) -> N
                 assert target["masks"].dtype == torch.uint8 and target["masks"].max() == 1
 
 
+def test_objects_without_their_masks(base: Path) -> None:
+    """All but the masks is the same, and so is what a run is told apart by."""
+    spec = objects(base, steps_per_epoch=4)
+    bare = replace(spec, masks=False)
+    assert bare.deciding() == spec.deciding()
+    (whole, one), (found, other) = batches(spec), batches(bare)
+    assert one.digest == other.digest and one.data_id == other.data_id
+    for batch in whole:
+        for target in batch.targets:
+            del target["masks"]
+    assert [target.keys() for batch in found for target in batch.targets] == [
+        {"boxes", "labels"}
+    ] * 8
+    check_equal(whole, found)
+    with pytest.raises(ValueError, match="masks are all that there is to learn"):
+        open_dense(masks(base, masks=False))
+
+
 def test_pixels_are_normalised(base: Path) -> None:
     spec = boxes(base, data="voc:2007/test", train=False, geometry=ShortSide((96,), 200))
     plain, loader = batches(replace(spec, normalize=PLAIN))

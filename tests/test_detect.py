@@ -240,6 +240,20 @@ def test_what_pictures_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_pat
             detect.run(replace(made, run=replace(made.run, **{name: True})), Rank())
 
 
+def test_masks_are_loaded_for_who_learns_them(
+    roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+    monkeypatch.setattr(dense, "run", lambda recipe, *_: opened.append(recipe.train.masks))
+    masked = small("coco_det", roots, tmp_path)
+    boxes: dict[str, Any] = {"model": "faster_rcnn_c4"}
+    for made in (masked, replace(masked, **boxes), small("voc0712_det", roots, tmp_path)):
+        detect.run(made, Rank())
+    assert opened == [True, False, True]  # of VOC there are none
+    with pytest.raises(ValueError, match=r"mask_rcnn_fpn learns masks: pass --train\.masks"):
+        detect.run(replace(masked, train=replace(masked.train, masks=False)), Rank())
+
+
 def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
     """Text files of the devkit: the truth is perfect, and a shifted box is not."""
     made = small("voc0712_det", roots, tmp_path / "run")
