@@ -260,17 +260,6 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
     )
 
 
-def check_ends(data: bytes) -> None:
-    """Raise `JpegError` unless the bytes start with SOI and hold an EOI marker in their last part.
-
-    Fast and shallow: finds truncation, nothing else. Up to 64 KiB behind the end are tolerated.
-    """
-    if data[:2] != b"\xff\xd8":
-        raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
-    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in data[-65536:]:
-        raise JpegError(f"truncated: no end marker in {len(data)} bytes")
-
-
 def _exif_orientation(tiff: bytes) -> int | None:
     """Orientation in the first directory of an Exif block; None where there is no valid one."""
     order: Literal["little", "big"]

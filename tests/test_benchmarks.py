@@ -11,19 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import doctor
 import pytest
+import run_all
+import stages
+import timing
+from arena import Contestant, ContestantError
+from pictures import Containers, containers
+from stages import Options, Stage
 
 HERE = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(HERE))  # Programs, not a package: they find one another beside themselves.
-
-import doctor  # noqa: E402
-import run_all  # noqa: E402
-import stages  # noqa: E402
-import timing  # noqa: E402
-from arena import Contestant, ContestantError  # noqa: E402
-from pictures import Containers, containers  # noqa: E402
-from stages import Options, Stage  # noqa: E402
-
 pytestmark = pytest.mark.timeout(200)
 
 FIELDS = {

@@ -292,17 +292,21 @@ def test_a_sample_longer_than_a_page_gets_larger_pages(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
+    at_work = tmp_path / "pid"
+
     def slow(_: int) -> npt.NDArray[np.uint8]:
         if multiprocessing.parent_process() is not None:
+            if not at_work.exists():
+                at_work.with_suffix(f".{os.getpid()}").write_text(str(os.getpid()))
+                at_work.with_suffix(f".{os.getpid()}").rename(at_work)
             time.sleep(0.05)
         return np.zeros((8, 8, 3), np.uint8)
 
     def kill() -> None:
-        while not (children := multiprocessing.active_children()):
+        while not at_work.exists():
             time.sleep(0.05)
-        time.sleep(0.5)
-        assert children[0].pid is not None
-        os.kill(children[0].pid, signal.SIGKILL)
+        os.kill(int(at_work.read_text()), signal.SIGKILL)
+        at_work.unlink()
 
     timer = threading.Thread(target=kill, daemon=True)
     timer.start()

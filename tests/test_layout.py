@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sparse import PAGE, write_sparse
 
 from pipelines import beton_layout
 from pipelines.beton import Beton, BetonError
 from pipelines.beton_layout import ALLOC, HEADER
 from pipelines.segments import RECORD, segments_path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from sparse import PAGE, write_sparse
 
 pytestmark = pytest.mark.timeout(60)
 
