@@ -94,9 +94,10 @@ class Found:
 def read(path: Path) -> Found:
     """Read a file of any known layout.
 
-    Known are: safetensors with our (torchvision's) keys, our training checkpoints, flat state dicts
-    of torchvision, timm and converted VISSL files, mmselfsup 0.x and 1.x whole or extracted, VISSL,
-    MoCo, and the files of the RotNet authors (AlexNet and NIN).
+    Known are: our safetensors and training checkpoints, flat state dicts of torchvision, timm and
+    converted VISSL files, mmselfsup 0.x and 1.x whole or extracted, VISSL, MoCo v1 to v3, SimSiam,
+    and the files of the RotNet authors (AlexNet and NIN); theirs as torch files or safetensors, and
+    with `module.` before the keys as well.
 
     Raises:
         FileNotFoundError: no such file.
@@ -106,8 +107,8 @@ def read(path: Path) -> Found:
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix == ".safetensors":
         tensors, arch = _read_safetensors(path)
-        layout = _FLAT if arch is None else replace(_FLAT, name="rotpred")
-        return _sort(layout, tensors, arch, clockwise=None)
+        layout = _recognise(tensors, ours=False) if arch is None else replace(_FLAT, name="rotpred")
+        return _sort(layout, tensors, arch, clockwise=layout.clockwise)
     if path.suffix == ".pkl":
         raise CheckpointError(f"{path} is a pickle, which can run code: only written, never read")
     content = _read_torch(path)
@@ -147,12 +148,15 @@ _OPENMMLAB = Layout(
     None,
 )
 
-# moco/builder.py, wrapped for several GPUs; the projection is no rotation head.
-_MOCO = Layout(
-    "MoCo",
-    {"module.encoder_q.": ""},
-    {},
-    ("module.encoder_q.fc.", "module.encoder_k.", "module.queue"),
+# moco/builder.py of MoCo and of MoCo v3, simsiam/builder.py: an encoder among other networks, whose
+# fc is a projection and no rotation head.
+_ENCODERS = tuple(
+    Layout(name, {stem: ""}, {}, (f"{stem}fc.", *others))
+    for name, stem, *others in (
+        ("MoCo", "encoder_q.", "encoder_k.", "queue"),
+        ("MoCo v3", "base_encoder.", "momentum_encoder.", "predictor."),
+        ("SimSiam", "encoder.", "predictor."),
+    )
 )
 
 
@@ -200,17 +204,34 @@ def _vissl(stem: str) -> Layout:
 
 
 def _recognise(tensors: Tensors, *, ours: bool) -> Layout:
+    """The layout, with the prefix that torch's DistributedDataParallel gives to all keys if any.
+
+    Most keys decide on it, so that a message names the stray one, which `_sort` finds unknown.
+    """
+    prefixed = [key for key in tensors if key.startswith("module.")]
+    wrapper = "module." if 2 * len(prefixed) > len(tensors) else ""
+    layout = _layout([key.removeprefix(wrapper) for key in tensors], ours=ours)
+    backbone, head = (
+        {wrapper + prefix: name for prefix, name in table.items()}
+        for table in (layout.backbone, layout.head)
+    )
+    others = tuple(wrapper + prefix for prefix in layout.others)
+    return replace(layout, backbone=backbone, head=head, others=others)
+
+
+def _layout(keys: list[str], *, ours: bool) -> Layout:
     for stem in ("_feature_blocks.", "trunk._feature_blocks.", "trunk.base_model._feature_blocks."):
-        keys = [key.removeprefix(stem) for key in tensors if key.startswith(stem)]
-        if any(key.startswith("0.Block1_ConvB1.") for key in keys):
+        inner = [key.removeprefix(stem) for key in keys if key.startswith(stem)]
+        if any(key.startswith("0.Block1_ConvB1.") for key in inner):
             return _nin(stem)
-        if any(key.startswith("0.0.") for key in keys):
+        if any(key.startswith("0.0.") for key in inner):
             return _alexnet(stem)
-        if keys:
+        if inner:
             return _vissl(stem)
-    if any(key.startswith("module.encoder_q.") for key in tensors):
-        return _MOCO
-    if any(key.startswith("backbone.") for key in tensors):
+    for layout in _ENCODERS:
+        if any(key.startswith(tuple(layout.backbone)) for key in keys):
+            return layout
+    if any(key.startswith("backbone.") for key in keys):
         return _OURS if ours else _OPENMMLAB
     return _FLAT
 

@@ -111,7 +111,7 @@ def spoil(content: dict[str, torch.Tensor], how: str) -> dict[str, object]:
     key = "layer1.0.conv1.weight"
     spoilt: dict[str, object] = dict(content)
     if how == "prefix":
-        return {f"module.{k}": v for k, v in content.items()}
+        return {f"net.{k}": v for k, v in content.items()}
     if how == "missing":
         del spoilt[key]
     elif how == "unknown":
@@ -135,7 +135,7 @@ def spoil(content: dict[str, torch.Tensor], how: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("prefix", r"100 missing \(conv1.weight.*120 unknown \(module.conv1.weight"),
+        ("prefix", r"100 missing \(conv1.weight.*120 unknown \(net.conv1.weight"),
         ("missing", r"1 missing \(layer1.0.conv1.weight\)"),
         ("unknown", r"1 unknown \(neck.fc0.weight\)"),
         ("shape", r"layer1.0.conv1.weight \(64, 63, 3, 3\), expected \(64, 64, 3, 3\)"),
