@@ -23,14 +23,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_space(folder: Path, size: int) -> None:
+def check_space(folder: Path, size: int, *, what: str = "a checkpoint") -> None:
     """Raise `CheckpointError` where a file of `size` bytes, and its overhead, would not fit."""
     needed = size + size // 50 + 2**20  # names, alignment and the archive's index
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"no space for a checkpoint in {folder}: needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} "
-            "MB are free"
+            f"no space for {what} in {folder}: needs {needed / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} MB are free"
         )
 
 

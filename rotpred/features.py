@@ -2,7 +2,7 @@
 
 A row per sample, whatever the number of processes: padding is dropped, and rows lie in the order of
 the samples' indices. A stage is computed only where the folder does not have it yet, so that sweeps
-over classifiers read files.
+over classifiers read files; of jobs that want the same features at once, one computes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Precision, Shard
+from rotpred.arrays import Append, alone, rows
 from rotpred.backbone import Backbone, build_backbone
 from rotpred.distributed import Rank, any_true, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.durable import check_space
 from rotpred.heads import pooled_dims, stage_pools
-from rotpred.runfolder import plain, replaced, write_json
+from rotpred.runfolder import plain, write_json
 from rotpred.state import autocast, channels_last
 from rotpred.weights import imagenet_file, load_backbone
 
@@ -133,11 +135,13 @@ def extract(
         names: stages of the trunk, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
         precision: of the network; pools work in float32.
         cache: folder for the arrays, in one subfolder per trunk and data; on several machines they
-            must share it.
+            must share it. Where another job writes the same arrays, a single process waits for
+            them; several raise, as they would wait for longer than their group may.
         store: type of the arrays.
 
     Raises:
-        ValueError: the spec leaves something to chance, or there is no such stage.
+        ValueError: the spec leaves something to chance, there is no such stage, the folder cannot
+            be written, is being written by another job, or has no space for the arrays.
         RuntimeError: the ranks have other data.
     """
     chance = spec.flip or spec.shuffle or spec.colour.active
@@ -157,16 +161,16 @@ def extract(
         about = _about(trunk, loader, precision, store)
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
         folder = cache / key
-        # The main process decides: another may not see a file that was written a moment ago.
-        there = [name for name in names if (folder / f"{name}.npy").exists()]
-        missing = [n for n in names if n not in broadcast_str(",".join(there), rank).split(",")]
+        with contextlib.ExitStack() as held:
+            missing = _missing(trunk, loader, rank, names, store, folder, held)
+            if missing:
+                _compute(trunk, loader, rank, missing, precision, store, folder)
+                if rank.main:
+                    write_json(folder / "features.json", about)
+            elif rank.main:
+                logger.info("features of %s are in %s already", spec.data, folder)
         if missing:
-            _compute(trunk, loader, rank, missing, precision, store, folder)
-            if rank.main:
-                write_json(folder / "features.json", about)
             barrier(rank)
-        elif rank.main:
-            logger.info("features of %s are in %s already", spec.data, folder)
         data_id, classes = loader.data_id, loader.classes
     if not folder.is_dir():
         raise ValueError(
@@ -210,6 +214,53 @@ def _about(
     return result
 
 
+def _missing(
+    trunk: Backbone,
+    loader: Loader,
+    rank: Rank,
+    names: Sequence[str],
+    store: Store,
+    folder: Path,
+    held: contextlib.ExitStack,
+) -> list[str]:
+    """The stages to compute, the same on all ranks; `held` keeps the folder for their writer.
+
+    The main process looks alone: where others ask for files that are not there yet, a network's
+    file system tells them the same again for a while after the files have come.
+    """
+    said: dict[str, list[str] | str] = {}
+    if rank.main:
+        try:
+            missing = [name for name in names if not (folder / f"{name}.npy").exists()]
+            if missing:
+                held.enter_context(alone(folder, wait=rank.world == 1))
+                # Once more: another job may have written them in the meantime.
+                missing = [name for name in missing if not (folder / f"{name}.npy").exists()]
+            if missing:
+                dims, _ = _pooled(trunk, loader.spec.crop.size)
+                width = sum(dims[name] for name in missing) * np.dtype(store).itemsize
+                count = len(loader) * loader.spec.batch_size * rank.world
+                what = f"{', '.join(missing)} of {count:,} pictures as {store}"
+                check_space(folder, count * (width + 2 * np.dtype(np.int64).itemsize), what=what)
+            said["missing"] = missing
+        except OSError as error:
+            said["error"] = f"cannot write features into {folder}: {error}"
+        except ValueError as error:
+            said["error"] = str(error)
+    said = json.loads(broadcast_str(json.dumps(said), rank))
+    if isinstance(found := said.get("missing"), list):
+        return found
+    raise ValueError(said["error"])
+
+
+def _pooled(trunk: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn.Module]]:
+    """Length of a sample's features, and what pools the maps to them, by name of the stage."""
+    names, pools = (*trunk.stage_names, AVGPOOL), stage_pools(trunk, size)
+    dims = (*pooled_dims(trunk, size, pools), trunk.dim)
+    pools = [*pools, nn.AdaptiveAvgPool2d(1)]
+    return dict(zip(names, dims, strict=True)), dict(zip(names, pools, strict=True))
+
+
 @torch.inference_mode()
 def _compute(
     trunk: Backbone,
@@ -221,19 +272,16 @@ def _compute(
     folder: Path,
 ) -> None:
     """Write the arrays of some stages; the main process has the pen."""
-    size = loader.spec.crop.size
-    pools = [*stage_pools(trunk, size), nn.AdaptiveAvgPool2d(1)]
+    dims, pools = _pooled(trunk, loader.spec.crop.size)
     places = {name: trunk.stage_names.index(name) if name != AVGPOOL else -1 for name in names}
-    dims = [*pooled_dims(trunk, size, pools[:-1]), trunk.dim]
     with contextlib.ExitStack() as stack:
-        files: dict[str, Callable[[npt.NDArray[np.generic]], None]] = {}
+        files: dict[str, Append] = {}
         if rank.main:
-            folder.mkdir(parents=True, exist_ok=True)
             # Files get their names in the opposite order: a stage that is there has its labels.
             files = {
-                **{n: stack.enter_context(_rows(folder, n, store, dims[places[n]])) for n in names},
-                "labels": stack.enter_context(_rows(folder, "labels", "int64")),
-                "indices": stack.enter_context(_rows(folder, "indices", "int64")),
+                **{n: stack.enter_context(rows(folder, n, store, dims[n])) for n in names},
+                "labels": stack.enter_context(rows(folder, "labels", "int64")),
+                "indices": stack.enter_context(rows(folder, "indices", "int64")),
             }
         quiet = not (rank.main and sys.stderr is not None and sys.stderr.isatty())
         last = -1
@@ -244,7 +292,7 @@ def _compute(
             with autocast(rank.device, precision):
                 maps = trunk.stages(batch.images)
             gathered = {
-                name: pools[place](maps[place].float()).flatten(1) for name, place in places.items()
+                name: pools[name](maps[place].float()).flatten(1) for name, place in places.items()
             }
             gathered["labels"] = batch.labels
             gathered["indices"] = batch.indices
@@ -258,31 +306,3 @@ def _compute(
             last = int(order[-1]) if len(order) else last
             for name, part in gathered.items():
                 files[name](part[keep].cpu().numpy())
-
-
-@contextlib.contextmanager
-def _rows(
-    folder: Path, name: str, dtype: str, dim: int | None = None
-) -> Iterator[Callable[[npt.NDArray[np.generic]], None]]:
-    """Write NAME.npy row by row: yields a function that appends (n, dim), or (n,) without dim."""
-    kind = np.dtype(dtype)
-    count = 0
-    with replaced(folder / f"{name}.npy") as temporary:
-        with temporary.open("wb") as file:
-
-            def header() -> None:
-                shape = (count,) if dim is None else (count, dim)
-                about = {"descr": kind.str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, about)
-
-            def append(part: npt.NDArray[np.generic]) -> None:
-                nonlocal count
-                file.write(np.ascontiguousarray(part, dtype=kind).tobytes())
-                count += len(part)
-
-            header()
-            start = file.tell()
-            yield append
-            file.seek(0)
-            header()  # numpy leaves room in it for a length that grows
-            assert file.tell() == start

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import shutil
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torchvision
@@ -16,7 +21,7 @@ from test_distributed import torchrun
 
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred import features
+from rotpred import arrays, distributed, features
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.features import AVGPOOL, Features, extract, load_trunk
@@ -91,7 +96,7 @@ def test_files_are_found_again(
     )  # fmt: skip
     assert len(computed) == 5
     assert {len(np.load(f)) for f in tmp_path.glob("*/labels.npy")} == {37, 9}
-    assert not list(tmp_path.glob("*/.*"))
+    assert not list(tmp_path.glob("*/.*.tmp"))
 
 
 def test_an_interrupted_extraction_leaves_no_array(
@@ -110,7 +115,104 @@ def test_an_interrupted_extraction_leaves_no_array(
     monkeypatch.setattr(trunk, "stages", failing)
     with pytest.raises(RuntimeError, match="the power went"):
         extract(trunk, spec(beton), Rank(), names=("res5",), precision="fp32", cache=tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
+
+
+@pytest.fixture
+def entry(beton: Path, tmp_path: Path) -> Path:
+    """A folder of features whose twin, in another cache, the tests ask for."""
+    of(beton, tmp_path / "twin", ("res5",))
+    (folder,) = (tmp_path / "twin").iterdir()
+    return folder
+
+
+def test_arrays_that_would_not_fit_are_not_begun(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of two stages, label and index, with padding; the margin is that of checkpoints."""
+    names = ("res5", "res3")
+    row = sum(array.shape[1] * 4 for array in of(beton, tmp_path / "a", names).stages.values()) + 16
+    enough = 40 * row + 40 * row // 50 + 2**20
+    disk = types.SimpleNamespace(free=enough - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    words = (
+        r"^no space for res5, res3 of 40 pictures as float32 in \S+: needs \d MB, \d MB are free$"
+    )
+    with pytest.raises(ValueError, match=words):
+        of(beton, tmp_path / "b", names)
+    assert [path.name for path in (tmp_path / "b").glob("*/*")] == [".lock"]
+    disk.free = enough
+    of(beton, tmp_path / "b", names)
+
+
+def test_a_second_job_waits_and_computes_nothing(
+    beton: Path, entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What killed jobs left is swept under the lock, and not before."""
+    folder = tmp_path / "cache" / entry.name
+    folder.mkdir(parents=True)
+    left = folder / ".res5.npy.4194305.tmp"
+    left.write_bytes(b"half")
+    said, waiting = [], threading.Event()
+
+    def info(words: str, *values: object) -> None:
+        said.append(words % values)
+        waiting.set()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the other job has computed them")
+
+    monkeypatch.setattr(features, "_compute", fail)
+    monkeypatch.setattr(arrays.logger, "info", info)
+    with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        second = threads.submit(of, beton, tmp_path / "cache", ("res5",))
+        assert waiting.wait(60)
+        assert left.exists() and not second.done()
+        for file in entry.glob("*.npy"):
+            shutil.copy(file, folder)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        found = second.result(60)
+    assert said == [f"{folder} is being written by process 7 on elsewhere: waiting for it"]
+    np.testing.assert_array_equal(found.stages["res5"], np.load(entry / "res5.npy"))
+    assert not left.exists()
+
+
+def refuse(beton: Path, folder: Path) -> int:
+    """One of two processes: both are told what only the main one sees."""
+    looked: list[str] = []
+    exists = Path.exists
+
+    def spy(path: Path, **options: bool) -> bool:
+        looked.append(path.name)
+        return exists(path, **options)
+
+    with distributed.session("cpu", timeout_seconds=60) as rank:
+        Path.exists = spy  # type: ignore[assignment,method-assign]
+        try:
+            extract(trunk_of(0), spec(beton), rank, names=("res5",), precision="fp32", cache=folder)
+        except ValueError as error:
+            said = {"error": str(error), "looked": "res5.npy" in looked}
+            (folder / f"{rank.rank}.json").write_text(json.dumps(said))
+            return 0
+    return 1
+
+
+def test_a_second_job_of_several_processes_is_refused(
+    beton: Path, entry: Path, tmp_path: Path
+) -> None:
+    folder, console = tmp_path / "cache", tmp_path / "console"
+    (folder / entry.name).mkdir(parents=True)
+    with (folder / entry.name / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ends = processes.run(refuse, beton, folder, console=console, world=2)
+    assert ends == [0, 0], console.read_text()
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert "is being written by another process" in said[0]["error"]
+    assert said[0]["error"] == said[1]["error"]
+    assert [one["looked"] for one in said] == [True, False]
 
 
 def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> None:
