@@ -40,6 +40,7 @@ def run(recipe: Svm, rank: Rank) -> Path:
     with open_evaluation(recipe, rank, stages=stages) as evaluation:
         labels, test_labels = _labels(recipe, evaluation)
         classes = labels.shape[1]
+        class_names = _class_names(recipe, evaluation, classes)
         units = list(itertools.product(range(len(stages)), range(classes)))
         with evaluation.begin(len(units)) as log:
             if log is None:
@@ -56,11 +57,18 @@ def run(recipe: Svm, rank: Rank) -> Path:
                     tick()
             found = all_sum(found, rank)
             for name, (ap, eleven, cost) in zip(stages, found.mT.tolist(), strict=True):
-                evaluation.result(log, f"mAP/{name}", float(np.mean(ap)), per_class=ap, costs=cost)
+                evaluation.result(
+                    log,
+                    f"mAP/{name}",
+                    float(np.mean(ap)),
+                    classes=list(class_names),
+                    per_class=ap,
+                    costs=cost,
+                )
                 evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)))
             aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
-                log.figure("per_class", per_class(aps))
+                log.figure("per_class", per_class(aps, class_names))
     return evaluation.out
 
 
@@ -127,6 +135,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
     with open_evaluation(recipe, rank, stages=stages) as evaluation:
         labels, test_labels = _labels(recipe, evaluation)
         classes = labels.shape[1]
+        _class_names(recipe, evaluation, classes)
         with evaluation.begin(len(units) * len(shots) * classes) as log:
             if log is None:
                 return evaluation.out
@@ -219,6 +228,22 @@ def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labe
     return labels, test_labels
 
 
+def _class_names(recipe: Svm | LowShot, evaluation: Evaluation, classes: int) -> tuple[str, ...]:
+    """What the columns of the labels are called: as the recipe says, else as the data do.
+
+    Raises:
+        ValueError: the recipe has another number of names.
+    """
+    if recipe.class_names and len(recipe.class_names) != classes:
+        raise ValueError(
+            f"{len(recipe.class_names)} class_names for labels of {classes} classes: "
+            "--class-names NAME ..., or --class-names alone for the data's own"
+        )
+    numbers = tuple(map(str, range(classes)))
+    given = (recipe.class_names, evaluation.train.classes, evaluation.val.classes)
+    return next((names for names in given if len(names) == classes and names != numbers), numbers)
+
+
 def _work(
     evaluation: Evaluation, stages: Sequence[str], units: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -231,20 +256,25 @@ def _work(
         yield stage, [number for _, number in group], kernel, test, compact(train, device)
 
 
-def per_class(aps: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
-    """Bars of the average precision (0 to 1, shown in percent) of every class, a row per stage."""
-    fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.4), dpi=120, layout="constrained")
-    for ax, (stage, ap) in zip(
-        fig.subplots(len(aps), 1, squeeze=False).flat, aps.items(), strict=True
-    ):
+def per_class(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) -> Figure:
+    """Bars of the average precision (0 to 1, shown in percent) of every class, a row per stage.
+
+    Args:
+        aps: by stage, (C,).
+        names: of the C classes.
+    """
+    fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.9), dpi=120, layout="constrained")
+    axes = fig.subplots(len(aps), 1, squeeze=False, sharex=True)
+    for ax, (stage, ap) in zip(axes.flat, aps.items(), strict=True):
         ax.bar(range(len(ap)), 100 * ap, color=figures.ACCENT)
         ax.set_title(
             f"{stage}: mAP {100 * ap.mean():.2f} %", fontsize=10, loc="left", color=figures.INK
         )
         ax.set_ylim(0, 100)
-        ax.set_xticks(range(len(ap)))
         ax.set_ylabel("AP (%)", fontsize=8)
         _plain_axes(ax)
+    # Once, below all rows: the columns stand under one another.
+    ax.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor")
     ax.set_xlabel("class", fontsize=9)
     return fig
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +15,12 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
+from pipelines.catalogues import VOC_CLASSES
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import linear_svm, svm
 from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank
+from rotpred.figures import pixels
 from rotpred.linear_svm import COSTS, average_precision, gram, normalize_rows, solve
 from rotpred.low_shot import aggregate, draw, scores_of_draw
 from rotpred.recipes.frozen import CachedPlace, LowShot, Svm, voc07_lowshot, voc07_svm
@@ -294,12 +298,13 @@ def test_run_folders(tmp_path: Path) -> None:
         "val": spec(24, 1), "train_labels": str(tmp_path / "labels.npy"),
         "val_labels": str(tmp_path / "labels.npy"), "stages": ("res5", "avgpool"), "costs": FEW,
     }  # fmt: skip
-    full = Svm(run=place, **common)  # type: ignore[arg-type]
+    full = Svm(run=place, class_names=("ox", "ass", "goose"), **common)  # type: ignore[arg-type]
     out = svm.run(full, Rank())
     rows = {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
     assert set(rows) == {f"{m}/{s}" for m in ("mAP", "mAP11") for s in ("res5", "avgpool")}
     row = rows["mAP/res5"]
     assert row["value"] == pytest.approx(100 * np.mean(row["per_class"])) and row["n"] == 24
+    assert row["classes"] == ["ox", "ass", "goose"] and len(row["per_class"]) == 3
     assert (out / "figures" / "per_class.png").exists() and (out / "done.json").exists()
     written = (out / "results.json").stat().st_mtime_ns
     svm.run(full, Rank())
@@ -330,10 +335,56 @@ def test_labels_of_another_data_set_are_refused(tmp_path: Path) -> None:
         svm.run(recipe, Rank())
 
 
+@pytest.mark.parametrize("kind", [Svm, LowShot])
+def test_names_must_be_as_many_as_the_classes(
+    kind: type[Svm] | type[LowShot], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "labels.npy", np.ones((24, 3), np.int8))
+    common = {"train_labels": str(tmp_path / "labels.npy"), "stages": ("avgpool",)}
+    recipe = kind(
+        weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
+        val_labels=common["train_labels"], class_names=VOC_CLASSES, **common,
+        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+    )  # type: ignore[arg-type]  # fmt: skip
+    execute = svm.run if kind is Svm else svm.run_low_shot
+    with pytest.raises(ValueError, match="20 class_names for labels of 3 classes: --class-names"):
+        execute(recipe, Rank())  # type: ignore[operator]
+
+
+def test_names_of_the_columns() -> None:
+    """The recipe's first, then the data's where they fit, then numbers."""
+
+    def names(given: tuple[str, ...], train: tuple[str, ...], val: tuple[str, ...]) -> str:
+        parts = (types.SimpleNamespace(classes=part) for part in (train, val))
+        evaluation: Any = types.SimpleNamespace(**dict(zip(("train", "val"), parts, strict=True)))
+        return " ".join(svm._class_names(Svm(class_names=given), evaluation, 2))
+
+    assert names(("ox", "ass"), ("a", "b"), ()) == "ox ass"
+    assert names((), ("a", "b"), ("0", "1")) == names((), ("0", "1"), ("a", "b")) == "a b"
+    assert names((), (), ()) == names((), ("0", "1"), ("0", "1")) == "0 1"
+    assert names((), ("all",), ("all",)) == "0 1"  # pictures of one folder, and a table of labels
+
+
+def test_the_figure_names_every_class() -> None:
+    """Twenty names below the bars, none on its neighbour."""
+    aps = {stage: np.linspace(0.1, 0.9, 20) for stage in ("res4", "res5")}
+    fig = svm.per_class(aps, VOC_CLASSES)
+    pixels(fig)
+    first, last = fig.axes
+    labels = last.get_xticklabels()
+    assert [label.get_text() for label in labels] == list(VOC_CLASSES)
+    assert not any(label.get_visible() for label in first.get_xticklabels())
+    height = labels[0].get_fontsize() * fig.dpi / 72
+    ends = [label.get_window_extent().x1 for label in labels]
+    # Slanted lines of text: what lies between them is the step times the sine of the slant.
+    assert min(np.diff(ends)) * np.sin(np.radians(labels[0].get_rotation())) > height
+
+
 def test_the_published_settings() -> None:
     """protocols: nineteen costs from 100 to 0.5^19, three folds, positives twice."""
     recipe = voc07_svm()
     assert len(recipe.costs) == 19 and recipe.costs[:3] == (1.0, 10.0, 100.0)
     assert (recipe.costs[3], recipe.costs[-1]) == (0.0625, pytest.approx(1.9e-6, rel=0.01))
     assert (recipe.folds, recipe.positive_weight, recipe.train.crop.size) == (3, 2.0, 224)
+    assert recipe.class_names == voc07_lowshot().class_names == VOC_CLASSES
     assert voc07_lowshot().shots == (1, 2, 4, 8, 16, 32, 64, 96) and voc07_lowshot().draws == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from pipelines.catalogues import VOC_CLASSES
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision, Squash
 from rotpred.features import AVGPOOL, Store
 from rotpred.linear_svm import COSTS
@@ -58,6 +59,9 @@ class _Svms:
     ids of the data, each class against the rest."""
     val_labels: str = ""
     """The same for the test data."""
+    class_names: tuple[str, ...] = ()
+    """Names of the columns of a table of labels, for results and figures. Empty: the data's own
+    names of classes, or numbers where they have none that fit."""
     stages: tuple[str, ...] = RESNET_STAGES
     """Stages of the backbone, pooled to about 9,000 values, and avgpool."""
     costs: tuple[float, ...] = COSTS
@@ -176,6 +180,7 @@ def voc07_svm() -> Svm:
         val=val,
         train_labels="data/voc2007/trainval.labels.npy",
         val_labels="data/voc2007/test.labels.npy",
+        class_names=VOC_CLASSES,
     )
 
 
@@ -195,6 +200,7 @@ def voc07_lowshot() -> LowShot:
         val=full.val,
         train_labels=full.train_labels,
         val_labels=full.val_labels,
+        class_names=full.class_names,
         stages=("res4", "res5"),
     )
 
