@@ -95,6 +95,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
             weights=sha,
             probes=[asdict(probe) for probe in recipe.probes],
             **({"features": setup.names} if setup.names else {}),
+            **({"store": recipe.cache_store} if recipe.cache_store != "float32" else {}),
         )
         with job.begin(state) as log:
             if log is not None:
@@ -127,6 +128,8 @@ def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list
 def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
     """The job with its trunk; with `recipe.cache`, on features that are extracted first."""
     if not recipe.cache:
+        if recipe.cache_store != "float32":
+            raise ValueError(f"cache_store {recipe.cache_store} is for a cache: name its folder")
         with open_job(recipe, rank, views="plain") as job:
             yield _Setup(job, *load_trunk(recipe.backbone, recipe.weights, rank))
         return
@@ -147,6 +150,7 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
                 names=names,
                 precision=recipe.run.precision,
                 cache=Path(recipe.cache),
+                store=recipe.cache_store,
             )
             for spec in specs
         ]
@@ -255,7 +259,10 @@ def _finish(
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
 
-    own: dict[str, Any] = {"protocol": CACHED} if setup.names else {}
+    own: dict[str, Any] = {}
+    if setup.names:
+        half = recipe.cache_store != "float32"
+        own["protocol"] = f"{CACHED}, stored as {recipe.cache_store}" if half else CACHED
 
     def results(name: str, score: dict[str, float], **extra: Any) -> None:
         for metric in ("top1", "top5"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,29 @@ def test_cached_features_train_what_plain_pictures_train(
     assert "top1/res4@1e-06" in results(classify.run(sweep, Rank()))
     with pytest.raises(ValueError, match="avgpool and stages"):
         classify.run(replace(sweep, probes=(Probe("conv"),)), Rank())
+
+
+def test_features_of_half_the_size(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """Arrays of their own, nearly the same probes, and results that say so."""
+    cache = tmp_path / "features"
+    whole = cached(tmp_path / "a", weights[0], trees, cache=str(cache))
+    half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), cache_store="float16")
+    one, other = (results(classify.run(made, Rank())) for made in (whole, half))
+    assert one.keys() == other.keys()
+    assert {row["protocol"] for row in one.values()} == {classify.CACHED}
+    assert {row["protocol"] for row in other.values()} == {f"{classify.CACHED}, stored as float16"}
+    before, after = saved(tmp_path / "a"), saved(tmp_path / "b")
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for name, tensor in before.items():
+        torch.testing.assert_close(tensor, after[name], rtol=0.02, atol=2e-3, msg=name)
+    types = [np.load(file, mmap_mode="r").dtype for file in sorted(cache.glob("*/res5.npy"))]
+    assert sorted(map(str, types)) == ["float16"] * 2 + ["float32"] * 2
+    with pytest.raises(CheckpointError, match="store"):
+        classify.run(replace(half, cache_store="float32"), Rank())
+    with pytest.raises(ValueError, match="cache_store float16 is for a cache: name its folder"):
+        classify.run(replace(half, cache=""), Rank())
 
 
 def test_rates_side_by_side_are_what_each_is_alone(
