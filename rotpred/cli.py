@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import os
@@ -42,6 +43,12 @@ def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: s
     Exits with status 2, after one line and suggestions, on a name or field that does not exist.
     """
     listed = not args or args[0].startswith("-")
+    if not listed and args[0] not in recipes:
+        # tyro would take it for an option and explain those of every recipe.
+        close = ", ".join(difflib.get_close_matches(args[0], recipes))
+        meant = f": did you mean {close}?" if close else ""
+        print(f"error: no recipe {args[0]!r}{meant} (--help lists all)", file=sys.stderr)  # noqa: T201
+        sys.exit(USER_ERROR)
     defaults = {name: (_describe(make, listed), make()) for name, make in recipes.items()}
     return tyro.extras.overridable_config_cli(
         defaults, args=list(args), description=about, config=(tyro.conf.AvoidSubcommands,)

@@ -172,6 +172,28 @@ def test_variants_of_the_docstrings_are_options() -> None:
     assert sweep.probes[0].lrs == (3.0, 10.0, 30.0)
 
 
+@pytest.mark.parametrize(
+    ("main", "name", "words"),
+    [
+        ("evaluate", "in1k_lineer", ": did you mean in1k_linear,"),
+        ("evaluate", "voc7_svm", ": did you mean voc07_svm?"),
+        ("evaluate", "zzz", " (--help"),
+        ("pretrain", "rotnet_in1k_r5", ": did you mean rotnet_in1k_r50"),
+        ("pretrain", "in1k_linear", " (--help"),
+    ],
+)
+def test_a_mistyped_recipe_gets_one_line(
+    main: str, name: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And status 2; the options after it are not looked at."""
+    with pytest.raises(SystemExit) as leave:
+        getattr(cli, f"{main}_main")([name, "--weights", "x", "--no-such-option"])
+    out, err = capsys.readouterr()
+    assert (leave.value.code, out) == (2, "")
+    assert err.startswith(f"error: no recipe '{name}'{words}") and err.count("\n") == 1
+    assert err.endswith(" (--help lists all)\n")
+
+
 def test_the_list_of_recipes_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     """One sentence a recipe; its own help has the whole docstring."""
     with pytest.raises(SystemExit):
