@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from pipelines.images import from_digits, open_images
 from pipelines.index import IndexFormatError, SampleIndex
+from pipelines.samples import SIZED, fingerprint
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -186,6 +187,34 @@ def test_a_million_paths_take_their_own_length_and_little_more(tmp_path: Path) -
     held = len(index.blob) + index.offsets.nbytes + index.labels.nbytes
     assert held / count < 64
     assert index.name(count - 1) == "n01440764/n01440764_00999.JPEG"
+
+
+def test_other_pictures_under_the_same_names_are_other_data(tmp_path: Path) -> None:
+    """Whatever their times and their folder; labels count as well."""
+    for root, when in (("a", 1e9), ("b", 2e9)):
+        for k in range(5):
+            file = put(tmp_path / root / f"class{k % 2}" / f"{k}.jpg", bytes(100 + k))
+            os.utime(file, (when, when))
+
+    def of(root: str, *, labelled: bool = True) -> str:
+        return fingerprint(SampleIndex.from_folder(tmp_path / root, labelled=labelled))
+
+    one = of("a")
+    assert of("b") == one and len(one) == 16
+    put(tmp_path / "b/class1/3.jpg", bytes(104))
+    assert len({one, of("b"), of("a", labelled=False)}) == 3
+
+
+def test_of_many_files_some_are_asked_for_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(SampleIndex, "size", lambda _, i: asked.append(i) or 7)
+    for count, gaps in ((1, set()), (SIZED, {1}), (SIZED * 3 // 2, {1, 2}), (5 * SIZED, {5})):
+        asked.clear()
+        offsets = np.zeros(count + 1, np.int64)
+        many = SampleIndex(Path(), b"", offsets, np.zeros(count, np.int64), ("a",))
+        fingerprint(many)
+        assert len(asked) == min(count, SIZED) and asked[0] == 0
+        assert set(np.diff(asked).tolist()) == gaps and asked[-1] < count
 
 
 def test_digits_are_split_without_overlap() -> None:
