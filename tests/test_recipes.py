@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -170,6 +171,54 @@ def test_variants_of_the_docstrings_are_options() -> None:
     assert not made.train.colour.active
     sweep = cli.choose(linear.RECIPES, ["in1k_linear", "--probes.0.lrs", "3", "10", "30"], "")
     assert sweep.probes[0].lrs == (3.0, 10.0, 30.0)
+
+
+VARIANTS: dict[str, list[tuple[str, str, object]]] = {
+    "in1k_linear": [
+        ("--run.precision fp32", "run.precision", "fp32"),
+        ("--probes.0.optim.nesterov", "probes.0.optim.nesterov", True),
+    ],
+    "in1k_mhead": [("--run.precision fp32", "run.precision", "fp32")],
+    "inat18_mhead": [
+        ("--run.precision fp32", "run.precision", "fp32"),
+        ("--probes.0.affine", "probes.0.affine", True),
+        ("--probes.0.optim.weight-decay 5e-4", "probes.0.optim.weight_decay", 5e-4),
+        ("--probes.0.optim.decay-rule no_norm", "probes.0.optim.decay_rule", "no_norm"),
+    ],
+    "places205_mhead": [("--run.precision fp32", "run.precision", "fp32")],
+    "places205_mhead_vissl": [("--run.precision fp32", "run.precision", "fp32")],
+    "cifar10_probes": [("--run.precision fp32", "run.precision", "fp32")],
+    "voc07_svm": [
+        (
+            "--costs 0.01 0.1 1 2 5 10 15 20 50 100 1000",
+            "costs",
+            (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
+        )
+    ],
+    "in1k_knn": [
+        ("--store float32", "store", "float32"),
+        ("--no-normalize", "normalize", False),
+        ("--temperature 0.1", "temperature", 0.1),
+        ("--neighbours 200", "neighbours", (200,)),
+    ],
+}
+
+
+def field(recipe: Any, path: str) -> object:
+    for part in path.split("."):
+        recipe = recipe[int(part)] if part.isdecimal() else getattr(recipe, part)
+    return recipe
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_what_is_ours_can_be_as_published(name: str) -> None:
+    """Each option that a docstring names stands there as it is given, and changes its field."""
+    text = " ".join((inspect.getdoc(EVALUATIONS[name]) or "").split())
+    flags = [flag for flag, _, _ in VARIANTS[name]]
+    assert all(flag in text for flag in flags)
+    made = cli.choose(EVALUATIONS, [name, *" ".join(flags).split()], "")
+    for _, path, value in VARIANTS[name]:
+        assert field(made, path) == value and field(EVALUATIONS[name](), path) != value, path
 
 
 @pytest.mark.parametrize(

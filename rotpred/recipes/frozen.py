@@ -165,9 +165,10 @@ def voc07_svm() -> Svm:
     """VOC07 classification, ResNet-50: an SVM on each of the five stages and on the average pool.
 
     Source: mmselfsup, configs/benchmarks/classification/svm_voc07.py and tools/benchmarks/
-    classification/svm_voc07 (19 costs; VISSL has 11, from 0.01 to 1000). Both resize the short side
-    to 256 first and squash that to 224 x 224; here the picture is squashed at once. The README
-    reports the best stage; results here have all.
+    classification/svm_voc07 (19 costs; VISSL has 11). Both resize the short side to 256 first and
+    squash that to 224 x 224; here the picture is squashed at once. The README reports the best
+    stage; results here have all.
+    VISSL's costs: --costs 0.01 0.1 1 2 5 10 15 20 50 100 1000
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_svm --weights FILE
     (without conversion: --train.data voc2007:trainval --train.root VOC2007_FOLDER
     --train-labels voc2007:trainval, and so for --val with test)
@@ -209,8 +210,10 @@ def in1k_knn() -> Knn:
     """ImageNet-1k, ResNet-50: nearest neighbours in the averaged last map.
 
     Source: mmselfsup, tools/benchmarks/classification/knn_imagenet and mmselfsup/evaluation/
-    functional/knn_eval.py. VISSL (vissl/utils/knn_utils.py) takes 200 neighbours, no normalisation
-    and temperature 0.1: --no-normalize --temperature 0.1 --neighbours 200.
+    functional/knn_eval.py. Features are kept as float16 (ours): --store float32 as published.
+    VISSL (vissl/utils/knn_utils.py) takes 200 neighbours, no normalisation and temperature 0.1:
+    --no-normalize --temperature 0.1 --neighbours 200; by default of the output of its head, which
+    is not offered.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_knn --weights FILE
     Published (mmselfsup): k = 10 / 20 / 100 / 200: 11.0 / 11.9 / 12.6 / 12.4.
     """

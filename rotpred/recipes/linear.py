@@ -46,7 +46,9 @@ def in1k_linear() -> Linear:
     """ImageNet-1k, ResNet-50: a linear classifier on the average pool.
 
     Source: MoCo, main_lincls.py, and mmselfsup, resnet50_linear-8xb32-steplr-100e_in1k.py: rate 30
-    for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip.
+    for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip. bf16 trunk
+    (ours); --run.precision fp32 as published.
+    VISSL (optimizers/moco.yaml) has it with nesterov: --probes.0.optim.nesterov
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_linear --weights FILE
     (several rates in one pass: --probes.0.lrs 3 10 30; features kept on disk instead of random
     crops: --cache runs/features)
@@ -71,9 +73,11 @@ def in1k_mhead() -> Linear:
     Source: mmselfsup 0.x, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, of which the published
     numbers are: rate 0.01 for 256 images, nesterov, decay 1e-4, x0.1 at 30 and 60, 90 epochs, batch
     norm without affine parameters, colour jitter 0.4 and PCA lighting 0.1. 1.x inherits steps at 60
-    and 80 and leaves out the stem.
+    and 80 and leaves out the stem. bf16 trunk (ours); --run.precision fp32 as published.
     VISSL (eval_resnet_8gpu_transfer_in1k_linear.yaml) has 28 epochs, other decay, affine batch norm
-    and no jitter: --run.epochs 28 --probes.0.schedule.milestones 8 16 24 --probes.0.affine
+    and no jitter. It has two more heads, on the average of res5 with and without batch norm, and
+    draws its linear layers as torch does (ours: N(0, 0.01)): no option brings these two. The rest:
+    --run.epochs 28 --probes.0.schedule.milestones 8 16 24 --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
     --train.colour.brightness 0 --train.colour.contrast 0 --train.colour.saturation 0
     --train.colour.lighting 0
@@ -92,8 +96,10 @@ def inat18_mhead() -> Linear:
     """iNaturalist 2018, 8,142 classes, ResNet-50: a linear classifier on each of the five stages.
 
     Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-84e_inat18.py: as `in1k_mhead` without colour
-    jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x prints these values, but would run others).
-    VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml): --probes.0.affine
+    jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x prints these values, but would run others). bf16
+    trunk (ours); --run.precision fp32 as published.
+    VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml), but for its head on the average of
+    res5 and torch's own draw of the linear layers: --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py inat18_mhead --weights FILE
     (without conversion: --train.data inaturalist:train2018.json --train.root FOLDER, and for val)
@@ -110,7 +116,9 @@ def places205_mhead() -> Linear:
     """Places205, ResNet-50: a linear classifier on each of the five stages.
 
     Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-28e_places205.py: as `in1k_mhead` without
-    colour jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs.
+    colour jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs. bf16
+    trunk (ours); --run.precision fp32 as published. Theirs cuts the middle 256 x 256 first, which
+    is all of the picture in the release of that size.
     VISSL's, with crops of another kind, is `places205_mhead_vissl`.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead --weights FILE
     (without conversion: --train.data train_places205.csv --train.root FOLDER, and for val)
@@ -127,7 +135,9 @@ def places205_mhead_vissl() -> Linear:
     """Places205 as VISSL has it: crops of random size, 14 epochs.
 
     Source: VISSL, eval_resnet_8gpu_transfer_places205_linear.yaml: as `places205_mhead`, but
-    x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm.
+    x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm. bf16 trunk (ours);
+    --run.precision fp32 as published. VISSL draws its linear layers as torch does; ours are
+    N(0, 0.01).
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead_vissl --weights FILE
     Published: nothing per stage for rotation prediction.
     """
@@ -170,7 +180,7 @@ def cifar10_probes() -> Linear:
     Conv2_feats.py and CIFAR10_MultLayerClassifier_...py: 128 images, nesterov, decay 5e-4, 100
     epochs, 0.1 / 0.02 / 0.004 / 0.0008, changed at 35, 70, 85 (conv) and 20, 40, 45 (non-linear).
     The linear probe shares the conv probe's schedule (ours). Theirs keeps the best test epoch; we
-    report the last one.
+    report the last one. bf16 trunk (ours); --run.precision fp32 as published.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_probes --weights FILE
     Published: conv2: 89.06 (non-linear), 91.16 (conv).
     """
