@@ -56,13 +56,21 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Label
     return base, tables
 
 
-def averaged(spec: LoaderSpec) -> tuple[Rows, list[int]]:
-    """The average pool of pictures one by one, through random weights, and their labels."""
+def averaged(spec: LoaderSpec, stage: str = "avgpool") -> tuple[Rows, list[int]]:
+    """The average pool of pictures one by one, through random weights, and their labels.
+
+    Or a stage's map, which is so small for pictures of 32 pixels that nothing is pooled.
+    """
     torch.manual_seed(spec.seed)
     trunk = load_trunk("resnet18_tiny", "random", Rank())[0]
+    rows, labels = [], []
     with open_loader(replace(spec, batch_size=1)) as loader, torch.no_grad():
-        found = [(trunk(b.images).mean((2, 3))[0].numpy(), int(b.labels)) for b in loader.epoch(0)]
-    return np.stack([row for row, _ in found]), [label for _, label in found]
+        for batch in loader.epoch(0):
+            maps = dict(zip(trunk.stage_names, trunk.stages(batch.images), strict=True))
+            last = maps["res5"].mean((2, 3))
+            rows.append((last if stage == "avgpool" else maps[stage]).numpy().ravel())
+            labels.append(int(batch.labels))
+    return np.stack(rows), labels
 
 
 def small(base: Path, out: Path) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def small(base: Path, out: Path) -> dict[str, Any]:
     common: dict[str, Any] = {"root": str(base), "crop": Squash(32), "engine": "folder"}
     spec = replace(voc07_svm().train, batch_size=8, workers=1, **common)
     return {
-        "weights": "random", "backbone": "resnet18_tiny", "stages": ("avgpool",), "costs": COSTS,
+        "weights": "random", "backbone": "resnet18_tiny", "costs": COSTS,
         "train": replace(spec, data="voc2007:trainval"), "train_labels": "voc2007:trainval",
         "val": replace(spec, data="voc2007:test"), "val_labels": "voc2007:test",
         "run": CachedPlace(str(out / "run"), "cpu", cache=str(out / "cache")),
@@ -78,37 +86,52 @@ def small(base: Path, out: Path) -> dict[str, Any]:
 
 
 def test_voc07_svm(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
-    """Against scikit-learn, class after class: difficult is negative in training, not tested."""
+    """Against scikit-learn, class after class: difficult is negative in training, not tested.
+
+    All six stages of the recipe run; two are compared.
+    """
     base, tables = voc
     recipe = replace(voc07_svm(), **small(base, tmp_path))
-    found = results(svm.run(recipe, Rank()))
-    rows, others = unit(averaged(recipe.train)[0]), unit(averaged(recipe.val)[0])
-    expected = []
-    for labels, truth in zip(tables["trainval"].T, tables["test"].T, strict=True):
-        signs = np.where(labels > 0, 1, -1)
-        folds = list(StratifiedKFold(3).split(rows, signs))
-        means = []
-        for cost in COSTS:
-            aps = []
-            for fit, held in folds:
-                scores = svc(cost).fit(rows[fit], signs[fit]).decision_function(rows[held])
-                aps.append(average_precision_score(signs[held] > 0, scores))
-            means.append(np.mean(aps))
-        model = svc(COSTS[int(np.argmax(means))]).fit(rows, signs)
-        keep = truth != 0
-        expected.append(straight_ap(model.decision_function(others[keep]), truth[keep] > 0))
-    assert found["mAP/avgpool"]["per_class"] == pytest.approx(expected, abs=1e-6)
-    assert found["mAP/avgpool"]["value"] == pytest.approx(100 * np.mean(expected), abs=1e-6)
-    assert found["mAP/avgpool"]["n"] == SPLITS["test"] and "mAP11/avgpool" in found
+    out = svm.run(recipe, Rank())
+    found = results(out)
+    stages = ("stem", "res2", "res3", "res4", "res5", "avgpool")
+    assert recipe.stages == stages
+    assert set(found) == {f"{kind}/{stage}" for kind in ("mAP", "mAP11") for stage in stages}
+    for stage in stages:
+        row = found[f"mAP/{stage}"]
+        assert (row["n"], row["classes"]) == (SPLITS["test"], list(VOC_CLASSES))
+        assert row["value"] == pytest.approx(100 * np.mean(row["per_class"]), abs=1e-9)
+        assert set(row["costs"]) <= set(COSTS)
+    assert (out / "figures/per_class.png").exists()
+    for stage in ("res4", "avgpool"):
+        rows, others = (unit(averaged(part, stage)[0]) for part in (recipe.train, recipe.val))
+        expected = []
+        for labels, truth in zip(tables["trainval"].T, tables["test"].T, strict=True):
+            signs = np.where(labels > 0, 1, -1)
+            folds = list(StratifiedKFold(3).split(rows, signs))
+            means = []
+            for cost in COSTS:
+                aps = []
+                for fit, held in folds:
+                    scores = svc(cost).fit(rows[fit], signs[fit]).decision_function(rows[held])
+                    aps.append(average_precision_score(signs[held] > 0, scores))
+                means.append(np.mean(aps))
+            model = svc(COSTS[int(np.argmax(means))]).fit(rows, signs)
+            keep = truth != 0
+            expected.append(straight_ap(model.decision_function(others[keep]), truth[keep] > 0))
+        assert found[f"mAP/{stage}"]["per_class"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
-    """Against scikit-learn on the same draws; one cost for both, chosen on the test data."""
+    """Against scikit-learn on the same draws; one cost for both, chosen on the test data.
+
+    Both stages of the recipe run; the last is compared.
+    """
     base, tables = voc
     changes = small(base, tmp_path) | {"shots": (1,), "draws": 2}
     recipe = replace(voc07_lowshot(), **changes)
     found = results(svm.run_low_shot(recipe, Rank()))
-    rows, others = unit(averaged(recipe.train)[0]), unit(averaged(recipe.val)[0])
+    rows, others = (unit(averaged(part, "res5")[0]) for part in (recipe.train, recipe.val))
     signs = np.repeat([1, -1], [1, 19])
     aps = np.zeros((2, len(VOC_CLASSES), len(COSTS)))
     for number, c, j in np.ndindex(aps.shape):
@@ -118,8 +141,9 @@ def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> N
         keep = truth != 0
         aps[number, c, j] = straight_ap(model.decision_function(others[keep]), truth[keep] > 0)
     expected = aps.mean(1)[:, aps.mean((0, 1)).argmax()]
-    (row,) = found.values()
-    assert row["metric"] == "mAP/avgpool/k=1"
+    assert set(found) == {"mAP/res4/k=1", "mAP/res5/k=1"}
+    row = found["mAP/res5/k=1"]
+    assert (row["n"], row["draws"]) == (SPLITS["test"], 2)
     assert row["value"] == pytest.approx(100 * expected.mean(), abs=1e-6)
     assert row["deviation"] == pytest.approx(100 * expected.std(), abs=1e-6)
 
