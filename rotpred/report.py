@@ -24,12 +24,15 @@ NONE = "–"
 """Where nothing was published, or there are not two results to subtract."""
 
 
-def page(runs: Sequence[Run], *, left_out: Sequence[str] = ()) -> list[Block]:
+def page(
+    runs: Sequence[Run], *, left_out: Sequence[str] = (), notes: Sequence[str] = ()
+) -> list[Block]:
     """Make the page.
 
     Args:
         runs: whose results and figures it shows.
         left_out: names of run folders that could not be read, to be said on the page.
+        notes: paragraphs about these runs, for its head.
 
     Raises:
         ValueError: two runs have the same result of the same kind of weights.
@@ -46,7 +49,7 @@ def page(runs: Sequence[Run], *, left_out: Sequence[str] = ()) -> list[Block]:
     ]
     if left_out:
         blocks.append(Text(f"Left out as broken: {', '.join(left_out)}.", warning=True))
-    blocks += [*_sources(), *_pretext(runs)]
+    blocks += [*map(Text, notes), *_pretext(runs)]
     known = {name for table in published.TABLES for name in table.recipes}
     others = dict.fromkeys(result.recipe for result in results if result.recipe not in known)
     tables = [
@@ -58,6 +61,7 @@ def page(runs: Sequence[Run], *, left_out: Sequence[str] = ()) -> list[Block]:
     for table, part in sorted(filled, key=lambda pair: not pair[1]):
         blocks += _table(table, part)
     blocks += [
+        *_sources(),
         Heading("Other published numbers", 2),
         Text("Of other networks, or of layers that their source does not name."),
         Grid(("what", "number", "source"), published.OTHERS),

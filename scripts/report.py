@@ -24,6 +24,8 @@ class Arguments:
     """Run folders, or folders of kept copies (NAME.results.json, NAME.env.json, ...)."""
     output: Path
     """The page: .md (figures are links) or .html (one file, figures within)."""
+    notes: Path | None = None
+    """A text file about these runs, whose paragraphs go to the head of the page."""
     skip_broken: bool = False
     """Leave out run folders that are unfinished or damaged, and say so; else they are an error."""
     gallery: str | None = None
@@ -56,7 +58,9 @@ def main(args: Arguments) -> str:
                 raise
             print(f"report: left out: {error}", file=sys.stderr)
             left_out.append(path.name)
-    blocks: list[Block] = page(runs, left_out=left_out)
+    notes = [] if args.notes is None else args.notes.read_text().split("\n\n")
+    notes = [" ".join(paragraph.split()) for paragraph in notes if paragraph.strip()]
+    blocks: list[Block] = page(runs, left_out=left_out, notes=notes)
     if args.gallery is not None and args.data is not None:
         from rotpred.showcase import showcase  # With the loaders: too slow to load for --help.
 
