@@ -421,12 +421,12 @@ def test_a_broken_run_is_named_and_no_page_is_written(
 def test_notes_stand_at_the_head(make: Make, script: ModuleType, suffix: str) -> None:
     run = make("run", "in1k_knn", rows({"top1/k=10": 11.0}))
     notes, output = run.parent / "notes.txt", run.parent / f"page.{suffix}"
-    notes.write_text("One line <b>\nand another.\n\n\nA second | paragraph.\n")
+    notes.write_text("One line <u>\nand another.\n\n\nA second | paragraph.\n")
     script.main(script.Arguments(runs=(run,), output=output, notes=notes))
     text = output.read_text()
-    first = "One line &lt;b&gt; and another." if suffix == "html" else "and another."
+    first = "One line &lt;u&gt; and another." if suffix == "html" else "and another."
     assert text.index(first) < text.index("paragraph.") < text.index("Rotation prediction (acc")
-    assert "<b>" not in text
+    assert "<u>" not in text
 
 
 def test_the_script_says_what_is_wrong_in_one_line(
