@@ -19,7 +19,7 @@ from pipelines.loader import open_loader
 from pipelines.order import balanced
 from pipelines.samples import open_samples
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
-from rotpred import semi
+from rotpred import cli, semi
 from rotpred.backbone import build_backbone
 from rotpred.distributed import Rank
 from rotpred.heads import make_rotnet
@@ -81,6 +81,33 @@ def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
     assert (row["value"], row["n"]) == (pytest.approx(10 * hits), 10)
     assert (row["fraction"], row["lr"], row["head_mult"]) == (0.01, 0.01, 100.0)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_in1k_semi_10_by_its_command(trees: Trees, tmp_path: Path) -> None:
+    """Decay and share are those of ten percent; top-1 again from the saved network."""
+    tree, out = trees["in1k_semi_1"], tmp_path / "run"
+    args = [
+        *("in1k_semi_10", "--weights", "random", "--backbone", "resnet18_tiny"),
+        *("--sync-bn", "off", "--run.device", "cpu", "--run.epochs", "1", "--run.out", str(out)),
+        *("--train.data", tree.train, "--train.root", tree.train_root, "--train.batch-size", "4"),
+        *("--val.data", tree.val, "--val.root", tree.val_root, "--val.batch-size", "4"),
+        *("--train.crop.size", "32", "--val.crop.size", "32", "--val.crop.resize", "36"),
+        *("--train.engine", "folder", "--val.engine", "folder"),
+        *("--train.workers", "1", "--val.workers", "1"),
+    ]
+    assert cli.evaluate_main(args) == 0
+    found = results(out)
+    assert set(found) == {"top1"}  # four classes have no top-5
+    made: Semi = cli.choose(RECIPES, args, "")
+    assert made.optim.weight_decay == 1e-4
+    model, hits = make_rotnet("resnet18_tiny", 4).eval(), 0
+    model.load_state_dict(saved(out))
+    with open_loader(replace(made.val, batch_size=1)) as loader, torch.no_grad():
+        for batch, label in zip(loader.epoch(0), tree.truth, strict=True):
+            hits += int(model(batch.images).argmax()) == label
+    row = found["top1"]
+    assert (row["value"], row["n"], row["fraction"]) == (pytest.approx(10 * hits), 10, 0.1)
+    assert row["benchmark"] == "in1k_semi_10"
 
 
 def test_one_step_is_plain_sgd_with_two_rates(trees: Trees, tmp_path: Path) -> None:
