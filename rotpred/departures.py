@@ -14,7 +14,16 @@ FREE = frozenset(
         # Who computes, how fast, and what is kept of it.
         *("engine", "workers", "decoder", "hw_decoder_load", "cpu_budget", "samples", "timeout"),
         *("device", "compile", "cuda_graph", "log_every", "save_every", "keep", "profile"),
-        *("masks", "predictions", "save_predictions", "eval_every", "grid", "seed", "max_bad"),
+        *(
+            "masks",
+            "class_names",
+            "predictions",
+            "save_predictions",
+            "eval_every",
+            "grid",
+            "seed",
+            "max_bad",
+        ),
         # `cpu` and `device` give the same pixels but for rounding.
         "resize",
     )
