@@ -103,8 +103,13 @@ class Result:
     @property
     def label(self) -> str:
         """The metric, and the settings that the row has beside it."""
-        # Rows of a grid have theirs in the metric, as in top1/lr=0.1,head=10.
-        names = () if "=" in self.metric else SETTINGS
+        # Rows of a grid have theirs in the metric, as in top1/lr=0.1,head=10. The best of a grid
+        # is one result, whichever pair it is: other weights choose another.
+        names = SETTINGS
+        if "=" in self.metric:
+            names = ()
+        elif "chosen_from" in self.row:
+            names = SETTINGS[:1]
         return ", ".join((self.metric, *(f"{n} {self.row[n]}" for n in names if n in self.row)))
 
 

@@ -253,6 +253,25 @@ def test_grid_of_fine_tuning_reports_its_best_and_all_points(make: Make) -> None
         read_runs(half)
 
 
+def test_the_best_of_a_grid_is_one_row_whichever_point_it_is(make: Make) -> None:
+    for metric, recipe, title in (
+        ("top1", "cifar10_semi_1", "CIFAR-10, fine-tuning on 1 %"),
+        ("top1/res2", "cifar10_linear", "CIFAR-10, linear classifiers"),
+    ):
+        chosen = [
+            make(f"{recipe}-{weights}", recipe, rows({metric: value}, lr=lr, chosen_from=3),
+                 weights=weights, fields={"backbone": "resnet18_tiny"})
+            for weights, value, lr in (("weights.safetensors", 45.0, 0.01), ("random", 38.5, 0.1))
+        ]  # fmt: skip
+        assert table(rendered(*chosen), title) == {
+            metric: {
+                "trained": "45.00 (lr 0.01, best of 3)",
+                "random": "38.50 (lr 0.1, best of 3)",
+                "difference": "+6.50",
+            }
+        }
+
+
 def test_detection_and_segmentation_rows(make: Make) -> None:
     text = rendered(
         make("voc", "voc0712_det", rows({"AP50": 79.0, "AP": 54.0, "AP75": 60.0})),
