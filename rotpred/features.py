@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Precision, Shard
@@ -30,6 +28,7 @@ from rotpred.backbone import Backbone, build_backbone
 from rotpred.distributed import Rank, any_true, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.durable import check_space
 from rotpred.heads import pooled_dims, stage_pools
+from rotpred.progress import Progress
 from rotpred.runfolder import plain, write_json
 from rotpred.state import autocast, channels_last
 from rotpred.weights import imagenet_file, load_backbone
@@ -283,12 +282,10 @@ def _compute(
                 "labels": stack.enter_context(rows(folder, "labels", "int64")),
                 "indices": stack.enter_context(rows(folder, "indices", "int64")),
             }
-        quiet = not (rank.main and sys.stderr is not None and sys.stderr.isatty())
+            progress = Progress(f"features of {loader.spec.data}", len(loader))
+            stack.enter_context(contextlib.closing(progress))
         last = -1
-        for batch in tqdm(
-            loader.epoch(0), f"features of {loader.spec.data}", len(loader), leave=False,
-            unit="step", dynamic_ncols=True, disable=quiet,
-        ):  # fmt: skip
+        for step, batch in enumerate(loader.epoch(0), start=1):
             with autocast(rank.device, precision):
                 maps = trunk.stages(batch.images)
             gathered = {
@@ -306,3 +303,4 @@ def _compute(
             last = int(order[-1]) if len(order) else last
             for name, part in gathered.items():
                 files[name](part[keep].cpu().numpy())
+            progress.update(step)

@@ -17,7 +17,6 @@ import errno
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from rotpred.console import configure_logging, describe
+from rotpred.progress import Progress
 from rotpred.rows import Rows
 from rotpred.runfolder import (
     environment,
@@ -43,7 +43,6 @@ from rotpred.scalars import Scalars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from tqdm import tqdm
 
 __all__ = ["RunLog", "configure_logging", "lock", "read_results", "read_rows"]
 
@@ -91,7 +90,7 @@ class RunLog:
         self._results: list[dict[str, object]] = []
         self._rows = Rows(out / "log.jsonl")
         self._scalars = Scalars(out / "tensorboard")
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -113,11 +112,7 @@ class RunLog:
         with self._keeps_going():
             write_json(self.out / "recipe.json", plain(self._recipe))
             write_json(self.out / "env.json", environment(self._device, world=self._world))
-        if sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            options = {"unit": "step", "dynamic_ncols": True, "leave": False}
-            self._bar = tqdm(total=self._total_steps, initial=self._step, **options)
+        self._progress = Progress(self._recipe_name, self._total_steps, start=self._step)
         return self
 
     def __exit__(
@@ -128,17 +123,17 @@ class RunLog:
     ) -> None:
         """Close the bar and TensorBoard's file. Results are on disk already."""
         with self._keeps_going():
-            if self._bar is not None:
-                self._bar.close()
-        self._bar = None
+            if self._progress is not None:
+                self._progress.close()
+        self._progress = None
         with self._keeps_going():
             self._scalars.close()
 
     def tick(self, step: int) -> None:
-        """Move the bar to `step`. Reads no tensor: cheap enough for every step."""
-        if self._bar is not None:
+        """Tell how far it is. Reads no tensor: cheap enough for every step."""
+        if self._progress is not None:
             with self._keeps_going():
-                self._bar.update(step - self._bar.n)
+                self._progress.update(step)
 
     def interval(
         self,
@@ -191,6 +186,8 @@ class RunLog:
         }
         if self._device.type == "cuda":
             row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
+        if self._progress is not None:
+            self._progress.said()
         self.tick(step)
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
         with self._keeps_going():

@@ -105,7 +105,7 @@ class Result:
         """The metric, and the settings that the row has beside it."""
         # Rows of a grid have theirs in the metric, as in top1/lr=0.1,head=10. The best of a grid
         # is one result, whichever pair it is: other weights choose another.
-        names = SETTINGS
+        names: tuple[str, ...] = SETTINGS
         if "=" in self.metric:
             names = ()
         elif "chosen_from" in self.row:

@@ -180,7 +180,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
 
 
 class Ticker:
-    """Moves the progress bar by one."""
+    """Tells that one more is done."""
 
     def __init__(self, log: RunLog) -> None:
         self._log, self._done = log, 0
