@@ -138,7 +138,7 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
         raise ValueError("cache is for probes of kind avgpool and stages, which read pooled maps")
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     torch.manual_seed(recipe.train.seed)  # as open_job: of random weights and the probes'
-    with lock(out) if rank.main else contextlib.nullcontext():
+    with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
         names = trunk.stage_names if "stages" in kinds else ()
         names = (*names, AVGPOOL) if "avgpool" in kinds else names

@@ -21,11 +21,11 @@ from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
 from rotpred.features import FromWeights, load_trunk
-from rotpred.job import DONE, Job, open_run
+from rotpred.job import Job, open_run
 from rotpred.loop import steps
 from rotpred.norms import SyncBn, check, synced
 from rotpred.optim import Optim
-from rotpred.runfolder import write_json
+from rotpred.runfolder import DONE, write_json
 from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.schedule import Schedule
 from rotpred.settings import Run
@@ -156,7 +156,7 @@ def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> 
     path = Path(recipe.predictions)
     out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
     with (
-        lock(out) if rank.main else contextlib.nullcontext(),
+        lock(out, recipe.name) if rank.main else contextlib.nullcontext(),
         _open(recipe.val, rank, recipe.run) as val,
     ):
         found = count(val)

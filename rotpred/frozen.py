@@ -18,8 +18,7 @@ from pipelines.catalogues import voc2007
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
 from rotpred.features import Features, FromWeights, Store, extract, load_trunk
-from rotpred.job import DONE
-from rotpred.runfolder import plain, write_json
+from rotpred.runfolder import DONE, plain, write_json
 from rotpred.runlog import RunLog, lock
 from rotpred.scoring import Labelled, shared_classes
 
@@ -140,7 +139,7 @@ def open_evaluation(
     torch.manual_seed(recipe.train.seed)  # of the random control's weights
     with contextlib.ExitStack() as stack:
         if rank.main:
-            stack.enter_context(lock(out))
+            stack.enter_context(lock(out, recipe.name))
         trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
         train, val = (
             extract(

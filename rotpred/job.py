@@ -18,7 +18,7 @@ from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
 from rotpred.distributed import Rank, any_true, check_equal
 from rotpred.feed import Feed, Stream
-from rotpred.runfolder import plain, write_json
+from rotpred.runfolder import DONE, plain, write_json
 from rotpred.runlog import RunLog, lock
 from rotpred.settings import Run
 from rotpred.state import Trained, TrainState
@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Stream)
 S_co = TypeVar("S_co", bound=Stream, covariant=True)
 L = TypeVar("L", bound=Feed[object])
-
-DONE = "done.json"
-"""Name of the file that marks a run folder as finished, results and figures included."""
 
 _WHY = {
     "rotate4": "pretraining predicts rotations",
@@ -158,7 +155,7 @@ def open_run(
     torch.manual_seed(recipe.train.seed)
     with contextlib.ExitStack() as stack:
         if rank.main:
-            stack.enter_context(lock(out))
+            stack.enter_context(lock(out, recipe.name))
         loader = stack.enter_context(opener(recipe.train, rank, recipe.run))
         val = None
         if recipe.val is not None:

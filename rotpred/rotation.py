@@ -12,9 +12,9 @@ from rotpred import figures
 from rotpred.distributed import Rank, check_equal
 from rotpred.features import RANDOM
 from rotpred.heads import make_rotnet
-from rotpred.job import DONE, open_data
+from rotpred.job import open_data
 from rotpred.recipes.rotation import Rotation
-from rotpred.runfolder import write_json
+from rotpred.runfolder import DONE, write_json
 from rotpred.runlog import RunLog, lock
 from rotpred.scoring import ROTATIONS, score_rotations
 from rotpred.settings import Run
@@ -44,7 +44,7 @@ def run(recipe: Rotation, rank: Rank) -> Path:
     torch.manual_seed(recipe.val.seed)  # of the random control's weights
     with contextlib.ExitStack() as stack:
         if rank.main:
-            stack.enter_context(lock(out))
+            stack.enter_context(lock(out, recipe.name))
         net, sha = make_rotnet(recipe.backbone), ""
         if recipe.weights != RANDOM:
             report = load_rotnet(net, Path(recipe.weights), clockwise=_CLOCKWISE[recipe.labels])

@@ -107,15 +107,24 @@ def read_results(path: Path) -> list[dict[str, object]]:
     return rows
 
 
+DONE = "done.json"
+"""Name of the file that marks a run folder as finished, results and figures included."""
+
+
 @contextmanager
-def lock(out: Path) -> Iterator[None]:
+def lock(out: Path, recipe: str = "") -> Iterator[None]:
     """Hold the run folder for this job alone; make it where missing.
 
     The lock is the kernel's (`flock` on out/.lock) and ends with the process, however that ends:
     nothing is left to clean up. Take it in the main process only.
 
+    Args:
+        out: the folder.
+        recipe: name of the recipe that will fill it; empty for any.
+
     Raises:
-        ValueError: another job holds it; the message says which.
+        ValueError: another job holds it, or it holds the run of another recipe; the message says
+            which.
     """
     out.mkdir(parents=True, exist_ok=True)
     # Unbuffered: on a full disk, closing the file must not try to write once more.
@@ -137,7 +146,24 @@ def lock(out: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             logger.warning("cannot write %s/.lock (%s)", out, error)
+        if recipe:
+            _refuse_another(out, recipe)
         yield
+
+
+def _refuse_another(out: Path, recipe: str) -> None:
+    kept = out / "recipe.json"
+    if not kept.exists():
+        return
+    try:
+        held = json.loads(kept.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{kept} is not JSON ({error}); move it away or mend it") from error
+    name = held.get("name") if isinstance(held, dict) else None
+    if name not in (None, recipe):
+        raise ValueError(
+            f"{out} is the folder of a run of {name}: {recipe} needs one of its own, --run.out"
+        )
 
 
 def environment(device: torch.device, *, world: int) -> dict[str, object]:

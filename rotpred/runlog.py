@@ -30,6 +30,7 @@ from rotpred.console import configure_logging, describe
 from rotpred.progress import Progress
 from rotpred.rows import Rows
 from rotpred.runfolder import (
+    DONE,
     environment,
     lock,
     plain,
@@ -96,6 +97,9 @@ class RunLog:
     def __enter__(self) -> Self:
         """Make the folder, write recipe.json and env.json, read earlier results.
 
+        A run from its beginning keeps none: results of other settings are not those of the recipe
+        that is written beside them.
+
         Raises:
             OSError: the folder cannot be made or is not writable.
             ValueError: results.json is there and is not a list of results.
@@ -108,7 +112,12 @@ class RunLog:
             raise PermissionError(errno.EACCES, "the run folder is not writable", str(self.out))
         if not logging.getLogger("rotpred").hasHandlers():
             configure_logging()
-        self._results = read_results(self.out / "results.json")
+        results = self.out / "results.json"
+        self._results = read_results(results)
+        if self._resumed == 0:
+            self._results = []
+            for path in (self.out / DONE, results):  # in this order: unfinished, then empty
+                path.unlink(missing_ok=True)
         with self._keeps_going():
             write_json(self.out / "recipe.json", plain(self._recipe))
             write_json(self.out / "env.json", environment(self._device, world=self._world))

@@ -11,10 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rotpred.runfolder import read_results
-
-DONE = "done.json"
-"""In the folder of a run that came to its end (`job.DONE`, which is further up)."""
+from rotpred.runfolder import DONE, read_results
 
 TRAINED, RANDOM, SUPERVISED = "trained", "random", "supervised"
 KINDS = (TRAINED, RANDOM, SUPERVISED)

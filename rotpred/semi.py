@@ -193,7 +193,7 @@ def _grid(recipe: Semi, rank: Rank) -> Path:
     """All pairs, one after the other; finished ones are read from their folders."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     points: dict[Pair, dict[str, dict[str, Any]]] = {}
-    with lock(out) if rank.main else contextlib.nullcontext():
+    with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
         for lr, mult in itertools.product(recipe.lrs, recipe.head_mults):
             folder = out / "grid" / f"lr{lr:g}_head{mult:g}"
             point = replace(

@@ -15,6 +15,7 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import knn
 from rotpred.distributed import Rank
 from rotpred.recipes.frozen import CachedPlace, Knn, in1k_knn
+from rotpred.runs import read_runs
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -131,6 +132,28 @@ def test_run_folder(beton: Path, tmp_path: Path) -> None:
     assert set(rows) == {"top1/k=1", "top1/k=5"}  # three classes have no top-5
     assert rows["top1/k=1"]["value"] == 100.0 and rows["top1/k=1"]["n"] == 37
     assert (out / "done.json").exists()
+
+
+def test_other_settings_take_the_place_of_the_earlier_ones(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results belong to the recipe beside them; a run that was cut off is not finished."""
+    made = recipe(beton, tmp_path)
+    out = knn.run(made, Rank())
+    other = replace(made, neighbours=(3,), temperature=0.1, normalize=False)
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(knn, "neighbours", cut)
+        knn.run(other, Rank())
+    with pytest.raises(ValueError, match=r"no run folder|unfinished"):
+        read_runs(out)
+    knn.run(other, Rank())
+    (run,) = read_runs(out)
+    assert [result.metric for result in run.results] == ["top1/k=3"]
+    assert run.recipe["neighbours"] == [3]
 
 
 def test_more_neighbours_than_samples_are_refused(beton: Path, tmp_path: Path) -> None:

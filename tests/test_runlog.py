@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.console import Console, configure_logging, describe, duration
+from rotpred.runfolder import DONE
 from rotpred.runlog import RunLog, lock, read_results, read_rows
 
 pytestmark = pytest.mark.timeout(90)
@@ -217,7 +218,7 @@ def test_results_are_rows_that_later_measurements_correct(tmp_path: Path) -> Non
     with open_log(tmp_path) as log:
         log.result("rotation", metric="accuracy", value=60, unit="%", n=40000, chance=25.0)
         log.result("linear", metric="top1/res4", value=50.5, unit="%", n=10000, seconds=12.34)
-    with open_log(tmp_path) as log:
+    with open_log(tmp_path, start_step=5) as log:
         log.result(
             "rotation", metric="accuracy", value=68.4, unit="%", n=40000, checkpoint_sha256="ab"
         )
@@ -233,6 +234,33 @@ def test_results_are_rows_that_later_measurements_correct(tmp_path: Path) -> Non
         "seconds": 12.3,
     }
     assert (rotation["value"], rotation["checkpoint_sha256"]) == (68.4, "ab")
+
+
+def test_a_run_from_its_beginning_keeps_no_results_of_earlier_settings(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.result("knn", metric="top1/k=20", value=60, unit="%", n=400)
+    (tmp_path / DONE).write_text("{}")
+    with pytest.raises(KeyboardInterrupt), open_log(tmp_path):
+        raise KeyboardInterrupt
+    assert not (tmp_path / DONE).exists()
+    assert read_results(tmp_path / "results.json") == []
+    with open_log(tmp_path) as log:
+        log.result("knn", metric="top1/k=5", value=55, unit="%", n=400)
+    (row,) = read_results(tmp_path / "results.json")
+    assert row["metric"] == "top1/k=5"
+
+
+def test_a_folder_is_that_of_one_recipe(tmp_path: Path) -> None:
+    with lock(tmp_path, "tiny"), open_log(tmp_path):
+        pass
+    with lock(tmp_path, "tiny"), lock(tmp_path / "other", "huge"):
+        pass
+    words = "is the folder of a run of tiny: huge needs one of its own, --run.out"
+    with pytest.raises(ValueError, match=words), lock(tmp_path, "huge"):
+        pass
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe\.json is not JSON"), lock(tmp_path, "tiny"):
+        pass
 
 
 def test_a_result_must_be_a_number(tmp_path: Path) -> None:

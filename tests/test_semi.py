@@ -167,6 +167,11 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(learned) == {tmp_path / "grid/lr0.01_head10"} and len(learned) == 4
     assert results(tmp_path)["top1"]["value"] == rows["top1"]["value"]
 
+    # A smaller grid leaves nothing of the larger one behind.
+    semi.run(replace(again, head_mults=(10.0,)), Rank())
+    rows = results(tmp_path)
+    assert set(rows) == {"top1/lr=0.01,head=10", "top1"} and rows["top1"]["chosen_from"] == 1
+
 
 def test_a_grid_without_any_result_is_an_error(trees: Trees, tmp_path: Path) -> None:
     made = small(trees, tmp_path, grid=True, lrs=(1e30,), head_mults=(1.0,))
