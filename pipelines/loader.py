@@ -68,6 +68,7 @@ class Loader:
         classes: tuple[str, ...] = (),
         data_id: str = "",
         label_range: tuple[int, int] = (-1, -1),
+        total: int = 0,
     ) -> None:
         self.spec, self.engine, self.device = spec, engine, device
         self.classes = classes
@@ -76,6 +77,8 @@ class Loader:
         """Short hash that identifies the data set."""
         self.label_range = label_range
         """Smallest and largest label of the data set; -1 stands for none."""
+        self.total = total
+        """Samples of the data set, before the spec chooses some."""
         self.wait_seconds = 0.0
         """Time that consumers have spent waiting for decoded crops, over all epochs."""
         self.digest = 0
@@ -251,9 +254,14 @@ def open_loader(
         from pipelines.synthetic import CLASSES, SyntheticSource
 
         source: Source = SyntheticSource(spec, shard=shard, device=device)
-        labels = (0, CLASSES - 1)
         return Loader(
-            source, spec, engine=engine, device=device, precision=precision, label_range=labels
+            source,
+            spec,
+            engine=engine,
+            device=device,
+            precision=precision,
+            label_range=(0, CLASSES - 1),
+            total=spec.samples,
         )
     samples = samples or open_samples(spec.data, spec.root)
     source = _open_source(engine, samples, spec, shard, device)
@@ -266,6 +274,7 @@ def open_loader(
         classes=samples.classes,
         data_id=fingerprint(samples),
         label_range=(int(samples.labels.min()), int(samples.labels.max())),
+        total=len(samples.labels),
     )
 
 

@@ -18,7 +18,7 @@ from rotpred import figures, probes
 from rotpred.backbone import Backbone
 from rotpred.cached import FeatureLoader
 from rotpred.distributed import Rank
-from rotpred.features import AVGPOOL, extract, load_trunk
+from rotpred.features import AVGPOOL, extract, load_trunk, open_pictures
 from rotpred.heads import pooled_dims, stage_pools
 from rotpred.job import Job, check_data, open_job
 from rotpred.loop import steps
@@ -144,16 +144,21 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
         names = (*names, AVGPOOL) if "avgpool" in kinds else names
         own = {n: getattr(recipe.train, n) for n in _OF_DATA}
         specs = (replace(recipe.val, **own), recipe.val)
-        found = [
-            extract(
-                *(trunk, spec, rank),
-                names=names,
-                precision=recipe.run.precision,
-                cache=Path(recipe.cache),
-                store=recipe.cache_store,
-            )
-            for spec in specs
-        ]
+        precision = recipe.run.precision
+        with contextlib.ExitStack() as stack:
+            # Both are opened before the work on either, which may take hours.
+            data = [stack.enter_context(open_pictures(spec, rank, precision)) for spec in specs]
+            number_of_classes(*data)
+            found = [
+                extract(
+                    *(trunk, part, rank),
+                    names=names,
+                    precision=precision,
+                    cache=Path(recipe.cache),
+                    store=recipe.cache_store,
+                )
+                for part in data
+            ]
         size = recipe.train.batch_size
         train = replace(specs[0], batch_size=size, shuffle=True, drop_last=True)
         loaders = [

@@ -115,9 +115,26 @@ def _supervised(arch: str, rank: Rank) -> Path:
     return imagenet_file(arch)
 
 
+def open_pictures(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+    """Open this rank's part of data whose features are wanted.
+
+    Raises:
+        ValueError: the spec leaves something to chance, or it and the data do not fit together.
+        FileNotFoundError: there are no such data.
+    """
+    chance = spec.flip or spec.shuffle or spec.colour.active
+    if chance or spec.drop_last or spec.views != "plain":
+        raise ValueError(
+            "features need every picture once, as it is: views plain, no flip, no shuffle and no "
+            "drop_last"
+        )
+    shard = Shard(rank.rank, rank.world, rank.local_world)
+    return open_loader(spec, shard=shard, device=rank.device, precision=precision)
+
+
 def extract(
     trunk: Backbone,
-    spec: LoaderSpec,
+    loader: Loader,
     rank: Rank,
     *,
     names: Sequence[str],
@@ -129,7 +146,7 @@ def extract(
 
     Args:
         trunk: of `load_trunk`.
-        spec: data without chance: plain views, no flip, no shuffling, every sample.
+        loader: of `open_pictures`.
         rank: who computes which part.
         names: stages of the trunk, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
         precision: of the network; pools work in float32.
@@ -139,38 +156,29 @@ def extract(
         store: type of the arrays.
 
     Raises:
-        ValueError: the spec leaves something to chance, there is no such stage, the folder cannot
-            be written, is being written by another job, or has no space for the arrays.
+        ValueError: there is no such stage, the folder cannot be written, is being written by
+            another job, or has no space for the arrays.
         RuntimeError: the ranks have other data.
     """
-    chance = spec.flip or spec.shuffle or spec.colour.active
-    if chance or spec.drop_last or spec.views != "plain":
-        raise ValueError(
-            "features need every picture once, as it is: views plain, no flip, no shuffle and no "
-            "drop_last"
-        )
     unknown = [name for name in names if name not in (*trunk.stage_names, AVGPOOL)]
     if unknown or not names:
         known = ", ".join((*trunk.stage_names, AVGPOOL))
         raise ValueError(f"{trunk.arch} has no stage {unknown or '(none named)'}: it has {known}")
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    with open_loader(spec, shard=shard, device=rank.device, precision=precision) as loader:
-        check_equal(len(loader), rank, what="steps in an epoch")
-        check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the data")
-        about = _about(trunk, loader, precision, store)
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
-        folder = cache / key
-        with contextlib.ExitStack() as held:
-            missing = _missing(trunk, loader, rank, names, store, folder, held)
-            if missing:
-                _compute(trunk, loader, rank, missing, precision, store, folder)
-                if rank.main:
-                    write_json(folder / "features.json", about)
-            elif rank.main:
-                logger.info("features of %s are in %s already", spec.data, folder)
+    check_equal(len(loader), rank, what="steps in an epoch")
+    check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the data")
+    about = _about(trunk, loader, precision, store)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+    folder = cache / key
+    with contextlib.ExitStack() as held:
+        missing = _missing(trunk, loader, rank, names, store, folder, held)
         if missing:
-            barrier(rank)
-        data_id, classes = loader.data_id, loader.classes
+            _compute(trunk, loader, rank, missing, precision, store, folder)
+            if rank.main:
+                write_json(folder / "features.json", about)
+        elif rank.main:
+            logger.info("features of %s are in %s already", loader.spec.data, folder)
+    if missing:
+        barrier(rank)
     if not folder.is_dir():
         raise ValueError(
             f"process {rank.rank} does not see {folder}: the folder for features must lie on a "
@@ -180,8 +188,8 @@ def extract(
         {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names},
         np.load(folder / "labels.npy"),
         np.load(folder / "indices.npy"),
-        data_id,
-        classes,
+        loader.data_id,
+        loader.classes,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from rotpred.distributed import Rank, all_sum
-from rotpred.frozen import classes_of, open_evaluation, share
+from rotpred.frozen import open_evaluation, share
 from rotpred.recipes.frozen import Knn
+from rotpred.scoring import number_of_classes
 
 BANK_ROWS = 8192
 QUERY_ROWS = 1024
@@ -31,14 +32,13 @@ def run(recipe: Knn, rank: Rank) -> Path:
     Raises:
         ValueError: weights, data and recipe do not fit together, in words.
     """
-    stages = (recipe.stage,)
-    with open_evaluation(recipe, rank, stages=stages, store=recipe.store) as evaluation:
-        train, val = evaluation.train, evaluation.val
-        classes = classes_of(evaluation)
-        if max(recipe.neighbours) > len(train.labels):
+    with open_evaluation(recipe, rank) as evaluation:
+        classes = number_of_classes(*evaluation.data)
+        if max(recipe.neighbours) > evaluation.samples:
             raise ValueError(
-                f"{max(recipe.neighbours)} neighbours of {len(train.labels)} training samples"
+                f"{max(recipe.neighbours)} neighbours of {evaluation.samples} training samples"
             )
+        train, val = evaluation.features((recipe.stage,), recipe.store)
         blocks = -(-len(train.labels) // BANK_ROWS)
         with evaluation.begin(blocks * rank.world) as log:
             if log is None:
@@ -60,11 +60,11 @@ def run(recipe: Knn, rank: Rank) -> Path:
                 temperature=recipe.temperature,
                 classes=classes,
             )
-            hits = all_sum(hits, rank)
+            hits, n = all_sum(hits, rank), len(val.labels)
             for k, counts in zip(recipe.neighbours, hits.tolist(), strict=True):
                 for top, count in zip(TOPS, counts, strict=True):
                     if top < classes:
-                        evaluation.result(log, f"top{top}/k={k}", count / len(val.labels))
+                        evaluation.result(log, f"top{top}/k={k}", count / n, n=n)
     return evaluation.out
 
 

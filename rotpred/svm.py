@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
-from rotpred import figures
+from pipelines.loader import Loader
+from rotpred import svm_figures
 from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank, all_sum
-from rotpred.frozen import Evaluation, Labels, classes_of, labels_of, open_evaluation, share
+from rotpred.features import Features
+from rotpred.frozen import Evaluation, open_evaluation, share
+from rotpred.labels import Labels, check_counts, labels_of, read_tables
 from rotpred.linear_svm import average_precision, gram, solve
-from rotpred.low_shot import ShotResult, aggregate, scores_of_draw
+from rotpred.low_shot import aggregate, scores_of_draw
 from rotpred.recipes.frozen import LowShot, Svm
 from rotpred.runlog import RunLog
 
@@ -37,10 +38,14 @@ def run(recipe: Svm, rank: Rank) -> Path:
         ValueError: weights, data and recipe do not fit together, in words.
     """
     stages = recipe.stages
-    with open_evaluation(recipe, rank, stages=stages) as evaluation:
-        labels, test_labels = _labels(recipe, evaluation)
-        classes = labels.shape[1]
-        class_names = _class_names(recipe, evaluation, classes)
+    with open_evaluation(recipe, rank) as evaluation:
+        parts, (labels, test_labels), class_names = _prepare(recipe, evaluation)
+        classes, n = labels.shape[1], len(test_labels)
+        # Difficult samples are negatives here.
+        signs = np.where(labels > 0, np.int8(1), np.int8(-1))
+        needed = recipe.folds
+        check_counts(signs, class_names, "training data", positive=needed, negative=needed)
+        check_counts(test_labels, class_names, "test data", positive=1, negative=0)
         units = list(itertools.product(range(len(stages)), range(classes)))
         with evaluation.begin(len(units)) as log:
             if log is None:
@@ -48,7 +53,7 @@ def run(recipe: Svm, rank: Rank) -> Path:
             # AP, 11-point AP, chosen cost; each rank fills in its own classes.
             found = torch.zeros(len(stages), classes, 3, dtype=torch.float64)
             tick = Ticker(log)
-            for stage, numbers, kernel, test, rows in _work(evaluation, stages, units):
+            for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
                 for c in numbers:
                     found[stage, c] = torch.tensor(
                         one_class(kernel, test, labels[:, c], test_labels[:, c], recipe, rows),
@@ -61,14 +66,15 @@ def run(recipe: Svm, rank: Rank) -> Path:
                     log,
                     f"mAP/{name}",
                     float(np.mean(ap)),
+                    n=n,
                     classes=list(class_names),
                     per_class=ap,
                     costs=cost,
                 )
-                evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)))
+                evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)), n=n)
             aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
-                log.figure("per_class", per_class(aps, class_names))
+                log.figure("per_class", svm_figures.per_class(aps, class_names))
     return evaluation.out
 
 
@@ -97,12 +103,10 @@ def one_class(
     Returns:
         AP as published, 11-point AP, and the cost.
 
-    Raises:
-        ValueError: fewer positives than folds, or none in the test data.
+    There must be as many positives and negatives as folds, and a positive in the test data
+    (`labels.check_counts`).
     """
     signs = np.where(labels > 0, 1.0, -1.0)
-    if min((signs > 0).sum(), (signs < 0).sum()) < recipe.folds:
-        raise ValueError(f"a class has fewer positives or negatives than {recipe.folds} folds")
     costs = torch.tensor(recipe.costs, dtype=torch.float64, device=kernel.device)
     precision = np.zeros((recipe.folds, len(costs)))
     # As cross_val_score(cv=3): stratified, in the order of the samples.
@@ -132,17 +136,19 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
     """
     stages, shots = recipe.stages, recipe.shots
     units = list(itertools.product(range(len(stages)), range(recipe.draws)))
-    with open_evaluation(recipe, rank, stages=stages) as evaluation:
-        labels, test_labels = _labels(recipe, evaluation)
-        classes = labels.shape[1]
-        _class_names(recipe, evaluation, classes)
+    with open_evaluation(recipe, rank) as evaluation:
+        parts, (labels, test_labels), class_names = _prepare(recipe, evaluation)
+        classes, most = labels.shape[1], max(shots)
+        others = most * (classes - 1)
+        check_counts(labels, class_names, "training data", positive=most, negative=others)
+        check_counts(test_labels, class_names, "test data", positive=1, negative=0)
         with evaluation.begin(len(units) * len(shots) * classes) as log:
             if log is None:
                 return evaluation.out
             shape = (len(stages), recipe.draws, len(shots), classes, len(recipe.costs))
             scores = torch.zeros(shape, dtype=torch.float64)
             tick = Ticker(log)
-            for stage, numbers, kernel, test, rows in _work(evaluation, stages, units):
+            for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
                 for number in numbers:
                     part = scores_of_draw(
                         kernel,
@@ -168,6 +174,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         log,
                         f"mAP/{name}/k={k}",
                         row.mean,
+                        n=len(test_labels),
                         deviation=100 * row.deviation,
                         lowest=100 * row.lowest,
                         highest=100 * row.highest,
@@ -175,7 +182,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         draws=recipe.draws,
                     )
             if rank.main:
-                log.figure("low_shot", low_shot_curve(results, shots))
+                log.figure("low_shot", svm_figures.low_shot_curve(results, shots))
     return evaluation.out
 
 
@@ -207,28 +214,31 @@ def _fit(
     return solve(part[None], y[None], weights[None], costs)[0]
 
 
-def _labels(recipe: Svm | LowShot, evaluation: Evaluation) -> tuple[Labels, Labels]:
-    """The labels of training and test data, which must have the same classes."""
-    train, val = evaluation.train, evaluation.val
-    if len(train.labels) > MAX_SAMPLES:
+def _prepare(
+    recipe: Svm | LowShot, evaluation: Evaluation
+) -> tuple[tuple[Features, Features], tuple[Labels, Labels], tuple[str, ...]]:
+    """Features and labels of training and test data, and the names of their classes.
+
+    Labels are looked at first: the work on pictures may take hours.
+    """
+    if evaluation.samples > MAX_SAMPLES:
         raise ValueError(
-            f"{len(train.labels)} training samples are more than {MAX_SAMPLES}: choose some of "
+            f"{evaluation.samples} training samples are more than {MAX_SAMPLES}: choose some of "
             "them with --train.limit"
         )
-    if recipe.train_labels or recipe.val_labels:
-        classes = int(max(train.labels.max(), val.labels.max())) + 1
-    else:
-        classes = classes_of(evaluation)
-    labels = labels_of(recipe.train_labels, train, classes, recipe.train.root)
-    test_labels = labels_of(recipe.val_labels, val, classes, recipe.val.root)
-    if labels.shape[1] != test_labels.shape[1]:
-        raise ValueError(
-            f"training data have {labels.shape[1]} classes, test data {test_labels.shape[1]}"
-        )
-    return labels, test_labels
+    paths = (recipe.train_labels, recipe.val_labels)
+    tables, classes = read_tables(paths, evaluation.data)
+    names = _class_names(recipe, evaluation.data, classes)
+    parts = evaluation.features(recipe.stages)
+    labels, test_labels = (
+        labels_of(part, table, classes) for part, table in zip(parts, tables, strict=True)
+    )
+    return parts, (labels, test_labels), names
 
 
-def _class_names(recipe: Svm | LowShot, evaluation: Evaluation, classes: int) -> tuple[str, ...]:
+def _class_names(
+    recipe: Svm | LowShot, data: tuple[Loader, Loader], classes: int
+) -> tuple[str, ...]:
     """What the columns of the labels are called: as the recipe says, else as the data do.
 
     Raises:
@@ -240,64 +250,20 @@ def _class_names(recipe: Svm | LowShot, evaluation: Evaluation, classes: int) ->
             "--class-names NAME ..., or --class-names alone for the data's own"
         )
     numbers = tuple(map(str, range(classes)))
-    given = (recipe.class_names, evaluation.train.classes, evaluation.val.classes)
+    given = (recipe.class_names, *(part.classes for part in data))
     return next((names for names in given if len(names) == classes and names != numbers), numbers)
 
 
 def _work(
-    evaluation: Evaluation, stages: Sequence[str], units: Sequence[tuple[int, int]]
+    parts: tuple[Features, Features],
+    rank: Rank,
+    stages: Sequence[str],
+    units: Sequence[tuple[int, int]],
 ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield this rank's work: a stage, the numbers that go with it, its kernels and rows."""
-    mine = units[share(len(units), evaluation.rank)]
-    device = evaluation.rank.device
+    mine = units[share(len(units), rank)]
+    device = rank.device
     for stage, group in itertools.groupby(mine, key=lambda unit: unit[0]):
-        train, val = (part.stages[stages[stage]] for part in (evaluation.train, evaluation.val))
+        train, val = (part.stages[stages[stage]] for part in parts)
         kernel, test = gram(train, train, device), gram(val, train, device)
         yield stage, [number for _, number in group], kernel, test, compact(train, device)
-
-
-def per_class(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) -> Figure:
-    """Bars of the average precision (0 to 1, shown in percent) of every class, a row per stage.
-
-    Args:
-        aps: by stage, (C,).
-        names: of the C classes.
-    """
-    fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.9), dpi=120, layout="constrained")
-    axes = fig.subplots(len(aps), 1, squeeze=False, sharex=True)
-    for ax, (stage, ap) in zip(axes.flat, aps.items(), strict=True):
-        ax.bar(range(len(ap)), 100 * ap, color=figures.ACCENT)
-        ax.set_title(
-            f"{stage}: mAP {100 * ap.mean():.2f} %", fontsize=10, loc="left", color=figures.INK
-        )
-        ax.set_ylim(0, 100)
-        ax.set_ylabel("AP (%)", fontsize=8)
-        _plain_axes(ax)
-    # Once, below all rows: the columns stand under one another.
-    ax.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor")
-    ax.set_xlabel("class", fontsize=9)
-    return fig
-
-
-def low_shot_curve(results: Mapping[str, Sequence[ShotResult]], shots: Sequence[int]) -> Figure:
-    """The mAP over the number of positives per class; bars are one standard deviation."""
-    fig = Figure(figsize=(5.6, 3.8), dpi=120, layout="constrained")
-    ax = fig.subplots()
-    for stage, rows in results.items():
-        means, deviations = (
-            [100 * getattr(r, name) for r in rows] for name in ("mean", "deviation")
-        )
-        ax.errorbar(shots, means, deviations, label=stage, marker="o", ms=3, lw=1.5, capsize=2)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(shots, [str(k) for k in shots])
-    ax.set_xlabel("positives per class", fontsize=9)
-    ax.set_ylabel("mAP (%)", fontsize=9)
-    ax.legend(fontsize=8, frameon=False)
-    _plain_axes(ax)
-    return fig
-
-
-def _plain_axes(ax: Axes) -> None:
-    ax.tick_params(labelsize=8)
-    ax.grid(alpha=0.25, lw=0.6, axis="y")
-    ax.spines[["top", "right"]].set_visible(False)

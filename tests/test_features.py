@@ -24,9 +24,10 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import arrays, distributed, features
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
-from rotpred.features import AVGPOOL, Features, extract, load_trunk
-from rotpred.frozen import multi_labels, share
+from rotpred.features import AVGPOOL, Features, extract, load_trunk, open_pictures
+from rotpred.frozen import share
 from rotpred.heads import stage_pools
+from rotpred.labels import labels_of, read_labels
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -47,9 +48,8 @@ def trunk_of(seed: int) -> Backbone:
 
 
 def of(beton: Path, cache: Path, names: tuple[str, ...] = NAMES, **changes: object) -> Features:
-    return extract(
-        trunk_of(0), spec(beton, **changes), Rank(), names=names, precision="fp32", cache=cache
-    )
+    with open_pictures(spec(beton, **changes), Rank(), "fp32") as loader:
+        return extract(trunk_of(0), loader, Rank(), names=names, precision="fp32", cache=cache)
 
 
 def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
@@ -90,10 +90,11 @@ def test_files_are_found_again(
     assert isinstance(again.stages["res5"], np.memmap) and not again.stages["res5"].flags.writeable
     of(beton, tmp_path, ("res5",), crop=CenterCrop(32, 40))
     of(beton, tmp_path, ("res5",), limit=9)
-    extract(
-        trunk_of(1), spec(beton), Rank(), names=("res5",), precision="fp32", cache=tmp_path,
-        store="float16",
-    )  # fmt: skip
+    with open_pictures(spec(beton), Rank(), "fp32") as loader:
+        extract(
+            trunk_of(1), loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path,
+            store="float16",
+        )  # fmt: skip
     assert len(computed) == 5
     assert {len(np.load(f)) for f in tmp_path.glob("*/labels.npy")} == {37, 9}
     assert not list(tmp_path.glob("*/.*.tmp"))
@@ -113,8 +114,11 @@ def test_an_interrupted_extraction_leaves_no_array(
         return stages(images)
 
     monkeypatch.setattr(trunk, "stages", failing)
-    with pytest.raises(RuntimeError, match="the power went"):
-        extract(trunk, spec(beton), Rank(), names=("res5",), precision="fp32", cache=tmp_path)
+    with (
+        open_pictures(spec(beton), Rank(), "fp32") as loader,
+        pytest.raises(RuntimeError, match="the power went"),
+    ):
+        extract(trunk, loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
 
 
@@ -192,7 +196,10 @@ def refuse(beton: Path, folder: Path) -> int:
     with distributed.session("cpu", timeout_seconds=60) as rank:
         Path.exists = spy  # type: ignore[assignment,method-assign]
         try:
-            extract(trunk_of(0), spec(beton), rank, names=("res5",), precision="fp32", cache=folder)
+            with open_pictures(spec(beton), rank, "fp32") as pictures:
+                extract(
+                    trunk_of(0), pictures, rank, names=("res5",), precision="fp32", cache=folder
+                )
         except ValueError as error:
             said = {"error": str(error), "looked": "res5.npy" in looked}
             (folder / f"{rank.rank}.json").write_text(json.dumps(said))
@@ -273,15 +280,28 @@ def test_supervised_weights_that_cannot_be_had(published: Path, tmp_path: Path) 
 def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
     """A limit chooses rows of the table of labels by sample, not by position."""
     table = np.random.default_rng(0).integers(-1, 2, (37, 4)).astype(np.int8)
-    np.save(tmp_path / "labels.npy", table)
+    path = tmp_path / "labels.npy"
+    np.save(path, table)
     found = of(beton, tmp_path, (AVGPOOL,), limit=9)
     assert len(found.indices) == 9 and found.indices[-1] > 8
-    np.testing.assert_array_equal(
-        multi_labels(str(tmp_path / "labels.npy"), found), table[found.indices]
-    )
-    np.save(tmp_path / "labels.npy", table.astype(np.int64))
+    read = read_labels(str(path), total=37)
+    np.testing.assert_array_equal(labels_of(found, read, 4), table[found.indices])
+    against = labels_of(found, None, 3)
+    assert (against.sum(1) == -1).all() and (against.argmax(1) == found.labels).all()
+    np.save(path, table.astype(np.int64))
     with pytest.raises(ValueError, match="expected int8"):
-        multi_labels(str(tmp_path / "labels.npy"), found)
+        read_labels(str(path), total=37)
+
+
+def test_a_file_that_holds_no_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "labels.pt"
+    for value in (torch.zeros(3, 2, dtype=torch.int8), "1 -1"):
+        torch.save(value, path)
+        with pytest.raises(ValueError, match=r"labels\.pt is not an \.npy file of int8"):
+            read_labels(str(path), total=3)
+    np.save(path, np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"is not an \.npy file"):
+        read_labels(f"{path}.npy", total=1)
 
 
 def test_work_is_shared_without_gaps() -> None:

@@ -161,6 +161,16 @@ def test_more_neighbours_than_samples_are_refused(beton: Path, tmp_path: Path) -
         knn.run(replace(recipe(beton, tmp_path), neighbours=(40,)), Rank())
 
 
+def test_test_data_are_looked_at_before_the_work_on_training_data(
+    beton: Path, tmp_path: Path
+) -> None:
+    made = recipe(beton, tmp_path)
+    mistyped = replace(made, val=replace(made.val, data=str(tmp_path / "none.beton")))
+    with pytest.raises(FileNotFoundError, match=r"none\.beton"):
+        knn.run(mistyped, Rank())
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_published_settings() -> None:
     """protocols: k 10 to 200, temperature 0.07, cosine, resize 256 and crop 224."""
     made = in1k_knn()

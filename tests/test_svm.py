@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from sklearn.svm import LinearSVC
 
 from pipelines.catalogues import VOC_CLASSES
 from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred import linear_svm, svm
+from rotpred import linear_svm, svm, svm_figures
 from rotpred.compact_svm import compact, solve_compact
 from rotpred.distributed import Rank
 from rotpred.figures import pixels
@@ -31,6 +32,7 @@ CPU = torch.device("cpu")
 FEW = (1.0, 10.0, 0.5**4, 0.5**9, 0.5**19)
 """Costs that liblinear solves to the last digits in a moment."""
 
+T = TypeVar("T", Svm, LowShot)
 Labels = npt.NDArray[np.int8]
 Rows = npt.NDArray[np.float32]
 
@@ -274,13 +276,6 @@ def test_one_cost_for_all_draws_is_chosen_on_their_mean() -> None:
     assert result.deviation == pytest.approx(0.1)
 
 
-def test_a_class_too_rare_for_the_folds_is_named() -> None:
-    kernel = torch.ones(5, 5, dtype=torch.float64)
-    labels = np.array([1, 1, -1, -1, -1], np.int8)
-    with pytest.raises(ValueError, match="3 folds"):
-        svm.one_class(kernel, kernel, labels, labels, Svm())
-
-
 def spec(samples: int, seed: int) -> LoaderSpec:
     return LoaderSpec(
         data="synthetic", samples=samples, seed=seed, batch_size=16, views="plain",
@@ -324,15 +319,57 @@ def test_run_folders(tmp_path: Path) -> None:
     assert (out / "figures" / "low_shot.png").exists()
 
 
-def test_labels_of_another_data_set_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "labels.npy", np.ones((5, 3), np.int8))
-    recipe = Svm(
-        weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
-        train_labels=str(tmp_path / "labels.npy"), stages=("avgpool",),
-        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+def tables(made: T, folder: Path, **changes: Any) -> T:
+    """A recipe whose labels, of 24 samples, are in labels.npy of the folder."""
+    return replace(
+        made, weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
+        train_labels=str(folder / "labels.npy"), val_labels=str(folder / "labels.npy"),
+        stages=("avgpool",),
+        run=CachedPlace(str(folder / "run"), "cpu", cache=str(folder / "cache")),
+        **changes,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="has 5 rows, but the data have sample 23"):
-        svm.run(recipe, Rank())
+
+
+def test_labels_of_another_data_set_are_refused(tmp_path: Path) -> None:
+    """Fewer rows, and more: VOC07's trainval has more pictures than its test split."""
+    for rows in (5, 27):
+        np.save(tmp_path / "labels.npy", np.ones((rows, 3), np.int8))
+        recipe = tables(Svm(), tmp_path)
+        with pytest.raises(ValueError, match=f"has {rows} rows, but the data have 24 samples"):
+            svm.run(recipe, Rank())
+    assert not (tmp_path / "cache").exists()  # before the work on pictures
+
+
+@pytest.mark.parametrize(
+    ("made", "change", "words"),
+    [
+        (Svm(), (slice(0, 22), 1, -1), "class ass has 1 positive samples in the training data"),
+        (Svm(), (slice(0, 24), 2, 0), "class goose has 0 positive samples in the training data"),
+        (LowShot(), (slice(0, 24), 0, 1), "class ox has 0 negative samples in the training data"),
+    ],
+)
+def test_a_class_with_too_few_samples_is_named(
+    made: Svm | LowShot, change: tuple[slice, int, int], words: str, tmp_path: Path
+) -> None:
+    table = np.where(np.arange(24)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
+    rows, column, value = change
+    table[rows, column] = value
+    np.save(tmp_path / "labels.npy", table)
+    made = tables(made, tmp_path, class_names=("ox", "ass", "goose"))
+    if isinstance(made, LowShot):
+        made = replace(made, shots=(2, 1))
+    with pytest.raises(ValueError, match=words):
+        svm.run(made, Rank()) if isinstance(made, Svm) else svm.run_low_shot(made, Rank())
+
+
+def test_test_data_without_a_class_are_refused(tmp_path: Path) -> None:
+    table = np.where(np.arange(24)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
+    np.save(tmp_path / "labels.npy", table)
+    table[:, 2] = -1
+    np.save(tmp_path / "test.npy", table)
+    made = replace(tables(Svm(), tmp_path), val_labels=str(tmp_path / "test.npy"))
+    with pytest.raises(ValueError, match="class 2 has 0 positive samples in the test data"):
+        svm.run(made, Rank())
 
 
 @pytest.mark.parametrize("kind", [Svm, LowShot])
@@ -355,9 +392,8 @@ def test_names_of_the_columns() -> None:
     """The recipe's first, then the data's where they fit, then numbers."""
 
     def names(given: tuple[str, ...], train: tuple[str, ...], val: tuple[str, ...]) -> str:
-        parts = (types.SimpleNamespace(classes=part) for part in (train, val))
-        evaluation: Any = types.SimpleNamespace(**dict(zip(("train", "val"), parts, strict=True)))
-        return " ".join(svm._class_names(Svm(class_names=given), evaluation, 2))
+        parts: Any = tuple(types.SimpleNamespace(classes=part) for part in (train, val))
+        return " ".join(svm._class_names(Svm(class_names=given), parts, 2))
 
     assert names(("ox", "ass"), ("a", "b"), ()) == "ox ass"
     assert names((), ("a", "b"), ("0", "1")) == names((), ("0", "1"), ("a", "b")) == "a b"
@@ -368,7 +404,7 @@ def test_names_of_the_columns() -> None:
 def test_the_figure_names_every_class() -> None:
     """Twenty names below the bars, none on its neighbour."""
     aps = {stage: np.linspace(0.1, 0.9, 20) for stage in ("res4", "res5")}
-    fig = svm.per_class(aps, VOC_CLASSES)
+    fig = svm_figures.per_class(aps, VOC_CLASSES)
     pixels(fig)
     first, last = fig.axes
     labels = last.get_xticklabels()
