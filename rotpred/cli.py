@@ -112,8 +112,9 @@ def _drive(recipe: Recipe) -> int:
         return STOP_STATUS
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        # One line for what the person at the keyboard can change; a traceback is for our mistakes.
+    except (ValueError, OSError) as error:
+        # One line for what the person at the keyboard can change, full disks and silent loaders
+        # among it; a traceback is for our mistakes.
         if os.environ.get("ROTPRED_DEBUG"):
             raise
         print(f"error: {error} (ROTPRED_DEBUG=1 shows where)", file=sys.stderr)  # noqa: T201

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rotpred import published
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.runfolder import plain
 
@@ -33,25 +34,60 @@ FREE = frozenset(
 SAME = ("val.batch_size", "run.type")
 """Such fields where they stand: batches that nothing learns from, the name of one of our types."""
 
+BATCH = ("train.batch_size", "run.accumulate")
+"""What makes, with the number of processes, the batch of an update."""
+
+PROCESSES = {
+    # The paper's networks were trained on one GPU.
+    **dict.fromkeys(published.PRETEXT, 1),
+    **dict.fromkeys(("rotnet_in1k_r50", "rotnet_in1k_r50_amp", "places205_mhead_vissl"), 8),
+    **{name: table.processes for table in published.TABLES for name in table.recipes},
+}
+"""Of the recipes whose results were published."""
+
 Value = str | int | float | bool | None
 
 
-def departures(recipe: Mapping[str, object]) -> tuple[str, ...]:
+def departures(recipe: Mapping[str, object], *, processes: int | None) -> tuple[str, ...]:
     """The fields of a run's recipe.json that are not as published, in words.
+
+    Where it is known what batch an update was published with, that is what counts, however many
+    processes share it.
 
     Args:
         recipe: as the run folder has it. What older or newer code does not know is passed over,
             and so are names that are no recipe's.
+        processes: of the run; None if unknown.
     """
-    make = {**PRETRAINING, **EVALUATION}.get(str(recipe.get("name")))
+    name = str(recipe.get("name"))
+    make = {**PRETRAINING, **EVALUATION}.get(name)
     if make is None:
         return ()
-    published = dict(_leaves(plain(make())))
-    return tuple(
-        f"{name} {_text(value)} (recipe: {_text(published[name])})"
-        for name, value in _leaves(recipe)
-        if name in published and value != published[name]
-    )
+    own, ours = dict(_leaves(plain(make()))), dict(_leaves(recipe))
+    passed, words = set[str](), []
+    if not any(field.startswith(("optim.", "probes.")) for field in own):
+        passed.add("train.batch_size")  # nothing learns from batches
+    elif processes is not None and (expected := _update(own, own, PROCESSES.get(name))):
+        passed.update(BATCH)
+        found = _update(ours, own, processes)
+        if found != expected:
+            words.append(f"{found} pictures in an update (recipe: {expected})")
+    words += [
+        f"{field} {_text(value)} (recipe: {_text(own[field])})"
+        for field, value in ours.items()
+        if field in own and field not in passed and value != own[field]
+    ]
+    return tuple(words)
+
+
+def _update(
+    fields: Mapping[str, object], own: Mapping[str, object], processes: int | None
+) -> int | None:
+    """Pictures in an update; None if the number of processes is unknown."""
+    batch, accumulate = (fields.get(name, own.get(name)) for name in BATCH)
+    if processes is None or not isinstance(batch, int) or not isinstance(accumulate, int):
+        return None
+    return processes * batch * accumulate
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Value | tuple[object, ...]]]:

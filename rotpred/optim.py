@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,31 +72,24 @@ class Optim:
 
 
 def param_groups(
-    model: nn.Module,
-    *,
-    rule: DecayRule,
-    weight_decay: float,
-    scales: Mapping[str, float] | None = None,
+    model: nn.Module, *, rule: DecayRule, weight_decay: float
 ) -> list[dict[str, object]]:
-    """Sort the trainable parameters by weight decay, LARS adaptation and learning-rate scale.
+    """Sort the trainable parameters by weight decay and LARS adaptation.
 
     Args:
         model: every parameter that requires a gradient is taken once.
         rule: which of them decay.
         weight_decay: for those that do.
-        scales: learning-rate factors by prefix of the parameter's name, for example {"head.": 10}.
 
     Returns:
-        Groups with `params`, `weight_decay`, `scale` and `adapt` (True for what is neither a norm's
-        nor a bias: LARS adapts only those).
+        Groups with `params`, `weight_decay` and `adapt` (True for what is neither a norm's nor a
+        bias: LARS adapts only those).
 
     Raises:
-        ValueError: nothing to train, or a prefix that fits no parameter.
+        ValueError: nothing to train.
     """
-    scales = scales or {}
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
-    unused = set(scales)
     for module_name, module in model.named_modules():
         is_norm = isinstance(module, NORMS)
         for name, parameter in module.named_parameters(module_name, recurse=False):
@@ -106,24 +99,17 @@ def param_groups(
             # A bias is what its module calls so; a one-dimensional weight is still a weight.
             is_bias = name.rpartition(".")[2] == "bias"
             spared = (rule != "all" and is_norm) or (rule == "no_norm_no_bias" and is_bias)
-            prefixes = [prefix for prefix in scales if name.startswith(prefix)]
-            unused.difference_update(prefixes)
-            scale = scales[max(prefixes, key=len)] if prefixes else 1.0
-            key = (0.0 if spared else weight_decay, scale, not (is_norm or is_bias))
+            key = (0.0 if spared else weight_decay, not (is_norm or is_bias))
             groups.setdefault(key, []).append(parameter)
-    if unused:
-        raise ValueError(f"no trainable parameter begins with {', '.join(sorted(unused))}")
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
     return [
-        {"params": parameters, "weight_decay": decay, "scale": scale, "adapt": adapt}
-        for (decay, scale, adapt), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "adapt": adapt}
+        for (decay, adapt), parameters in groups.items()
     ]
 
 
-def build(
-    model: nn.Module, optim: Optim, lr: float, *, scales: Mapping[str, float] | None = None
-) -> torch.optim.Optimizer:
+def build(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
     """Build the optimiser for a model that already lies on its device.
 
     SGD runs fused on CUDA (one kernel per group, and no read-back under a GradScaler) and foreach
@@ -133,14 +119,11 @@ def build(
         model: its trainable parameters, grouped by `param_groups`.
         optim: what to build.
         lr: the learning rate to begin with; `set_lr` changes it.
-        scales: see `param_groups`.
 
     Raises:
         ValueError: apex was asked for and is not there, or there is nothing to train.
     """
-    groups = param_groups(
-        model, rule=optim.decay_rule, weight_decay=optim.weight_decay, scales=scales
-    )
+    groups = param_groups(model, rule=optim.decay_rule, weight_decay=optim.weight_decay)
     on_cuda = all(p.is_cuda for p in model.parameters() if p.requires_grad)
     built: torch.optim.Optimizer
     if optim.kind == "lars":
@@ -171,9 +154,9 @@ def fused_sgd(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group `lr` times its scale."""
+    """Give every group this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = lr
 
 
 class Lars(torch.optim.Optimizer):
@@ -190,7 +173,7 @@ class Lars(torch.optim.Optimizer):
     ) -> None:
         """Take the groups of `param_groups`."""
         defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0}
-        super().__init__(params, {**defaults, "adapt": True, "scale": 1.0})
+        super().__init__(params, {**defaults, "adapt": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -149,7 +149,7 @@ def _text(result: Result, cell: Cell | None) -> str:
         text += f" ± {deviation:.2f}"
     if result.unit != "%":
         text += f" {result.unit}"
-    if "protocol" in result.row or departures(result.run.recipe):
+    if "protocol" in result.row or departures(result.run.recipe, processes=result.run.processes):
         text += MARK
     chosen = []
     if cell is not None and len(cell.metrics) > 1:
@@ -179,7 +179,7 @@ def _departures(runs: Iterable[Run]) -> list[Block]:
     """What runs changed of their recipe, a line for those that changed the same."""
     changed: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
-        if words := departures(run.recipe):
+        if words := departures(run.recipe, processes=run.processes):
             changed.setdefault(words, []).append(run.name)
     return [
         Text(f"{MARK}: {', '.join(names)}: {'; '.join(words)}.", warning=True)
@@ -248,6 +248,7 @@ def _provenance(runs: Sequence[Run]) -> list[Block]:
         weights = {r.weights: r.sha for r in run.results}
         said = ", ".join(f"{name} {sha[:12]}".strip() for name, sha in weights.items())
         machine = [str(run.env[key]) for key in ("device", "cpu", "torch") if key in run.env]
-        rows.append((run.name, said, ", ".join(machine) or NONE, run.processes, run.revision))
+        processes = "unknown" if run.processes is None else str(run.processes)
+        rows.append((run.name, said, ", ".join(machine) or NONE, processes, run.revision))
     head = ("run", "weights (sha256)", "device, processor, torch", "processes", "revision")
     return [Heading("Runs", 2), Grid(head, tuple(rows))]

@@ -46,9 +46,10 @@ class Run:
         return str(self.recipe.get("backbone", ""))
 
     @property
-    def processes(self) -> str:
-        """Number of processes, "1" if unknown."""
-        return str(self.env.get("world", 1))
+    def processes(self) -> int | None:
+        """Number of processes, None if unknown."""
+        world = self.env.get("world")
+        return world if isinstance(world, int) else None
 
     @property
     def revision(self) -> str:
@@ -69,7 +70,7 @@ class Run:
             script = "evaluate.py" if weights else "pretrain.py"
             words = ["", str(self.results[0].recipe)]
             words += ["--weights", str(weights)] if weights else []
-        start = ["torchrun", "--standalone", "--nproc-per-node", self.processes]
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(self.processes or 1)]
         return shlex.join([*start, f"scripts/{script}", *words[1:]])
 
 

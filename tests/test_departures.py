@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rotpred.departures import departures
+from rotpred.departures import PROCESSES, departures
 from rotpred.page import markdown
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.report import page
@@ -25,7 +25,37 @@ def kept(recipe: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", sorted({**PRETRAINING, **EVALUATION}))
 def test_a_recipe_does_not_depart_from_itself(name: str) -> None:
-    assert departures(kept({**PRETRAINING, **EVALUATION}[name]())) == ()
+    recipe = kept({**PRETRAINING, **EVALUATION}[name]())
+    for processes in (None, PROCESSES.get(name, 3)):
+        assert departures(recipe, processes=processes) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "changes", "words"),
+    [
+        ("in1k_linear", 1, {}, ("32 pictures in an update (recipe: 256)",)),
+        ("in1k_linear", 4, {"batch_size": 64}, ()),
+        ("in1k_semi_10", 2, {"batch_size": 64}, ("128 pictures in an update (recipe: 256)",)),
+        ("rotnet_in1k_r50", 2, {"batch_size": 64}, ()),
+        ("coco_det", 8, {"batch_size": 4}, ("32 pictures in an update (recipe: 16)",)),
+        ("cifar10_linear", 2, {}, ()),  # of our own: nobody published a number of processes
+        ("cifar10_linear", 2, {"batch_size": 32}, ("train.batch_size 32 (recipe: 64)",)),
+        ("voc07_svm", 4, {"batch_size": 16}, ()),  # nothing learns from batches
+    ],
+)
+def test_the_batch_of_an_update_counts_however_many_processes_share_it(
+    name: str, processes: int, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    made: Any = {**PRETRAINING, **EVALUATION}[name]()
+    made = replace(made, train=replace(made.train, **changes))
+    assert departures(kept(made), processes=processes) == words
+
+
+def test_gradients_that_are_added_up_count_as_well() -> None:
+    made: Any = PRETRAINING["rotnet_in1k_r50"]()
+    made = replace(made, run=replace(made.run, accumulate=4))
+    assert departures(kept(made), processes=2) == ()
+    assert departures(kept(made), processes=8) == ("512 pictures in an update (recipe: 128)",)
 
 
 def test_what_decides_is_told_and_the_rest_is_not() -> None:
@@ -39,7 +69,7 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
         optim=replace(made.optim, nesterov=True),
         run=replace(made.run, out="here", device="cpu", precision="bf16", log_every=1),
     )
-    assert departures(kept(made)) == (
+    assert departures(kept(made), processes=None) == (
         "fraction 0.1 (recipe: 0.01)",
         "train.batch_size 32 (recipe: 64)",
         "val.limit 50 (recipe: none)",
@@ -50,22 +80,24 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
 
 def test_lists_and_types() -> None:
     knn: Any = EVALUATION["in1k_knn"]()
-    assert departures(kept(replace(knn, neighbours=(200,)))) == (
+    assert departures(kept(replace(knn, neighbours=(200,))), processes=8) == (
         "neighbours 200 (recipe: 10 20 100 200)",
     )
     linear: Any = EVALUATION["in1k_linear"]()
     other = replace(linear, train=replace(linear.train, crop=linear.val.crop))
-    assert "train.crop.type CenterCrop (recipe: RandomResizedCrop)" in departures(kept(other))
+    assert "train.crop.type CenterCrop (recipe: RandomResizedCrop)" in departures(
+        kept(other), processes=8
+    )
     probe = replace(linear.probes[0], lrs=(1.0, 2.0))
-    assert departures(kept(replace(linear, probes=(probe,)))) == (
+    assert departures(kept(replace(linear, probes=(probe,))), processes=8) == (
         "probes.0.lrs 1.0 2.0 (recipe: none)",
     )
 
 
 def test_other_names_and_older_files_are_passed_over() -> None:
-    assert departures({}) == ()
-    assert departures({"name": "nobody's", "fraction": 3}) == ()
-    assert departures({"name": "in1k_semi_1", "gone": 3, "optim": {"gone": 1}}) == ()
+    assert departures({}, processes=1) == ()
+    assert departures({"name": "nobody's", "fraction": 3}, processes=1) == ()
+    assert departures({"name": "in1k_semi_1", "gone": 3, "optim": {"gone": 1}}, processes=4) == ()
 
 
 def test_the_page_marks_them(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_heads_of_the_published_network() -> None:
     assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
     # One rate and one decay for all of it, norms and biases included; nothing is frozen.
     groups = param_groups(model, rule="all", weight_decay=5e-4)
-    assert {(group["weight_decay"], group["scale"]) for group in groups} == {(5e-4, 1.0)}
+    assert {group["weight_decay"] for group in groups} == {5e-4}
     count = sum(len(group["params"]) for group in groups)  # type: ignore[arg-type, misc]
     assert count == len(list(model.parameters()))
 

@@ -84,18 +84,6 @@ def test_frozen_and_shared_parameters() -> None:
         param_groups(net, rule="all", weight_decay=0.0)
 
 
-def test_the_head_can_have_its_own_rate() -> None:
-    net = make_rotnet("nin3")
-    sgd = build(net, Optim(), 0.01, scales={"head.": 100.0})
-    rates = {id(p): g["lr"] for g in sgd.param_groups for p in g["params"]}
-    assert rates[id(net.head.fc.weight)] == pytest.approx(1.0)
-    assert rates[id(net.backbone.block1.conv1.weight)] == pytest.approx(0.01)
-    set_lr(sgd, 0.001)
-    assert sorted({round(g["lr"], 6) for g in sgd.param_groups}) == [0.001, 0.1]
-    with pytest.raises(ValueError, match="begins with neck"):
-        build(net, Optim(), 0.01, scales={"neck.": 2.0})
-
-
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_steps_as_written_down(nesterov: bool) -> None:
     torch.manual_seed(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from pipelines.spec import CIFAR10, LoaderSpec, RandomResizedCrop, Shard
 from rotpred import cli
 from rotpred.backbone import BACKBONES
+from rotpred.departures import PROCESSES
 from rotpred.recipes import Linear, Run, frozen, linear, semi
+from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.recipes.pretrain import (
     RECIPES,
     rotnet_cifar10_nin,
@@ -154,6 +158,32 @@ def test_evaluate_runs_the_protocol_of_the_recipe(
         run=replace(made.run, device="cpu"),
     )
     assert met[1] == expected
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), TimeoutError("no batch for 600 s")]
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: OSError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.knn, "run", fails)
+    args = ["in1k_knn", "--weights", "x.safetensors", "--run.device", "cpu"]
+    assert cli.evaluate_main(args) == 2
+    assert capsys.readouterr().err == f"error: {error} (ROTPRED_DEBUG=1 shows where)\n"
+
+
+def test_readme_names_every_recipe() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for name in (*PRETRAINING, *EVALUATION) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSES))
+def test_commands_have_the_published_number_of_processes(name: str) -> None:
+    text = inspect.getdoc({**PRETRAINING, **EVALUATION}[name])
+    assert text is not None and f"--nproc-per-node {PROCESSES[name]} scripts/" in text
 
 
 def test_variants_of_the_docstrings_are_options() -> None:

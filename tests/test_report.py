@@ -25,6 +25,7 @@ from PIL import Image
 
 from rotpred import gallery, published
 from rotpred.backbone import build_backbone
+from rotpred.departures import PROCESSES
 from rotpred.page import NOT_RUN, Block, Code, Heading, Text, html, markdown
 from rotpred.report import page
 from rotpred.runfolder import write_json
@@ -61,7 +62,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         rows: Rows,
         *,
         weights: str | None = "runs/x/backbone.safetensors",
-        world: int = 2,
+        world: int | None = None,
         fields: Mapping[str, object] | None = None,
         done: bool = True,
     ) -> Path:
@@ -72,8 +73,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         about = {"name": recipe, "weights": weights, "backbone": "resnet50", **(fields or {})}
         out = tmp_path / name
         log = RunLog(
-            out, recipe=Named(recipe), rank_main=True, world=world, total_steps=1, device="cpu"
-        )
+            out, recipe=Named(recipe), rank_main=True, total_steps=1, device="cpu",
+            world=world or PROCESSES.get(recipe, 2),
+        )  # fmt: skip
         with log:
             for row in rows:
                 extra = {} if weights is None else {"weights": Path(weights).name}
@@ -165,7 +167,7 @@ def test_published_numbers_are_those_of_the_sources() -> None:
 def test_stages_and_average_pool_of_two_recipes_fill_one_table(make: Make) -> None:
     stages = {"top1/stem": 10.5, "top1/res4": 55.25, "top5/res4": 78.0}
     trained = make("mhead", "in1k_mhead", rows(stages))
-    pool = make("pool", "in1k_linear", rows({"top1/avgpool": 46.9}), world=8)
+    pool = make("pool", "in1k_linear", rows({"top1/avgpool": 46.9}))
     control = {"top1/stem": 11.0, "top1/res4": 9.125}
     random = make("random", "in1k_mhead", rows(control), weights="random")
     text = rendered(trained, pool, random)
@@ -188,11 +190,11 @@ def test_stages_and_average_pool_of_two_recipes_fill_one_table(make: Make) -> No
         "# trained: pool",
         f"{start} 8 scripts/evaluate.py in1k_linear --weights runs/x/backbone.safetensors",
         "# trained: mhead",
-        f"{start} 2 scripts/evaluate.py in1k_mhead --weights runs/x/backbone.safetensors",
+        f"{start} 8 scripts/evaluate.py in1k_mhead --weights runs/x/backbone.safetensors",
         "# random: not run",
         f"{start} 8 scripts/evaluate.py in1k_linear --weights random",
         "# random: random",
-        f"{start} 2 scripts/evaluate.py in1k_mhead --weights random",
+        f"{start} 8 scripts/evaluate.py in1k_mhead --weights random",
     ]
     assert "three checkpoints" in text and "48.12" in text
     runs = table(text, "Runs")
