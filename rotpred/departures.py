@@ -37,6 +37,9 @@ SAME = ("val.batch_size", "run.type")
 BATCH = ("train.batch_size", "run.accumulate")
 """What makes, with the number of processes, the batch of an update."""
 
+EPOCH = "train.steps_per_epoch"
+"""More steps of fewer pictures are the same epoch (`dense.scaled`)."""
+
 PROCESSES = {
     # The paper's networks were trained on one GPU.
     **dict.fromkeys(published.PRETEXT, 1),
@@ -70,6 +73,8 @@ def departures(recipe: Mapping[str, object], *, processes: int | None) -> tuple[
     elif processes is not None and (expected := _update(own, own, PROCESSES.get(name))):
         passed.update(BATCH)
         found = _update(ours, own, processes)
+        if _as_many_pictures(ours, own, processes, PROCESSES[name]):
+            passed.add(EPOCH)
         if found != expected:
             words.append(f"{found} pictures in an update (recipe: {expected})")
     words += [
@@ -88,6 +93,20 @@ def _update(
     if processes is None or not isinstance(batch, int) or not isinstance(accumulate, int):
         return None
     return processes * batch * accumulate
+
+
+def _as_many_pictures(
+    fields: Mapping[str, object], own: Mapping[str, object], processes: int, published_with: int
+) -> bool:
+    """Whether an epoch has the published pictures, but for a rounded number of steps."""
+    pictures = []
+    for found, count in ((fields, processes), (own, published_with)):
+        batch, steps = (found.get(key, own.get(key)) for key in (BATCH[0], EPOCH))
+        if not isinstance(batch, int) or not isinstance(steps, int):
+            return False
+        pictures.append((count * batch * steps, count * batch))
+    (ours, step), (theirs, _) = pictures
+    return abs(ours - theirs) <= step
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Value | tuple[object, ...]]]:

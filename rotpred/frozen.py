@@ -64,7 +64,7 @@ class Recipe(FromWeights, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An open evaluation: its folder is locked, its features are there."""
+    """An open evaluation: its folder is locked, its data are open."""
 
     recipe: Recipe
     rank: Rank
@@ -79,12 +79,13 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """Training samples, after the spec has chosen."""
+        """Training samples after the spec has chosen: at most, as ids may have gaps."""
         part = self.data[0]
         spec = part.spec
+        chosen = spec.limit
         if spec.per_class is not None:
-            return spec.per_class * (part.label_range[1] + 1)
-        return part.total if spec.limit is None else min(part.total, spec.limit)
+            chosen = spec.per_class * (part.label_range[1] + 1)
+        return part.total if chosen is None else min(part.total, chosen)
 
     def features(
         self, stages: Sequence[str], store: Store = "float32"

@@ -34,11 +34,9 @@ def run(recipe: Knn, rank: Rank) -> Path:
     """
     with open_evaluation(recipe, rank) as evaluation:
         classes = number_of_classes(*evaluation.data)
-        if max(recipe.neighbours) > evaluation.samples:
-            raise ValueError(
-                f"{max(recipe.neighbours)} neighbours of {evaluation.samples} training samples"
-            )
+        _check_enough(recipe, evaluation.samples)
         train, val = evaluation.features((recipe.stage,), recipe.store)
+        _check_enough(recipe, len(train.labels))
         blocks = -(-len(train.labels) // BANK_ROWS)
         with evaluation.begin(blocks * rank.world) as log:
             if log is None:
@@ -66,6 +64,11 @@ def run(recipe: Knn, rank: Rank) -> Path:
                     if top < classes:
                         evaluation.result(log, f"top{top}/k={k}", count / n, n=n)
     return evaluation.out
+
+
+def _check_enough(recipe: Knn, samples: int) -> None:
+    if max(recipe.neighbours) > samples:
+        raise ValueError(f"{max(recipe.neighbours)} neighbours of {samples} training samples")
 
 
 def neighbours(

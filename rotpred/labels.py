@@ -99,7 +99,7 @@ def labels_of(features: Features, table: Labels | None, classes: int) -> Labels:
 def check_counts(
     labels: Labels, names: Sequence[str], what: str, *, positive: int, negative: int
 ) -> None:
-    """Refuse labels with too few samples of a class: before the work, not in the midst of it.
+    """Refuse labels with too few samples of a class: before the SVMs, not in the midst of them.
 
     Args:
         labels: (N, C).

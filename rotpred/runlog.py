@@ -95,10 +95,10 @@ class RunLog:
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Make the folder, write recipe.json and env.json, read earlier results.
+        """Make the folder, write recipe.json and env.json.
 
-        A run from its beginning keeps none: results of other settings are not those of the recipe
-        that is written beside them.
+        The folder is unfinished from here on. Earlier results stay until the first new one, which
+        takes the place of them all: they may be of other settings than the recipe beside them.
 
         Raises:
             OSError: the folder cannot be made or is not writable.
@@ -112,12 +112,8 @@ class RunLog:
             raise PermissionError(errno.EACCES, "the run folder is not writable", str(self.out))
         if not logging.getLogger("rotpred").hasHandlers():
             configure_logging()
-        results = self.out / "results.json"
-        self._results = read_results(results)
-        if self._resumed == 0:
-            self._results = []
-            for path in (self.out / DONE, results):  # in this order: unfinished, then empty
-                path.unlink(missing_ok=True)
+        read_results(self.out / "results.json")  # refuses a file that is not ours to replace
+        (self.out / DONE).unlink(missing_ok=True)
         with self._keeps_going():
             write_json(self.out / "recipe.json", plain(self._recipe))
             write_json(self.out / "env.json", environment(self._device, world=self._world))

@@ -219,7 +219,7 @@ def _prepare(
 ) -> tuple[tuple[Features, Features], tuple[Labels, Labels], tuple[str, ...]]:
     """Features and labels of training and test data, and the names of their classes.
 
-    Labels are looked at first: the work on pictures may take hours.
+    Files of labels are read first: the work on pictures may take hours.
     """
     if evaluation.samples > MAX_SAMPLES:
         raise ValueError(

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from rotpred import dense
 from rotpred.departures import PROCESSES, departures
+from rotpred.distributed import Rank
 from rotpred.page import markdown
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.report import page
@@ -38,6 +40,8 @@ def test_a_recipe_does_not_depart_from_itself(name: str) -> None:
         ("in1k_semi_10", 2, {"batch_size": 64}, ("128 pictures in an update (recipe: 256)",)),
         ("rotnet_in1k_r50", 2, {"batch_size": 64}, ()),
         ("coco_det", 8, {"batch_size": 4}, ("32 pictures in an update (recipe: 16)",)),
+        ("coco_det", 16, {"batch_size": 1}, ()),
+        ("voc12aug_seg", 3, {"batch_size": 4}, ("12 pictures in an update (recipe: 16)",)),
         ("cifar10_linear", 2, {}, ()),  # of our own: nobody published a number of processes
         ("cifar10_linear", 2, {"batch_size": 32}, ("train.batch_size 32 (recipe: 64)",)),
         ("voc07_svm", 4, {"batch_size": 16}, ()),  # nothing learns from batches
@@ -48,6 +52,8 @@ def test_the_batch_of_an_update_counts_however_many_processes_share_it(
 ) -> None:
     made: Any = {**PRETRAINING, **EVALUATION}[name]()
     made = replace(made, train=replace(made.train, **changes))
+    if name in ("coco_det", "voc12aug_seg"):  # as `dense.run` keeps it
+        made = dense.scaled(made, Rank(world=processes))
     assert departures(kept(made), processes=processes) == words
 
 
@@ -56,6 +62,13 @@ def test_gradients_that_are_added_up_count_as_well() -> None:
     made = replace(made, run=replace(made.run, accumulate=4))
     assert departures(kept(made), processes=2) == ()
     assert departures(kept(made), processes=8) == ("512 pictures in an update (recipe: 128)",)
+    coco: Any = EVALUATION["coco_det"]()
+    coco = replace(coco, run=replace(coco.run, accumulate=2))
+    coco = dense.scaled(coco, Rank(world=4))
+    assert coco.train.steps_per_epoch == 14660
+    assert departures(kept(coco), processes=4) == ()
+    longer = replace(coco, train=replace(coco.train, steps_per_epoch=14670))
+    assert departures(kept(longer), processes=4) == ("train.steps_per_epoch 14670 (recipe: 7330)",)
 
 
 def test_what_decides_is_told_and_the_rest_is_not() -> None:

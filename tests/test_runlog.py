@@ -218,7 +218,6 @@ def test_results_are_rows_that_later_measurements_correct(tmp_path: Path) -> Non
     with open_log(tmp_path) as log:
         log.result("rotation", metric="accuracy", value=60, unit="%", n=40000, chance=25.0)
         log.result("linear", metric="top1/res4", value=50.5, unit="%", n=10000, seconds=12.34)
-    with open_log(tmp_path, start_step=5) as log:
         log.result(
             "rotation", metric="accuracy", value=68.4, unit="%", n=40000, checkpoint_sha256="ab"
         )
@@ -236,15 +235,17 @@ def test_results_are_rows_that_later_measurements_correct(tmp_path: Path) -> Non
     assert (rotation["value"], rotation["checkpoint_sha256"]) == (68.4, "ab")
 
 
-def test_a_run_from_its_beginning_keeps_no_results_of_earlier_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start_step", [0, 50])
+def test_results_of_earlier_settings_are_not_kept(tmp_path: Path, start_step: int) -> None:
+    """A run that goes on may be validated on other data than before."""
     with open_log(tmp_path) as log:
         log.result("knn", metric="top1/k=20", value=60, unit="%", n=400)
     (tmp_path / DONE).write_text("{}")
-    with pytest.raises(KeyboardInterrupt), open_log(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_log(tmp_path, start_step=start_step):
         raise KeyboardInterrupt
     assert not (tmp_path / DONE).exists()
-    assert read_results(tmp_path / "results.json") == []
-    with open_log(tmp_path) as log:
+    assert [row["metric"] for row in read_results(tmp_path / "results.json")] == ["top1/k=20"]
+    with open_log(tmp_path, start_step=start_step) as log:
         log.result("knn", metric="top1/k=5", value=55, unit="%", n=400)
     (row,) = read_results(tmp_path / "results.json")
     assert row["metric"] == "top1/k=5"
