@@ -78,16 +78,16 @@ def test_loaders_writes_a_row_for_each_engine(made: Containers, tmp_path: Path) 
         tmp_path,
         data,
         *("--engines", "folder", "ffcv", "--size", "48", "--batch-size", "8"),
-        *("--repeats", "2", "--device", "cpu"),
+        *("--repeats", "1", "--device", "cpu"),  # Each is a process that imports torch.
     )
     assert [row["name"] for row in rows[:2]] == ["folder", "ffcv"]
     assert [row["name"] for row in rows[2:]] == ["warm start, folder", "warm start, ffcv"]
     for start, loader in zip(rows[2:], rows[:2], strict=True):
-        assert start["median"] > 0.3 and start["repeats"] == 2  # Importing torch takes longer.
+        assert start["median"] > 0.3 and start["repeats"] == 1  # Importing torch takes longer.
         assert start["epoch_gap_seconds"] == loader["epoch_gap_seconds"]
         assert start["target"] == 3.0 and start["met"] == (start["median"] <= 3.0)
     for row in rows[:2]:
-        assert row["repeats"] == 2 and row["median"] > 0
+        assert row["repeats"] == 1 and row["median"] > 0
         assert row["first_batch_seconds"] > 0 and row["rss_mib"] > 50
         assert row["epoch_gap_seconds"] >= 0
         assert row["pixel_difference"] < 4 and abs(row["pixel_bias"]) < 1

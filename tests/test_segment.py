@@ -243,7 +243,7 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
         assert np.array_equal(numbers(path), numbers(other))
 
 
-@pytest.mark.slow
+@pytest.mark.overfit
 @pytest.mark.timeout(600)
 def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
     """Random weights, overrides of the recipe only: what is wrong lies along the objects' edges."""
