@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import average_precision_score
-from sklearn.model_selection import StratifiedKFold
 
 from pipelines.loader import Loader
 from rotpred import svm_figures
@@ -106,6 +104,10 @@ def one_class(
     There must be as many positives and negatives as folds, and a positive in the test data
     (`labels.check_counts`).
     """
+    # Here, as it takes a second and a half, which every other job would wait for.
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import StratifiedKFold
+
     signs = np.where(labels > 0, 1.0, -1.0)
     costs = torch.tensor(recipe.costs, dtype=torch.float64, device=kernel.device)
     precision = np.zeros((recipe.folds, len(costs)))
