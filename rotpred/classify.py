@@ -18,7 +18,7 @@ from rotpred import figures, probes
 from rotpred.backbone import Backbone
 from rotpred.cached import FeatureLoader
 from rotpred.distributed import Rank
-from rotpred.features import AVGPOOL, extract, load_trunk, open_pictures
+from rotpred.features import AVGPOOL, extract, open_pictures
 from rotpred.heads import pooled_dims, stage_pools
 from rotpred.job import Job, check_data, open_job
 from rotpred.loop import steps
@@ -27,6 +27,7 @@ from rotpred.recipes import Linear, Probe
 from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.scoring import Scores, number_of_classes, score
 from rotpred.state import Outcome, Trained, TrainState, autocast
+from rotpred.trunk import load_trunk
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from pipelines.spec import Shard
 from rotpred import figures
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
-from rotpred.features import FromWeights, load_trunk
 from rotpred.job import Job, open_run
 from rotpred.loop import steps
 from rotpred.norms import SyncBn, check, synced
@@ -30,6 +29,7 @@ from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.schedule import Schedule
 from rotpred.settings import Run
 from rotpred.state import Outcome, Trained, TrainState, channels_last
+from rotpred.trunk import FromWeights, load_trunk
 
 logger = logging.getLogger(__name__)
 

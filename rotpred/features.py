@@ -14,35 +14,30 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Precision, Shard
+from pipelines.loader import Loader
+from pipelines.spec import LoaderSpec, Precision
 from rotpred.arrays import Append, alone, rows
-from rotpred.backbone import Backbone, build_backbone
-from rotpred.distributed import Rank, any_true, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.backbone import Backbone
+from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.durable import check_space
 from rotpred.heads import pooled_dims, stage_pools
+from rotpred.job import open_data
 from rotpred.progress import Progress
 from rotpred.runfolder import plain, write_json
-from rotpred.state import autocast, channels_last
-from rotpred.weights import imagenet_file, load_backbone
+from rotpred.settings import Run
+from rotpred.state import autocast
 
 logger = logging.getLogger(__name__)
 
 AVGPOOL = "avgpool"
 """The global average of the last map, beside the names of the stages."""
-
-RANDOM = "random"
-"""Value of a recipe's `weights` for the control: the same network, untrained."""
-
-IMAGENET = "imagenet"
-"""Value of a recipe's `weights` for torchvision's, trained on ImageNet with its labels."""
 
 Store = Literal["float32", "float16"]
 
@@ -63,58 +58,6 @@ class Features:
     """Class names, empty where the data set has none."""
 
 
-class FromWeights(Protocol):
-    """What recipes that evaluate weights have in common."""
-
-    @property
-    def name(self) -> str:
-        """Names the run in results and in the default run folder."""
-
-    @property
-    def weights(self) -> str:
-        """What `load_trunk` reads."""
-
-    @property
-    def backbone(self) -> str:
-        """The architecture of the weights."""
-
-
-def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
-    """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
-
-    Raises:
-        ValueError: no weights were named, or they do not fit (`CheckpointError`), in words.
-    """
-    if not weights:
-        raise ValueError(
-            "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), "
-            "--weights random for the untrained control, or --weights imagenet for supervised ones"
-        )
-    trunk = build_backbone(name)
-    sha = ""
-    if weights != RANDOM:
-        path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
-        report = load_backbone(trunk, path)
-        sha = report.sha256
-        logger.info("%s: %s", weights, report.words())
-    trunk = channels_last(trunk, rank.device)
-    # eval() for good: batch norm must use the trained statistics and must not move them.
-    return trunk.eval().requires_grad_(False), sha
-
-
-def _supervised(arch: str, rank: Rank) -> Path:
-    """`imagenet_file`, where one process of each machine downloads; none goes on alone."""
-    failure: ValueError | None = None
-    if rank.local_rank == 0:
-        try:
-            imagenet_file(arch)
-        except ValueError as error:
-            failure = error
-    if any_true(failure is not None, rank):
-        raise failure or ValueError("another process has no supervised weights")
-    return imagenet_file(arch)
-
-
 def open_pictures(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
     """Open this rank's part of data whose features are wanted.
 
@@ -128,8 +71,7 @@ def open_pictures(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
             "features need every picture once, as it is: views plain, no flip, no shuffle and no "
             "drop_last"
         )
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=precision)
+    return open_data(spec, rank, Run(precision=precision))
 
 
 def extract(
@@ -145,7 +87,7 @@ def extract(
     """Return the features of every sample; all ranks call, and get the same.
 
     Args:
-        trunk: of `load_trunk`.
+        trunk: of `trunk.load_trunk`.
         loader: of `open_pictures`.
         rank: who computes which part.
         names: stages of the trunk, pooled as `heads.stage_pools` does it, or `AVGPOOL`.

@@ -16,16 +16,10 @@ from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank, any_true
-from rotpred.features import (
-    Features,
-    FromWeights,
-    Store,
-    extract,
-    load_trunk,
-    open_pictures,
-)
+from rotpred.features import Features, Store, extract, open_pictures
 from rotpred.runfolder import DONE, plain, write_json
 from rotpred.runlog import RunLog, lock
+from rotpred.trunk import FromWeights, load_trunk
 
 logger = logging.getLogger(__name__)
 

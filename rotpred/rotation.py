@@ -10,7 +10,6 @@ import torch
 
 from rotpred import figures
 from rotpred.distributed import Rank, check_equal
-from rotpred.features import RANDOM
 from rotpred.heads import make_rotnet
 from rotpred.job import open_data
 from rotpred.recipes.rotation import Rotation
@@ -19,6 +18,7 @@ from rotpred.runlog import RunLog, lock
 from rotpred.scoring import ROTATIONS, score_rotations
 from rotpred.settings import Run
 from rotpred.state import channels_last
+from rotpred.trunk import RANDOM
 from rotpred.weights import load_rotnet
 
 logger = logging.getLogger(__name__)

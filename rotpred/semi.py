@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import Loader
 from rotpred import figures
 from rotpred.distributed import Rank
-from rotpred.features import load_trunk
 from rotpred.heads import RotNet, make_rotnet
 from rotpred.job import Job, open_job
 from rotpred.loop import NotFiniteError, steps
@@ -29,6 +28,7 @@ from rotpred.runfolder import read_results
 from rotpred.runlog import RunLog, lock, read_rows
 from rotpred.scoring import Scores, number_of_classes, score
 from rotpred.state import Outcome, Trained, TrainState, autocast
+from rotpred.trunk import load_trunk
 
 logger = logging.getLogger(__name__)
 

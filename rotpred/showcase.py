@@ -13,10 +13,10 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop
 from rotpred import gallery
 from rotpred.distributed import Rank
-from rotpred.features import load_trunk
 from rotpred.figures import pixels
 from rotpred.page import Block, Heading, Picture, Text, png
 from rotpred.recipes import frozen
+from rotpred.trunk import load_trunk
 
 
 def showcase(

@@ -24,10 +24,11 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import arrays, distributed, features
 from rotpred.backbone import Backbone
 from rotpred.distributed import Rank
-from rotpred.features import AVGPOOL, Features, extract, load_trunk, open_pictures
+from rotpred.features import AVGPOOL, Features, extract, open_pictures
 from rotpred.frozen import share
 from rotpred.heads import stage_pools
 from rotpred.labels import labels_of, read_labels
+from rotpred.trunk import load_trunk
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -314,7 +315,6 @@ PROGRAM = """
 import pathlib, sys, torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
-from rotpred.features import extract, load_trunk
 from rotpred.recipes.frozen import Knn, LowShot, CachedPlace, Svm
 from rotpred import knn, svm
 

@@ -22,9 +22,9 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Squash
 from rotpred import knn, svm
 from rotpred.distributed import Rank
-from rotpred.features import load_trunk
 from rotpred.low_shot import draw
 from rotpred.recipes.frozen import CachedPlace, in1k_knn, voc07_lowshot, voc07_svm
+from rotpred.trunk import load_trunk
 
 pytestmark = pytest.mark.timeout(120)
 
