@@ -75,6 +75,7 @@ class FeatureLoader(Loader):
             classes=features.classes,
             data_id=features.data_id,
             label_range=(int(features.labels.min()), int(features.labels.max())),
+            total=len(features.labels),
         )
 
     def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:  # noqa: ARG002

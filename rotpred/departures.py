@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from rotpred import published
 from rotpred.recipes.every import EVALUATION, PRETRAINING
@@ -66,47 +68,32 @@ def departures(recipe: Mapping[str, object], *, processes: int | None) -> tuple[
     make = {**PRETRAINING, **EVALUATION}.get(name)
     if make is None:
         return ()
-    own, ours = dict(_leaves(plain(make()))), dict(_leaves(recipe))
+    own: dict[str, Any] = dict(_leaves(plain(make())))
+    ours: dict[str, Any] = own | {k: v for k, v in _leaves(recipe) if k in own}
     passed, words = set[str](), []
     if not any(field.startswith(("optim.", "probes.")) for field in own):
         passed.add("train.batch_size")  # nothing learns from batches
-    elif processes is not None and (expected := _update(own, own, PROCESSES.get(name))):
+    elif processes is not None and name in PROCESSES:
         passed.update(BATCH)
-        found = _update(ours, own, processes)
-        if _as_many_pictures(ours, own, processes, PROCESSES[name]):
-            passed.add(EPOCH)
+        expected = PROCESSES[name] * _product(own, BATCH)
+        found = processes * _product(ours, BATCH)
         if found != expected:
             words.append(f"{found} pictures in an update (recipe: {expected})")
+        if ours.get(EPOCH) and own[EPOCH]:
+            step = processes * ours["train.batch_size"]
+            there = PROCESSES[name] * own["train.batch_size"] * own[EPOCH]
+            if abs(step * ours[EPOCH] - there) <= step:  # steps are rounded
+                passed.add(EPOCH)
     words += [
         f"{field} {_text(value)} (recipe: {_text(own[field])})"
         for field, value in ours.items()
-        if field in own and field not in passed and value != own[field]
+        if field not in passed and value != own[field]
     ]
     return tuple(words)
 
 
-def _update(
-    fields: Mapping[str, object], own: Mapping[str, object], processes: int | None
-) -> int | None:
-    """Pictures in an update; None if the number of processes is unknown."""
-    batch, accumulate = (fields.get(name, own.get(name)) for name in BATCH)
-    if processes is None or not isinstance(batch, int) or not isinstance(accumulate, int):
-        return None
-    return processes * batch * accumulate
-
-
-def _as_many_pictures(
-    fields: Mapping[str, object], own: Mapping[str, object], processes: int, published_with: int
-) -> bool:
-    """Whether an epoch has the published pictures, but for a rounded number of steps."""
-    pictures = []
-    for found, count in ((fields, processes), (own, published_with)):
-        batch, steps = (found.get(key, own.get(key)) for key in (BATCH[0], EPOCH))
-        if not isinstance(batch, int) or not isinstance(steps, int):
-            return False
-        pictures.append((count * batch * steps, count * batch))
-    (ours, step), (theirs, _) = pictures
-    return abs(ours - theirs) <= step
+def _product(fields: Mapping[str, int], names: Iterable[str]) -> int:
+    return math.prod(fields[name] for name in names)
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Value | tuple[object, ...]]]:

@@ -233,8 +233,8 @@ class RunLog:
     ) -> None:
         """Add a row to results.json and say it on the console.
 
-        A row takes the place of an earlier one with the same benchmark, metric and recipe, so
-        evaluating again corrects the file instead of contradicting it.
+        A row takes the place of an earlier one of this log with the same benchmark, metric and
+        recipe: the file never contradicts itself.
 
         Args:
             benchmark: what was measured, as in docs/protocols.md.
