@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arena import compete
-from pictures import PHOTOGRAPHS, photographs
-from plots import bars
-from rows import Row, Timing, image_row, publish, ratio_row, row, start
+from data.photographs import PHOTOGRAPHS, photographs
+from harness.arena import compete
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, ratio_row, row, start
 
 COLUMNS = ("cpu_seconds_per_1k_images", "megabytes", "bytes_added_percent", "target", "met")
 TARGETS = {

@@ -16,22 +16,22 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import scenes
 import torch
-from rows import Row, Timing, image_row, publish, start
-from timing import Window, abba, memory_mib, window
+from data import annotated_scenes as scenes
+from harness.results import Row, Timing, image_row, publish, start
+from harness.timing import Window, abba, memory_mib, window
 
-from pipelines.dense import DenseLoader, open_dense
-from pipelines.dense_spec import DenseBatch, DenseSpec, RatioCrop, ShortSide
-from rotpred.backbone import build_backbone
-from rotpred.dense import Task
-from rotpred.detect import Detect
+from pipelines.dense.loader import DenseLoader, open_dense
+from pipelines.dense.spec import DenseBatch, DenseSpec, RatioCrop, ShortSide
 from rotpred.distributed import Rank
+from rotpred.models.backbone import build_backbone
+from rotpred.models.detection.rpn import Proposals
+from rotpred.protocols.dense import Task
+from rotpred.protocols.detection import Detect
+from rotpred.protocols.segmentation import Segment
 from rotpred.recipes import detection, segmentation
 from rotpred.recipes.detection import Detection
-from rotpred.rpn import Proposals
-from rotpred.segment import Segment
-from rotpred.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.state import Outcome, Trained, TrainState, channels_last
 
 ON_GPU = torch.cuda.is_available()
 Name = Literal["voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg"]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pictures import PHOTOGRAPHS, containers
-from plots import bars
-from rows import Row, publish, row, say, start
-from stages import Options, Stage, decoding_threads, examine
+from contestants.stages import Options, Stage, decoding_threads, examine
+from data.photographs import PHOTOGRAPHS, containers
+from harness.plots import bars
+from harness.results import Row, publish, row, say, start
 
 ADVICE = {
     "read": "the disk is slower than all that follows: put the beton on a local disk, shrink its "

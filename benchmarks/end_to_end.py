@@ -19,17 +19,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pictures import PHOTOGRAPHS, containers
-from plots import bars
-from rows import Row, image_row, publish, row, start
-from timing import WARMUP_BATCHES, Window, abba, window
-from training import WARMUP_STEPS, Step, Training, resident_batch, stepping
+from data.photographs import PHOTOGRAPHS, containers
+from harness.plots import bars
+from harness.results import Row, image_row, publish, row, start
+from harness.timing import WARMUP_BATCHES, Window, abba, window
+from harness.training_step import WARMUP_STEPS, Step, Training, resident_batch, stepping
 
 from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from rotpred.optim import Optim
-from rotpred.settings import Run
+from rotpred.training.optim import Optim
+from rotpred.training.settings import Run
 
 COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 

@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from arena import Contestant, compete
-from pictures import PHOTOGRAPHS, containers
-from plots import bars
-from rows import Row, Timing, image_row, publish, row, say, start
+from data.photographs import PHOTOGRAPHS, containers
+from harness.arena import Contestant, compete
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, row, say, start
 
 from pipelines.loader import choose_engine, missing_engines
 from pipelines.spec import LoaderSpec, Precision

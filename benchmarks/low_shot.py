@@ -22,12 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from rows import Repeated, Row, publish, row, start
+from harness.results import Repeated, Row, publish, row, start
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
-from rotpred.linear_svm import COSTS, average_precision, gram, normalize_rows
-from rotpred.low_shot import draw, scores_of_draw
+from rotpred.svm.dual import COSTS, average_precision, gram, normalize_rows
+from rotpred.svm.low_shot import draw, scores_of_draw
 
 WEIGHT = 2.0
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)

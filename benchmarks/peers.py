@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arena import compete
-from pictures import PHOTOGRAPHS, SMALL_SIDE, Containers, containers
-from plots import bars
-from rows import Row, Timing, image_row, publish, ratio_row, start
-from timing import Window
+from data.photographs import PHOTOGRAPHS, SMALL_SIDE, Containers, containers
+from harness.arena import compete
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, ratio_row, start
+from harness.timing import Window
 
 BOXES = "our boxes, computed beforehand"
 OWN = "its own boxes of the same distribution; pixels compared on the middle square"

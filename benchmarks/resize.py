@@ -18,16 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, ratio_row, row, start
+from harness.timing import Window, abba, window
 from PIL import Image
-from plots import bars
-from rows import Row, Timing, image_row, publish, ratio_row, row, start
-from timing import Window, abba, window
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.augment import boxes
-from pipelines.decode import decode_rgb
-from pipelines.resample import resample, scratch_size
-from pipelines.samples import encoded, open_samples
+from pipelines.engines.samples import encoded, open_samples
+from pipelines.imaging.decode import decode_rgb
+from pipelines.imaging.resize import resample, scratch_size
+from pipelines.sampling.crops import boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
 Pixels = npt.NDArray[np.uint8]

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from plots import bars
-from rows import Row, Timing, image_row, publish, say, start
-from timing import Window, abba, finish, window
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, say, start
+from harness.timing import Window, abba, finish, window
 
-from pipelines.augment import boxes
 from pipelines.batch import Regions
-from pipelines.rotate import DTYPES, rotate4
+from pipelines.device.rotate import DTYPES, rotate4
+from pipelines.sampling.crops import boxes
 from pipelines.spec import IMAGENET, LoaderSpec, Normalize, Precision, RandomResizedCrop
 
 COLUMNS = ("cpu_seconds_per_1k_images", "gigabytes_per_s", "share_of_copy", "target", "met")

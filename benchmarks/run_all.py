@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from pictures import PHOTOGRAPHS, Containers, containers
-from rows import say, table
+from data.photographs import PHOTOGRAPHS, Containers, containers
+from harness.results import say, table
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 900

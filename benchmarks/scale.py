@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from arena import Contestant
-from plots import lines
-from rows import Repeated, Row, publish, row, start
-from sparse import write_sparse
+from data.sparse_beton import write_sparse
+from harness.arena import Contestant
+from harness.plots import lines
+from harness.results import Repeated, Row, publish, row, start
 from tqdm import tqdm
 
 BATCH_SIZE = 256

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import PHOTOGRAPHS, containers
-from plots import bars
-from rows import Repeated, Row, image_row, publish, ratio_row, row, start
-from timing import Window, abba
+from data.photographs import PHOTOGRAPHS, containers
+from harness.plots import bars
+from harness.results import Repeated, Row, image_row, publish, ratio_row, row, start
+from harness.timing import Window, abba
 from tqdm import tqdm
 
-from pipelines import kernels
-from pipelines.augment import boxes
-from pipelines.beton import Beton
-from pipelines.ffcv_loader import RingLoader, Step
+from pipelines.beton.reader import Beton
+from pipelines.engines.ffcv import kernels
+from pipelines.engines.ffcv.loader import RingLoader, Step
+from pipelines.jpeg.splice import splice_batch
+from pipelines.sampling.crops import boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from pipelines.splice import splice_batch
 
 _BATCH = 50
 COLUMNS = ("images_per_cpu_second", "bytes_kept_share", "differing_bytes", "target", "met")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from arena import compete
-from ceilings import matmul_flops
-from plots import bars
-from rows import Row, Timing, image_row, publish, start
+from harness.arena import compete
+from harness.ceilings import matmul_flops
+from harness.plots import bars
+from harness.results import Row, Timing, image_row, publish, start
 
 from pipelines.spec import Precision
 

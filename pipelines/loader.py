@@ -16,21 +16,26 @@ from typing import Protocol
 import torch
 from torch.profiler import record_function
 
-from pipelines.augment import digest64
 from pipelines.batch import IGNORE, Batch, RawBatch
-from pipelines.beton import Beton
-from pipelines.colour import coloured_views, draw
-from pipelines.faults import BadSamples
-from pipelines.order import Int64
-from pipelines.recycle import Recycler
-from pipelines.rotate import DTYPES, normalize_views, rotate4
-from pipelines.samples import RAW, Samples, fingerprint, open_samples
+from pipelines.beton.reader import Beton
+from pipelines.device.color_jitter import coloured_views, draw
+from pipelines.device.host_memory import Recycler
+from pipelines.device.rotate import DTYPES, normalize_views, rotate4
+from pipelines.device.transfer import Transfer
+from pipelines.engines.autotune import budget, tune
+from pipelines.engines.faults import BadSamples
+from pipelines.engines.samples import RAW, Samples, fingerprint, open_samples
+from pipelines.sampling.crops import digest64
+from pipelines.sampling.order import Int64
 from pipelines.spec import Engine, LoaderSpec, Precision, Shard, check_options
-from pipelines.transfer import Transfer
-from pipelines.tune import budget, tune
 
 log = logging.getLogger(__name__)
 
+_MODULES = {
+    "ffcv": "pipelines.engines.ffcv.source",
+    "dali": "pipelines.engines.dali.source",
+    "folder": "pipelines.engines.folder",
+}
 _PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
 
 
@@ -170,7 +175,7 @@ def _missing(engine: str) -> str | None:
     """Why an engine cannot be used here, or None. Imports its package, which may take seconds."""
     try:
         # Our module, not the bare package: it undoes what importing ffcv does to torch.
-        importlib.import_module(f"pipelines.{engine}")
+        importlib.import_module(_MODULES[engine])
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
         # The last three: what a package built for another numpy or numba fails with.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -251,7 +256,7 @@ def open_loader(
     engine = choose_engine(spec, raw=raw)
     check_options(spec, engine, on_gpu=device.type == "cuda")
     if engine == "synthetic":
-        from pipelines.synthetic import CLASSES, SyntheticSource
+        from pipelines.engines.synthetic import CLASSES, SyntheticSource
 
         source: Source = SyntheticSource(spec, shard=shard, device=device)
         return Loader(
@@ -287,16 +292,16 @@ def _open_source(
     source: Source
     match engine:
         case "ffcv":
-            from pipelines.ffcv import FfcvSource
+            from pipelines.engines.ffcv.source import FfcvSource
 
             assert isinstance(samples, Beton)
             source = FfcvSource(samples, spec, shard=shard, workers=workers)
         case "dali":
-            from pipelines.dali import DaliSource
+            from pipelines.engines.dali.source import DaliSource
 
             source = DaliSource(samples, spec, shard=shard, workers=workers, device=device)
         case _:
-            from pipelines.folder import FolderSource
+            from pipelines.engines.folder import FolderSource
 
             pin = device.type == "cuda"
             source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)

@@ -61,7 +61,7 @@ Crop = RandomResizedCrop | RandomCrop | CenterCrop | Squash
 
 @dataclass(frozen=True)
 class Colour:
-    """Random changes of colour, different for every sample and epoch (`pipelines.colour`)."""
+    """Random changes of colour, different for every sample and epoch (`pipelines.device.color_jitter`)."""
 
     brightness: float = 0.0
     """A factor is drawn from 1 - b to 1 + b, not below 0."""
@@ -124,7 +124,7 @@ class LoaderSpec:
 
     data: str = "synthetic"
     """A .beton file, a folder of images, or a list file; with `root` also imagenet-val:TRUTH,
-    imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT (`pipelines.images.open_images`);
+    imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT (`pipelines.datasets.images.open_images`);
     "synthetic" makes random images."""
     root: str = ""
     """Folder that a list's paths are relative to (empty: the list's own), or that the pictures of

@@ -13,13 +13,19 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred import classify, detect, distributed, knn, pretrain, rotation, segment, semi, svm
-from rotpred.console import configure_logging
-from rotpred.loop import STOP_STATUS, Stopped
+from rotpred import distributed
 from rotpred.program import INTERRUPTED, USER_ERROR
-from rotpred.recipes import Linear, Pretrain, detection, every, frozen, segmentation
+from rotpred.protocols import detection as detect
+from rotpred.protocols import finetune as semi
+from rotpred.protocols import knn, pretrain, rotation, svm
+from rotpred.protocols import linear as classify
+from rotpred.protocols import segmentation as segment
+from rotpred.recipes import Linear, Pretrain, detection, every, segmentation
+from rotpred.recipes import finetune as fine_tuning
 from rotpred.recipes import rotation as rotating
-from rotpred.recipes import semi as fine_tuning
+from rotpred.recipes import svm as frozen
+from rotpred.records.console import configure_logging
+from rotpred.training.loop import STOP_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from rotpred.console import configure_logging
+from rotpred.records.console import configure_logging
 
 A = TypeVar("A")
 

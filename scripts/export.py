@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from rotpred.export import Format, export_backbone, reading
 from rotpred.program import drive
-from rotpred.weights import read_backbone
+from rotpred.weights.export import Format, export_backbone, reading
+from rotpred.weights.load import read_backbone
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from rotpred.page import Block, html, markdown
 from rotpred.program import drive
-from rotpred.report import TITLE, page
-from rotpred.runfolder import write_atomic
-from rotpred.runs import Run, read_runs
+from rotpred.records.folder import write_atomic
+from rotpred.report.build import TITLE, page
+from rotpred.report.page import Block, html, markdown
+from rotpred.report.results import Run, read_runs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def main(args: Arguments) -> str:
     notes = [" ".join(paragraph.split()) for paragraph in notes if paragraph.strip()]
     blocks: list[Block] = page(runs, left_out=left_out, notes=notes)
     if args.gallery is not None and args.data is not None:
-        from rotpred.showcase import showcase  # With the loaders: too slow to load for --help.
+        from rotpred.report.gallery import (
+            showcase,  # With the loaders: too slow to load for --help.
+        )
 
         blocks += showcase(
             args.gallery, args.data, backbone=args.backbone, stage=args.stage, samples=args.samples

@@ -152,7 +152,7 @@ if ! install_ffcv; then
 fi
 
 # A first run would compile them; without them it does.
-stage "numba kernels" "$PY" -m pipelines.warm ||
+stage "numba kernels" "$PY" -m pipelines.precompile ||
     echo "  Kernels are not compiled yet: $(last_error)"
 
 engines=$(MISSING=$missing "$PY" - <<'PYTHON'

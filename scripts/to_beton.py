@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.beton import verify
-from pipelines.catalogues import voc2007
-from pipelines.images import Images, open_images
+from pipelines.beton.reader import verify
+from pipelines.datasets.imagenet import voc2007
+from pipelines.datasets.images import Images, open_images
 from rotpred.program import drive, leave_if_terminated
-from rotpred.runfolder import replaced
+from rotpred.records.folder import replaced
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def main(args: Arguments) -> str:
         raise ValueError("give --input and --output, or --verify")
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: give --overwrite to replace it")
-    from pipelines.convert import write_beton  # With numba: too slow to load for --help.
+    from pipelines.conversion.convert import write_beton  # With numba: too slow to load for --help.
 
     with contextlib.ExitStack() as stack:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.convert import write_beton
-from pipelines.index import SampleIndex
+from pipelines.conversion.convert import write_beton
+from pipelines.datasets.index import SampleIndex
 
 COUNT = 37
 """Pictures in the shared data set: prime, so that no batch size or world divides it."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred.features import Store
-from rotpred.optim import Optim
-from rotpred.schedule import Schedule, Steps
-from rotpred.settings import Run
+from rotpred.features.extract import Store
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Schedule, Steps
+from rotpred.training.settings import Run
 
 __all__ = ["Linear", "Pretrain", "Probe", "ProbeKind", "Run"]
 

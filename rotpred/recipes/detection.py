@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pipelines.dense_spec import DenseSpec, ShortSide
-from rotpred.optim import Optim
-from rotpred.rcnn import C4, FPN, BoxHead
+from pipelines.dense.spec import DenseSpec, ShortSide
+from rotpred.models.detection.rcnn import C4, FPN, BoxHead
+from rotpred.models.detection.rpn import Proposals
 from rotpred.recipes import Run
-from rotpred.rpn import Proposals
-from rotpred.schedule import Schedule, Steps
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Schedule, Steps
 
 
 @dataclass(frozen=True)

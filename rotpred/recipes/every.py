@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rotpred.recipes import detection, frozen, linear, pretrain, rotation, segmentation, semi
+from rotpred.recipes import detection, linear, pretrain, rotation, segmentation
+from rotpred.recipes import finetune as semi
+from rotpred.recipes import svm as frozen
 
 PRETRAINING = pretrain.RECIPES
 

@@ -14,10 +14,10 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
-from rotpred.optim import Optim
 from rotpred.recipes import Linear, Probe, Run
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
-from rotpred.schedule import Steps, Table, Triangle
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Steps, Table, Triangle
 
 _MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
 """Of the multi-head probes."""

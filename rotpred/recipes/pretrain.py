@@ -13,9 +13,9 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
-from rotpred.optim import Optim
 from rotpred.recipes import Pretrain, Run
-from rotpred.schedule import Steps, Table, Triangle
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Steps, Table, Triangle
 
 
 def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> LoaderSpec:

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pipelines.dense_spec import DenseSpec, RatioCrop, Within
-from rotpred.optim import Optim
+from pipelines.dense.spec import DenseSpec, RatioCrop, Within
 from rotpred.recipes import Run
-from rotpred.schedule import Poly, Schedule
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Poly, Schedule
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""Our loader as a contestant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import torch
+from harness.timing import finish
+
+from contestants.base import Cut, Player, boxes_of, unnormalized
+from pipelines.batch import RawBatch
+from pipelines.engines.samples import encoded, open_samples
+from pipelines.loader import Loader, choose_engine, open_loader
+from pipelines.sampling.crops import digest64
+from pipelines.spec import Engine, Precision
+
+GAP_BATCHES, GAP_EPOCHS = 8, 4
+HASHED_BATCHES = 2
+
+
+class Ours(Player):
+    """`open_loader`: crops as the engine hands them over, or views on the device."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        output: Literal["crops", "rotate4", "plain"],
+        precision: Precision = "fp32",
+        device: str = "cpu",
+        data: str,
+        size: int,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        super().__init__(data=data, size=size, batch_size=batch_size, workers=workers)
+        self.device, self.output, self.precision = torch.device(device), output, precision
+        views = "plain" if output == "plain" else "rotate4"
+        self.spec = replace(self.spec, engine=engine, views=views, workers=workers)
+        choose_engine(self.spec)  # Imports the engine, and no other: memory is measured.
+
+    def open(self) -> None:
+        self.loader = self._open()
+
+    def _open(self, limit: int | None = None) -> Loader:
+        spec = self.spec if limit is None else replace(self.spec, limit=limit)
+        return open_loader(spec, device=self.device, precision=self.precision)
+
+    def batches(self, epoch: int) -> Generator[int, None, None]:
+        if self.output == "crops":
+            # The engine alone: what is compared is decoding, not the views made of it.
+            yield from (len(raw.indices) for raw in _crops(self.loader, epoch))
+        else:
+            with closing(self.loader.epoch(epoch)) as batches:
+                yield from (len(batch.indices) for batch in batches)
+
+    def cuts(self) -> Iterator[Cut]:
+        samples = open_samples(self.data)
+        if self.output == "crops":
+            for raw in _crops(self.loader, 0):
+                images = np.asarray(raw.images)
+                for row, i in enumerate(raw.indices.tolist()):
+                    box = tuple(raw.boxes[row].tolist())
+                    yield Cut(bytes(encoded(samples, i)), box, images[row])
+            return
+        where = boxes_of(self.spec, samples, epoch=0)
+        with closing(self.loader.epoch(0)) as batches:
+            for batch in batches:
+                pixels = unnormalized(batch.images[: len(batch.indices)], self.spec)
+                for row, i in enumerate(batch.indices.tolist()):
+                    yield Cut(bytes(encoded(samples, i)), tuple(where[i].tolist()), pixels[row])
+
+    def served(self) -> dict[str, str]:
+        """A hash of the first batches' samples and boxes: equal for engines that cut the same."""
+        raws = islice(_crops(self.loader, 0), HASHED_BATCHES)
+        hashes = [digest64(0, raw.indices.numpy(), raw.boxes.numpy()) for raw in raws]
+        return {"digest": f"{sum(hashes) % 2**64:016x}"}
+
+    def epoch_gap(self) -> dict[str, float]:
+        """Seconds between an epoch's last batch and the next one's first, and between batches."""
+        gaps, steps = [], []
+        with self._open(GAP_BATCHES * self.batch_size) as loader:
+            last = 0.0
+            for epoch in range(GAP_EPOCHS):
+                for step, _ in enumerate(loader.epoch(epoch)):
+                    finish(self.device)
+                    now = time.perf_counter()
+                    if epoch:
+                        (steps if step else gaps).append(now - last)
+                    last = now
+        return {
+            "epoch_gap_seconds": round(median(gaps), 4),
+            "batch_seconds": round(median(steps), 4) if steps else 0.0,
+        }
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def _crops(loader: Loader, epoch: int) -> Generator[RawBatch, None, None]:
+    with closing(loader.source.epoch(epoch)) as source:  # type: ignore[type-var]
+        yield from source

@@ -1,0 +1,282 @@
+"""How others load the same pictures: torchvision, stock FFCV, stock DALI, and mmselfsup's way.
+
+Where a rival takes boxes, it is given ours, computed beforehand, so that drawing them costs it
+nothing. Stock FFCV and DALI draw their own from the same distribution; their pixels are compared on
+the middle square, by the same decoder and filter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import time
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import functional as pil_f
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from contestants.base import Cut, Player, boxes_of, unnormalized
+from pipelines.beton.reader import Beton
+from pipelines.datasets.index import SampleIndex
+from pipelines.engines.samples import encoded, open_samples
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+LIMIT_SECONDS = 60.0
+
+
+class _Crops(Dataset[torch.Tensor]):
+    """Paths and boxes; a subclass decodes, cuts and resizes."""
+
+    def __init__(self, paths: list[str], where: np.ndarray, size: int) -> None:
+        self.paths, self.where, self.size = paths, where, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pil(self, i: int) -> Image.Image:
+        """As torchvision's ImageFolder and RandomResizedCrop do it with Pillow."""
+        top, left, height, width, flip = self.where[i].tolist()
+        with open(self.paths[i], "rb") as file:
+            picture = Image.open(file).convert("RGB")
+        size = [self.size, self.size]
+        crop = pil_f.resized_crop(picture, top, left, height, width, size)
+        return pil_f.hflip(crop) if flip else crop
+
+
+class _PilCrops(_Crops):
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return pil_f.pil_to_tensor(self.pil(i))
+
+
+class _TensorCrops(_Crops):
+    def __getitem__(self, i: int) -> torch.Tensor:
+        top, left, height, width, flip = self.where[i].tolist()
+        with warnings.catch_warnings():
+            # Since torchvision 0.29 each call says that the function is to move elsewhere.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            picture = decode_jpeg(read_file(self.paths[i]), mode=ImageReadMode.RGB)
+        size = [self.size, self.size]
+        crop = tv.resized_crop(picture, top, left, height, width, size, antialias=True)
+        return tv.horizontal_flip(crop) if flip else crop
+
+
+class _FourViews(_Crops):
+    """Four normalised float32 copies of each picture, made in the worker process."""
+
+    def __init__(self, paths: list[str], where: np.ndarray, size: int, normalize: Any) -> None:
+        super().__init__(paths, where, size)
+        mean, std = ([v / 255 for v in values] for values in (normalize.mean, normalize.std))
+        self.finish = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        )
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        crop = self.finish(self.pil(i))
+        return torch.stack([torch.rot90(crop, k, (1, 2)) for k in range(4)])
+
+
+class PilLoader(Player):
+    """torch's DataLoader over a folder, Pillow in worker processes."""
+
+    crops: type[_Crops] = _PilCrops
+
+    def open(self) -> None:
+        # Each worker prepares two batches in advance.
+        self.warmup = max(self.warmup, 2 * self.workers + 2)
+        self.index = SampleIndex.from_folder(self.data)
+        paths = [str(self.index.path(i)) for i in range(len(self.index))]
+        where = boxes_of(self.spec, self.index, epoch=0)
+        self.dataset = self.make(paths, where)
+        self.loader = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.workers,
+            # Workers that stay spare the start of processes at each epoch.
+            persistent_workers=True,
+        )
+
+    def make(self, paths: list[str], where: np.ndarray) -> _Crops:
+        """The data set."""
+        return self.crops(paths, where, self.size)
+
+    def batches(self, epoch: int) -> Generator[int, None, None]:  # noqa: ARG002
+        yield from (len(batch) for batch in self.loader)
+
+    def cuts(self) -> Iterator[Cut]:
+        for i in range(len(self.dataset)):
+            pixels = self.dataset[i].permute(1, 2, 0).numpy()
+            box = tuple(self.dataset.where[i].tolist())
+            yield Cut(self.index.read(i), box, pixels)
+
+    def close(self) -> None:
+        # Ends the worker processes, which outlive an epoch.
+        del self.loader
+
+
+class TensorLoader(PilLoader):
+    """torch's DataLoader, torchvision's decode_jpeg and uint8 tensors in worker processes."""
+
+    crops = _TensorCrops
+
+
+class MmselfsupWay(PilLoader):
+    """Everything in worker processes: decode, crop, normalise, four copies in float32, collate."""
+
+    def make(self, paths: list[str], where: np.ndarray) -> _Crops:
+        return _FourViews(paths, where, self.size, self.spec.normalize)
+
+    def cuts(self) -> Iterator[Cut]:
+        for i in range(len(self.dataset)):
+            pixels = unnormalized(self.dataset[i][:1], self.spec)[0]
+            yield Cut(self.index.read(i), tuple(self.dataset.where[i].tolist()), pixels)
+
+
+class StockFfcv(Player):
+    """FFCV as its documentation shows it, from memory-mapped pages that the system caches."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ffcv = importlib.import_module("ffcv")
+        self.decoders = importlib.import_module("ffcv.fields.rgb_image")
+        self.transforms = importlib.import_module("ffcv.transforms")
+
+    def open(self) -> None:
+        side = (self.size, self.size)
+        decoder = self.decoders.RandomResizedCropRGBImageDecoder(side, scale=SCALE, ratio=RATIO)
+        self.loader = self._loader(decoder, self.transforms.RandomHorizontalFlip(), order="RANDOM")
+
+    def _loader(self, *operations: Any, order: str) -> Any:
+        last = [self.transforms.ToTensor(), self.transforms.ToTorchImage()]
+        return self.ffcv.loader.Loader(
+            self.data,
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            os_cache=True,
+            order=getattr(self.ffcv.loader.OrderOption, order),
+            drop_last=order == "RANDOM",
+            seed=0,
+            pipelines={"image": [*operations, *last], "label": None},
+        )
+
+    def batches(self, epoch: int) -> Generator[int, None, None]:  # noqa: ARG002
+        running = iter(self.loader)
+        try:
+            yield from (len(images) for (images,) in running)
+        finally:
+            _end(running)
+
+    def cuts(self) -> Iterator[Cut]:
+        side = (self.size, self.size)
+        decoder = self.decoders.CenterCropRGBImageDecoder(side, ratio=1)
+        running = iter(self._loader(decoder, order="SEQUENTIAL"))
+        try:
+            with Beton.open(self.data) as beton:
+                i = 0
+                for (images,) in running:
+                    for pixels in images.permute(0, 2, 3, 1).numpy():
+                        box = _middle(int(beton.heights[i]), int(beton.widths[i]))
+                        yield Cut(beton.payload(i).tobytes(), box, pixels)
+                        i += 1
+        finally:
+            _end(running)
+
+
+def _end(running: Any) -> None:
+    """End FFCV's thread of an epoch that was left early, for which FFCV itself has no way: at the
+    end of an epoch it waits, for ever, for a place in its queue."""
+    running.iter_ixes = iter(())
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while running.is_alive():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"FFCV's thread has not ended within {LIMIT_SECONDS:.0f} s")
+        with suppress(queue.Empty):
+            running.output_queue.get(timeout=0.05)
+
+
+class StockDali(Player):
+    """DALI's own reader, random crop decoder and antialiased resize, on the CPU."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        importlib.import_module("nvidia.dali")
+        self.fn: Any = importlib.import_module("nvidia.dali.fn")
+        self.types: Any = importlib.import_module("nvidia.dali.types")
+        self.pipeline: Any = importlib.import_module("nvidia.dali.pipeline").Pipeline
+
+    def open(self) -> None:
+        index = SampleIndex.from_folder(self.data)
+        paths = [str(index.path(i)) for i in range(len(index))]
+        self.steps = len(paths) // self.batch_size
+        self.pipe = self.pipeline(
+            batch_size=self.batch_size, num_threads=self.workers, device_id=None, seed=1
+        )
+        with self.pipe:
+            files, _ = self.fn.readers.file(files=paths, random_shuffle=True, name="files")
+            images = self.fn.decoders.image_random_crop(
+                files,
+                device="cpu",
+                output_type=self.types.RGB,
+                random_area=list(SCALE),
+                random_aspect_ratio=list(RATIO),
+            )
+            images = self._resized(images)
+            images = self.fn.flip(images, horizontal=self.fn.random.coin_flip(probability=0.5))
+            self.pipe.set_outputs(images)
+        self.pipe.build()
+
+    def _resized(self, images: Any) -> Any:
+        return self.fn.resize(
+            images,
+            size=[self.size, self.size],
+            interp_type=self.types.INTERP_LINEAR,
+            antialias=True,
+        )
+
+    def batches(self, epoch: int) -> Generator[int, None, None]:  # noqa: ARG002
+        for _ in range(self.steps):
+            (images,) = self.pipe.run()
+            yield len(torch.utils.dlpack.from_dlpack(images.as_tensor()))
+
+    def cuts(self) -> Iterator[Cut]:
+        samples = open_samples(self.data)
+        for i in range(len(samples)):
+            data = bytes(encoded(samples, i))
+            with Image.open(Path(self.data) / samples.name(i)) as picture:
+                box = _middle(picture.height, picture.width)
+            pipe = self.pipeline(batch_size=1, num_threads=1, device_id=None)
+            with pipe:
+                source = self.fn.external_source(
+                    source=[[np.frombuffer(data, np.uint8)]], cycle=True
+                )
+                images = self.fn.decoders.image_slice(
+                    source,
+                    start=list(box[:2]),
+                    shape=list(box[2:4]),
+                    axes=[0, 1],
+                    device="cpu",
+                    output_type=self.types.RGB,
+                )
+                pipe.set_outputs(self._resized(images))
+            pipe.build()
+            (crop,) = pipe.run()
+            yield Cut(data, box, np.array(crop.at(0)))
+
+    def close(self) -> None:
+        del self.pipe
+
+
+def _middle(height: int, width: int) -> tuple[int, int, int, int, int]:
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side, 0

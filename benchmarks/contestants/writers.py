@@ -1,0 +1,130 @@
+"""Writers of betons as contestants: ours passes JPEG files through, FFCV's encodes them anew."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.timing import cpu_seconds, memory_mib
+from PIL import Image
+
+from pipelines.beton.reader import Beton
+from pipelines.conversion.convert import write_beton
+from pipelines.conversion.encode import Check
+from pipelines.datasets.index import SampleIndex
+
+
+class _Writer:
+    """Converts a folder, again and again; the windows are whole conversions."""
+
+    def __init__(self, *, data: str, workers: int) -> None:
+        self.workers = workers
+        self.index = SampleIndex.from_folder(data)
+        # Beside the pictures, so that both are written to the same disk.
+        self._folder = tempfile.TemporaryDirectory(dir=Path(data).parent)
+        self.target = Path(self._folder.name) / "out.beton"
+        self.source_bytes = sum(self.index.size(i) for i in range(len(self.index)))
+
+    def write(self) -> None:
+        """Convert everything into `target`."""
+        raise NotImplementedError
+
+    def first_batch(self) -> dict[str, float]:
+        """Convert once, so that what is compiled or cached is; nothing is timed."""
+        self.write()
+        return {}
+
+    def window(self, seconds: float) -> tuple[int, float, float]:
+        """Conversions for about `seconds`, at least one, with all worker processes' time."""
+        images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
+        while not images or time.perf_counter() - begin < seconds:
+            self.write()
+            images += len(self.index)
+        return images, time.perf_counter() - begin, cpu_seconds() - cpu
+
+    def written(self) -> dict[str, float]:
+        """Bytes of the pictures and of what was written, side files included."""
+        files = [path for path in self.target.parent.iterdir() if path.is_file()]
+        total = sum(path.stat().st_size for path in files)
+        return {
+            "source_bytes": self.source_bytes,
+            "payload_bytes": self.payload(),
+            "side_bytes": total - self.target.stat().st_size,
+            "file_bytes": total,
+        }
+
+    def payload(self) -> int:
+        """Bytes of all samples in the file."""
+        with Beton.open(self.target) as beton:
+            return int(beton.sizes.sum())
+
+    def memory(self) -> dict[str, float]:
+        """MiB of this process."""
+        return memory_mib()
+
+    def close(self) -> None:
+        """Remove what was written."""
+        self._folder.cleanup()
+
+
+class OurWriter(_Writer):
+    """`write_beton`: JPEG streams as they are, every one checked to see that it is sound."""
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        workers: int,
+        markers: bool,
+        max_side: int | None,
+        check: Check = "scan",
+    ) -> None:
+        super().__init__(data=data, workers=workers)
+        self.options = {"restart_markers": markers, "max_side": max_side, "check": check}
+
+    def write(self) -> None:
+        write_beton(self.index, self.target, workers=self.workers, overwrite=True, **self.options)
+
+
+class StockFiles:
+    """A folder as FFCV's writer wants it: pictures with their labels, by number."""
+
+    def __init__(self, folder: str) -> None:
+        self.index = SampleIndex.from_folder(folder)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        with Image.open(self.index.path(i)) as picture:
+            return picture.convert("RGB"), int(self.index.labels[i])
+
+
+class StockWriter(_Writer):
+    """FFCV's DatasetWriter: every picture decoded by Pillow and encoded by OpenCV at quality 90."""
+
+    def __init__(self, *, data: str, workers: int, max_side: int | None) -> None:
+        super().__init__(data=data, workers=workers)
+        self.files, self.max_side = StockFiles(data), max_side
+        importlib.import_module("ffcv.writer")
+
+    def write(self) -> None:
+        write_stock(self.files, self.target, workers=self.workers, max_side=self.max_side)
+
+
+def write_stock(pictures: StockFiles, target: Path, *, workers: int, max_side: int | None) -> None:
+    """A beton as FFCV writes it: JPEG of quality 90, longest side `max_side`."""
+    writer: Any = importlib.import_module("ffcv.writer")
+    fields: Any = importlib.import_module("ffcv.fields")
+    image = fields.RGBImageField(write_mode="jpg", max_resolution=max_side, jpeg_quality=90)
+    made = writer.DatasetWriter(
+        str(target), {"image": image, "label": fields.IntField()}, num_workers=workers
+    )
+    made.from_indexed_dataset(pictures, chunksize=16)
+    # The writer leaves its workers behind; their time counts once they have been waited for.
+    for process in multiprocessing.active_children():
+        process.join(timeout=60)

@@ -1,0 +1,142 @@
+"""Photographs with made annotations, laid out as the data sets for detection and segmentation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data.photographs import photographs
+from pipelines.datasets.imagenet import VOC_CLASSES
+
+OBJECTS = 4
+"""In each picture."""
+CITY = (2048, 1024)
+
+Boxes = npt.NDArray[np.int64]
+
+
+def voc(folder: Path, count: int) -> Path:
+    """VOCdevkit/VOC2007 with the list trainval.
+
+    Returns:
+        The root, for data of voc:2007/trainval.
+    """
+    base = folder / "VOC2007"
+    for place, boxes, picture in _scenes(folder, count, base / "JPEGImages"):
+        objects = "".join(
+            f"<object><name>{VOC_CLASSES[i]}</name><difficult>0</difficult><bndbox>"
+            f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+            "</bndbox></object>"
+            for i, (x0, y0, x1, y1) in enumerate(boxes.tolist())
+        )
+        size = f"<width>{picture.width}</width><height>{picture.height}</height><depth>3</depth>"
+        _text(base / "Annotations" / f"{place.stem}.xml", _xml(place.name, size, objects))
+    stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
+    _text(base / "ImageSets" / "Main" / "trainval.txt", "".join(f"{s}\n" for s in stems))
+    return folder
+
+
+def voc_masks(folder: Path, count: int) -> Path:
+    """VOCdevkit/VOC2012 with the segmentation list train."""
+    base = folder / "VOC2012"
+    for place, boxes, picture in _scenes(folder, count, base / "JPEGImages"):
+        mask = Image.fromarray(_mask(boxes, picture, lambda i: i + 1, 0))
+        (base / "SegmentationClass").mkdir(exist_ok=True)
+        mask.save(base / "SegmentationClass" / f"{place.stem}.png")
+    stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
+    _text(base / "ImageSets" / "Segmentation" / "train.txt", "".join(f"{s}\n" for s in stems))
+    return folder
+
+
+def coco(folder: Path, count: int) -> Path:
+    """train2017, with instances as rectangular polygons."""
+    images, annotations = [], []
+    for place, boxes, picture in _scenes(folder, count, folder / "train2017"):
+        number = int(place.stem) + 1
+        images.append(
+            {
+                "id": number,
+                "file_name": place.name,
+                "height": picture.height,
+                "width": picture.width,
+            }
+        )
+        for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+            annotations.append(
+                {
+                    "id": OBJECTS * number + i,
+                    "image_id": number,
+                    "category_id": i + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                }
+            )
+    categories = [{"id": i + 1, "name": f"thing {i + 1}"} for i in range(80)]
+    text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    _text(folder / "annotations" / "instances_train2017.json", text)
+    return folder
+
+
+def cityscapes(folder: Path, count: int) -> Path:
+    """leftImg8bit and gtFine, train, at full size."""
+    for place, _, picture in _scenes(folder, count, folder / "photographs"):
+        large = picture.resize(CITY)
+        mask = Image.fromarray(_mask(_boxes(large, int(place.stem)), large, lambda i: 24 + i, 7))
+        for kind, image, ending in (
+            ("leftImg8bit", large, "leftImg8bit"),
+            ("gtFine", mask, "gtFine_labelIds"),
+        ):
+            target = folder / kind / "train" / "town"
+            target.mkdir(parents=True, exist_ok=True)
+            image.save(target / f"town_{int(place.stem):06}_000000_{ending}.png")
+    return folder
+
+
+def _scenes(folder: Path, count: int, target: Path) -> list[tuple[Path, Boxes, Image.Image]]:
+    """Photographs, copied to `target`, with boxes that lie inside of them."""
+    target.mkdir(parents=True)
+    scenes = []
+    for source in sorted(photographs(folder, count).rglob("*.jpg")):
+        place = target / source.name
+        shutil.copy(source, place)
+        with Image.open(place) as picture:
+            picture.load()
+        scenes.append((place, _boxes(picture, int(place.stem)), picture))
+    return scenes
+
+
+def _boxes(picture: Image.Image, seed: int) -> Boxes:
+    draw = np.random.default_rng(seed)
+    size = np.array(picture.size)
+    extent = (size * draw.uniform(0.15, 0.5, (OBJECTS, 2))).astype(np.int64)
+    corner = (draw.random((OBJECTS, 2)) * (size - extent)).astype(np.int64)
+    return np.concatenate([corner, corner + extent], axis=1)
+
+
+def _mask(
+    boxes: Boxes, picture: Image.Image, label: Callable[[int], int], ground: int
+) -> npt.NDArray[np.uint8]:
+    mask = np.full((picture.height, picture.width), ground, np.uint8)
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        mask[y0:y1, x0:x1] = label(i)
+    return mask
+
+
+def _xml(name: str, size: str, objects: str) -> str:
+    return (
+        f"<annotation><filename>{name}</filename><size>{size}</size>"
+        f"<segmented>0</segmented>{objects}</annotation>\n"
+    )
+
+
+def _text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -1,0 +1,148 @@
+"""The pictures that benchmarks run on: a person's own, or photographs made on the spot, in every
+container that is compared."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness.results import say
+from PIL import Image
+
+from pipelines.beton.reader import Beton
+
+CONVERTER = Path(__file__).resolve().parents[2] / "scripts" / "to_beton.py"
+STOCK_WRITER = Path(__file__).with_name("stock_ffcv_beton.py")
+SMALL_SIDE = 500
+"""Longest side in pixels of the small copies: FFCV's own recipe for ImageNet."""
+PHOTOGRAPHS = 512
+"""Made where a person gives no pictures: an epoch of several batches."""
+LIMIT_SECONDS = 1200
+
+
+@dataclass(frozen=True)
+class Containers:
+    """The same pictures as files and in betons, each made when it is asked for first."""
+
+    source: Path
+    """A folder of JPEG files, as they are."""
+    folder: Path
+    """Where everything else is put, and found again."""
+    small_side: int = SMALL_SIDE
+    workers: int = 0
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def original(self, *, markers: bool) -> Path:
+        """A beton of the files as they are."""
+        name = "original-markers.beton" if markers else "original.beton"
+        return self._once(name, lambda path: self._convert(path, markers=markers))
+
+    def small(self, *, markers: bool) -> Path:
+        """A beton of the pictures, shrunk where their longest side is above `small_side`."""
+        name = f"small{self.small_side}{'-markers' if markers else ''}.beton"
+        return self._once(
+            name,
+            lambda path: self._convert(path, "--max-side", str(self.small_side), markers=markers),
+        )
+
+    def small_folder(self) -> Path:
+        """The samples of `small(markers=False)` as files: the identical bytes."""
+        return self._once(f"small{self.small_side}", self._unpack)
+
+    def stock(self) -> Path:
+        """A beton written by FFCV's own writer from the small files."""
+        files = self.small_folder()
+
+        def write(path: Path) -> None:
+            _run(str(STOCK_WRITER), str(files), str(path), str(self.small_side))
+
+        return self._once(f"stock{self.small_side}.beton", write)
+
+    def _once(self, name: str, make: Callable[[Path], None]) -> Path:
+        path = self.folder / name
+        if name not in self._made and not path.exists():
+            say(f"making {path}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            make(path)
+        self._made[name] = path
+        return path
+
+    def _convert(self, path: Path, *options: str, markers: bool) -> None:
+        more = [*options, "--restart-markers" if markers else "--no-restart-markers"]
+        files = ["--input", str(self.source), "--output", str(path)]
+        _run(str(CONVERTER), *files, "--workers", str(self.workers), *more)
+
+    def _unpack(self, path: Path) -> None:
+        partial = path.with_name(f"{path.name}.part")
+        (partial / "all").mkdir(parents=True, exist_ok=True)
+        with Beton.open(self.small(markers=False)) as beton:
+            for i in range(len(beton)):
+                (partial / "all" / f"{i:07}.jpg").write_bytes(beton.payload(i).tobytes())
+        partial.rename(path)
+
+
+def photographs(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Two photographs of scikit-learn, cut and enlarged to sizes like ImageNet's, as JPEG files.
+
+    Args:
+        folder: where they are put; used again where it holds as many.
+        count: of files.
+        seed: decides sizes, places and qualities.
+    """
+    target = folder / f"photographs{count}"
+    if target.exists():
+        return target
+    loaded: Any = importlib.import_module("sklearn.datasets").load_sample_images()
+    sources = [Image.fromarray(pixels) for pixels in loaded.images]
+    draw = np.random.default_rng(seed)
+    partial = folder / f"{target.name}.part"
+    for i in range(count):
+        source = sources[i % len(sources)]
+        width, height = (int(v) for v in draw.integers((320, 240), (641, 428)))
+        left = int(draw.integers(0, source.width - width + 1))
+        top = int(draw.integers(0, source.height - height + 1))
+        # Most of ImageNet is about 500 x 375; some are larger.
+        factor = float(np.exp(draw.normal(0.25, 0.25)))
+        size = (round(width * factor), round(height * factor))
+        region = source.crop((left, top, left + width, top + height)).resize(size)
+        place = partial / "ab"[i % 2] / f"{i:05}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        region.save(place, "JPEG", quality=int(draw.integers(85, 97)))
+    partial.rename(target)
+    return target
+
+
+def containers(
+    data: str | None, folder: Path, *, count: int, small_side: int = SMALL_SIDE
+) -> Containers:
+    """Containers of a person's folder, or of `count` photographs where there is none.
+
+    Raises:
+        ValueError: `data` is not a folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        return Containers(photographs(folder, count), folder / f"made{count}", small_side)
+    source = Path(data)
+    if not source.is_dir():
+        raise ValueError(f"{data} is not a folder of JPEG files")
+    return Containers(source, folder / f"of-{source.resolve().name}", small_side)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(f"{Path(command[0]).name}: {words[-1]}")

@@ -1,0 +1,278 @@
+"""The beton file, read with numpy alone: opened only if every structural check passes.
+
+The format is FFCV's, version 2: header, field table, metadata, pages of samples, allocation table.
+FFCV itself trains on wrong pictures from most damaged files, so every engine opens them here first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import weakref
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.beton.layout import HEADER, BetonError, Layout, check_layout
+from pipelines.beton.manifest import Manifest, load_manifest, manifest_path
+from pipelines.beton.segments import (
+    Segments,
+    SegmentsError,
+    find_fault,
+    open_segments,
+    segments_path,
+)
+from pipelines.jpeg.markers import JpegError, read_header
+
+__all__ = ["Beton", "BetonError", "Verified", "check_sums", "verify"]
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """An open beton, checked. Holds a shared lock on the file until it is closed or collected."""
+
+    path: Path
+    """The file."""
+    data: npt.NDArray[np.uint8]
+    """(bytes,): the file, mapped read-only."""
+    offsets: npt.NDArray[np.uint64]
+    """(N,): where each sample's bytes begin in `data`."""
+    sizes: npt.NDArray[np.uint64]
+    """(N,): how many they are."""
+    heights: npt.NDArray[np.int32]
+    """(N,): rows of each picture."""
+    widths: npt.NDArray[np.int32]
+    """(N,): columns of each picture."""
+    modes: npt.NDArray[np.uint8]
+    """(N,): 0 JPEG stream, 1 raw RGB pixels."""
+    labels: npt.NDArray[np.int64]
+    """(N,): class ids, -1 without labels."""
+    classes: tuple[str, ...]
+    """Class names from the manifest; empty without one."""
+    fields: tuple[str, ...]
+    """Field names in the file's order."""
+    page_size: int
+    """Bytes in a page; no sample lies across two."""
+    fingerprint: str
+    """Start of the SHA-256 of header, field table, metadata and allocation table: the data set."""
+    manifest: Manifest | None
+    """What lies beside the file; None if nothing does."""
+    segments: Segments | None = None
+    """Where each sample can be cut, from the side file; None if there is none."""
+    _closer: list[weakref.finalize[..., Any]] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def payload(self, i: int) -> npt.NDArray[np.uint8]:
+        """The bytes of sample `i`: a view of the mapped file, not a copy."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} is not in 0..{len(self) - 1}")
+        start = int(self.offsets[i])
+        return self.data[start : start + int(self.sizes[i])]
+
+    def close(self) -> None:
+        """Release the lock. Views of the data stay valid."""
+        for closer in self._closer:
+            closer()
+
+    def __enter__(self) -> Beton:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Beton:
+        """Map a beton and check everything about it that does not need its payload.
+
+        Raises:
+            BetonError: The file, or the manifest or segments beside it, is not what it must be.
+            FileNotFoundError: There is no such file.
+        """
+        file = Path(path)
+        return _open(file, _manifest(file))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` looked at."""
+
+    samples: int
+    """Pictures in the file."""
+    jpegs: int
+    """Of which JPEG streams; the others are raw pixels."""
+    labelled: int
+    """Samples with a label."""
+    payload_bytes: int
+    """Bytes of all samples."""
+    checksums: bool
+    """Whether there was a manifest, so that every byte was compared with its checksum."""
+
+
+def verify(path: str | os.PathLike[str]) -> Verified:
+    """Open a beton and read every sample: JPEG markers, sizes, checksums and segments.
+
+    Raises:
+        BetonError: At the first sample that is not what metadata and manifest say.
+        FileNotFoundError: There is no such file.
+    """
+    with Beton.open(path) as beton:
+        sums = beton.manifest.crc32 if beton.manifest is not None else None
+        if sums is not None:
+            check_sums(beton, sums)
+        for i in np.flatnonzero(beton.modes == 0):
+            _check_jpeg(beton, int(i))
+        return Verified(
+            samples=len(beton),
+            jpegs=int((beton.modes == 0).sum()),
+            labelled=int((beton.labels >= 0).sum()),
+            payload_bytes=int(beton.sizes.sum()),
+            checksums=sums is not None,
+        )
+
+
+def check_sums(beton: Beton, sums: npt.NDArray[np.uint32]) -> None:
+    """Compare the CRC-32 of every sample's bytes; `BetonError` at the first that differs."""
+    for i, expected in enumerate(sums.tolist()):
+        found = zlib.crc32(beton.payload(i).data)
+        if found != expected:
+            raise BetonError(
+                f"{beton.path}: sample {i} at byte {beton.offsets[i]}: expected CRC-32 "
+                f"{expected:08x}, found {found:08x}"
+            )
+
+
+def _check_jpeg(beton: Beton, i: int) -> None:
+    place = f"{beton.path}: sample {i} at byte {beton.offsets[i]}"
+    data = beton.payload(i).tobytes()
+    try:
+        header = read_header(data, whole=True)
+    except JpegError as error:
+        raise BetonError(f"{place}: expected a JPEG stream, found: {error}") from error
+    expected = (int(beton.heights[i]), int(beton.widths[i]))
+    if (header.height, header.width) != expected:
+        raise BetonError(
+            f"{place}: expected {expected[0]} x {expected[1]} pixels, found "
+            f"{header.height} x {header.width} in the JPEG header"
+        )
+    if beton.segments is None or not beton.segments.records["interval"][i]:
+        return
+    record = beton.segments.records[i]
+    found = (header.coded, header.frame_at + 5, header.restart)
+    if found != (record["head"], record["frame"], record["interval"]):
+        raise BetonError(
+            f"{segments_path(beton.path)}: sample {i}: expected head, frame and interval {found} "
+            f"as in the JPEG header, found {(record['head'], record['frame'], record['interval'])}"
+        )
+    fault = find_fault(data, header.coded, beton.segments.of(i))
+    if fault is not None:
+        raise BetonError(f"{segments_path(beton.path)}: sample {i}: {fault}")
+
+
+def _manifest(path: Path) -> Manifest | None:
+    try:
+        return load_manifest(manifest_path(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise BetonError(str(error)) from error
+
+
+def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments | None:
+    """The side file of a beton, checked against it; None if there is none."""
+    side = segments_path(path)
+    try:
+        return open_segments(side, layout)
+    except FileNotFoundError:
+        if manifest is not None and manifest.restarts is not None:
+            raise BetonError(
+                f"{side}: expected the side file that the manifest speaks of, found none"
+            ) from None
+        return None
+    except (SegmentsError, OSError) as error:
+        raise BetonError(str(error)) from error
+
+
+def _open(path: Path, manifest: Manifest | None) -> Beton:
+    """Map, lock and check one file, against a manifest and side file where there are any."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be opened: {error.strerror}") from error
+    try:
+        _lock(handle, path)
+        data = _map(handle, path)
+        layout = check_layout(
+            path,
+            data,
+            samples=manifest.samples if manifest is not None else None,
+            classes=len(manifest.classes) if manifest is not None else None,
+        )
+        if manifest is not None and manifest.fingerprint != layout.fingerprint:
+            raise BetonError(
+                f"{manifest_path(path)}: belongs to another file: expected fingerprint "
+                f"{layout.fingerprint}, found {manifest.fingerprint!r}"
+            )
+        beton = Beton(
+            path=path,
+            data=data,
+            offsets=layout.offsets,
+            sizes=layout.sizes,
+            heights=layout.heights,
+            widths=layout.widths,
+            modes=layout.modes,
+            labels=layout.labels,
+            classes=manifest.classes if manifest is not None else (),
+            fields=layout.fields,
+            page_size=layout.page_size,
+            fingerprint=layout.fingerprint,
+            manifest=manifest,
+            segments=_segments(path, layout, manifest),
+        )
+    except BaseException:
+        os.close(handle)
+        raise
+    beton._closer.append(weakref.finalize(beton, os.close, handle))
+    return beton
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BetonError(f"{path}: another process is writing it") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise BetonError(f"{path}: cannot be locked: {error.strerror}") from error
+
+
+def _map(handle: int, path: Path) -> npt.NDArray[np.uint8]:
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        raise BetonError(f"{path}: expected a plain file, found another kind")
+    if status.st_size < HEADER.itemsize:
+        raise BetonError(
+            f"{path}: byte 0: expected a header of {HEADER.itemsize} bytes, "
+            f"found a file of {status.st_size}"
+        )
+    # mmap keeps a duplicate of its descriptor, and with it a lock: so it gets one of its own.
+    with open(path, "rb", buffering=0) as own:
+        if not os.path.sameopenfile(handle, own.fileno()):
+            raise BetonError(f"{path}: was replaced while it was opened: try again")
+        return np.frombuffer(mmap.mmap(own.fileno(), 0, prot=mmap.PROT_READ), np.uint8)

@@ -1,0 +1,272 @@
+"""The side file of a beton that says where each JPEG can be cut: NAME.beton.segments.
+
+A sample with restart markers is a row of independent entropy-coded segments, so the rows and
+columns that a crop needs can be copied out of it and decoded alone. The file is a header, the
+segments' lengths as a stream, and one record a sample at its end; all little-endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.beton.layout import Layout, blocks, release
+
+if TYPE_CHECKING:  # Readers of a beton need no compiler.
+    from pipelines.jpeg.restart_markers import Cuts
+
+RECORD = np.dtype(
+    [
+        ("first", "<u8"),
+        ("head", "<u4"),
+        ("frame", "<u4"),
+        ("interval", "<u2"),
+        ("columns", "<u2"),
+        ("rows", "<u2"),
+        ("mcu_width", "u1"),
+        ("mcu_height", "u1"),
+    ]
+)
+"""One sample. `first`: index of its first entry in the lengths. `head`: bytes from the start marker
+to the first entropy-coded byte. `frame`: offset of the frame header's two-byte height; the width
+follows. `interval`: MCUs in a segment, a divisor of `columns`; 0: it cannot be cut. `columns`,
+`rows`: MCUs. `mcu_width`, `mcu_height`: pixels."""
+
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("reserved", "<u4"),
+        ("fingerprint", "S16"),
+        ("samples", "<u8"),
+        ("lengths", "<u8"),
+    ]
+)
+MAGIC = b"rotpredS"
+VERSION = 1
+_BUFFER = 1 << 20
+
+
+class SegmentsError(ValueError):
+    """A side file that must not be used; one line naming file, place, expected and found."""
+
+
+def segments_path(beton: str | os.PathLike[str]) -> Path:
+    """Where the side file of a beton lies: NAME.segments."""
+    return Path(f"{os.fspath(beton)}.segments")
+
+
+def counts(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """(N,): entropy-coded segments of each sample; 0 where it cannot be cut."""
+    interval = records["interval"].astype(np.int64)
+    grid = records["rows"].astype(np.int64) * records["columns"]
+    return np.where(interval > 0, grid // np.maximum(interval, 1), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """An open side file, mapped read-only."""
+
+    records: npt.NDArray[np.void]
+    """(N,) of `RECORD`."""
+    lengths: npt.NDArray[np.uint16]
+    """Bytes of each segment, without the two-byte marker behind it, sample by sample."""
+
+    def of(self, i: int) -> npt.NDArray[np.uint16]:
+        """Lengths of the segments of sample `i`, in scan order."""
+        first = int(self.records["first"][i])
+        return self.lengths[first : first + int(counts(self.records[i : i + 1])[0])]
+
+
+def find_fault(data: bytes, head: int, lengths: npt.NDArray[np.uint16]) -> str | None:
+    """Whether segments lie in a JPEG stream as they should: each with its marker behind it.
+
+    Args:
+        data: The stream.
+        head: Offset of its first entropy-coded byte.
+        lengths: (segments,): bytes of each.
+
+    Returns:
+        What is wrong, or None.
+    """
+    stream, last = np.frombuffer(data, np.uint8), len(lengths) - 1
+    ends = head + np.cumsum(lengths, dtype=np.int64) + 2 * np.arange(len(lengths))
+    if ends[last] + 2 != len(data):
+        return f"expected segments up to byte {len(data)}, found {ends[last] + 2}"
+    codes = 0xD0 + np.arange(len(lengths)) % 8
+    codes[last] = 0xD9
+    wrong = np.flatnonzero((stream[ends] != 0xFF) | (stream[ends + 1] != codes))
+    if len(wrong):
+        at = int(ends[wrong[0]])
+        return f"expected marker FF{codes[wrong[0]]:02X} at byte {at}, found {data[at : at + 2]!r}"
+    # In a segment FF comes before 00 only.
+    marks = np.flatnonzero((stream[head:-1] == 0xFF) & (stream[head + 1 :] != 0)) + head
+    if not np.array_equal(marks, ends):
+        return f"expected {len(ends)} markers, found {len(marks)}"
+    return None
+
+
+class SegmentsWriter:
+    """Streams one sample after another into a new file; `finish` makes it complete."""
+
+    def __init__(self, path: Path, *, capacity: int) -> None:
+        """Args are a file that must not exist yet, and the most samples that will come."""
+        self.path = path
+        self._records = np.zeros(capacity, RECORD)
+        self._count = 0
+        self._lengths = 0
+        self._sum = 0  # CRC-32 of the lengths written.
+        self._file: BinaryIO = open(path, "xb", buffering=_BUFFER)
+        self._file.seek(HEADER.itemsize)
+
+    def add(self, cuts: Cuts | None) -> None:
+        """Append one sample; None: it cannot be cut."""
+        record: tuple[int, ...] = (0,) * (len(RECORD.names or ()) - 1)
+        if cuts is not None:
+            record = cuts.record
+            lengths = cuts.lengths.astype("<u2", copy=False).tobytes()
+            self._file.write(lengths)
+            self._sum = zlib.crc32(lengths, self._sum)
+        self._records[self._count] = (self._lengths, *record)
+        self._lengths += 0 if cuts is None else len(cuts.lengths)
+        self._count += 1
+
+    def finish(self, fingerprint: str) -> None:
+        """Write records and header, down to the disk.
+
+        Args:
+            fingerprint: `Beton.fingerprint` of the file that this belongs to.
+        """
+        self._file.write(bytes(-self._file.tell() % 8))
+        self._file.write(self._records[: self._count].tobytes())
+        header = np.zeros(1, HEADER)
+        header[0] = (MAGIC, VERSION, 0, fingerprint.encode(), self._count, self._lengths)
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        # So that whoever checks it reads the disk, not the memory that was just written from.
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def check(self, found: Segments) -> None:
+        """Compare what was read back with what was written; `SegmentsError` where it differs."""
+        same = np.array_equal(found.records, self._records[: self._count])
+        if not same or zlib.crc32(found.lengths.data) != self._sum:
+            raise SegmentsError(f"{self.path}: what was read back differs from what was written")
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+
+
+def open_segments(path: Path, layout: Layout) -> Segments:
+    """Map a side file and check its structure.
+
+    Args:
+        path: The file.
+        layout: The beton's, which must have its fingerprint, samples and sizes of pictures.
+
+    Raises:
+        SegmentsError: It is damaged, or belongs to another beton.
+        OSError: It cannot be read.
+    """
+    return _Checker(path, layout).segments()
+
+
+class _Checker:
+    """Checks of one side file, a block of records after another."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        self.layout = layout
+
+    def fail(self, place: str, expected: object, found: object) -> SegmentsError:
+        """The error of a check that failed."""
+        return SegmentsError(f"{self.path}: {place}: expected {expected}, found {found}")
+
+    def segments(self) -> Segments:
+        """Run all checks."""
+        size = self.path.stat().st_size
+        if size < HEADER.itemsize:
+            raise self.fail("byte 0", f"a header of {HEADER.itemsize} bytes", f"a file of {size}")
+        with open(self.path, "rb", buffering=0) as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        samples, total = len(self.layout.sizes), self._head(data[: HEADER.itemsize])
+        place = HEADER.itemsize + 2 * total
+        place += -place % 8
+        if place + samples * RECORD.itemsize != len(data):
+            raise self.fail("byte 40", f"lengths and {samples} records in {len(data)} bytes", total)
+        records, first = data[place:].view(RECORD), 0
+        for block in blocks(samples):
+            part = records[block]
+            first = self._block(part, block, first)
+            release(data, part)
+        if first != total:
+            raise self.fail("byte 40", f"{first} lengths", total)
+        lengths = data[HEADER.itemsize : HEADER.itemsize + 2 * total].view("<u2")
+        return Segments(records=records, lengths=lengths)
+
+    def _head(self, data: npt.NDArray[np.uint8]) -> int:
+        """Check the header; returns how many lengths there are."""
+        header, layout = data.view(HEADER)[0], self.layout
+        if header["magic"] != MAGIC or header["version"] != VERSION:
+            found = f"{bytes(header['magic'])!r}, version {header['version']}"
+            raise self.fail("byte 0", f"{MAGIC!r}, version {VERSION}", found)
+        if header["fingerprint"] != layout.fingerprint.encode():
+            found = bytes(header["fingerprint"]).decode("ascii", "backslashreplace")
+            raise self.fail("byte 16", f"a file of beton {layout.fingerprint}", found)
+        if header["samples"] != len(layout.sizes):
+            expected = f"{len(layout.sizes)} samples as in the beton"
+            raise self.fail("byte 32", expected, header["samples"])
+        return int(header["lengths"])
+
+    def _block(self, part: npt.NDArray[np.void], block: slice, first: int) -> int:
+        """Check the records of a block, whose lengths begin at `first`; returns where they end."""
+        # Fields of their own, side by side: strided ones take twice as long.
+        get = {name: part[name].copy() for name in RECORD.names or ()}
+        interval, columns, rows = get["interval"], get["columns"], get["rows"]
+        uncut, layout = interval == 0, self.layout
+
+        def check(fine: npt.NDArray[np.bool_], expected: str, key: str) -> None:
+            if not fine.all():
+                i = int(np.argmin(fine))
+                raise self.fail(f"sample {block.start + i}", expected, get[key][i])
+
+        check(uncut | ((columns > 0) & (rows > 0)), "a grid of MCUs", "columns")
+        per_row, rest = np.divmod(columns, np.maximum(interval, 1))
+        check(uncut | (rest == 0), "an interval that divides its columns", "interval")
+        for key in ("mcu_width", "mcu_height"):
+            side = get[key]
+            fine = (side == 8) | (side == 16) | (side == 32)
+            check(uncut | fine, f"{key} 8, 16 or 32", key)
+        # 32 bits are enough in unsigned numbers: the frame comes before the head.
+        inside = (get["frame"] > 0) & (get["frame"] < get["head"])
+        inside &= get["head"] - get["frame"] >= 4
+        check(uncut | inside, "a frame header before the scan", "frame")
+        short = uncut | (get["head"] < layout.sizes[block])
+        check(short, "a head below the sample's bytes", "head")
+        per_row[uncut] = 0
+        ends = first + np.cumsum(rows.astype(np.uint32) * per_row, dtype=np.uint64)
+        starts = np.concatenate((np.array([first], np.uint64), ends[:-1]))
+        check(get["first"] == starts, "lengths that follow one another", "first")
+        height, width = np.maximum(get["mcu_height"], 1), np.maximum(get["mcu_width"], 1)
+        fits = (layout.heights[block] + (height - np.int32(1))) // height == rows
+        fits &= (layout.widths[block] + (width - np.int32(1))) // width == columns
+        fits &= layout.modes[block] == 0
+        fits |= uncut
+        if not fits.all():
+            i = int(np.argmin(fits))
+            at = block.start + i
+            raise self.fail(
+                f"sample {at}",
+                f"MCUs for {layout.heights[at]} x {layout.widths[at]} pixels",
+                f"{rows[i]} x {columns[i]} of {height[i]} x {width[i]}",
+            )
+        return int(ends[-1])

@@ -1,0 +1,257 @@
+"""Writing beton files: page by page into a temporary file that replaces the old one at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipelines.beton.layout import (
+    ALLOC,
+    FIELD,
+    HEADER,
+    MIN_PAGE,
+    TYPE_IDS,
+    VERSION,
+    BetonError,
+    metadata_type,
+)
+from pipelines.beton.reader import Beton, check_sums
+from pipelines.beton.segments import SegmentsWriter, segments_path
+
+if TYPE_CHECKING:
+    from pipelines.jpeg.restart_markers import Cuts
+
+FIELDS = ("image", "label")
+MAX_PAGE = 1 << 31
+_BLOCK = 1 << 24
+_BUFFER = 1 << 20
+
+
+class PageTooSmall(Exception):
+    """A sample is longer than a page; `size` is its length in bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"a sample of {size} bytes does not fit into a page")
+        self.size = size
+
+
+def page_for(size: int, *, least: int = MIN_PAGE) -> int:
+    """The smallest power of two that is at least `least` and holds `size` bytes."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+class BetonWriter:
+    """Streams samples into a temporary file next to the output.
+
+    Use as a context manager: leaving it removes the temporary file unless `publish` was called.
+    """
+
+    def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
+        """Args are the output, the most samples that will come, bytes in a page, and whether there
+        is a side file that says where samples can be cut.
+        """
+        if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
+            raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
+        self.output = output
+        self.temporary = Path(f"{output}.tmp.{os.getpid()}")
+        self.page_size = page_size
+        self.count = 0
+        self._rows = np.zeros(capacity, metadata_type(FIELDS))
+        self._table = np.zeros(capacity, ALLOC)
+        self._sums = np.zeros(capacity, np.uint32)
+        head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
+        self._next = -(-head // page_size) * page_size
+        self._used = 0  # Bytes of the page that begins at `_next`.
+        self._file = open(self.temporary, "xb", buffering=_BUFFER)
+        self._file.seek(self._next)
+        self._segments: SegmentsWriter | None = None
+        if segments:
+            try:
+                self._segments = SegmentsWriter(segments_path(self.temporary), capacity=capacity)
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+            if self._segments is not None:
+                self._segments.close()
+        except OSError:
+            if error is None:  # A full disk was reported already where there is another error.
+                raise
+        finally:
+            self.temporary.unlink(missing_ok=True)
+            segments_path(self.temporary).unlink(missing_ok=True)
+
+    def add(
+        self, data: bytes, *, height: int, width: int, label: int, crc32: int, cuts: Cuts | None
+    ) -> None:
+        """Append one JPEG stream, and to the side file where it can be cut.
+
+        Raises:
+            PageTooSmall: It is longer than a page; nothing was added.
+            OSError: The disk is full or broken.
+        """
+        if len(data) > self.page_size:
+            raise PageTooSmall(len(data))
+        if self._used + len(data) > self.page_size:
+            self._end_page()
+        place = self._next + self._used
+        self._file.write(data)
+        self._used += len(data)
+        self._rows[self.count] = ((0, width, height, place), label)
+        self._table[self.count] = (self.count, place, len(data))
+        self._sums[self.count] = crc32
+        if self._segments is not None:
+            self._segments.add(cuts)
+        self.count += 1
+
+    def finish(self) -> tuple[Beton, str]:
+        """Write the tables, flush to the disk, read everything back and compare.
+
+        Returns:
+            The open, verified temporary file (close it), and its SHA-256.
+
+        Raises:
+            BetonError: What was read is not what was written.
+        """
+        self._end_page()
+        table = self._file.tell()
+        allocation = self._table[: self.count].tobytes()
+        self._file.write(allocation)
+        header, fields = np.zeros(1, HEADER), np.zeros(len(FIELDS), FIELD)
+        header[0] = (VERSION, len(FIELDS), self.page_size, self.count, table)
+        for entry, name in zip(fields, FIELDS, strict=True):
+            entry["type_id"] = TYPE_IDS[name]
+            entry["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        head = header.tobytes() + fields.tobytes() + self._rows[: self.count].tobytes()
+        self._file.seek(0)
+        self._file.write(head)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        # So that the check below reads the disk, not the memory that was just written from.
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if self._segments is not None:
+            # As `Beton.fingerprint`: opening compares the two.
+            self._segments.finish(hashlib.sha256(head + allocation).hexdigest()[:16])
+        beton = Beton.open(self.temporary)
+        try:
+            check_sums(beton, self.sums)
+            if not np.array_equal(beton.labels, self._rows["label"][: self.count]):
+                raise BetonError(f"{self.temporary}: labels read back differ from those written")
+            if self._segments is not None and beton.segments is not None:
+                self._segments.check(beton.segments)
+            digest = hashlib.sha256()
+            for start in range(0, len(beton.data), _BLOCK):
+                digest.update(beton.data[start : start + _BLOCK].data)
+        except BaseException:
+            beton.close()
+            raise
+        return beton, digest.hexdigest()
+
+    @property
+    def sums(self) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+        """(count,): CRC-32 of each sample added."""
+        return self._sums[: self.count]
+
+    def publish(self) -> None:
+        """Put the finished files in the output's place, each whole or not at all.
+
+        The side file goes last: until then an old one is there, which names another beton.
+        """
+        os.replace(self.temporary, self.output)
+        if self._segments is not None:
+            os.replace(segments_path(self.temporary), segments_path(self.output))
+        else:
+            segments_path(self.output).unlink(missing_ok=True)
+
+    def _end_page(self) -> None:
+        """Fill the current page up with zeros."""
+        if self._used:
+            left = self.page_size - self._used
+            for start in range(0, left, _BUFFER):
+                self._file.write(bytes(min(_BUFFER, left - start)))
+            self._next += self.page_size
+            self._used = 0
+
+
+def stage_text(path: Path, text: str) -> Path:
+    """Write a small file beside its place, down to the disk; a rename puts it there."""
+    temporary = Path(f"{path}.tmp.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    return temporary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, down to the disk."""
+    temporary = stage_text(path, text)
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Hold the right to write `output`; sweep what dead writers of it left behind.
+
+    Raises:
+        BlockingIOError: Another process is writing it.
+    """
+    path = Path(f"{output}.lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file between our open and our lock.
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                break
+        except BlockingIOError:
+            os.close(handle)
+            raise BlockingIOError(f"another process is writing {output}") from None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    try:
+        for kind in ("", ".json", ".quarantine.jsonl", ".failed.jsonl"):
+            for stale in glob.glob(f"{glob.escape(str(output))}{kind}.tmp.*"):
+                # The side file of the temporary file is NAME.tmp.PID.segments.
+                if stale.removesuffix(".segments").rpartition(".")[2].isdigit():
+                    os.unlink(stale)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

@@ -1,0 +1,278 @@
+"""Any image data set to one beton file: checked, deterministic, and all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import features
+
+from pipelines.beton.manifest import Manifest, Restarts, manifest_path
+from pipelines.beton.reader import BetonError
+from pipelines.beton.segments import SegmentsError
+from pipelines.beton.writer import (
+    FIELDS,
+    BetonWriter,
+    PageTooSmall,
+    exclusive,
+    page_for,
+    stage_text,
+    sync_folder,
+    write_text,
+)
+from pipelines.conversion.encode import PASSED, Check, Options
+from pipelines.conversion.workers import Rejected, WorkerError, prepared
+from pipelines.datasets.images import Images
+
+Progress = Callable[[int, int], None]
+"""Called with the samples done and the samples in all."""
+
+_PAGE = 1 << 23
+_SMALL_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 22
+_PROBES = 512
+_NAMED_BAD = 3
+
+
+class ConversionError(ValueError):
+    """The conversion was stopped and nothing was changed; the message says why."""
+
+
+def write_beton(
+    source: Images,
+    output: str | os.PathLike[str],
+    *,
+    max_side: int | None = None,
+    short_side: int | None = None,
+    quality: int = 90,
+    workers: int = 0,
+    budget: int | None = None,
+    check: Check = "scan",
+    restart_markers: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Convert a data set to a beton and its manifest (`OUTPUT.json`).
+
+    JPEG streams are stored as they are where every decoder reads them alike (see `prepare`). What
+    is no picture is left out and listed in `OUTPUT.quarantine.jsonl`: path, reason, bytes. The
+    output is the same for any number of workers. It appears whole and read back, or not at all.
+
+    Args:
+        source: The pictures, in the order in which they are stored.
+        output: The file to write.
+        max_side: Longest side in pixels; longer ones are shrunk.
+        short_side: Pixels that a longer short side is shrunk to. Not with `max_side`.
+        quality: JPEG quality of shrunk pictures.
+        workers: Processes; 0 takes one for each core that this process may use.
+        budget: Unusable files that are tolerated; None tolerates 0.1 %, and ten in any case. With
+            one more the run stops and lists them in `OUTPUT.failed.jsonl`.
+        check: scan follows every code of a picture's pixels; header finds truncation only.
+        restart_markers: Put restart markers into baseline JPEG streams (see `pipelines.jpeg.restart_markers`),
+            and write `OUTPUT.segments`, which says where: loaders then decode the part of a
+            picture that a crop needs.
+        overwrite: Replace an existing file. It stays untouched until the new one is verified.
+        progress: Told about samples done.
+
+    Raises:
+        ConversionError: The output exists, the disk is full, a worker died, too much is unusable.
+        ValueError: An argument is out of range.
+    """
+    options = Options(
+        max_side=max_side,
+        short_side=short_side,
+        quality=quality,
+        check=check,
+        restart_markers=restart_markers,
+    )
+    target = Path(output)
+    if workers < 0 or (budget is not None and budget < 0):
+        raise ValueError("workers and budget must not be negative")
+    if not len(source):
+        raise ConversionError("there are no samples to convert")
+    if not target.parent.is_dir():
+        raise ConversionError(f"{str(target.parent)!r} is not a folder")
+    if target.exists() and not target.is_file():
+        raise ConversionError(f"{str(target)!r} exists and is no file")
+    if target.exists() and not overwrite:
+        raise ConversionError(f"{str(target)!r} exists and is not to be overwritten")
+    run = _Run(source, target, options, workers, budget, progress)
+    try:
+        with exclusive(target):
+            return run.convert()
+    except (BetonError, SegmentsError, WorkerError) as error:
+        raise ConversionError(str(error)) from error
+    except OSError as error:
+        raise ConversionError(f"{target}: {error.strerror or error}") from error
+
+
+class _Run:
+    """One conversion."""
+
+    def __init__(
+        self,
+        source: Images,
+        target: Path,
+        options: Options,
+        workers: int,
+        budget: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.options = options
+        self.workers = workers
+        self.budget = max(10, len(source) // 1000) if budget is None else budget
+        self.progress = progress
+        self.kinds: Counter[str] = Counter()
+        self.uncut: Counter[str] = Counter()
+        self.cut = 0
+        self.added = 0
+        self.rejected: list[Rejected] = []
+
+    def convert(self) -> Manifest:
+        """Convert with pages that are large enough, found by trying: it takes more than once only
+        where a sample is larger than all that were probed.
+        """
+        count = len(self.source)
+        step = max(1, count // _PROBES)
+        sizes = [self.source.size(i) for i in range(0, count, step)]
+        total = int(sum(sizes) / len(sizes) * count)
+        self._check_space(total)
+        chunk = min(256, max(1, _CHUNK_BYTES * len(sizes) // max(1, sum(sizes))))
+        page = page_for(max(sizes)) if total <= _SMALL_BYTES else page_for(max(sizes), least=_PAGE)
+        while True:
+            try:
+                return self._attempt(page, chunk)
+            except PageTooSmall as error:
+                page = page_for(error.size)
+
+    def _check_space(self, total: int) -> None:
+        needed = int(1.1 * total) + 2 * _PAGE + 64 * len(self.source)
+        free = shutil.disk_usage(self.target.parent).free
+        if free < needed:
+            raise ConversionError(
+                f"{str(self.target.parent)!r} has {free / 1e9:.2f} GB free, about "
+                f"{needed / 1e9:.2f} GB are needed"
+            )
+
+    def _attempt(self, page: int, chunk: int) -> Manifest:
+        self.kinds.clear()
+        self.uncut.clear()
+        self.rejected.clear()
+        self.cut = self.added = 0
+        with BetonWriter(
+            self.target,
+            capacity=len(self.source),
+            page_size=page,
+            segments=self.options.restart_markers,
+        ) as writer:
+            self._fill(writer, chunk)
+            if not writer.count:
+                raise ConversionError(f"no usable picture among {len(self.source)}{self._worst()}")
+            beton, sha256 = writer.finish()
+            with beton:
+                manifest = Manifest(
+                    samples=len(beton),
+                    classes=tuple(self.source.classes),
+                    fields=FIELDS,
+                    fingerprint=beton.fingerprint,
+                    sha256=sha256,
+                    crc32=writer.sums.copy(),
+                    passed=self.kinds.pop(PASSED, 0),
+                    reencoded=dict(sorted(self.kinds.items())),
+                    quarantined=len(self.rejected),
+                    restarts=self._restarts(),
+                    options={**asdict(self.options), "budget": self.budget, "page_size": page},
+                    versions=_versions(),
+                    source=self.source.describe(),
+                )
+            # All are on the disk before one takes its place: what can fail has not.
+            staged = stage_text(manifest_path(self.target), manifest.dumps())
+            try:
+                writer.publish()
+                os.replace(staged, manifest_path(self.target))
+            finally:
+                staged.unlink(missing_ok=True)
+        self._report("quarantine")
+        Path(f"{self.target}.failed.jsonl").unlink(missing_ok=True)
+        sync_folder(self.target.parent)
+        return manifest
+
+    def _fill(self, writer: BetonWriter, chunk: int) -> None:
+        labels = np.asarray(self.source.labels)
+        chunks = prepared(self.source, options=self.options, workers=self.workers, chunk=chunk)
+        with contextlib.closing(chunks):  # Ends the workers whatever happens here.
+            for part in chunks:
+                for i, result in enumerate(part.results, part.first):
+                    if isinstance(result, Rejected):
+                        self._reject(result)
+                        continue
+                    picture, crc32 = result
+                    self.kinds[picture.kind] += 1
+                    self.cut += picture.cuts is not None
+                    self.added += picture.added
+                    if picture.uncut is not None:
+                        self.uncut[picture.uncut] += 1
+                    writer.add(
+                        picture.data,
+                        height=picture.height,
+                        width=picture.width,
+                        label=int(labels[i]),
+                        crc32=crc32,
+                        cuts=picture.cuts,
+                    )
+                if self.progress is not None:
+                    self.progress(part.first + len(part.results), len(self.source))
+
+    def _restarts(self) -> Restarts | None:
+        if not self.options.restart_markers:
+            return None
+        return Restarts(cut=self.cut, uncut=dict(sorted(self.uncut.items())), added=self.added)
+
+    def _reject(self, file: Rejected) -> None:
+        self.rejected.append(file)
+        if len(self.rejected) > self.budget:
+            self._report("failed")
+            raise ConversionError(
+                f"stopped at {len(self.rejected)} unusable files, the budget is {self.budget} "
+                f"(listed in {self.target}.failed.jsonl){self._worst()}"
+            )
+
+    def _worst(self) -> str:
+        named = [f"{file.name!r}: {file.reason}" for file in self.rejected[:_NAMED_BAD]]
+        return "".join(f"; {line}" for line in named)
+
+    def _report(self, kind: str) -> None:
+        """Write the rejected files as JSON lines, or remove an old list where there are none."""
+        path = Path(f"{self.target}.{kind}.jsonl")
+        if not self.rejected:
+            path.unlink(missing_ok=True)
+            return
+        lines = (
+            json.dumps({"path": file.name, "reason": file.reason, "bytes": file.size})
+            for file in self.rejected
+        )
+        write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _versions() -> dict[str, str]:
+    try:
+        ours = importlib.metadata.version("rotpred")
+    except importlib.metadata.PackageNotFoundError:
+        ours = "not installed"
+    return {
+        "rotpred": ours,
+        "Pillow": PIL.__version__,
+        "libjpeg": features.version("jpg") or "unknown",
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,71 @@
+"""Cityscapes' finely annotated pictures, with the 19 classes of its benchmark."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets.annotations import MaskSamples, Picture, Problems
+from pipelines.datasets.index import IndexFormatError
+from pipelines.dense.spec import IGNORED
+from pipelines.imaging.decode import ImageError
+from pipelines.imaging.stored import picture_size, reason
+
+CITYSCAPES_CLASSES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+    "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+    "bicycle",
+)  # fmt: skip
+"""By train id."""
+
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""Of each class, in the files of label ids (cityscapesscripts/helpers/labels.py)."""
+
+_LABELS = 34  # ids 0 to 33; those without a class count nowhere
+_PICTURE, _MASK = "_leftImg8bit.png", "_gtFine_labelIds.png"
+
+
+def masks(
+    split: str,
+    root: str | os.PathLike[str],
+    *,
+    problems: Problems,
+    limit: int | None = None,
+) -> MaskSamples:
+    """Pictures of leftImg8bit/SPLIT with their masks of label ids in gtFine/SPLIT, by name.
+
+    Args:
+        split: train or val.
+        root: the folder that holds leftImg8bit and gtFine.
+        problems: where pictures that cannot be read, or without a mask, are counted.
+        limit: take the first so many pictures.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: no picture is left, or there are too many problems.
+    """
+    base, truth = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
+    for folder in (base, truth):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+    pictures: list[Picture] = []
+    paths: list[str] = []
+    for path in sorted(base.glob(f"*/*{_PICTURE}"))[:limit]:
+        stem = path.name.removesuffix(_PICTURE)
+        mask = truth / path.parent.name / f"{stem}{_MASK}"
+        try:
+            if not mask.is_file():
+                raise FileNotFoundError(f"no mask {str(mask)!r}")
+            pictures.append(Picture(stem, str(path), *picture_size(str(path))))
+        except (OSError, ImageError) as error:
+            problems.add(str(path), reason(error))
+        else:
+            paths.append(str(mask))
+    if not pictures:
+        raise IndexFormatError(f"no picture CITY/*{_PICTURE} is left in {str(base)!r}")
+    table = np.full(256, -1, np.int64)
+    table[:_LABELS], table[IGNORED] = IGNORED, IGNORED
+    table[list(LABEL_IDS)] = np.arange(len(LABEL_IDS))
+    return MaskSamples(CITYSCAPES_CLASSES, pictures, paths, table)

@@ -1,0 +1,258 @@
+"""COCO's instances: boxes and outlines in one JSON file."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.datasets.annotations import Objects, ObjectSamples, Picture, Problems, clip, pack
+from pipelines.datasets.index import IndexFormatError
+
+_LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
+
+
+def api(module: str) -> Any:
+    """Return a module of pycocotools.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"pycocotools.{module}")
+    except ImportError as error:
+        raise ValueError("this needs pycocotools: pip install -e '.[eval]'") from error
+
+
+class CocoSamples(ObjectSamples):
+    """COCO's pictures in the order of their ids; names are the ids as text."""
+
+    outlined = True
+
+    def __init__(
+        self,
+        categories: Mapping[int, str],
+        pictures: Sequence[Picture],
+        objects: Sequence[Objects],
+    ) -> None:
+        """
+        Args:
+            categories: names by id, in the order of the classes.
+            pictures: which.
+            objects: of each, with outlines.
+        """
+        self.category_ids = tuple(categories)
+        """(C,): COCO's id of each class."""
+        self._outlines = [_Packed(one.outlines) for one in objects]
+        super().__init__(
+            tuple(categories.values()),
+            pictures,
+            [replace(one, outlines=()) for one in objects],
+            least_side=_LEAST_SIDE,
+            identity=itertools.chain.from_iterable(one.parts() for one in self._outlines),
+        )
+
+    def objects(self, i: int) -> Objects:
+        """The objects of a picture, crowds among them."""
+        return replace(super().objects(i), outlines=self._outlines[i].unpacked())
+
+
+class _Packed:
+    """Outlines of a picture's objects, in one array."""
+
+    def __init__(self, outlines: Sequence[Any]) -> None:
+        self._runs = {k: one for k, one in enumerate(outlines) if isinstance(one, dict)}
+        polygons = [[] if k in self._runs else one for k, one in enumerate(outlines)]
+        lengths = [[len(polygon) for polygon in one] for one in polygons]
+        self._lengths = lengths
+        parts = itertools.chain.from_iterable(polygons)
+        self._numbers = np.concatenate([np.empty(0, np.float64), *parts])
+
+    def unpacked(self) -> tuple[object, ...]:
+        found: list[object] = []
+        at = 0
+        for k, lengths in enumerate(self._lengths):
+            polygons = []
+            for length in lengths:
+                polygons.append(self._numbers[at : at + length].tolist())
+                at += length
+            found.append(self._runs.get(k, polygons))
+        return tuple(found)
+
+    def parts(self) -> Iterable[bytes]:
+        """What tells it from others."""
+        return self._numbers.tobytes(), repr((self._lengths, self._runs)).encode()
+
+
+def objects(
+    name: str,
+    root: str | os.PathLike[str],
+    *,
+    problems: Problems,
+    limit: int | None = None,
+) -> CocoSamples:
+    """Pictures of annotations/instances_NAME.json, which lie in the folder NAME.
+
+    Sizes are the file's; a picture that has another one is refused when it is decoded.
+
+    Args:
+        name: as train2017.
+        root: the folder that holds annotations and NAME.
+        problems: where wrong annotations and missing pictures are counted.
+        limit: take the first so many pictures.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: the file is no such JSON, no picture is left, there are too many problems, or
+            pycocotools, which training and validation need, is not installed.
+    """
+    source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
+    if not source.is_file():
+        raise FileNotFoundError(f"{str(source)!r} does not exist")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+    api("mask")  # Its lack is told now: reading takes minutes, and the threads need it after that.
+    images, categories, annotations = _content(source)
+    labels = {number: label for label, number in enumerate(categories)}
+    chosen = dict(itertools.islice(sorted(images.items()), limit))
+    present = set(os.listdir(folder))
+    pictures = {}
+    for number, (file, height, width) in chosen.items():
+        if file in present:
+            pictures[number] = Picture(str(number), str(folder / file), height, width)
+        else:
+            problems.add(f"{source}: image id {number}", f"no picture {str(folder / file)!r}")
+    rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in pictures}
+    outlines: dict[int, list[object]] = {number: [] for number in pictures}
+    annotations.reverse()
+    while annotations:  # Each is let go as soon as it is read: all of train2017's take gigabytes.
+        one = annotations.pop()
+        try:
+            number = int(one["image_id"])
+            if number not in images:
+                raise ValueError(f"no image id {number}")
+            if number not in pictures:
+                continue  # beyond the limit, or its picture has been counted already
+            row, outline = _object(one, labels, pictures[number])
+        except KeyError as error:
+            problems.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
+            continue
+        except (TypeError, ValueError) as error:
+            what = f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
+            where = one.get("id") if isinstance(one, dict) else repr(one)[:50]
+            problems.add(f"{source}: annotation id {where}", what)
+            continue
+        rows[number].append(row)
+        outlines[number].append(outline)
+    if not pictures:
+        raise IndexFormatError(f"{source}: no picture is left in {str(folder)!r}")
+    found = [replace(pack(rows[n]), outlines=tuple(outlines[n])) for n in pictures]
+    return CocoSamples(categories, list(pictures.values()), found)
+
+
+def rasterised(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Masks of objects, by pycocotools where they are polygons.
+
+    Args:
+        outlines: K polygons or run lengths, as COCO stores them.
+        height: of the picture that they count the pixels of.
+        width: as height.
+
+    Returns:
+        uint8 (K, height, width), 0 or 1.
+    """
+    masks = np.empty((len(outlines), height, width), np.uint8)
+    for mask, outline in zip(masks, outlines, strict=True):
+        runs = outline if isinstance(outline, dict) else _run_lengths(outline, height, width)
+        counts = runs["counts"]
+        lengths = decompressed(counts) if isinstance(counts, str | bytes) else np.array(counts)
+        if lengths.sum() != height * width or lengths.min(initial=0) < 0:
+            raise ValueError(f"run lengths of {lengths.sum()} pixels for {width}x{height}")
+        values = np.arange(len(lengths), dtype=np.uint8) & 1
+        mask[:] = np.repeat(values, lengths).reshape(width, height).T
+    return masks
+
+
+def decompressed(counts: str | bytes) -> npt.NDArray[np.int64]:
+    """Run lengths of COCO's compressed form.
+
+    Each number is in groups of five bits, the lowest first, in characters from 48 on; the sixth bit
+    says that more follow. From the fourth number on they are differences to the last but one.
+    """
+    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+    bits = codes.astype(np.int64) - 48
+    starts = np.flatnonzero(np.r_[True, bits[:-1] & 32 == 0]) if len(bits) else np.empty(0, int)
+    if not len(starts):
+        return np.empty(0, np.int64)
+    lengths = np.diff(np.r_[starts, len(bits)])
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((bits & 31) << shifts, starts)
+    negative = bits[starts + lengths - 1] & 16 != 0
+    numbers[negative] -= 1 << 5 * lengths[negative]
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
+    """Run lengths of polygons, as one region."""
+    tools = api("mask")
+    runs: dict[str, Any] = tools.merge(tools.frPyObjects(outline, height, width))
+    return runs
+
+
+def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:
+    """Files and sizes by image id, names by category id in rising order, and the annotations."""
+    try:
+        # Not its bytes: json.loads would keep them beside the text, 450 MB of train2017 each.
+        content = json.loads(source.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise IndexFormatError(f"{source}: no JSON: {error}") from error
+    try:
+        images = {
+            int(one["id"]): (str(one["file_name"]), int(one["height"]), int(one["width"]))
+            for one in content["images"]
+        }
+        categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
+        annotations = content["annotations"]
+        if len(images) != len(content["images"]) or len(categories) != len(content["categories"]):
+            raise ValueError("an id comes twice")
+        if not isinstance(annotations, list):
+            raise TypeError("annotations are no list")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"expected images, annotations and categories: {type(error).__name__} {error}"
+        raise IndexFormatError(f"{source}: {what}") from error
+    return images, dict(sorted(categories.items())), annotations
+
+
+def _object(
+    one: Mapping[str, Any], labels: Mapping[int, int], picture: Picture
+) -> tuple[tuple[Any, ...], object]:
+    """Box, label, difficult and crowd; and the outline: run lengths, or an array of each polygon,
+    as numbers that Python keeps take four times the memory."""
+    if one["category_id"] not in labels:
+        raise ValueError(f"no category id {one['category_id']}")
+    left, top, width, height = (float(v) for v in one["bbox"])
+    size = {"height": picture.height, "width": picture.width}
+    box = clip(left, top, left + width, top + height, **size)
+    outline = one["segmentation"]
+    if isinstance(outline, dict):
+        if list(outline["size"]) != [picture.height, picture.width]:
+            raise ValueError(f"run lengths of {outline['size']} pixels, the picture has {size}")
+        if not isinstance(outline["counts"], str | list):
+            raise ValueError("run lengths are no list and no text")
+    else:
+        outline = [np.array(part, np.float64) for part in outline]
+        if not outline or any(p.ndim != 1 or len(p) < 6 or len(p) % 2 for p in outline):
+            raise ValueError("a polygon of less than three points")
+        if not all(np.isfinite(part).all() for part in outline):
+            raise ValueError("a polygon that is not finite")
+    return (box, labels[one["category_id"]], False, bool(one.get("iscrowd", 0))), outline

@@ -1,0 +1,290 @@
+"""PASCAL VOC's development kit, and data sets in its layout: boxes of objects, or masks.
+
+A folder holds JPEGImages, Annotations with an XML file for every picture, and lists of pictures in
+ImageSets/Main; for segmentation SegmentationClass and ImageSets/Segmentation. SBD's masks
+(Hariharan et al., ICCV 2011) lie beside them in SegmentationClassAug, as mmsegmentation's converter
+and other packages of them have it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from xml.parsers import expat
+
+import numpy as np
+
+from pipelines.datasets.annotations import (
+    MaskSamples,
+    Objects,
+    ObjectSamples,
+    Picture,
+    Problems,
+    clip,
+    pack,
+)
+from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.index import EXTENSIONS, IndexFormatError
+from pipelines.dense.spec import IGNORED
+from pipelines.imaging.decode import ImageError
+from pipelines.imaging.stored import picture_size, reason
+
+_YEAR = re.compile(r"\d{4}")
+_CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
+_FIELDS = frozenset(("name", "difficult", *_CORNERS))
+_READERS = 16  # threads: files on a network are waited for, at the same time
+
+T = TypeVar("T")
+
+
+class Listed(NamedTuple):
+    """A line of a list of pictures."""
+
+    place: str
+    """file:line."""
+    folder: Path
+    """The folder with JPEGImages."""
+    stem: str
+    masks: str
+    """Name of the folder of masks."""
+
+
+class XmlError(ValueError):
+    """A file is no annotation; the message says why, at which line."""
+
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+Fields = dict[str, tuple[int, str]]
+"""Line and text of what is known about an object; "" is the object itself."""
+
+
+def boxes(
+    parts: str,
+    root: str | os.PathLike[str],
+    *,
+    problems: Problems,
+    classes: Sequence[str] = (),
+    limit: int | None = None,
+) -> ObjectSamples:
+    """Pictures with boxes.
+
+    A corner in the files counts from 1 and belongs to the object: a box is (xmin - 1, ymin - 1,
+    xmax, ymax), as in detectron2 (detectron2/data/datasets/pascal_voc.py). Sizes are those of the
+    pictures themselves: many tools write other ones into their XML.
+
+    Args:
+        parts: DIR/LIST+..., as `DenseSpec.data` has it behind the colon.
+        root: the folder that DIR lies in.
+        problems: where wrong objects, and pictures without file or annotation, are counted.
+        classes: names; empty: VOC's.
+        limit: take the first so many lines.
+
+    Raises:
+        FileNotFoundError: a folder or list is missing.
+        ValueError: a list is wrong, no picture is left, or there are too many problems.
+    """
+    names = tuple(classes) or VOC_CLASSES
+    pictures: list[Picture] = []
+    found: list[Objects] = []
+    listed = _listed(parts, Path(root), "Main", limit)
+    files = _picture_files(listed)
+
+    def read(one: Listed) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
+        return _size(files[one.folder].get(one.stem)), _annotation(one)
+
+    for one, (size, entries) in _in_threads(read, listed):
+        annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
+        if isinstance(size, str):
+            problems.add(one.place, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+        elif isinstance(entries, XmlError):
+            problems.add(f"{annotation}:{entries.line}", str(entries))
+        else:
+            rows = []
+            for entry in entries:
+                try:
+                    rows.append(_object(entry, names, *size))
+                except XmlError as error:
+                    problems.add(f"{annotation}:{error.line}", str(error))
+            pictures.append(Picture(one.stem, files[one.folder][one.stem], *size))
+            found.append(pack(rows))
+    if not pictures:
+        raise IndexFormatError(f"{parts}: no picture is left below {os.fspath(root)!r}")
+    return ObjectSamples(names, pictures, found)
+
+
+def masks(
+    parts: str,
+    root: str | os.PathLike[str],
+    *,
+    problems: Problems,
+    classes: Sequence[str] = (),
+    limit: int | None = None,
+) -> MaskSamples:
+    """Pictures with masks: class 0 is the background, then come the classes.
+
+    Masks of lists with `aug` in their names come from SegmentationClassAug, which has those of
+    VOC's own lists as well, all others from SegmentationClass. Arguments and errors as `boxes`.
+    """
+    names = ("background", *(tuple(classes) or VOC_CLASSES))
+    pictures: list[Picture] = []
+    paths: list[str] = []
+    listed = _listed(parts, Path(root), "Segmentation", limit)
+    files = _picture_files(listed)
+    for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
+        mask = one.folder / one.masks / f"{one.stem}.png"
+        if isinstance(size, str):
+            problems.add(one.place, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+        elif not mask.is_file():
+            problems.add(one.place, f"{mask}: a file that does not exist")
+        else:
+            pictures.append(Picture(one.stem, files[one.folder][one.stem], *size))
+            paths.append(str(mask))
+    if not pictures:
+        raise IndexFormatError(f"{parts}: no picture is left below {os.fspath(root)!r}")
+    table = np.full(256, -1, np.int64)
+    table[: len(names)], table[IGNORED] = np.arange(len(names)), IGNORED
+    return MaskSamples(names, pictures, paths, table)
+
+
+def read_xml(data: bytes) -> list[Fields]:
+    """The objects of an annotation, each with the lines of what it says.
+
+    Raises:
+        XmlError: damaged, no annotation, or with a document type, whose entities could make
+            gigabytes of a small file.
+    """
+    parser = expat.ParserCreate()
+    path: list[str] = []
+    lines: list[int] = []
+    text: list[str] = []
+    found: list[Fields] = []
+
+    def start(tag: str, _attributes: object) -> None:
+        path.append(tag)
+        lines.append(parser.CurrentLineNumber)
+        text.clear()
+        if path[0] != "annotation":
+            raise XmlError(lines[0], f"<{tag}> where <annotation> was expected")
+        if path == ["annotation", "object"]:
+            found.append({"": (lines[-1], "")})
+
+    def end(_tag: str) -> None:
+        field = "/".join(path[2:])
+        if path[:2] == ["annotation", "object"] and field in _FIELDS:
+            found[-1].setdefault(field, (lines[-1], "".join(text).strip()))
+        path.pop()
+        lines.pop()
+        text.clear()
+
+    def refuse(*_declaration: object) -> None:
+        raise XmlError(parser.CurrentLineNumber, "a document type declaration, which is refused")
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, refuse
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise XmlError(error.lineno, f"no XML: {expat.errors.messages[error.code]}") from error
+    return found
+
+
+def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed]:
+    """The lines of all lists, the first `limit` ones."""
+    found: list[Listed] = []
+    seen: dict[str, str] = {}
+    for part in parts.split("+"):
+        folder, _, name = part.rpartition("/")
+        if not folder or not name:
+            raise ValueError(f"expected DIR/LIST+..., as in 2007/trainval, found {part!r}")
+        base = root / (f"VOC{folder}" if _YEAR.fullmatch(folder) else folder)
+        source = base / "ImageSets" / task / f"{name}.txt"
+        if not source.is_file():
+            raise FileNotFoundError(f"{str(source)!r} does not exist")
+        where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
+        for number, line in enumerate(source.read_text("utf-8", "replace").splitlines(), 1):
+            stem, place = line.strip(), f"{source}:{number}"
+            if not stem:
+                continue
+            if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
+                raise IndexFormatError(f"{place}: expected a picture's name, found {line[:200]!r}")
+            if stem in seen:
+                raise IndexFormatError(f"{place}: {stem!r} comes twice, also in {seen[stem]}")
+            seen[stem] = place
+            found.append(Listed(place, base, stem, where))
+    if not found:
+        raise IndexFormatError(f"{parts}: the lists name no pictures")
+    return found[:limit]
+
+
+def _picture_files(listed: Sequence[Listed]) -> dict[Path, dict[str, str]]:
+    """Paths of pictures by folder and stem."""
+    found: dict[Path, dict[str, str]] = {}
+    for base in {one.folder for one in listed}:
+        folder = base / "JPEGImages"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+        splits = (os.path.splitext(name) for name in sorted(os.listdir(folder)))
+        found[base] = {
+            stem: str(folder / (stem + ending))
+            for stem, ending in splits
+            if ending.lower() in EXTENSIONS
+        }
+    return found
+
+
+def _in_threads(work: Callable[[Listed], T], listed: list[Listed]) -> Iterator[tuple[Listed, T]]:
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
+        yield from zip(listed, pool.map(work, listed), strict=True)
+
+
+def _size(path: str | None) -> tuple[int, int] | str:
+    """Height and width of a picture, or why there are none."""
+    if path is None:
+        return "no such picture"
+    try:
+        return picture_size(path)
+    except (OSError, ImageError) as error:
+        return reason(error)
+
+
+def _annotation(one: Listed) -> list[Fields] | XmlError:
+    try:
+        return read_xml((one.folder / "Annotations" / f"{one.stem}.xml").read_bytes())
+    except XmlError as error:
+        return error
+    except OSError as error:
+        return XmlError(0, reason(error))
+
+
+def _object(
+    entry: Fields, classes: Sequence[str], height: int, width: int
+) -> tuple[tuple[float, float, float, float], int, bool, bool]:
+    """Box, label, difficult and crowd."""
+    at = entry[""][0]
+    line, name = entry.get("name", (at, ""))
+    if name not in classes:
+        raise XmlError(line, f"class {name!r} is none of the {len(classes)} classes")
+    values = []
+    for corner in _CORNERS:
+        line, text = entry.get(corner, (at, ""))
+        try:
+            values.append(float(text))
+        except ValueError as error:
+            what = f"expected a number in <{corner.rpartition('/')[2]}>, found {text[:50]!r}"
+            raise XmlError(line, what) from error
+    left, top, right, bottom = values
+    try:
+        box = clip(left - 1, top - 1, right, bottom, height=height, width=width)
+    except ValueError as error:
+        raise XmlError(entry[_CORNERS[0]][0], str(error)) from error
+    line, flag = entry.get("difficult", (at, "0"))
+    if flag not in ("", "0", "1"):
+        raise XmlError(line, f"expected 0 or 1 in <difficult>, found {flag[:50]!r}")
+    return box, classes.index(name), flag == "1", False

@@ -1,0 +1,184 @@
+"""One picture of a batch, from its file to pixels and targets; and which pictures there are."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from pipelines.datasets import cityscapes, coco, voc
+from pipelines.datasets.annotations import DenseSamples, Objects, Problems
+from pipelines.dense import transforms as joint
+from pipelines.dense.spec import DenseSpec, RatioCrop, Target
+from pipelines.dense.transforms import Place, Scene
+from pipelines.imaging.decode import ImageError
+from pipelines.imaging.torchvision_decode import decode
+from pipelines.sampling.crops import Float64
+from pipelines.sampling.order import Int64
+
+log = logging.getLogger(__name__)
+
+
+class Room(NamedTuple):
+    """A picture's part of a batch, to be written to."""
+
+    image: torch.Tensor
+    """uint8 (H, W, 3)."""
+    mask: torch.Tensor | None
+    """uint8 (H, W), in training on masks."""
+
+
+class Made(NamedTuple):
+    """What a thread tells of a picture, beside its pixels."""
+
+    size: tuple[int, int]
+    corner: tuple[int, int]
+    """Top and left of the crop."""
+    target: Target | None
+
+
+def load(
+    samples: DenseSamples, spec: DenseSpec, i: int, plan: Place, draw: Float64, room: Room
+) -> Made:
+    """Load a picture, in a thread.
+
+    Args:
+        samples: the data set.
+        spec: how.
+        i: which one.
+        plan: what is done to it.
+        draw: float64 (count,), its random numbers (`joint.draws`).
+        room: where the pixels go, at the top left.
+
+    Raises:
+        ImageError: the picture or its mask is damaged, or not of the size that is known of it.
+    """
+    scene = Scene(_picture(samples, i))
+    labels, top, left = None, 0, 0
+    if spec.train and samples.kind == "objects":
+        objects = kept(samples.objects(i), spec)
+        labels = torch.from_numpy(objects.labels + 1)
+        scene = _with_objects(scene, objects, outlined=samples.outlined and spec.masks)
+    elif spec.train:
+        scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
+    scene = joint.resized(scene, plan)
+    if isinstance(spec.geometry, RatioCrop):
+        assert scene.masks is not None
+        top, left = joint.corner(scene.masks[0].numpy(), spec.geometry, draw)
+        scene = joint.cut(scene, top, left, spec.geometry.size)
+    image = scene.image.as_subclass(torch.Tensor)
+    if spec.train and spec.photometric:
+        image = joint.distort(image, draw)
+    height, width = plan.size
+    np.copyto(room.image[:height, :width].numpy(), image.permute(1, 2, 0).numpy())
+    if room.mask is not None:
+        assert scene.masks is not None
+        np.copyto(room.mask[:height, :width].numpy(), scene.masks[0].numpy())
+    pin = room.image.is_pinned()
+    return Made(plan.size, (top, left), None if labels is None else _target(scene, labels, pin))
+
+
+def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
+    assert scene.boxes is not None
+    boxes = scene.boxes.as_subclass(torch.Tensor)
+    target = Target(boxes=boxes, labels=labels)
+    if scene.masks is not None:
+        target["masks"] = scene.masks.as_subclass(torch.Tensor)
+    if not pin:
+        return target
+    moved = Target(boxes=boxes.pin_memory(), labels=labels.pin_memory())
+    if "masks" in target:
+        moved["masks"] = target["masks"].pin_memory()
+    return moved
+
+
+def open_samples(spec: DenseSpec) -> DenseSamples:
+    """The data set that a spec names, without any thread. Errors as `open_dense`."""
+    kind, _, parts = spec.data.partition(":")
+    problems = Problems(spec.max_bad)
+    if spec.classes and kind not in ("voc", "vocseg"):
+        raise ValueError(f"{spec.data}: classes are for voc and vocseg data")
+    if not spec.masks and kind in ("vocseg", "cityscapes"):
+        raise ValueError(f"{spec.data}: masks are all that there is to learn: leave them on")
+    match kind:
+        case "voc" | "vocseg":
+            read = voc.boxes if kind == "voc" else voc.masks
+            return read(parts, spec.root, problems=problems, classes=spec.classes, limit=spec.limit)
+        case "coco":
+            return coco.objects(parts, spec.root, problems=problems, limit=spec.limit)
+        case "cityscapes":
+            return cityscapes.masks(parts, spec.root, problems=problems, limit=spec.limit)
+    raise ValueError(
+        f"data {spec.data!r}: expected voc:DIR/LIST, vocseg:DIR/LIST, coco:NAME or cityscapes:SPLIT"
+    )
+
+
+def trained_on(samples: DenseSamples, spec: DenseSpec) -> Int64:
+    """Positions of the pictures with something to learn from, rising.
+
+    Raises:
+        ValueError: there are none.
+    """
+    chosen = [
+        i
+        for i, size in enumerate(samples.sizes)
+        if size.min() >= samples.least_side
+        and (
+            samples.kind == "masks"
+            or spec.keep_empty
+            or len(kept(samples.objects(i), spec).labels) > 0
+        )
+    ]
+    if not chosen:
+        raise ValueError(f"{spec.data}: no picture has a box to train on")
+    if len(chosen) < len(samples):
+        log.info("%s: %d of %d pictures are trained on", spec.data, len(chosen), len(samples))
+    return np.array(chosen, np.int64)
+
+
+def kept(objects: Objects, spec: DenseSpec) -> Objects:
+    """The objects that are trained on: no crowds, and difficult ones if the spec says so."""
+    keep = ~objects.crowd
+    if not spec.keep_difficult:
+        keep &= ~objects.difficult
+    if keep.all():
+        return objects
+    outlines = tuple(itertools.compress(objects.outlines, keep))
+    return Objects(
+        objects.boxes[keep],
+        objects.labels[keep],
+        objects.difficult[keep],
+        objects.crowd[keep],
+        outlines,
+    )
+
+
+def _picture(samples: DenseSamples, i: int) -> tv_tensors.Image:
+    path, size = samples.path(i), tuple(samples.sizes[i])
+    try:
+        pixels = decode(path.read_bytes())
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    if tuple(pixels.shape[1:]) != size:
+        raise ImageError(
+            f"{path}: {pixels.shape[2]}x{pixels.shape[1]} pixels, its annotation says "
+            f"{size[1]}x{size[0]}"
+        )
+    return tv_tensors.Image(pixels)
+
+
+def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
+    """The picture with boxes, and with masks where outlines are there and wanted."""
+    height, width = scene.image.shape[1:]
+    boxes = tv_tensors.BoundingBoxes(
+        torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)
+    )
+    masks = None
+    if outlined:
+        pixels = coco.rasterised(objects.outlines, height, width)
+        masks = tv_tensors.Mask(torch.from_numpy(pixels))
+    return Scene(scene.image, boxes, masks)

@@ -1,0 +1,161 @@
+"""Colour jitter and PCA lighting, on the device: a pure function of (seed, epoch, sample index).
+
+Brightness, contrast, saturation and hue are torchvision's `ColorJitter`: each sample has its own
+factors and its own order of the operations, and every operation rounds down to whole values of 0 to
+255, as it does on uint8 pictures there. Lighting is AlexNet's noise along the principal colours of
+ImageNet (Krizhevsky et al. 2012, section 4.1), added last and not rounded; constants and order as
+mmselfsup 0.x (mmselfsup/datasets/pipelines/transforms.py) has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.batch import Regions
+from pipelines.device.rotate import normalize_views
+from pipelines.sampling.crops import uniforms
+from pipelines.sampling.order import Int64
+from pipelines.spec import Colour, Normalize
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""Columns of `Tints.factors`, and values of `Tints.order`."""
+
+_STREAM = 0xC0104  # keeps these draws apart from those of boxes
+_UNIT = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+_GREY = (0.2989, 0.587, 0.114)
+# Principal colours of ImageNet on a scale of 0 to 1: deviations, and directions in columns.
+_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
+_DIRECTIONS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+
+
+class Tints(NamedTuple):
+    """What is done to the colours of some samples; on the CPU."""
+
+    factors: npt.NDArray[np.float32]
+    """(B, 4): of brightness, contrast and saturation (1 changes nothing), and the turn of hue."""
+    order: npt.NDArray[np.int64]
+    """(B, n): the operations of each sample one after the other, those that change anything."""
+    shifts: npt.NDArray[np.float32]
+    """(B, 3): what lighting adds to red, green and blue, in units of 0 to 255."""
+
+
+def draw(colour: Colour, *, seed: int, epoch: int, indices: Int64) -> Tints:
+    """Draw what is done to some samples.
+
+    Args:
+        colour: ranges and deviations.
+        seed: with epoch and index, the key.
+        epoch: counted from 0.
+        indices: int64 (B,), positions in the data set's index.
+    """
+    draws = uniforms(seed, epoch, indices, stream=_STREAM, count=14)
+    strengths = (colour.brightness, colour.contrast, colour.saturation)
+    low = np.array([*(max(0.0, 1 - s) for s in strengths), -colour.hue])
+    high = np.array([*(1 + s for s in strengths), colour.hue])
+    used = np.flatnonzero([*strengths, colour.hue])
+    # Box and Muller's normal numbers; 1 - u is never zero.
+    radius = np.sqrt(-2 * np.log(1 - draws[:, 8:11]))
+    alphas = colour.lighting * radius * np.cos(2 * np.pi * draws[:, 11:14])
+    return Tints(
+        (low + (high - low) * draws[:, :4]).astype(np.float32),
+        used[np.argsort(draws[:, 4 : 4 + len(used)], axis=1)],
+        (255 * (alphas * _DEVIATIONS) @ _DIRECTIONS.T).astype(np.float32),
+    )
+
+
+def coloured_views(
+    images: torch.Tensor | Regions, tints: Tints, *, normalize: Normalize, dtype: torch.dtype
+) -> torch.Tensor:
+    """As `normalize_views` with one view, with other colours.
+
+    Args:
+        images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
+        tints: of the same samples.
+        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        dtype: of the result.
+
+    Returns:
+        (B, 3, S, S) in channels_last memory format, on the device of the images.
+    """
+    x = normalize_views(images, views=1, normalize=_UNIT, dtype=torch.float32)
+    x = shift(jitter(x, tints), tints)
+    mean, scale = _statistics(normalize, x.device)
+    return ((x - mean) * scale).to(dtype, memory_format=torch.channels_last)
+
+
+@functools.cache
+def _statistics(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / std, float32 (1, 3, 1, 1), made once."""
+    mean = torch.tensor(normalize.mean).view(1, 3, 1, 1)
+    scale = torch.tensor([1 / std for std in normalize.std]).view(1, 3, 1, 1)
+    return mean.to(device), scale.to(device)
+
+
+def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
+    """The four operations in each sample's order: (B, 3, S, S), whole values of 0 to 255."""
+    for operations in tints.order.T:
+        rows = np.arange(len(operations))
+        chosen = _on(tints.factors[rows, operations], x)
+        blended, turned = operations != HUE, np.flatnonzero(operations == HUE)
+        grey = _grey(x)
+        mean = grey.mean((1, 2, 3), keepdim=True)
+        kind = _on(operations, x)
+        toward = torch.where(kind == CONTRAST, mean, grey)
+        toward = torch.where(kind == BRIGHTNESS, torch.zeros_like(mean), toward)
+        factor = torch.where(_on(blended, x), chosen, torch.ones_like(chosen))
+        result = (factor * x + (1 - factor) * toward).clamp_(0, 255).floor_()
+        if len(turned):
+            picked = _on(turned, x).view(-1)
+            result[picked] = _turn_hue(x[picked], chosen[picked])
+        x = result
+    return x
+
+
+def shift(x: torch.Tensor, tints: Tints) -> torch.Tensor:
+    """Lighting: add each sample's three constants to (B, 3, S, S). Nothing is cut off."""
+    return x + _on(tints.shifts, x).view(-1, 3, 1, 1)
+
+
+def _on(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
+    """Values to (..., 1, 1, 1) beside x. Pinned on the way to a GPU: the host must not wait."""
+    tensor = torch.from_numpy(values)
+    if x.is_cuda:
+        tensor = tensor.pin_memory().to(x.device, non_blocking=True)
+    return tensor.view(-1, 1, 1, 1)
+
+
+def _grey(x: torch.Tensor) -> torch.Tensor:
+    """Luma, rounded down: (B, 1, S, S)."""
+    red, green, blue = x.unbind(1)
+    return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).floor_()[:, None]
+
+
+def _turn_hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Through hue, saturation and value, as torchvision does it on uint8."""
+    unit = x / 255
+    value, low = unit.amax(1, keepdim=True), unit.amin(1, keepdim=True)
+    span = value - low
+    safe = torch.where(span == 0, torch.ones_like(span), span)
+    saturation = span / torch.where(span == 0, torch.ones_like(value), value)
+    red, green, blue = ((value - unit[:, i : i + 1]) / safe for i in range(3))
+    is_red = unit[:, :1] == value
+    is_green = (unit[:, 1:2] == value) & ~is_red
+    hue = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))
+    hue = (hue / 6 + 1) % 1
+    hue = (hue + turn) % 1
+    sector = (hue * 6).floor()
+    part = hue * 6 - sector
+    p = (value * (1 - saturation)).clamp(0, 1)
+    q = (value * (1 - saturation * part)).clamp(0, 1)
+    t = (value * (1 - saturation * (1 - part))).clamp(0, 1)
+    sector = sector.long() % 6
+    wheels = ((value, q, p, p, t, value), (t, value, value, q, p, p), (p, p, t, value, value, q))
+    channels = [torch.cat(wheel, 1).gather(1, sector) for wheel in wheels]
+    return (torch.cat(channels, 1) * (256 - 1e-3)).floor()

@@ -1,0 +1,130 @@
+"""The four rotations of RotNet (Gidaris et al., ICLR 2018), made on the device after the crop.
+
+Order of operations: crop, flip, rotate. Rotating before the crop would leave black bars that give
+the answer away; flipping after it would make 90 and 270 degrees inseparable, because a mirrored
+quarter turn is the opposite quarter turn of the mirrored picture.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipelines.batch import Regions
+from pipelines.spec import Normalize, Precision
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def normalize_views(
+    images: torch.Tensor | Regions,
+    *,
+    views: int,
+    normalize: Normalize,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Uint8 crops to normalised views, rotation-major, in one pass over memory.
+
+    A pixel becomes (x - mean) * (1 / std) in float32, rounded to dtype once; turning is a pure
+    permutation. Regions are resized first, with the antialiased bilinear filter of
+    `pipelines.imaging.resize`, and flipped as they say.
+
+    Args:
+        images: uint8 (B, S, S, 3), RGB, or regions to be resized to S; on the CPU or a CUDA device.
+        views: 1 (as it is) or 4 (0, 90, 180 and 270 degrees counter-clockwise).
+        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        dtype: float32, bfloat16 or float16.
+        out: where to write, of the shape, dtype, layout and device that is returned; None
+            allocates. A new buffer costs more than the work itself on a CPU.
+
+    Returns:
+        (views * B, 3, S, S) in channels_last memory format, on the device of the images.
+
+    Raises:
+        ValueError: the images are not uint8, not square, or have not three channels; regions lie
+            outside their pixels (checked on a CPU); or out is not as it should be.
+    """
+    if dtype not in DTYPES.values() or views not in (1, 4):
+        raise ValueError(f"no {views} views in {dtype}: there are 1 and 4, in fp32, bf16 and fp16")
+    if isinstance(images, Regions):
+        batch, side, device = len(images.offsets), images.side, images.pixels.device
+    else:
+        _check_crops(images)
+        batch, side, device = images.shape[0], images.shape[1], images.device
+        images = images.contiguous()
+    shape = (views * batch, 3, side, side)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    elif (
+        out.shape != shape
+        or out.dtype != dtype
+        or out.device != device
+        or not out.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"out must be {dtype} {shape} in channels_last on {device}, got {out.dtype} "
+            f"{tuple(out.shape)}, strides {out.stride()}, on {out.device}"
+        )
+    # channels_last is NHWC memory seen as NCHW: no copy.
+    memory = out.permute(0, 2, 3, 1).view(views, batch, side, side, 3)
+    if batch == 0:
+        return out
+    # Imported where they are needed: each brings a compiler, of which a run needs one.
+    if device.type == "cuda":
+        from pipelines.device import rotate_triton as rotate_cuda
+
+        rotate_cuda.write_views(images, memory, normalize=normalize)
+    elif device.type == "cpu":
+        from pipelines.device import rotate_cpu
+
+        rotate_cpu.write_views(images, memory, normalize=normalize)
+    else:
+        raise ValueError(f"views are made on the CPU or on a CUDA device, not on {device}")
+    return out
+
+
+def _check_crops(x_NHWC: torch.Tensor) -> None:
+    if x_NHWC.dtype != torch.uint8 or x_NHWC.dim() != 4 or x_NHWC.shape[3] != 3:
+        raise ValueError(f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}")
+    if x_NHWC.shape[1] != x_NHWC.shape[2]:
+        height, width = x_NHWC.shape[1:3]
+        raise ValueError(f"crops must be square to be turned, got {height}x{width}")
+
+
+def rotation_labels(batch: int, *, device: torch.device) -> torch.Tensor:
+    """Labels of rotation-major views: int64 (4 * batch,), k for k * 90 degrees counter-clockwise.
+
+    The direction is that of the paper's code (gidariss/FeatureLearningRotNet, dataloader.py), of
+    `torch.rot90` and of PIL; mmselfsup 1.x turns clockwise, which swaps labels 1 and 3.
+    """
+    return torch.arange(4, device=device).repeat_interleave(batch)
+
+
+def rotate4(
+    images: torch.Tensor | Regions,
+    *,
+    normalize: Normalize,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four views of each crop, with their labels, so that the two cannot drift apart.
+
+    Args:
+        images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
+        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        dtype: float32, bfloat16 or float16.
+        out: where to write the images, as in `normalize_views`; None allocates.
+
+    Returns:
+        Images (4B, 3, S, S) in channels_last and labels int64 (4B,). Rows are rotation-major: row
+        k * B + i is crop i turned by k * 90 degrees counter-clockwise.
+
+    Raises:
+        ValueError: as `normalize_views`.
+    """
+    turned = normalize_views(images, views=4, normalize=normalize, dtype=dtype, out=out)
+    return turned, rotation_labels(len(turned) // 4, device=turned.device)

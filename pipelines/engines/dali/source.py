@@ -1,0 +1,210 @@
+"""Engine: NVIDIA DALI. Decodes only the region of the crop on the CPU, or pictures with nvJPEG.
+
+Where the beton has a side file of segments, the decoder is given the segments under the crop only,
+as a small JPEG. So nvJPEG and the GPU's JPEG engine, which decode whole pictures, do regions, too.
+
+Order and boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs, padding
+and seeds, which differ between ranks and policies, play no part. The feed runs on from epoch to
+epoch and every batch carries its (epoch, step); a consumer that left early, or resumes elsewhere,
+just discards what was prefetched. DALI cannot go on after a picture that it cannot decode: such a
+sample ends the run by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.batch import RawBatch
+from pipelines.beton.reader import Beton
+from pipelines.engines import samples as data_sets
+from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
+from pipelines.engines.faults import BadSamples
+from pipelines.engines.samples import RAW, Samples
+from pipelines.imaging.decode import ImageError
+from pipelines.imaging.torchvision_decode import decode
+from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.splice import splice_batch
+from pipelines.native.threads import Runner
+from pipelines.sampling.crops import boxes
+from pipelines.sampling.order import Int64, Order
+from pipelines.spec import LoaderSpec, Shard
+
+Batches = Callable[[int, int], tuple[Int64, npt.NDArray[np.bool_]]]
+"""`Order.batches`."""
+
+_FEED_AHEAD = 1  # batches that the feed has ready beyond those that DALI has taken
+
+
+class _Feed:
+    """An endless supply of batches for `fn.external_source`, from a place that can be moved.
+
+    DALI asks for a batch from within `run`, before it gives one: a thread of the feed has it ready,
+    files read and boxes drawn.
+    """
+
+    def __init__(self, samples: Samples, spec: LoaderSpec, batches: Batches) -> None:
+        self._samples, self._spec, self._batches = samples, spec, batches
+        self._runner = Runner("feed")
+        self._ready: deque[Future[tuple[Any, ...]]] = deque()
+        self._lock = threading.Lock()  # on a CPU DALI asks from a thread of its own
+        self.move(0, 0)
+
+    def move(self, epoch: int, step: int) -> None:
+        """Go on from this step of this epoch."""
+        with self._lock:
+            for batch in self._ready:
+                batch.cancel()
+            self._ready.clear()
+            self._places = self._from(epoch, step)
+
+    def __call__(self) -> tuple[Any, ...]:
+        with self._lock:
+            for place in itertools.islice(self._places, _FEED_AHEAD + 1 - len(self._ready)):
+                self._ready.append(self._runner.submit(functools.partial(self._batch, *place)))
+            batch = self._ready.popleft()
+        return batch.result(self._spec.timeout)
+
+    def close(self, seconds: float) -> bool:
+        """End the thread; whether it has ended within so many seconds."""
+        with self._lock:
+            for batch in self._ready:
+                batch.cancel()
+        return self._runner.close(seconds)
+
+    def _from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Int64]]:
+        """Epoch, step and indices of one batch after the other, from epoch to epoch."""
+        while True:
+            for indices in self._batches(epoch, step)[0]:
+                yield epoch, step, indices
+                step += 1
+            epoch, step = epoch + 1, 0
+
+    def _batch(self, epoch: int, step: int, indices: Int64) -> tuple[Any, ...]:
+        """What DALI is given for a batch, a list of one array per sample for each input."""
+        samples, spec = self._samples, self._spec
+        if isinstance(samples, Beton):
+            heights, widths = samples.heights[indices], samples.widths[indices]
+            where = boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+            payloads, cut = splice_batch(samples, indices, where)
+        else:
+            payloads = [self._payload(int(i)) for i in indices]
+            names = (data_sets.name(samples, int(i)) for i in indices)
+            sizes = [_upright(*pair) for pair in zip(payloads, names, strict=True)]
+            heights, widths = np.array(sizes, np.int32).T
+            where = cut = boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+        # An input: it may change with the epoch, and batches are prepared ahead.
+        side = np.full(2, spec.side(epoch), np.float32)
+        tag = np.array([epoch, step], np.int64)
+        repeated = ([side] * len(indices), [tag] * len(indices))
+        return payloads, list(cut[:, :2]), list(cut[:, 2:4]), list(where), *repeated
+
+    def _payload(self, i: int) -> Any:
+        try:
+            return np.frombuffer(data_sets.encoded(self._samples, i), dtype=np.uint8)
+        except ImageError as error:
+            raise ImageError(f"{data_sets.name(self._samples, i)}: {error}") from error
+
+
+def _upright(payload: Any, name: str) -> tuple[int, int]:
+    """Height and width after EXIF orientation, from the header where it is a JPEG."""
+    data = payload.tobytes()
+    try:
+        if data[:2] == b"\xff\xd8":
+            return read_header(data).upright
+        picture = decode(data)
+    except (JpegError, ImageError) as error:
+        raise ImageError(f"{name}: {error}") from error
+    return picture.shape[1], picture.shape[2]
+
+
+class DaliSource:
+    """Decoded crops of a folder, list or beton, by DALI."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        spec: LoaderSpec,
+        *,
+        shard: Shard,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        if spec.max_bad:
+            raise ValueError("engine=dali cannot mask undecodable samples: max_bad must be 0")
+        if isinstance(samples, Beton) and (samples.modes == RAW).any():
+            raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
+        self._samples, self._spec = samples, spec
+        self._order = Order(len(samples), spec, shard, samples.labels)
+        # The feed and the consumer ask for the same, an epoch long: drawn once.
+        self._batches: Batches = functools.lru_cache(maxsize=2)(self._order.batches)
+        self._feed = _Feed(samples, spec, self._batches)
+        self._next: tuple[int, int] | None = None
+        self.bad = BadSamples(0)
+        self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
+
+    def __len__(self) -> int:
+        return self._order.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """As `pipelines.loader.Source.epoch`."""
+        indices, valid = self._batches(epoch, start_step)
+        if self._next != (epoch, start_step):
+            self._feed.move(epoch, start_step)
+        for step in range(start_step, self._order.steps):
+            self._next = None
+            images, where, _ = self._run(epoch, step)
+            at = (epoch, step + 1) if step + 1 < self._order.steps else (epoch + 1, 0)
+            self._next = at
+            row = step - start_step
+            yield RawBatch(
+                images,
+                torch.from_numpy(self._samples.labels[indices[row]]),
+                torch.from_numpy(indices[row].copy()),
+                torch.from_numpy(valid[row].copy()),
+                where,
+            )
+
+    def close(self) -> None:
+        """Release DALI's threads and memory pools, the feed's thread, and the file."""
+        # The feed may be what DALI is stuck in: then it has been waited for already.
+        self._feed.close(self._spec.timeout if self._graph.close() else STUCK_SECONDS)
+        data_sets.close(self._samples)
+
+    def _run(self, epoch: int, step: int) -> Crops:
+        """The crops of one step, past anything prefetched for another place."""
+        for _ in range(IN_FLIGHT + 1):
+            try:
+                crops = self._graph.next()
+            except TimeoutError as error:
+                limit = self._spec.timeout
+                raise TimeoutError(f"no batch from DALI for {limit:.0f} s") from error
+            except (RuntimeError, StopIteration) as error:
+                raise self._blame(epoch, step, error) from error
+            if crops.place == (epoch, step):
+                return crops
+        raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
+
+    def _blame(self, epoch: int, step: int, error: BaseException) -> Exception:
+        """DALI often does not say which picture it refused: find it among those in flight."""
+        if isinstance(error.__cause__, TimeoutError):
+            limit = self._spec.timeout
+            return TimeoutError(f"the files of a batch could not be read for {limit:.0f} s")
+        if isinstance(error.__cause__, ValueError):
+            return error.__cause__
+        indices, _ = self._order.batches(epoch, step)
+        for i in indices[: PREFETCH + 2].reshape(-1):
+            try:
+                decode(data_sets.encoded(self._samples, int(i)))
+            except ImageError as reason:
+                return ImageError(f"{data_sets.name(self._samples, int(i))}: {reason}")
+        return RuntimeError(f"DALI stopped at step {step} of epoch {epoch}: {error}")

@@ -1,0 +1,217 @@
+"""Engine: torchvision's decoder and antialiased resize, in threads. Reads every data set.
+
+Threads, not processes: decoding and resizing release the interpreter lock, batches need no copy
+between processes, an exception arrives where it belongs, and an abandoned epoch leaves nothing
+behind. The other engines are compared with this one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.batch import RawBatch
+from pipelines.beton.reader import Beton
+from pipelines.engines import samples as data_sets
+from pipelines.engines.faults import BadSamples
+from pipelines.engines.samples import RAW, Samples
+from pipelines.imaging.decode import ImageError
+from pipelines.imaging.torchvision_decode import crop, decode
+from pipelines.sampling.crops import Int32, boxes
+from pipelines.sampling.order import Int64, Order
+from pipelines.spec import LoaderSpec, Shard
+
+_AHEAD = 3  # batches in work: enough to cover one slow picture, small enough for memory
+_CHUNK = 16  # samples per task: boxes are drawn for a chunk at once
+
+
+class _Work(NamedTuple):
+    """A batch that the threads have been given."""
+
+    indices: Int64
+    valid: npt.NDArray[np.bool_]
+    images: torch.Tensor
+    boxes: Int32
+    bad: dict[int, str]
+    """Reasons why rows could not be decoded."""
+    futures: list[Future[None]]
+
+
+class _Run:
+    """Batches given to the threads, in order, from one place on."""
+
+    def __init__(self, batches: Iterator[_Work], stop: threading.Event) -> None:
+        self._batches, self._stop = batches, stop
+        self._begun: deque[_Work] = deque()
+
+    def next(self) -> _Work:
+        """The next batch, which may not be finished; gives the threads more."""
+        self._begun.extend(itertools.islice(self._batches, _AHEAD + 1 - len(self._begun)))
+        return self._begun.popleft()
+
+    def stop(self) -> None:
+        """Let the threads drop what they were given: nobody will ask for it."""
+        self._stop.set()
+
+
+class FolderSource:
+    """Decoded crops of a folder, list or beton, by torchvision on the CPU."""
+
+    def __init__(
+        self, samples: Samples, spec: LoaderSpec, *, shard: Shard, workers: int, pin: bool
+    ) -> None:
+        self._samples, self._spec, self._pin = samples, spec, pin
+        self._order = Order(len(samples), spec, shard, samples.labels)
+        self.bad = BadSamples(spec.max_bad)
+        self._pool = _pool(workers)
+        self._workers = workers
+        self._kept: tuple[int, _Run] | None = None
+
+    def __len__(self) -> int:
+        return self._order.steps
+
+    @property
+    def workers(self) -> int:
+        """Decoding threads; may be set while no epoch runs."""
+        return self._workers
+
+    @workers.setter
+    def workers(self, count: int) -> None:
+        self._keep(None)
+        self._pool.shutdown(wait=True)
+        self._pool, self._workers = _pool(count), count
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """As `pipelines.loader.Source.epoch`.
+
+        Where samples are shuffled, as they are in training, the next epoch's first batches are
+        begun before this one ends.
+        """
+        run = self._resume(epoch, start_step)
+        self.bad.start_epoch()
+        left = self._order.steps - start_step
+        try:
+            while left:
+                raw = self._finish(run.next())
+                left -= 1
+                yield raw
+        finally:
+            if left or not self._spec.shuffle:
+                run.stop()
+            else:
+                self._keep((epoch + 1, run))
+
+    def close(self) -> None:
+        """End the decoding threads and release the file."""
+        self._keep(None)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        data_sets.close(self._samples)
+
+    def _resume(self, epoch: int, start_step: int) -> _Run:
+        """The run that stands at this place already, or a new one."""
+        if self._kept is not None and self._kept[0] == epoch and start_step == 0:
+            run, self._kept = self._kept[1], None
+            return run
+        stop = threading.Event()
+        first = self._order.batches(epoch, start_step)
+        return _Run(self._batches(epoch, first, stop), stop)
+
+    def _keep(self, kept: tuple[int, _Run] | None) -> None:
+        """Remember a run that stands at the beginning of an epoch, in place of any other."""
+        if self._kept is not None:
+            self._kept[1].stop()
+        self._kept = kept
+
+    def _batches(
+        self,
+        epoch: int,
+        first: tuple[Int64, npt.NDArray[np.bool_]],
+        stop: threading.Event,
+    ) -> Iterator[_Work]:
+        """Batches as they are given to the threads, shuffled ones from epoch to epoch."""
+        for indices, valid in zip(*first, strict=True):
+            yield self._submit(epoch, indices, valid, stop)
+        while self._spec.shuffle:
+            epoch += 1
+            for indices, valid in zip(*self._order.batches(epoch), strict=True):
+                yield self._submit(epoch, indices, valid, stop)
+
+    def _finish(self, work: _Work) -> RawBatch:
+        """Wait until the threads are done with a batch, and count what they could not decode."""
+        limit = self._spec.timeout
+        late = wait(work.futures, timeout=limit, return_when=FIRST_EXCEPTION).not_done
+        for future in work.futures:
+            if future.done():
+                future.result()
+        if late:
+            raise TimeoutError(f"no batch from the decoding threads for {limit:.0f} s")
+        ok = work.valid.copy()
+        for i, reason in work.bad.items():
+            if ok[i]:
+                self.bad.report(data_sets.name(self._samples, int(work.indices[i])), reason)
+            ok[i] = False
+        return RawBatch(
+            work.images,
+            torch.from_numpy(self._samples.labels[work.indices]),
+            torch.from_numpy(work.indices),
+            torch.from_numpy(ok),
+            torch.from_numpy(work.boxes),
+        )
+
+    def _submit(
+        self, epoch: int, indices: Int64, valid: npt.NDArray[np.bool_], stop: threading.Event
+    ) -> _Work:
+        side = self._spec.side(epoch)
+        images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
+        work = _Work(indices, valid, images, np.zeros((len(indices), 5), np.int32), {}, [])
+        work.futures.extend(
+            self._pool.submit(self._decode, epoch, slice(i, i + _CHUNK), work, stop)
+            for i in range(0, len(indices), _CHUNK)
+        )
+        return work
+
+    def _decode(self, epoch: int, rows: slice, work: _Work, stop: threading.Event) -> None:
+        indices = work.indices[rows]
+        pictures: list[torch.Tensor] = []
+        for i, sample in enumerate(indices):
+            if stop.is_set():
+                return
+            try:
+                pictures.append(self._picture(int(sample)))
+            except ImageError as error:
+                work.bad[rows.start + i] = str(error)
+                # Any size that a crop fits into: the pixels are blanked below.
+                side = self._spec.crop.size
+                pictures.append(torch.zeros((3, side, side), dtype=torch.uint8))
+        work.boxes[rows] = boxes(
+            self._spec,
+            epoch=epoch,
+            indices=indices,
+            heights=np.array([p.shape[1] for p in pictures], np.int32),
+            widths=np.array([p.shape[2] for p in pictures], np.int32),
+        )
+        for row, picture in enumerate(pictures, rows.start):
+            square = crop(picture, work.boxes[row], work.images.shape[1])
+            # numpy's copy: torch's would start a team of threads for each of ours.
+            np.copyto(work.images[row].numpy(), square.permute(1, 2, 0).numpy())
+
+    def _picture(self, i: int) -> torch.Tensor:
+        samples = self._samples
+        payload = data_sets.encoded(samples, i)
+        if isinstance(samples, Beton) and samples.modes[i] == RAW:
+            shape = (int(samples.heights[i]), int(samples.widths[i]), 3)
+            pixels = np.asarray(payload).reshape(shape)
+            return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        return decode(payload)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode")

@@ -1,0 +1,58 @@
+"""Engine: random images that already lie on the device.
+
+A part of the product: the ceiling of a training step (nothing is read, decoded or sent over the
+bus), and smoke runs on a machine without data. Labels are drawn once per sample, so a probe has
+something to fit; pixels are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from pipelines.batch import RawBatch
+from pipelines.engines.faults import BadSamples
+from pipelines.sampling.crops import boxes
+from pipelines.sampling.order import Order
+from pipelines.spec import LoaderSpec, Shard
+
+CLASSES = 10
+
+
+class SyntheticSource:
+    """Random crops: one batch of pixels over and over, with honest indices and labels."""
+
+    def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
+        self._spec = spec
+        self.bad = BadSamples(spec.max_bad)
+        generator = torch.Generator().manual_seed(spec.seed)
+        count = spec.batch_size * spec.crop.size**2 * 3
+        pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+        self._pixels = pixels.to(device)
+        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
+        self._order = Order(spec.samples, spec, shard, self._labels.numpy())
+
+    def __len__(self) -> int:
+        return self._order.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """As `pipelines.loader.Source.epoch`."""
+        spec, side = self._spec, self._spec.side(epoch)
+        shape = (spec.batch_size, side, side, 3)
+        images = self._pixels[: spec.batch_size * side**2 * 3].view(shape)
+        # Pictures of the largest side: boxes do not depend on the epoch's.
+        sizes = np.full(spec.batch_size, spec.crop.size, np.int32)
+        for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
+            where = boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
+            yield RawBatch(
+                images,
+                self._labels[torch.from_numpy(indices)],
+                torch.from_numpy(indices),
+                torch.from_numpy(valid),
+                torch.from_numpy(where),
+            )
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,174 @@
+"""COCO's average precision of boxes and masks, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.datasets.annotations import DenseSamples
+from pipelines.datasets.coco import api, decompressed
+from rotpred.metrics.voc_detection import Found
+
+_NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
+"""The first of what COCOeval.summarize leaves in `stats`."""
+
+
+def coco_metrics(found: Sequence[Found], samples: DenseSamples, *, masks: bool) -> dict[str, float]:
+    """COCO's AP of boxes, and of masks where asked for, shares from 0 to 1.
+
+    Names are box/AP (mean over ten overlaps), box/AP50, box/AP75, box/AP-small, box/AP-medium and
+    box/AP-large, and with mask/ the same of masks. Objects count as small below 32 x 32 pixels and
+    as large above 96 x 96; a size that no object has is left out. The area of an object is that of
+    its polygons, as in COCO's own files, else of its run lengths, else of its box. Difficult
+    objects, which COCO does not have, are ignored as crowds are, but each for one detection only.
+
+    Args:
+        found: one per picture, in the order of the data set; all with masks where `masks`.
+        samples: the truth; with outlines where `masks`.
+
+    Raises:
+        ValueError: another number of pictures, a label that is no class, masks are lacking, no
+            object counts, or pycocotools is not installed.
+    """
+    if len(found) != len(samples):
+        raise ValueError(f"detections of {len(found)} pictures for a data set of {len(samples)}")
+    for i, one in enumerate(found):
+        if len(one.labels) and not 0 <= one.labels.min() <= one.labels.max() < len(samples.classes):
+            raise ValueError(f"{samples.names[i]}: a detection's label is no class")
+        if masks and len(one.masks) != len(one.labels):
+            raise ValueError(f"{samples.names[i]}: detections without masks")
+    truth = _truth(samples, masks=masks)
+    values: dict[str, float] = {}
+    for kind in ("box", "mask") if masks else ("box",):
+        stats = _evaluated(truth, _detections(found, kind), samples, kind)
+        if stats[0] < 0:
+            raise ValueError("average precision needs an object that is not a crowd")
+        values |= {f"{kind}/{name}": v for name, v in zip(_NAMES, stats, strict=False) if v >= 0}
+    return values
+
+
+def check_runs(mask: Mapping[str, Any], height: int, width: int) -> None:
+    """Refuse compressed run lengths that are not of a picture: pycocotools hangs on some.
+
+    Raises:
+        ValueError: another size, or lengths that do not add up to it.
+    """
+    if list(mask["size"]) != [height, width]:
+        raise ValueError(f"run lengths of size {mask['size']}, the picture has {[height, width]}")
+    counts = mask["counts"].encode() if isinstance(mask["counts"], str) else mask["counts"]
+    runs = decompressed(counts)
+    # The sixth bit of the last character would make pycocotools read on behind the end.
+    open_end = bool(counts) and (counts[-1] - 48) & 32 != 0
+    if open_end or runs.min(initial=0) < 0 or runs.sum() != height * width:
+        raise ValueError(f"run lengths that do not add up to {width}x{height} pixels")
+
+
+def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
+    """Annotations as pycocotools knows them; picture and class numbers count from 1."""
+    rows: list[dict[str, Any]] = []
+    for i in range(len(samples)):
+        objects = samples.objects(i)
+        height, width = samples.sizes[i].tolist()
+        if masks and len(objects.outlines) != len(objects.boxes):
+            raise ValueError(f"{samples.names[i]}: the data have no masks of objects")
+        for k, label in enumerate(objects.labels.tolist()):
+            left, top, right, bottom = objects.boxes[k].astype(float).tolist()
+            row = {
+                "id": len(rows) + 1,
+                "image_id": i + 1,
+                "category_id": label + 1,
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": int(objects.crowd[k]),
+                "difficult": int(objects.difficult[k]),
+            }
+            if objects.outlines:
+                runs = _runs(objects.outlines[k], height, width)
+                row["area"] = _area(objects.outlines[k], runs)
+                row["segmentation"] = runs
+            rows.append(row)
+    return rows
+
+
+def _runs(outline: Any, height: int, width: int) -> Any:
+    """Compressed run lengths of an outline."""
+    tools = api("mask")
+    if isinstance(outline, list):
+        return tools.merge(tools.frPyObjects(outline, height, width))
+    if isinstance(outline["counts"], list):
+        return tools.frPyObjects(outline, height, width)
+    check_runs(outline, height, width)
+    return outline
+
+
+def _area(outline: Any, runs: Any) -> float:
+    if not isinstance(outline, list):
+        return float(api("mask").area(runs))
+    total = 0.0
+    for polygon in outline:
+        x, y = polygon[::2], polygon[1::2]
+        corners = zip(x, y, [*x[1:], x[0]], [*y[1:], y[0]], strict=True)
+        total += abs(sum(a * d - c * b for a, b, c, d in corners)) / 2
+    return total
+
+
+def _detections(found: Sequence[Found], kind: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i, one in enumerate(found):
+        boxes = one.boxes.astype(float).tolist()
+        areas = api("mask").area(list(one.masks)).tolist() if kind == "mask" and one.masks else []
+        for k, (left, top, right, bottom) in enumerate(boxes):
+            row = {
+                "id": len(rows) + 1,
+                "image_id": i + 1,
+                "category_id": int(one.labels[k]) + 1,
+                "bbox": [left, top, right - left, bottom - top],
+                "score": float(one.scores[k]),
+                "area": areas[k] if areas else (right - left) * (bottom - top),
+                "iscrowd": 0,
+            }
+            if areas:
+                row["segmentation"] = one.masks[k]
+            rows.append(row)
+    return rows
+
+
+def _evaluated(
+    truth: list[dict[str, Any]], detections: list[dict[str, Any]], samples: DenseSamples, kind: str
+) -> list[float]:
+    """Return COCOeval's twelve numbers; -1 where nothing counts."""
+    frame = {
+        "images": [
+            {"id": i, "height": height, "width": width}
+            for i, (height, width) in enumerate(samples.sizes.tolist(), 1)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(samples.classes, 1)],
+    }
+    evaluation = api("cocoeval").COCOeval(iouType="bbox" if kind == "box" else "segm")
+    # It tells the console each of its steps.
+    with contextlib.redirect_stdout(io.StringIO()):
+        sides = []
+        for rows in (truth, detections):
+            # It marks the annotations that it is given.
+            side = api("coco").COCO()
+            side.dataset = {**frame, "annotations": [dict(row) for row in rows]}
+            side.createIndex()
+            sides.append(side)
+        evaluation.cocoGt, evaluation.cocoDt = sides
+        evaluation.params.imgIds = sorted(sides[0].getImgIds())
+        evaluation.params.catIds = sorted(sides[0].getCatIds())
+        prepare = evaluation._prepare
+
+        def prepare_difficult() -> None:
+            prepare()
+            for rows in evaluation._gts.values():
+                for row in rows:
+                    row["ignore"] |= row["difficult"]
+
+        evaluation._prepare = prepare_difficult
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(v) for v in evaluation.stats]

@@ -1,0 +1,173 @@
+"""VOC's average precision of detected boxes, at ten overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.datasets.annotations import DenseSamples
+from rotpred.metrics.classification import average_precision_of
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
+"""Intersection over union that a hit must exceed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was detected in one picture, K objects, in pixels of the upright stored picture."""
+
+    boxes: npt.NDArray[np.float32]
+    """(K, 4): left, top, right, bottom; right - left is the width, as in `Objects`."""
+    labels: npt.NDArray[np.int64]
+    """(K,): position among the classes, from 0."""
+    scores: npt.NDArray[np.float32]
+    """(K,), higher for surer."""
+    masks: tuple[Mapping[str, object], ...] = ()
+    """K run lengths {"size": [height, width], "counts": text}, compressed as COCO has them (counts
+    may be given as bytes); () where there are boxes only."""
+
+    def __post_init__(self) -> None:
+        k = len(self.boxes)
+        shapes = self.boxes.shape, self.labels.shape, self.scores.shape
+        if shapes != ((k, 4), (k,), (k,)) or len(self.masks) not in (0, k):
+            raise ValueError(
+                f"boxes {shapes[0]}, labels {shapes[1]}, scores {shapes[2]} and {len(self.masks)} "
+                "masks do not fit each other: expected (K, 4), (K,), (K,) and 0 or K"
+            )
+        if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
+            raise ValueError("a detected box or its score is not finite")
+        masks = tuple(
+            {**mask, "counts": counts.decode()}
+            if isinstance(counts := mask["counts"], bytes)
+            else mask
+            for mask in self.masks
+        )
+        object.__setattr__(self, "masks", masks)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassAps:
+    """AP of every class at every overlap of `OVERLAPS`, shares from 0 to 1."""
+
+    eleven: Float64
+    """(C, 10): mean precision at 11 recalls, VOC2007's. NaN: no object of the class counts."""
+    area: Float64
+    """(C, 10): area under the precision envelope, VOC's since 2010."""
+
+
+def voc_metrics(found: Sequence[Found], samples: DenseSamples) -> dict[str, float]:
+    """Means over classes of VOC's AP: AP50, AP (over ten overlaps) and AP75, shares from 0 to 1.
+
+    Names without an ending are VOC2007's 11-point AP, those that end in /area the area under the
+    precision envelope. Classes of which no object counts are left out of the means.
+
+    Args:
+        found: one per picture, in the order of the data set.
+        samples: the truth.
+
+    Raises:
+        ValueError: as `per_class`.
+    """
+    return means(per_class(found, samples))
+
+
+def means(aps: ClassAps) -> dict[str, float]:
+    """Return what `voc_metrics` does, of APs at hand."""
+    values = {}
+    for ending, table in (("", aps.eleven), ("/area", aps.area)):
+        known = table[~np.isnan(table).any(axis=1)]
+        values[f"AP50{ending}"] = float(known[:, OVERLAPS.index(0.5)].mean())
+        values[f"AP{ending}"] = float(known.mean())
+        values[f"AP75{ending}"] = float(known[:, OVERLAPS.index(0.75)].mean())
+    return values
+
+
+def per_class(found: Sequence[Found], samples: DenseSamples) -> ClassAps:
+    """VOC's AP of each class, as detectron2 computes it.
+
+    Source: detectron2, detectron2/evaluation/pascal_voc_evaluation.py. Scores count with 3 decimals
+    and boxes with 1, as they stood in VOC's text files. By falling score each detection takes the
+    object of its class that it overlaps most; it is right where the overlap exceeds the threshold
+    and nothing took the object before, and it does not count where the object is difficult.
+    Deviations: detections of equal score keep the order of pictures and detections (theirs is any),
+    and recall and overlap are compared exactly, where theirs go through rounded sums.
+
+    Args:
+        found: one per picture, in the order of the data set.
+        samples: the truth.
+
+    Raises:
+        ValueError: another number of pictures, a label that is no class, or no object that counts.
+    """
+    n, classes = len(samples), len(samples.classes)
+    if len(found) != n:
+        raise ValueError(f"detections of {len(found)} pictures for a data set of {n}")
+    truth = [samples.objects(i) for i in range(n)]
+    labels, gt_labels = (
+        np.concatenate([part.labels for part in parts]) for parts in (found, truth)
+    )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"a detection has a label that is not among the {classes} classes")
+    difficult = np.concatenate([t.difficult for t in truth])
+    positives = np.bincount(gt_labels[~difficult], minlength=classes)
+    if not positives.any():
+        raise ValueError("average precision needs an object that is not difficult")
+    # In tenths of a pixel, and thousandths: areas of whole and of rounded boxes are exact then.
+    boxes = np.rint(10 * np.concatenate([f.boxes for f in found]).astype(np.float64))
+    gt_boxes = 10 * np.concatenate([t.boxes for t in truth]).astype(np.float64)
+    scores = np.rint(1000 * np.concatenate([f.scores for f in found]).astype(np.float64))
+    # Only objects of one class and picture meet: one number for both.
+    group = labels * n + np.repeat(np.arange(n), [len(f.labels) for f in found])
+    gt_group = gt_labels * n + np.repeat(np.arange(n), [len(t.labels) for t in truth])
+    target, overlap = _best(boxes, group, gt_boxes, gt_group)
+
+    order = np.lexsort((-scores, labels))
+    bounds = np.searchsorted(labels[order], np.arange(classes + 1))
+    aps = np.full((2, classes, len(OVERLAPS)), np.nan)
+    for c in np.flatnonzero(positives):
+        ranked = order[bounds[c] : bounds[c + 1]]
+        for k, least in enumerate(OVERLAPS):
+            over = overlap[ranked] > least
+            ignored = over & difficult[target[ranked]]
+            candidates = np.flatnonzero(over & ~ignored)
+            first = np.unique(target[ranked[candidates]], return_index=True)[1]
+            hits = np.zeros(len(ranked), np.bool_)
+            hits[candidates[first]] = True
+            aps[:, c, k] = average_precision_of(hits[~ignored], int(positives[c]))
+    return ClassAps(eleven=aps[1], area=aps[0])
+
+
+def _best(
+    boxes: Float64, group: Int64, gt_boxes: Float64, gt_group: Int64
+) -> tuple[Int64, Float64]:
+    """Return for each of M boxes the object of its group that it overlaps most, and how much.
+
+    The first one where several are even; 0 and an overlap of 0 where the group has none.
+    """
+    order = np.argsort(gt_group, kind="stable")
+    start, stop = (np.searchsorted(gt_group[order], group, side) for side in ("left", "right"))
+    counts = stop - start
+    # All pairs below each other, those of one box in a row.
+    box = np.repeat(np.arange(len(boxes)), counts)
+    begin = np.cumsum(counts) - counts
+    place = np.arange(len(box)) - begin[box]
+    gt = order[start[box] + place]
+    corner = np.maximum(boxes[box, :2], gt_boxes[gt, :2])
+    inside = np.minimum(boxes[box, 2:], gt_boxes[gt, 2:]) - corner
+    common = inside.clip(min=0).prod(axis=1)
+    area, gt_area = ((b[:, 2:] - b[:, :2]).clip(min=0).prod(axis=1) for b in (boxes, gt_boxes))
+    overlap = common / (area[box] + gt_area[gt] - common)
+
+    target, most = np.zeros(len(boxes), np.int64), np.zeros(len(boxes))
+    some = np.flatnonzero(counts)
+    if len(some):
+        most[some] = np.maximum.reduceat(overlap, begin[some])
+        candidate = np.where(overlap == most[box], place, len(gt_boxes))
+        target[some] = order[start[some] + np.minimum.reduceat(candidate, begin[some])]
+    return target, most

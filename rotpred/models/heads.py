@@ -1,0 +1,154 @@
+"""What sits on a backbone: rotation heads, and the pools between its stages and linear probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rotpred.models.backbone import Backbone, build_backbone
+
+PoolKind = Literal["auto", "specified", "adaptive"]
+
+PROBE_DIM = 9216
+"""Length that the pooled features of every stage come near to, whatever their channels: 12*12*64.
+The RotNet authors' pools of AlexNet (12/7/5/6/6) and mmselfsup's of ResNet-50 (12/6/4/3/2) all are
+the whole side nearest to sqrt(9216 / channels)."""
+
+RESNET50_POOLS = ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))
+"""Kernel, stride and padding of the average pools for stem to res5 of ResNet-50 at 224 pixels
+(mmselfsup/models/utils/multi_pooling.py, and VISSL's linear evaluation): 9216, 9216, 8192, 9216 and
+8192 features. Padding counts in the mean, which matters for the stem."""
+
+
+class PooledLinear(nn.Module):
+    """Global average, then one linear layer."""
+
+    def __init__(self, dim: int, *, classes: int) -> None:
+        """Build it with torch's default initialisation."""
+        super().__init__()
+        self.fc = nn.Linear(dim, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, dim, H, W) to logits (N, classes)."""
+        logits: torch.Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+class AlexNetHead(nn.Module):
+    """Pool 5, fc6, fc7 and the classifier of the RotNet authors (architectures/AlexNet.py).
+
+    fc6 and fc7 have BN and ReLU, no bias and no dropout. Needs a conv5 map of 13x13 or 14x14
+    (pictures of 223 to 254 pixels), because fc6 reads all 9216 = 256*6*6 values.
+    """
+
+    def __init__(self, *, classes: int, dim: int = 256) -> None:
+        """Build it with torch's default initialisation."""
+        super().__init__()
+        self.pool5 = nn.MaxPool2d(3, stride=2)
+        self.fc6 = nn.Linear(dim * 6 * 6, 4096, bias=False)
+        self.bn6 = nn.BatchNorm1d(4096)
+        self.fc7 = nn.Linear(4096, 4096, bias=False)
+        self.bn7 = nn.BatchNorm1d(4096)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4096, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map conv5 (N, 256, 13, 13) to logits (N, classes)."""
+        x = self.pool5(x).flatten(1)
+        x = self.relu(self.bn6(self.fc6(x)))
+        x = self.relu(self.bn7(self.fc7(x)))
+        logits: torch.Tensor = self.fc(x)
+        return logits
+
+
+class RotNet(nn.Module):
+    """A backbone and a head; the state dict has the prefixes `backbone.` and `head.`."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        """Join them; the head reads the backbone's last map."""
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pictures (N, 3, S, S) to logits (N, classes)."""
+        logits: torch.Tensor = self.head(self.backbone(x))
+        return logits
+
+
+def make_rotnet(name: str, classes: int = 4) -> RotNet:
+    """Build the network of the pretext task on the backbone of that name.
+
+    ResNet: global average and Linear, drawn from Normal(0, 0.01) with bias 0 (mmselfsup
+    models/heads/cls_head.py). NIN: the same with torch's default draw, AlexNet: fc6, fc7 and the
+    classifier (both as the paper's code).
+    """
+    backbone = build_backbone(name)
+    if name == "alexnet":
+        return RotNet(backbone, AlexNetHead(classes=classes))
+    head = PooledLinear(backbone.dim, classes=classes)
+    if name.startswith("resnet"):
+        nn.init.normal_(head.fc.weight, std=0.01)
+        nn.init.zeros_(head.fc.bias)
+    return RotNet(backbone, head)
+
+
+def stage_shapes(backbone: Backbone, input_size: int) -> list[tuple[int, int, int]]:
+    """Return (channels, height, width) of each stage's map for a square input. Computes no pixels.
+
+    Raises:
+        ValueError: the input is too small for this backbone.
+    """
+    # A twin without storage: the real one may be frozen, in training mode, compiled or on a GPU.
+    with torch.device("meta"):
+        twin = build_backbone(backbone.arch).eval()
+        picture = torch.empty(1, 3, input_size, input_size)
+    try:
+        with torch.no_grad():
+            maps = twin.stages(picture)
+    except RuntimeError as error:
+        raise ValueError(f"{input_size} pixels are too few for {backbone.arch}: {error}") from error
+    return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
+
+
+def stage_pools(backbone: Backbone, input_size: int, kind: PoolKind = "auto") -> list[nn.Module]:
+    """Return one pooling module per stage, which brings its map to about `PROBE_DIM` values.
+
+    Args:
+        backbone: one that `build_backbone` made.
+        input_size: side of the input in pixels.
+        kind: "specified" is mmselfsup's and VISSL's table, made for ResNet-50 at 224 pixels;
+            "adaptive" pools to the side nearest to sqrt(PROBE_DIM / channels), at most the map's
+            own, by maximum for AlexNet (the authors' and VISSL's probes), else by mean; "auto" is
+            specified where there is a table, else adaptive.
+
+    Raises:
+        ValueError: specified pools were asked for where there is no table.
+    """
+    tabled = backbone.arch == "resnet50" and input_size == 224
+    if kind == "specified" and not tabled:
+        raise ValueError(
+            f"there is no table of pools for {backbone.arch} at {input_size} pixels "
+            "(only for resnet50 at 224): use adaptive"
+        )
+    if tabled and kind != "adaptive":
+        return [nn.AvgPool2d(k, stride=s, padding=p) for k, s, p in RESNET50_POOLS]
+    pool = nn.AdaptiveMaxPool2d if backbone.arch == "alexnet" else nn.AdaptiveAvgPool2d
+    return [
+        pool(max(1, min(height, round(math.sqrt(PROBE_DIM / channels)))))
+        for channels, height, _ in stage_shapes(backbone, input_size)
+    ]
+
+
+def pooled_dims(backbone: Backbone, input_size: int, pools: Sequence[nn.Module]) -> list[int]:
+    """Return the number of values per picture that each pool leaves: the probes' input lengths."""
+    shapes = stage_shapes(backbone, input_size)
+    return [
+        math.prod(pool(torch.empty(1, *shape, device="meta")).shape)
+        for pool, shape in zip(pools, shapes, strict=True)
+    ]

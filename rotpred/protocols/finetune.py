@@ -1,0 +1,284 @@
+"""Semi-supervised evaluation: fine-tuning of all layers on a part of the labels."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
+
+from pipelines.loader import Loader
+from rotpred.distributed import Rank
+from rotpred.models.heads import RotNet, make_rotnet
+from rotpred.plots import training as figures
+from rotpred.protocols.scoring import Scores, number_of_classes, score
+from rotpred.protocols.session import Job, open_job
+from rotpred.recipes.finetune import Semi
+from rotpred.records.folder import read_results
+from rotpred.records.log import RunLog, lock, read_rows
+from rotpred.training.loop import NotFiniteError, steps
+from rotpred.training.state import Outcome, Trained, TrainState, autocast
+from rotpred.training.sync_bn import synced
+from rotpred.weights.trunk import load_trunk
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[float, float]
+"""Learning rate and head multiple."""
+
+
+class Classifier(RotNet):
+    """Backbone and head; the head works in fp32 under autocast as well.
+
+    Otherwise bf16 logits of a thousand classes tie too often to be ranked.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pictures (N, 3, S, S) to logits (N, classes)."""
+        maps = self.backbone(x)
+        with torch.autocast(maps.device.type, enabled=False):
+            logits: torch.Tensor = self.head(maps.float())
+        return logits
+
+
+def run(recipe: Semi, rank: Rank) -> Path:
+    """Fine-tune, count exact top-1 and top-5, write the run folder; the whole grid if so asked.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: weights, data and recipe do not fit together, in words.
+        Stopped: a signal ended the run after a checkpoint.
+    """
+    with deterministic() if recipe.deterministic else contextlib.nullcontext():
+        if recipe.grid:
+            return _grid(recipe, rank)
+        return _point(recipe, rank)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let torch use deterministic kernels only, and raise where there is none."""
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    strict = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    # Read by cuBLAS when a device is used first; without it torch refuses matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def _point(recipe: Semi, rank: Rank) -> Path:
+    """One learning rate and one head multiple."""
+    with open_job(recipe, rank, views="plain") as job:
+        assert job.val is not None
+        model, sha = _network(recipe, number_of_classes(job.loader, job.val), rank)
+        head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_mult)
+        state = job.train_state(
+            model,
+            [
+                Trained(model.backbone, recipe.optim, recipe.schedule),
+                Trained(model.head, head, recipe.schedule),
+            ],
+            backbone=recipe.backbone,
+            weights=sha,
+            sync_bn=recipe.sync_bn,
+            deterministic=recipe.deterministic,
+            optim=asdict(recipe.optim),
+            head_mult=recipe.head_mult,
+            schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
+        )
+        with job.begin(state) as log:
+            if log is not None:
+                logger.info(
+                    "%s: %s (%s), rate %g, head x%g, engine %s, %d steps",
+                    recipe.name, recipe.backbone, recipe.weights, recipe.optim.lr,
+                    recipe.head_mult, job.loader.engine, job.total,
+                )  # fmt: skip
+                scores = _train(recipe, state, job, log)
+                if scores is None:  # max_steps ended it inside an epoch
+                    scores = evaluate(recipe, state, job.val)
+                _finish(recipe, state, job, scores, log, sha)
+    return job.out
+
+
+def _network(recipe: Semi, classes: int, rank: Rank) -> tuple[Classifier, str]:
+    trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+    head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
+    model = Classifier(trunk.requires_grad_(True), head)
+    return synced(model, recipe.sync_bn, rank, recipe.run).train(), sha
+
+
+def _train(recipe: Semi, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
+    """Train to the end; returns the validation of the final weights, where an epoch ended there."""
+    results: dict[int, Scores] = {}
+
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+        with state.autocast():
+            logits = state.model(images)
+        loss = cross_entropy(logits, targets)
+        hits = (logits.argmax(1) == targets).float().mean()
+        return loss, {"loss": loss, "accuracy": 100 * hits}
+
+    def validate(_finished: int) -> float:
+        assert job.val is not None
+        scores = results[state.step] = evaluate(recipe, state, job.val)
+        log.validation(step=state.step, values={"accuracy": 100 * scores[""]["top1"]})
+        return scores[""]["top1"]
+
+    data, pace = job.loader, recipe.eval_every
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
+        state.learn(objective, batch.images, batch.targets)
+    return results.get(state.step)
+
+
+def evaluate(recipe: Semi, state: TrainState, val: Loader) -> Scores:
+    """Top-1, and top-5 where there are more than five classes, of the one classifier, ""."""
+    state.agree()
+    model, rank = state.module, state.rank
+
+    def logits_of(images: torch.Tensor) -> list[torch.Tensor]:
+        with autocast(rank.device, recipe.run.precision):
+            return [model(images)]
+
+    model.eval()
+    try:
+        return score(val, rank, [""], logits_of)
+    finally:
+        model.train()
+
+
+def _finish(
+    recipe: Semi, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
+) -> None:
+    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
+    for metric in ("top1", "top5"):
+        if metric in scores[""]:
+            log.result(
+                recipe.name,
+                metric=metric,
+                value=100 * scores[""][metric],
+                unit="%",
+                n=int(scores[""]["n"]),
+                checkpoint_sha256=sha or None,
+                weights=Path(recipe.weights).name,
+                fraction=recipe.fraction,
+                lr=recipe.optim.lr,
+                head_mult=recipe.head_mult,
+            )
+    if state.rank.main:
+        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+    job.finish(state)
+
+
+def _grid(recipe: Semi, rank: Rank) -> Path:
+    """All pairs, one after the other; finished ones are read from their folders."""
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    points: dict[Pair, dict[str, dict[str, Any]]] = {}
+    with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
+        for lr, mult in itertools.product(recipe.lrs, recipe.head_mults):
+            folder = out / "grid" / f"lr{lr:g}_head{mult:g}"
+            point = replace(
+                recipe,
+                grid=False,
+                head_mult=mult,
+                optim=replace(recipe.optim, lr=lr),
+                run=replace(recipe.run, out=str(folder)),
+            )
+            points[lr, mult] = {}
+            try:
+                _point(point, rank)
+            except NotFiniteError as error:  # on all ranks together: a result of its own
+                logger.warning("rate %g, head x%g: %s", lr, mult, error)
+                continue
+            if rank.main:
+                rows = read_results(folder / "results.json")
+                points[lr, mult] = {str(row["metric"]): row for row in rows}
+        with RunLog(
+            out,
+            recipe=recipe,
+            rank_main=rank.main,
+            world=rank.world,
+            total_steps=len(points),
+            device=str(rank.device),
+        ) as log:
+            if rank.main:
+                _report(recipe, points, log)
+    return out
+
+
+def _report(recipe: Semi, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:
+    """The whole table, and the best of it, as rows of results.json and as a picture."""
+    trained = {pair: rows for pair, rows in points.items() if rows}
+    if not trained:
+        raise ValueError(f"no learning rate of the grid gave a finite loss: {sorted(points)}")
+    best = max(trained, key=lambda pair: trained[pair]["top1"]["value"])
+    for pair, rows in trained.items():
+        for metric, row in rows.items():
+            log.result(**row | {"metric": f"{metric}/{_name(pair)}"}, best=pair == best)
+    for row in trained[best].values():
+        log.result(
+            **row,
+            chosen_on="val",
+            chosen_from=len(points),
+            not_finite=[_name(pair) for pair in points if pair not in trained],
+        )
+    tops = np.array(
+        [
+            [points[lr, mult].get("top1", {}).get("value", np.nan) for mult in recipe.head_mults]
+            for lr in recipe.lrs
+        ]
+    )
+    log.figure("grid", grid_figure(tops, lrs=recipe.lrs, head_mults=recipe.head_mults))
+
+
+def _name(pair: Pair) -> str:
+    return f"lr={pair[0]:g},head={pair[1]:g}"
+
+
+def grid_figure(
+    tops: np.ndarray[Any, np.dtype[np.float64]],
+    *,
+    lrs: tuple[float, ...],
+    head_mults: tuple[float, ...],
+) -> Figure:
+    """A heat map of accuracies in percent: (len(lrs), len(head_mults)); NaN: not finite."""
+    size = (1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs))
+    fig = Figure(figsize=size, dpi=120, layout="constrained")
+    ax = fig.subplots()
+    image = ax.imshow(tops, cmap="Blues", aspect="auto")
+    low, high = np.nanmin(tops), np.nanmax(tops)
+    for (row, column), value in np.ndenumerate(tops):
+        lost = np.isnan(value)
+        dark = not lost and value > low + 0.6 * (high - low)
+        text = "not finite" if lost else f"{value:.2f} %"
+        weight = "bold" if value == high else "normal"
+        ink = "white" if dark else figures.INK
+        ax.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
+    ax.set_xticks(range(len(head_mults)), [f"x{mult:g}" for mult in head_mults])
+    ax.set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
+    ax.set_xlabel("head multiple")
+    ax.set_ylabel("learning rate")
+    ax.set_title("Top-1 over the validation data", fontsize=11, color=figures.INK)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
+    return fig

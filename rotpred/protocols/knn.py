@@ -1,0 +1,167 @@
+"""Weighted nearest neighbours on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from rotpred.distributed import Rank, all_sum
+from rotpred.protocols.feature_session import open_evaluation, share
+from rotpred.protocols.scoring import number_of_classes
+from rotpred.recipes.svm import Knn
+
+BANK_ROWS = 8192
+QUERY_ROWS = 1024
+"""Similarities computed at once: 32 MB."""
+
+TOPS = (1, 5)
+"""A hit is the right class among as many with the most votes."""
+
+
+def run(recipe: Knn, rank: Rank) -> Path:
+    """Count exact top-1 and top-5 for every number of neighbours, write the run folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: weights, data and recipe do not fit together, in words.
+    """
+    with open_evaluation(recipe, rank) as evaluation:
+        classes = number_of_classes(*evaluation.data)
+        _check_enough(recipe, evaluation.samples)
+        train, val = evaluation.features((recipe.stage,), recipe.store)
+        _check_enough(recipe, len(train.labels))
+        blocks = -(-len(train.labels) // BANK_ROWS)
+        with evaluation.begin(blocks * rank.world) as log:
+            if log is None:
+                return evaluation.out
+            rows = share(len(val.labels), rank)
+            found = neighbours(
+                train.stages[recipe.stage],
+                val.stages[recipe.stage][rows],
+                k=max(recipe.neighbours),
+                normalize=recipe.normalize,
+                device=rank.device,
+                tick=log.tick,
+            )
+            hits = count_hits(
+                *found,
+                bank_labels=train.labels,
+                labels=val.labels[rows],
+                ks=recipe.neighbours,
+                temperature=recipe.temperature,
+                classes=classes,
+            )
+            hits, n = all_sum(hits, rank), len(val.labels)
+            for k, counts in zip(recipe.neighbours, hits.tolist(), strict=True):
+                for top, count in zip(TOPS, counts, strict=True):
+                    if top < classes:
+                        evaluation.result(log, f"top{top}/k={k}", count / n, n=n)
+    return evaluation.out
+
+
+def _check_enough(recipe: Knn, samples: int) -> None:
+    if max(recipe.neighbours) > samples:
+        raise ValueError(f"{max(recipe.neighbours)} neighbours of {samples} training samples")
+
+
+def neighbours(
+    bank: npt.NDArray[np.floating],
+    queries: npt.NDArray[np.floating],
+    *,
+    k: int,
+    normalize: bool,
+    device: torch.device,
+    tick: Callable[[int], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the k rows of the bank with the largest dot products. Equal ones: the lower row first.
+
+    The bank is read once, in blocks, and need not fit in memory.
+
+    Args:
+        bank: (M, D), M at least k.
+        queries: (Q, D).
+        k: neighbours per query.
+        normalize: divide all rows by their lengths first, so that products are cosines.
+        device: where to compute, in float32.
+        tick: told the number of blocks of the bank that are done.
+
+    Returns:
+        Similarities float32 (Q, k), falling, and rows int64 (Q, k), on the CPU.
+    """
+
+    def rows_of(source: npt.NDArray[np.floating], first: int, count: int) -> torch.Tensor:
+        part = np.array(source[first : first + count], dtype=np.float32)
+        rows = torch.from_numpy(part).to(device)
+        return F.normalize(rows, dim=1) if normalize else rows
+
+    asked = [rows_of(queries, q, QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
+    # One integer orders by similarity, then by row: `topk` may order equal floats as it likes.
+    best = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in asked]
+    for done, first in enumerate(range(0, len(bank), BANK_ROWS), start=1):
+        part = rows_of(bank, first, BANK_ROWS)
+        numbers = torch.arange(first, first + len(part), device=device)
+        for i, query in enumerate(asked):
+            # -0.0 and 0.0 are equal, but not as bits.
+            bits = (query @ part.T + 0.0).view(torch.int32)
+            rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+            keys = torch.cat([best[i], (rising << 32) + (0xFFFFFFFF - numbers)], dim=1)
+            best[i] = keys.topk(min(k, keys.shape[1]), dim=1).values
+        tick(done)
+    keys = torch.cat(best).cpu() if best else torch.empty(0, k, dtype=torch.int64)
+    rising = (keys >> 32).int()
+    similar = torch.where(rising < 0, rising ^ 0x7FFFFFFF, rising).view(torch.float32)
+    return similar, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def count_hits(
+    similar: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    bank_labels: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    ks: Sequence[int],
+    temperature: float,
+    classes: int,
+) -> torch.Tensor:
+    """Let the neighbours vote: exp(similarity / temperature) each, for their own class.
+
+    Source: mmselfsup, mmselfsup/evaluation/functional/knn_eval.py. There, sorting decides between
+    classes with equal votes, also between those that have none; here the lower class id comes
+    first, and a class without votes is no hit. Votes are taken relative to the nearest neighbour's,
+    which changes no order and keeps the exponential finite for features of any length.
+
+    Args:
+        similar: float (Q, k), falling, of `neighbours`.
+        rows: int64 (Q, k).
+        bank_labels: int64 (M,).
+        labels: int64 (Q,), the truth.
+        ks: numbers of neighbours that vote, each at most k.
+        temperature: T.
+        classes: number of classes.
+
+    Returns:
+        int64 (len(ks), 2): how many queries are right, by `TOPS`.
+    """
+    hits = torch.zeros(len(ks), 2, dtype=torch.int64)
+    for first in range(0, len(rows), QUERY_ROWS):
+        block = slice(first, first + QUERY_ROWS)
+        near = similar[block].double()
+        votes = ((near - near[:, :1]) / temperature).exp()
+        voters = torch.from_numpy(bank_labels)[rows[block]]
+        truth = torch.from_numpy(labels[block])[:, None]
+        lower = torch.arange(classes) < truth
+        for place, k in enumerate(ks):
+            sums = torch.zeros(len(truth), classes, dtype=torch.float64)
+            sums.scatter_add_(1, voters[:, :k], votes[:, :k])
+            own = sums.gather(1, truth)
+            ahead = ((sums > own) | ((sums == own) & lower)).sum(1)
+            voted = own[:, 0] > 0
+            hits[place] += torch.stack([((ahead < top) & voted).sum() for top in TOPS])
+    return hits

@@ -1,0 +1,82 @@
+"""The accuracy of a checkpoint's own rotation head, ours or another project's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+
+from rotpred.distributed import Rank, check_equal
+from rotpred.models.heads import make_rotnet
+from rotpred.plots import training as figures
+from rotpred.protocols.scoring import ROTATIONS, score_rotations
+from rotpred.protocols.session import open_data
+from rotpred.recipes.rotation import Rotation
+from rotpred.records.folder import DONE, write_json
+from rotpred.records.log import RunLog, lock
+from rotpred.training.settings import Run
+from rotpred.training.state import channels_last
+from rotpred.weights.load import load_rotnet
+from rotpred.weights.trunk import RANDOM
+
+logger = logging.getLogger(__name__)
+
+_CLOCKWISE = {"file": None, "clockwise": True, "counter-clockwise": False}
+
+
+def run(recipe: Rotation, rank: Rank) -> Path:
+    """Count exact hits over all pictures in all four views, write the run folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: weights, data and recipe do not fit together, in words.
+        FileNotFoundError: there are no such data or weights.
+    """
+    if not recipe.weights:
+        raise ValueError("name the weights to score: --weights FILE, one with its rotation head")
+    if recipe.val.views != "rotate4" or recipe.val.drop_last:
+        raise ValueError("all four views of every picture count: views rotate4, no drop_last")
+    out = Path(recipe.run.out or f"runs/{recipe.name}")
+    torch.manual_seed(recipe.val.seed)  # of the random control's weights
+    with contextlib.ExitStack() as stack:
+        if rank.main:
+            stack.enter_context(lock(out, recipe.name))
+        net, sha = make_rotnet(recipe.backbone), ""
+        if recipe.weights != RANDOM:
+            report = load_rotnet(net, Path(recipe.weights), clockwise=_CLOCKWISE[recipe.labels])
+            sha = report.sha256
+            logger.info("%s: %s", recipe.weights, report.words())
+        net = channels_last(net, rank.device).eval()
+        loader = stack.enter_context(
+            open_data(recipe.val, rank, Run(precision=recipe.run.precision))
+        )
+        check_equal(len(loader), rank, what="steps in an epoch")
+        log = stack.enter_context(
+            RunLog(
+                out,
+                recipe=recipe,
+                rank_main=rank.main,
+                world=rank.world,
+                total_steps=len(loader),
+                device=str(rank.device),
+            )
+        )
+        found = score_rotations(net, loader, rank, recipe.run.precision, tick=log.tick)
+        log.result(
+            recipe.name,
+            metric="accuracy",
+            value=100 * found.accuracy,
+            unit="%",
+            n=found.n,
+            checkpoint_sha256=sha or None,
+            weights=Path(recipe.weights).name,
+            chance=100 / ROTATIONS,
+        )
+        if rank.main:
+            log.figure("confusion", figures.confusion(torch.tensor(found.matrix)))
+            write_json(out / DONE, {"weights": sha, "val": loader.data_id})
+    return out

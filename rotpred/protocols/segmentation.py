@@ -1,0 +1,253 @@
+"""Segmentation: training of a fully convolutional network, and exact mean IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from pipelines.dense.loader import DenseLoader
+from pipelines.dense.spec import IGNORED, DenseBatch
+from pipelines.imaging.torchvision_decode import decode
+from rotpred.distributed import Rank
+from rotpred.metrics.classification import Confusion, ConfusionResult
+from rotpred.metrics.predictions import read_masks
+from rotpred.models.backbone import Backbone
+from rotpred.models.fcn import Fcn, pixel_loss, resized
+from rotpred.plots.detections import CITYSCAPES_PALETTE, masks_figure, voc_palette
+from rotpred.protocols import dense
+from rotpred.protocols.dense import Evaluation
+from rotpred.recipes.segmentation import Segmentation
+from rotpred.records.folder import replaced
+from rotpred.training.state import Outcome, TrainState
+
+Mask = npt.NDArray[np.uint8]
+
+SHOWN = 4
+"""Validation pictures in the figure."""
+
+
+def run(recipe: Segmentation, rank: Rank) -> Path:
+    """Train and count exact mean IoU, or score a folder of predictions; write the run folder.
+
+    Raises:
+        ValueError: weights, data, predictions and recipe do not fit together, in words.
+        Stopped: a signal ended the run after a checkpoint.
+    """
+    if recipe.predictions:
+        return score(recipe, rank)
+    return dense.run(recipe, rank, Segment)
+
+
+class Segment:
+    """What segmentation does differently: `dense.Task`."""
+
+    def __init__(self, recipe: Segmentation) -> None:
+        """Touch nothing yet."""
+        self.recipe = recipe
+
+    def network(self, backbone: Backbone, classes: int) -> nn.Module:
+        """The backbone, dilated, with both heads."""
+        return Fcn(backbone, classes, dropout=self.recipe.dropout)
+
+    def objective(self, state: TrainState, batch: DenseBatch) -> Outcome:
+        """Both losses at the size of the masks, in float32, and the share of right pixels."""
+        if batch.masks is None:
+            raise ValueError(f"{self.recipe.train.data} has no masks to learn from")
+        masks, align = batch.masks, self.recipe.align_corners
+        size = (masks.shape[1], masks.shape[2])
+        # Dropout is then a function of seed, step and process: a run that goes on draws the same.
+        seeds = np.random.SeedSequence([self.recipe.train.seed, state.step, state.rank.rank])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        with state.autocast():
+            logits, auxiliary = state.model(batch.images)
+        logits = resized(logits, size, align_corners=align)
+        decode_loss = pixel_loss(logits, masks, IGNORED)
+        auxiliary_loss = pixel_loss(resized(auxiliary, size, align_corners=align), masks, IGNORED)
+        loss = decode_loss + self.recipe.aux_weight * auxiliary_loss
+        counted = masks != IGNORED
+        right = ((logits.detach().argmax(1) == masks) & counted).sum() / counted.sum().clamp(min=1)
+        return loss, {
+            "loss": loss,
+            "loss/decode": decode_loss,
+            "loss/auxiliary": auxiliary_loss,
+            "accuracy": 100 * right,
+        }
+
+    def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
+        """Mean IoU over all pixels of all pictures, each in its stored size."""
+        with dense.any_shape():
+            return self._evaluate(state, val)
+
+    def _evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
+        rank, samples = state.rank, val.samples
+        confusion = Confusion(len(val.classes), device=rank.device)
+        shown: list[tuple[int, Mask]] = []
+        folder = state.folder.parent / "predictions"
+        for i, logits in self._logits(state, val):
+            truth = torch.from_numpy(samples.mask(i)).to(rank.device)
+            size = (truth.shape[0], truth.shape[1])
+            enlarged = resized(logits, size, align_corners=self.recipe.align_corners)
+            predicted = enlarged.argmax(1)[0]
+            confusion.update(predicted, truth, truth != IGNORED)
+            if self.recipe.save_predictions or (rank.main and len(shown) < SHOWN):
+                mask = predicted.to(torch.uint8).cpu().numpy()
+                if rank.main and len(shown) < SHOWN:
+                    shown.append((i, mask))
+                if self.recipe.save_predictions:
+                    save_mask(folder / f"{samples.names[i]}.png", mask, _palette(val))
+        return evaluation(confusion.compute(rank), val, shown if rank.main else [])
+
+    def _logits(self, state: TrainState, val: DenseLoader) -> Iterator[tuple[int, torch.Tensor]]:
+        """Index and float32 logits (1, classes, h, w) of this process's pictures, one by one.
+
+        Without what they are padded with in a batch: results depend on no neighbour.
+        """
+
+        def logits_of(image: torch.Tensor) -> torch.Tensor:
+            with state.autocast():
+                logits: torch.Tensor = state.module(image)
+            return logits.float()
+
+        def window_of(image: torch.Tensor) -> torch.Tensor:
+            size = (image.shape[2], image.shape[3])
+            return resized(logits_of(image), size, align_corners=self.recipe.align_corners)
+
+        crop, stride = self.recipe.slide_crop, self.recipe.slide_stride
+        for batch in val.epoch(0):
+            for k in batch.valid.nonzero().flatten().tolist():
+                height, width = batch.sizes[k].tolist()
+                image = batch.images[k : k + 1, :, :height, :width]
+                if self.recipe.test == "slide":
+                    yield int(batch.indices[k]), slide(window_of, image, crop, stride)
+                else:
+                    # As published, first to the network's input, then to the stored picture.
+                    yield int(batch.indices[k]), window_of(image)
+
+    def identity(self) -> dict[str, object]:
+        """Head, loss and how logits are enlarged."""
+        names = ("align_corners", "aux_weight", "dropout")
+        return {"model": "fcn", **{name: getattr(self.recipe, name) for name in names}}
+
+
+def slide(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
+) -> torch.Tensor:
+    """The mean of the logits of windows, where they overlap.
+
+    Windows begin at multiples of the stride; one that would reach over the edge is moved back until
+    it ends there. A picture smaller than the window is one window along that side. Source: mmseg/
+    models/segmentors/encoder_decoder.py, slide_inference.
+
+    Args:
+        logits_of: maps (1, 3, h, w) to float32 (1, classes, h, w).
+        image: (1, 3, H, W).
+        crop: side of the window in pixels.
+        stride: pixels between windows.
+
+    Returns:
+        (1, classes, H, W).
+    """
+    height, width = image.shape[2:]
+    total: torch.Tensor | None = None
+    count = torch.zeros(1, 1, height, width, device=image.device)
+    for top in _starts(height, crop, stride):
+        for left in _starts(width, crop, stride):
+            rows, columns = slice(top, top + crop), slice(left, left + crop)
+            logits = logits_of(image[:, :, rows, columns])
+            if total is None:
+                total = logits.new_zeros(1, logits.shape[1], height, width)
+            total[:, :, rows, columns] += logits
+            count[:, :, rows, columns] += 1
+    assert total is not None  # a picture has a pixel
+    return total / count
+
+
+def _starts(length: int, crop: int, stride: int) -> list[int]:
+    last = max(0, length - crop)
+    return [*range(0, last, stride), last]
+
+
+def score(recipe: Segmentation, rank: Rank) -> Path:
+    """Compare a folder of predicted masks with the validation data, and write the run folder.
+
+    Raises:
+        FileNotFoundError: there is none of a picture.
+        ValueError: one has another size or unknown classes; it says which.
+    """
+    folder = Path(recipe.predictions)
+
+    def count(val: DenseLoader) -> Evaluation:
+        confusion = Confusion(len(val.classes))
+        shown: list[tuple[int, Mask]] = []
+        for i in range(rank.rank, len(val.samples), rank.world):
+            predicted = read_masks(folder, val.samples, i, label_ids=recipe.label_ids)
+            truth = val.samples.mask(i)
+            counted = truth != IGNORED
+            if (predicted[counted] == IGNORED).any():
+                raise ValueError(
+                    f"{folder}: pixels of {val.samples.names[i]} that count have no class but "
+                    f"{IGNORED}"
+                )
+            confusion.update(*map(torch.from_numpy, (predicted, truth, counted)))
+            if rank.main and len(shown) < SHOWN:
+                shown.append((i, predicted))
+        return evaluation(confusion.compute(rank), val, shown)
+
+    return dense.score(recipe, rank, count)
+
+
+def evaluation(
+    result: ConfusionResult, val: DenseLoader, shown: list[tuple[int, Mask]]
+) -> Evaluation:
+    """Mean IoU first, pixel accuracy, mean recall, and the IoU of each class that occurs.
+
+    Args:
+        result: over all processes.
+        val: classes, names, pictures and true masks.
+        shown: indices and predicted masks of pictures to draw.
+    """
+    values = {"mIoU": result.mean_iou, "accuracy": result.accuracy}
+    values["mean recall"] = result.mean_recall
+    for name, iou in zip(val.classes, result.iou, strict=True):
+        if iou is not None:
+            values[f"IoU/{name}"] = iou
+    figures = {"masks": _figure(val, shown)} if shown else {}
+    return Evaluation(values, n=len(val.samples), figures=figures)
+
+
+def save_mask(path: Path, mask: Mask, palette: Mask) -> None:
+    """Write classes, uint8 (h, w), as a PNG file that viewers show in the colours of a palette.
+
+    Args:
+        path: made whole or not at all, with its folder.
+        mask: what is written.
+        palette: uint8 (classes, 3).
+    """
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _palette(val: DenseLoader) -> Mask:
+    cityscapes = val.spec.data.startswith("cityscapes:")
+    return CITYSCAPES_PALETTE if cityscapes else voc_palette(len(val.classes))
+
+
+def _figure(val: DenseLoader, shown: list[tuple[int, Mask]]) -> Figure:
+    pictures = [decode(val.samples.path(i).read_bytes()) for i, _ in shown]
+    return masks_figure(
+        [picture.permute(1, 2, 0).numpy() for picture in pictures],
+        [mask for _, mask in shown],
+        [val.samples.mask(i) for i, _ in shown],
+        val.classes,
+        _palette(val),
+    )

@@ -1,0 +1,170 @@
+"""Recipes of fine-tuning on a part of the labels: source, command and published result of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
+from rotpred.recipes import Linear, Run
+from rotpred.recipes.pretrain import rotnet_cifar10_r18
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Schedule, Steps
+
+
+@dataclass(frozen=True)
+class Semi:
+    """Fine-tuning of all layers, with a new classifier, on a part of the labels."""
+
+    name: str = "semi"
+    """Names the run in results and in the default run folder."""
+    weights: str = ""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
+    backbone: str = "resnet50"
+    """The architecture of the weights."""
+    fraction: float = 0.01
+    """Share of the labels that the training data stand for: what results say, nothing else."""
+    train: LoaderSpec = field(default_factory=lambda: Linear().train)
+    """Labelled training data."""
+    val: LoaderSpec = field(default_factory=lambda: Linear().val)
+    """Labelled validation data."""
+    optim: Optim = field(default_factory=lambda: Optim(lr=0.01, weight_decay=5e-4))
+    """Optimiser of the backbone."""
+    head_mult: float = 1.0
+    """Learning rate of the classifier, as a multiple of the backbone's."""
+    schedule: Schedule = field(default_factory=lambda: Steps((12, 16), gamma=0.2))
+    """Learning rate over time."""
+    sync_bn: Literal["off", "torch"] = "off"
+    """Batch norm statistics over all GPUs (torch's SyncBN) or over each process's own."""
+    deterministic: bool = True
+    """Use deterministic kernels only: the same command gives the same weights, on a GPU as well."""
+    grid: bool = False
+    """Train every pair of `lrs` and `head_mults`, each in a folder of its own below the run folder,
+    and report all of them and the one that is best on the validation data, as published. The same
+    command again goes on with what is not finished."""
+    lrs: tuple[float, ...] = (0.1, 0.01, 0.001)
+    """Learning rates of the grid, in place of optim.lr."""
+    head_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
+    """Multiples of the grid, in place of head_mult."""
+    eval_every: int = 20
+    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    run: Run = field(default_factory=lambda: Run(epochs=20, precision="fp32"))
+    """Length, precision, logs and checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("lrs", self.lrs), ("head_mults", self.head_mults)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be named, each once, got {values}")
+        for value in (self.head_mult, *self.lrs, *self.head_mults):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"lrs, head_mult and head_mults must be positive, got {value}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
+
+
+def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0) -> Semi:
+    """ImageNet-1k, ResNet-50 fine-tuned on 1 % or 10 % of the labels, 4 GPUs x 64 images.
+
+    Args:
+        fraction: 0.01 or 0.1, which have their own weight decay.
+        lr: of the backbone, for 256 images a step.
+        head_mult: times that for the classifier.
+
+    Raises:
+        ValueError: another fraction.
+    """
+    decays = {0.01: 5e-4, 0.1: 1e-4}
+    if fraction not in decays:
+        raise ValueError(f"fraction must be 0.01 or 0.1, got {fraction}")
+    percent, decay = round(100 * fraction), decays[fraction]
+    plain = LoaderSpec(
+        data=f"data/imagenet/train_{percent}percent.beton", batch_size=64, views="plain"
+    )
+    return Semi(
+        name=f"in1k_semi_{percent}",
+        fraction=fraction,
+        train=replace(plain, crop=RandomResizedCrop(224)),
+        val=replace(
+            plain,
+            data="data/imagenet/val.beton",
+            batch_size=128,
+            crop=CenterCrop(224, 256),
+            flip=False,
+            shuffle=False,
+            drop_last=False,
+        ),
+        optim=Optim(lr=lr, weight_decay=decay, reference_batch=256),
+        head_mult=head_mult,
+        sync_bn="torch",
+    )
+
+
+def in1k_semi_1() -> Semi:
+    """ImageNet-1k, ResNet-50 fine-tuned on 1 % of the labels.
+
+    Source: mmselfsup, configs/benchmarks/classification/imagenet/imagenet_1percent; OpenSelfSup:
+    4 x 64 images, SGD 0.9, 20 epochs, x0.2 at 12 and 16, decay 5e-4, SyncBN, random crop and flip;
+    a grid of rates 0.1, 0.01, 0.001 and head multiples 1, 10, 100, deterministic. The default is
+    what was best for rotation there. VISSL has 70 epochs, one rate and no decay.
+    Command: torchrun --nproc-per-node 4 scripts/evaluate.py in1k_semi_1 --grid --weights FILE
+    (without conversion: --train.data imagenet-subset:1percent.txt --train.root TRAIN_FOLDER, where
+    the list is SimCLR's; a list with labels goes by --train.data LIST --train.root TRAIN_FOLDER)
+    Published (OpenSelfSup), top-1 / top-5: 18.98 / 44.05; random weights 1.56 / 4.99.
+    """
+    return in1k_semi(0.01)
+
+
+def in1k_semi_10() -> Semi:
+    """ImageNet-1k, ResNet-50 fine-tuned on 10 % of the labels.
+
+    Source: as `in1k_semi_1`, imagenet_10percent: decay 1e-4.
+    Command: torchrun --nproc-per-node 4 scripts/evaluate.py in1k_semi_10 --grid --weights FILE
+    Published (OpenSelfSup), top-1 / top-5: 54.75 / 80.21; random weights 21.78 / 44.24.
+    """
+    return in1k_semi(0.1)
+
+
+def _cifar10(percent: int, epochs: int, decay: float) -> Semi:
+    pretext = rotnet_cifar10_r18()
+    assert pretext.val is not None
+    plain = replace(pretext.train, views="plain", normalize=CIFAR10)
+    return Semi(
+        name=f"cifar10_semi_{percent}",
+        backbone=pretext.backbone,
+        fraction=percent / 100,
+        # CIFAR-10 has 5,000 training pictures of each class.
+        train=replace(plain, batch_size=50, crop=RandomCrop(32, padding=4), per_class=50 * percent),
+        val=replace(pretext.val, views="plain"),
+        optim=Optim(lr=0.01, weight_decay=decay),
+        head_mult=10.0,
+        schedule=Steps((0.6 * epochs, 0.8 * epochs), gamma=0.2),
+        eval_every=epochs,
+        run=Run(epochs=epochs, precision="fp32", log_every=20, keep=2),
+    )
+
+
+def cifar10_semi_1() -> Semi:
+    """CIFAR-10, the small ResNet-18 fine-tuned on 1 % of the labels: 50 of each class.
+
+    Source: `in1k_semi_1`, made small for two CPU cores: 50 images a step, 30 epochs of ten steps.
+    One process: two would send each other more gradients than so small batches are worth.
+    Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_1 --grid --weights FILE
+    """
+    return _cifar10(1, 30, 5e-4)
+
+
+def cifar10_semi_10() -> Semi:
+    """CIFAR-10, the small ResNet-18 fine-tuned on 10 % of the labels: 500 of each class.
+
+    Source: `in1k_semi_10`, made small for two CPU cores: 50 images a step, 8 epochs of a hundred.
+    Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_10 --grid --weights FILE
+    """
+    return _cifar10(10, 8, 1e-4)
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (in1k_semi_1, in1k_semi_10, cifar10_semi_1, cifar10_semi_10)
+}

@@ -1,0 +1,298 @@
+"""The run folder: what was asked for, what happened, and what came out of it.
+
+    with lock(out), RunLog(out, recipe=recipe, rank_main=True, world=1, total_steps=900,
+                           device="cpu") as log:
+        log.interval(step=50, epoch=0, values={"loss": 1.2}, images=3200, views=12800,
+                     wait_seconds=0.4, seconds=9.1)
+        log.result("rotation", metric="accuracy", value=68.4, unit="%", n=40000)
+
+Only the main process writes; on the others every method returns at once, so that callers need no
+test of the rank. Records must never end a training run: a full disk or a reader that went away
+costs one warning and the run goes on. Nothing here waits for a GPU or for another process.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from rotpred.records.console import configure_logging, describe
+from rotpred.records.folder import (
+    DONE,
+    environment,
+    lock,
+    plain,
+    read_results,
+    read_rows,
+    replaced,
+    rss_mib,
+    write_json,
+)
+from rotpred.records.jsonl import Rows
+from rotpred.records.progress import Progress
+from rotpred.records.tensorboard import Scalars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RunLog", "configure_logging", "lock", "read_results", "read_rows"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes one run folder. A context manager; see the module's docstring for an example."""
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        recipe: object,
+        rank_main: bool,
+        world: int,
+        total_steps: int,
+        device: str,
+        start_step: int = 0,
+    ) -> None:
+        """Touch nothing yet; files appear on entering the context.
+
+        Args:
+            out: the run folder, created where missing. One job per folder: see `lock`.
+            recipe: a frozen dataclass; its `name` field, or its class name, names it in results.
+            rank_main: whether this process is the one that writes.
+            world: processes in the job, which all make the same steps.
+            total_steps: steps of the whole run, for the time left and the bar.
+            device: "cpu" or "cuda:0"; decides which memory is reported.
+            start_step: the step that the run resumes from. Later rows of log.jsonl belong to work
+                that was lost and is about to be done again: they are dropped before the first new
+                one, and TensorBoard is told to hide its own.
+        """
+        self.out = out
+        self._recipe = recipe
+        self._recipe_name = str(getattr(recipe, "name", None) or type(recipe).__name__)
+        self._main = rank_main
+        self._world = world
+        self._total_steps = total_steps
+        self._device = torch.device(device)
+        self._step = start_step
+        self._resumed = start_step
+        self._warned = False
+        self._seconds_per_step: float | None = None
+        self._results: list[dict[str, object]] = []
+        self._rows = Rows(out / "log.jsonl")
+        self._scalars = Scalars(out / "tensorboard")
+        self._progress: Progress | None = None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Make the folder, write recipe.json and env.json.
+
+        The folder is unfinished from here on. Earlier results stay until the first new one, which
+        takes the place of them all: they may be of other settings than the recipe beside them.
+
+        Raises:
+            OSError: the folder cannot be made or is not writable.
+            ValueError: results.json is there and is not a list of results.
+        """
+        if not self._main:
+            return self
+        for folder in ("checkpoints", "figures", "tensorboard"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(self.out, os.W_OK):
+            raise PermissionError(errno.EACCES, "the run folder is not writable", str(self.out))
+        if not logging.getLogger("rotpred").hasHandlers():
+            configure_logging()
+        read_results(self.out / "results.json")  # refuses a file that is not ours to replace
+        (self.out / DONE).unlink(missing_ok=True)
+        with self._keeps_going():
+            write_json(self.out / "recipe.json", plain(self._recipe))
+            write_json(self.out / "env.json", environment(self._device, world=self._world))
+        self._progress = Progress(self._recipe_name, self._total_steps, start=self._step)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the bar and TensorBoard's file. Results are on disk already."""
+        with self._keeps_going():
+            if self._progress is not None:
+                self._progress.close()
+        self._progress = None
+        with self._keeps_going():
+            self._scalars.close()
+
+    def tick(self, step: int) -> None:
+        """Tell how far it is. Reads no tensor: cheap enough for every step."""
+        if self._progress is not None:
+            with self._keeps_going():
+                self._progress.update(step)
+
+    def interval(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        values: Mapping[str, float],
+        images: int,
+        views: int,
+        wait_seconds: float,
+        seconds: float,
+    ) -> None:
+        """Record one log interval: a row of log.jsonl, a console line, TensorBoard scalars.
+
+        Args:
+            step: steps done since the beginning of the run.
+            epoch: the epoch that the step belongs to, from 0.
+            values: means over the interval, by name; "loss", "accuracy" (percent) and "lr" have
+                their own format on the console. A value that is not finite is null in log.jsonl.
+            images: source images that THIS process consumed in the interval; the throughput in
+                the record is that of all processes, which step together.
+            views: network inputs made of them: four times as many with rotate4.
+            wait_seconds: time that this process waited for its loader.
+            seconds: wall time of the interval.
+        """
+        if not self._main:
+            return
+        with self._keeps_going():
+            self._rows.open(after=self._resumed)
+        steps, self._step = step - self._step, step
+        if steps > 0 and seconds > 0:
+            # Smoothed, because one interval holds a checkpoint or the compilation of the first.
+            now, last = seconds / steps, self._seconds_per_step
+            self._seconds_per_step = now if last is None else 0.7 * last + 0.3 * now
+        left = None
+        if self._seconds_per_step is not None:
+            left = max(0, self._total_steps - step) * self._seconds_per_step
+        rate = self._world / seconds if seconds > 0 else 0.0
+        row: dict[str, object] = {
+            "step": step,
+            "epoch": epoch,
+            **{k: float(v) if math.isfinite(v) else None for k, v in values.items()},
+            "images_per_s": round(images * rate, 2),
+            "views_per_s": round(views * rate, 2),
+            "wait_percent": round(100 * min(1.0, wait_seconds / seconds), 2) if seconds > 0 else 0,
+            "seconds": round(seconds, 4),
+            "seconds_left": None if left is None else round(left, 1),
+            "rss_mib": rss_mib(),
+            "time": round(time.time(), 3),
+        }
+        if self._device.type == "cuda":
+            row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
+        if self._progress is not None:
+            self._progress.said()
+        self.tick(step)
+        logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
+        with self._keeps_going():
+            self._rows.append(row)
+            self._scalars.interval(row, values, step=step, resumed=self._resumed)
+
+    def validation(self, *, step: int, values: Mapping[str, float]) -> None:
+        """Record a validation in the middle of a run: a row, a console line, TensorBoard scalars.
+
+        Args:
+            step: steps done since the beginning of the run.
+            values: in percent, by name; the row and TensorBoard call them val/NAME.
+        """
+        if not self._main:
+            return
+        self._rows.open(after=self._resumed)
+        named = {f"val/{name}": float(value) for name, value in values.items()}
+        logger.info(
+            "step %d  validation  %s",
+            step,
+            "  ".join(f"{name} {value:.2f} %" for name, value in values.items()),
+        )
+        with self._keeps_going():
+            self._rows.append({"step": step, **named, "time": round(time.time(), 3)})
+            self._scalars.add(named, step=step, resumed=self._resumed)
+
+    def result(
+        self,
+        benchmark: str,
+        *,
+        metric: str,
+        value: float,
+        unit: str,
+        n: int,
+        checkpoint_sha256: str | None = None,
+        seconds: float | None = None,
+        **extra: object,
+    ) -> None:
+        """Add a row to results.json and say it on the console.
+
+        A row takes the place of an earlier one of this log with the same benchmark, metric and
+        recipe: the file never contradicts itself.
+
+        Args:
+            benchmark: what was measured, as in docs/protocols.md.
+            metric: "accuracy", "top1/res4", ...
+            value: in `unit`; must be finite.
+            unit: "%", "images/s", ...
+            n: samples that the value is a mean over.
+            checkpoint_sha256: checksum of the weights that were measured.
+            seconds: what the measurement took; by default the time since this log was made.
+            extra: further JSON fields, for example `chance=25.0`.
+
+        Raises:
+            ValueError: the value is not finite: JSON cannot hold it and a table should not.
+        """
+        if not self._main:
+            return
+        if not math.isfinite(value):
+            raise ValueError(f"result {benchmark} {metric} is {value}; it must be finite")
+        row: dict[str, object] = {
+            "benchmark": benchmark,
+            "metric": metric,
+            "value": float(value),
+            "unit": unit,
+            "n": n,
+            "checkpoint_sha256": checkpoint_sha256,
+            "recipe": self._recipe_name,
+            "seconds": round(time.monotonic() - self._began if seconds is None else seconds, 1),
+            **{key: plain(item) for key, item in extra.items()},
+        }
+        key = ("benchmark", "metric", "recipe")
+        self._results = [r for r in self._results if any(r.get(k) != row[k] for k in key)]
+        self._results.append(row)
+        logger.info("%s  %s %.4g %s  (n = %s)", benchmark, metric, value, unit, f"{n:,}")
+        with self._keeps_going():
+            write_json(self.out / "results.json", self._results)
+
+    def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
+        """Write figures/NAME.png, and the same picture to TensorBoard at `step` (now)."""
+        if not self._main:
+            return
+        from PIL import Image
+
+        from rotpred.plots.training import pixels
+
+        picture = pixels(fig)
+        at = self._step if step is None else step
+        with self._keeps_going():
+            with replaced(self.out / "figures" / f"{name}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+            self._scalars.picture(name, picture, step=at, resumed=self._resumed)
+
+    @contextmanager
+    def _keeps_going(self) -> Iterator[None]:
+        """Turn a failed write into one warning per run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                words = "the run goes on, its records may be incomplete"
+                logger.warning("cannot write to the run folder %s (%s): %s", self.out, error, words)

@@ -1,0 +1,254 @@
+"""The page of the method, from run folders: every benchmark, trained beside untrained weights.
+
+Results join the tables of `published.TABLES` by the names of recipe and metric. Equal folders give
+equal pages: nothing in them tells the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from rotpred.report import published
+from rotpred.report.departures import departures
+from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, Picture, Text
+from rotpred.report.results import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, Result, Run
+from rotpred.report.tables import Cell, Source, Table
+
+TITLE = "Rotation prediction: results"
+MARK = "†"
+"""Behind results of another protocol than the recipe's own."""
+WEIGHTS = {TRAINED: "FILE", RANDOM: "random", SUPERVISED: "imagenet"}
+NONE = "–"
+"""Where nothing was published, or there are not two results to subtract."""
+
+
+def page(
+    runs: Sequence[Run], *, left_out: Sequence[str] = (), notes: Sequence[str] = ()
+) -> list[Block]:
+    """Make the page.
+
+    Args:
+        runs: whose results and figures it shows.
+        left_out: names of run folders that could not be read, to be said on the page.
+        notes: paragraphs about these runs, for its head.
+
+    Raises:
+        ValueError: two runs have the same result of the same kind of weights.
+    """
+    results = _collect(runs)
+    blocks: list[Block] = [
+        Heading(TITLE, 1),
+        Text(
+            "Numbers are percent of the test data. Trained weights stand beside random ones in the "
+            f"same network, and both beside published numbers; “{NOT_RUN}”: none of the runs has "
+            "that result. A difference is trained minus random."
+        ),
+        Text(published.WARNING, warning=True),
+    ]
+    if left_out:
+        blocks.append(Text(f"Left out as broken: {', '.join(left_out)}.", warning=True))
+    blocks += [*map(Text, notes), *_pretext(runs)]
+    known = {name for table in published.TABLES for name in table.recipes}
+    others = dict.fromkeys(result.recipe for result in results if result.recipe not in known)
+    tables = [
+        *published.TABLES,
+        *(Table(published.TITLES.get(name, name), (name,), ()) for name in others),
+    ]
+    filled = [(t, [r for r in results if r.recipe in t.recipes]) for t in tables]
+    # What there is to see comes first; the order is otherwise that of the tables.
+    for table, part in sorted(filled, key=lambda pair: not pair[1]):
+        blocks += _table(table, part)
+    blocks += [
+        *_sources(),
+        Heading("Other published numbers", 2),
+        Text("Of other networks, or of layers that their source does not name."),
+        Grid(("what", "number", "source"), published.OTHERS),
+        *_figures(runs),
+        *_provenance(runs),
+    ]
+    return blocks
+
+
+def _collect(runs: Sequence[Run]) -> list[Result]:
+    """All results of evaluations, each once."""
+    found: dict[tuple[object, ...], Result] = {}
+    for result in (result for run in runs for result in run.results if result.kind is not None):
+        key = (result.recipe, result.label, result.kind)
+        if key in found:
+            raise ValueError(
+                f"{found[key].run.path} and {result.run.path} both have {result.recipe} "
+                f"{result.label} of {result.kind} weights: leave one of them out"
+            )
+        found[key] = result
+    return list(found.values())
+
+
+def _table(table: Table, results: Sequence[Result]) -> list[Block]:
+    """A benchmark: config, commands, results beside published ones, what else its runs found."""
+    kinds = [
+        kind for kind in KINDS if kind in (TRAINED, RANDOM) or any(r.kind == kind for r in results)
+    ]
+    blocks: list[Block] = [Heading(table.title, 2), _config(table, results)]
+    blocks += _departures(dict.fromkeys(r.run for r in results))
+    blocks += [Text(note) for note in table.notes]
+    for kind in kinds:
+        weights = {r.sha for r in results if r.kind == kind and r.sha}
+        if len(weights) > 1:
+            said = ", ".join(sha[:12] for sha in sorted(weights))
+            blocks.append(Text(f"{kind} results of several weights files: {said}.", warning=True))
+    used: set[Result] = set()
+    rows = []
+    for cell in table.cells:
+        matching = [result for result in results if _fills(result, cell)]
+        used.update(matching)
+        best = {kind: _best(matching, kind) for kind in kinds}
+        rows.append((cell.name, *_ours(best, cell), *_theirs(cell, table.sources)))
+    head = ("result", *kinds, "difference", *(source.name for source in table.sources))
+    if rows:
+        blocks.append(Grid(head, tuple(rows)))
+    labels = dict.fromkeys(r.label for r in results if r not in used)
+    rest = [
+        (label, *_ours({k: _best([r for r in results if r.label == label], k) for k in kinds}))
+        for label in labels
+    ]
+    if rest:
+        if rows:
+            blocks.append(Text("What else these runs found:"))
+        blocks.append(Grid(("result", *kinds, "difference"), tuple(rest)))
+    for words in dict.fromkeys(str(r.row["protocol"]) for r in results if "protocol" in r.row):
+        blocks.append(Text(f"{MARK}: {words}."))
+    return [*blocks, Code(_commands(table, results, kinds))]
+
+
+def _fills(result: Result, cell: Cell) -> bool:
+    """Whether a result belongs to a cell."""
+    return result.metric in cell.metrics and all(
+        isinstance(field := result.row.get(name), int | float) and math.isclose(field, value)
+        for name, value in cell.where.items()
+    )
+
+
+def _best(results: Sequence[Result], kind: str) -> Result | None:
+    return max((r for r in results if r.kind == kind), key=lambda r: r.value, default=None)
+
+
+def _ours(best: Mapping[str, Result | None], cell: Cell | None = None) -> list[str]:
+    """One text per kind of weights, and the difference."""
+    texts = [NOT_RUN if result is None else _text(result, cell) for result in best.values()]
+    trained, random = best[TRAINED], best[RANDOM]
+    both = trained is not None and random is not None
+    return [*texts, f"{trained.value - random.value:+.2f}" if both else NONE]  # type: ignore[union-attr]
+
+
+def _text(result: Result, cell: Cell | None) -> str:
+    """Two digits, the deviation where there is one, and which of several results it is."""
+    text = f"{result.value:.2f}"
+    if isinstance(deviation := result.row.get("deviation"), int | float):
+        text += f" ± {deviation:.2f}"
+    if result.unit != "%":
+        text += f" {result.unit}"
+    if "protocol" in result.row or departures(result.run.recipe, processes=result.run.processes):
+        text += MARK
+    chosen = []
+    if cell is not None and len(cell.metrics) > 1:
+        chosen.append(result.metric.partition("/")[2])
+    if "=" not in result.metric:
+        chosen += [f"{name} {result.row[name]}" for name in SETTINGS[1:] if name in result.row]
+    if "chosen_from" in result.row:
+        chosen.append(f"best of {result.row['chosen_from']}")
+    return f"{text} ({', '.join(chosen)})" if chosen else text
+
+
+def _theirs(cell: Cell, sources: Sequence[Source]) -> list[str]:
+    return [cell.published.get(source, NONE) for source in sources]
+
+
+def _config(table: Table, results: Sequence[Result]) -> Text:
+    """Recipes, networks and numbers of test samples, the latter as far as the runs say."""
+    text = f"Config: {', '.join(table.recipes)}"
+    if networks := sorted({r.run.backbone for r in results if r.run.backbone}):
+        text += f"; {', '.join(networks)}"
+    if counts := sorted({r.n for r in results}):
+        text += f"; n = {' or '.join(f'{n:,}' for n in counts)}"
+    return Text(f"{text}.")
+
+
+def _departures(runs: Iterable[Run]) -> list[Block]:
+    """What runs changed of their recipe, a line for those that changed the same."""
+    changed: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        if words := departures(run.recipe, processes=run.processes):
+            changed.setdefault(words, []).append(run.name)
+    return [
+        Text(f"{MARK}: {', '.join(names)}: {'; '.join(words)}.", warning=True)
+        for words, names in changed.items()
+    ]
+
+
+def _commands(table: Table, results: Sequence[Result], kinds: Sequence[str]) -> str:
+    """The commands of the runs, and those that would fill the rest of the table."""
+    lines = []
+    for kind, recipe in itertools.product(kinds, table.recipes):
+        runs = dict.fromkeys(r.run for r in results if r.kind == kind and r.recipe == recipe)
+        for run in runs:
+            lines += [f"# {kind}: {run.name}", run.command]
+        if not runs:
+            words = ["torchrun", "--standalone", "--nproc-per-node", str(table.processes)]
+            words += ["scripts/evaluate.py", recipe, *table.options, "--weights", WEIGHTS[kind]]
+            lines += [f"# {kind}: {NOT_RUN}", " ".join(words)]
+    return "\n".join(lines)
+
+
+def _sources() -> list[Block]:
+    sources = dict.fromkeys(source for table in published.TABLES for source in table.sources)
+    rows = tuple((source.name, source.place) for source in sources)
+    return [Heading("Sources of the published numbers", 2), Grid(("column", "source"), rows)]
+
+
+def _pretext(runs: Sequence[Run]) -> list[Block]:
+    """Rotation accuracy of pretraining runs, one a row."""
+    blocks: list[Block] = [Heading("Rotation prediction (accuracy on four views)", 2)]
+    found = [r for run in runs for r in run.results if r.kind is None]
+    if not found:
+        return [*blocks, Text(f"Pretraining: {NOT_RUN}.")]
+    rows = []
+    for result in found:
+        chance = result.row.get("chance")
+        rows.append(
+            (
+                result.run.name,
+                result.recipe,
+                _text(result, None),
+                f"{chance:.2f}" if isinstance(chance, int | float) else NONE,
+                f"{result.n:,}",
+                published.PRETEXT.get(result.recipe, NONE),
+            )
+        )
+    head = ("run", "config", result.metric, "chance", "views", "published")
+    commands = [f"# {run.name}\n{run.command}" for run in dict.fromkeys(r.run for r in found)]
+    blocks += _departures(dict.fromkeys(r.run for r in found))
+    return [*blocks, Grid(head, tuple(rows)), Code("\n".join(commands))]
+
+
+def _figures(runs: Sequence[Run]) -> list[Block]:
+    pictures: list[Block] = [
+        Picture(f"{run.group}: {path.stem}", path.read_bytes(), path)
+        for run in runs
+        for path in run.figures
+    ]
+    return [Heading("Figures of the runs", 2), *pictures] if pictures else []
+
+
+def _provenance(runs: Sequence[Run]) -> list[Block]:
+    """Which weights, machine and versions each run had."""
+    rows = []
+    for run in runs:
+        weights = {r.weights: r.sha for r in run.results}
+        said = ", ".join(f"{name} {sha[:12]}".strip() for name, sha in weights.items())
+        machine = [str(run.env[key]) for key in ("device", "cpu", "torch") if key in run.env]
+        processes = "unknown" if run.processes is None else str(run.processes)
+        rows.append((run.name, said, ", ".join(machine) or NONE, processes, run.revision))
+    head = ("run", "weights (sha256)", "device, processor, torch", "processes", "revision")
+    return [Heading("Runs", 2), Grid(head, tuple(rows))]

@@ -1,0 +1,68 @@
+"""The linear SVM where rows have fewer values than there are rows: solved in the weights.
+
+Newton's method with exact steps (Keerthi and DeCoste, JMLR 2005), as many dimensions as values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rotpred.svm.dual import NEWTON_STEPS, TOLERANCE, line_search, normalize_rows
+
+
+def compact(features: npt.NDArray[np.floating], device: torch.device) -> torch.Tensor | None:
+    """The normalised rows with the constant feature, (N, D + 1), where D + 1 < N; else None.
+
+    Their kernel is singular then: with high costs, what rounding leaves of a solution in n
+    dimensions is far from the exact one. In D + 1 dimensions nothing is singular, and it is faster.
+    """
+    if features.shape[1] + 1 >= len(features):
+        return None
+    rows = normalize_rows(features)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1).to(device)
+
+
+def solve_compact(
+    rows: torch.Tensor, signs: torch.Tensor, weights: torch.Tensor, costs: torch.Tensor
+) -> torch.Tensor:
+    """As `solve`, one problem whose rows have fewer values than there are rows.
+
+    Args:
+        rows: float64 (n, d), of `compact`.
+        signs: float64 (n,).
+        weights: float64 (n,).
+        costs: float64 (m,).
+
+    Returns:
+        beta, float64 (n, m).
+
+    Raises:
+        RuntimeError: no convergence, or values that are not finite.
+    """
+    y, result = signs[:, None], []
+    one = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for cost in costs:
+        c2 = (2 * weights * cost)[:, None]
+        w, f = rows.new_zeros(rows.shape[1], 1), torch.zeros_like(y)
+        for _ in range(NEWTON_STEPS):
+            active = (y * f < 1)[:, 0]
+            near, pull = rows[active], c2[active]
+            beta = torch.where(active[:, None], c2 * (y - f), 0)
+            gradient = w - near.T @ beta[active]
+            length = torch.linalg.vector_norm(gradient)
+            if not bool(torch.isfinite(length)):
+                raise RuntimeError("the SVM's features or solution are not finite")
+            if bool(length <= TOLERANCE * torch.linalg.vector_norm(w)):
+                break
+            factor = torch.linalg.cholesky(one + near.T @ (pull * near))
+            step = -torch.cholesky_solve(gradient, factor)
+            moved = rows @ step
+            parts = (y, c2, f, moved, w * step, step * step)
+            t = line_search(*(part[None] for part in parts))[0]
+            w, f = w + t * step, f + t * moved
+        else:
+            raise RuntimeError(f"the SVM did not converge within {NEWTON_STEPS} Newton steps")
+        result.append(beta)
+    return torch.cat(result, 1)

@@ -1,0 +1,230 @@
+"""The training loop: epoch, resume point, learning rate, log and checkpoint cadence, signals.
+
+`steps` is a generator over batches; the mathematics of a protocol stays in its own file:
+
+    def objective(images, targets):
+        with state.autocast():
+            loss = cross_entropy(state.model(images), targets)
+        return loss, {"loss": loss}
+
+    for batch in steps(state, loader, run, log=log):
+        state.learn(objective, batch.images, batch.targets)
+
+The loop reads nothing back from the device in a step; torch's SyncBN does, in every layer, and so
+do detection's proposals. At the log cadence the sums that `state.learn` gathered are read, and all
+ranks agree on whether a signal has come or a loss was not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+import torch
+
+from rotpred.distributed import Rank, all_sum, any_true
+from rotpred.records.log import RunLog
+from rotpred.training.feed import Feed
+from rotpred.training.profiler import profiled
+from rotpred.training.settings import Run
+from rotpred.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+B = TypeVar("B")
+
+STOP_STATUS = 75
+"""Exit status of a run that a signal ended after a checkpoint (BSD's EX_TEMPFAIL: try again)."""
+
+_AGREE_EVERY = 10  # steps between the ranks' agreements on signals, on GPUs
+_PATIENCE_SECONDS = 5.0
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal asked for the end; a checkpoint was written at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by a signal after step {step}; a checkpoint was written")
+        self.step = step
+
+
+class NotFiniteError(ValueError):
+    """A loss or a weight was infinite or not a number. No checkpoint holds such weights."""
+
+
+class _Signals:
+    """Turns a request to stop into a flag, and one repeated later into the end.
+
+    Job schedulers signal every process and torchrun passes signals on, so that the same request
+    arrives twice at once; a person who has waited and asks again wants the end.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    @property
+    def arrived(self) -> bool:
+        return self._first is not None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > _PATIENCE_SECONDS:
+            raise KeyboardInterrupt(f"signal {number}, again")
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self) for s in _STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def steps(
+    state: TrainState,
+    loader: Feed[B],
+    run: Run,
+    *,
+    log: RunLog,
+    evaluate: Callable[[int], float] | None = None,
+    eval_every: int = 1,
+) -> Iterator[B]:
+    """The batches of a run, from where `state` stands to the end.
+
+    Args:
+        state: what is trained; its `step` says where to go on.
+        loader: training data.
+        run: length and cadences.
+        log: where progress is written.
+        evaluate: called with the number of finished epochs after every eval_every-th and the last
+            one; the score it returns decides which checkpoint is the best.
+        eval_every: epochs.
+
+    Raises:
+        NotFiniteError: on all ranks together, at the next log line or before the next checkpoint.
+        Stopped: on all ranks together, after a checkpoint.
+    """
+    per_epoch = len(loader)
+    total = run.epochs * per_epoch
+    last = total if run.max_steps is None else min(total, run.max_steps)
+    meter = _Meter(state, loader, log, run)
+    signals = _Signals()
+    # The sum over ranks goes on from where the checkpoint stood.
+    loader.digest = int(state.digest, 16) if state.rank.main else 0
+    # On GPUs the hosts run ahead of the devices: rarer agreements keep them from waiting.
+    agree_every = 1 if state.rank.device.type == "cpu" else _AGREE_EVERY
+
+    saved = -1
+
+    def save() -> None:
+        nonlocal saved
+        if state.step == saved:
+            return
+        meter.check_finite()
+        state.digest = stream_digest(loader, state.rank)
+        state.save(run.keep)
+        saved = state.step
+
+    def stop_if_asked() -> None:
+        if any_true(signals.arrived, state.rank):
+            save()
+            raise Stopped(state.step)
+
+    traced = run.profile if state.rank.main else 0
+    with (
+        signals.caught(),
+        profiled(log.out / "profile", traced, state.rank.device) as profile_step,
+    ):
+        while state.step < last:
+            epoch, start = divmod(state.step, per_epoch)
+            save_due = agree_due = False
+            with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
+                for batch in batches:
+                    state.begin(state.step / per_epoch, final=state.step + 1 == last)
+                    yield batch
+                    state.step += 1
+                    profile_step()
+                    log.tick(state.step)
+                    ended = state.step == last or state.step % per_epoch == 0
+                    if ended or state.step % run.log_every == 0:
+                        meter.report(epoch)
+                    if ended:
+                        break
+                    save_due |= state.step % run.save_every == 0
+                    agree_due |= state.step % agree_every == 0
+                    # Weights with half of an accumulated gradient are no place to go on from.
+                    if state.whole and agree_due:
+                        agree_due = False
+                        stop_if_asked()
+                    if state.whole and save_due:
+                        save_due = False
+                        save()
+                else:
+                    raise RuntimeError(f"{loader.engine} ended epoch {epoch} at step {state.step}")
+            # Before the validation, which may take longer than a signal leaves.
+            if state.whole:
+                save()
+            finished, rest = divmod(state.step, per_epoch)
+            due = rest == 0 and (finished % eval_every == 0 or finished == run.epochs)
+            if evaluate is not None and due:
+                score = evaluate(finished)
+                if state.whole:
+                    state.score(score, run.keep)
+            if state.whole and state.step < last:
+                stop_if_asked()
+            meter.restart()
+
+
+class _Meter:
+    """Throughput and means between two log lines."""
+
+    def __init__(self, state: TrainState, loader: Feed[object], log: RunLog, run: Run) -> None:
+        self._state, self._loader, self._log, self._run = state, loader, log, run
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval now: what lies between (an evaluation) is not training time."""
+        self._step = self._state.step
+        self._began, self._waited = time.perf_counter(), self._loader.wait_seconds
+
+    def report(self, epoch: int) -> None:
+        """Read the sums back, write a line, raise if a loss was not finite."""
+        means = self._state.means()
+        self.check_finite()
+        steps_done = self._state.step - self._step
+        spec = self._loader.spec
+        self._log.interval(
+            step=self._state.step,
+            epoch=epoch,
+            values={**means, "lr": self._state.lr, **spec.scalars(epoch)},
+            images=steps_done * spec.batch_size,
+            views=steps_done * spec.batch_size * spec.view_count,
+            wait_seconds=self._loader.wait_seconds - self._waited,
+            seconds=time.perf_counter() - self._began,
+        )
+        self.restart()
+
+    def check_finite(self) -> None:
+        if any_true(self._state.broken, self._state.rank):
+            raise NotFiniteError(
+                f"the loss or a weight was not finite at step {self._state.step}: a smaller "
+                "learning rate, a longer warm-up or precision fp32 may help; "
+                "the last checkpoint is sound"
+            )
+
+
+def stream_digest(loader: Feed[object], rank: Rank) -> str:
+    """Hash of all (epoch, index, box) that the run has trained on: equal runs, equal digest."""
+    # Two's complement addition wraps exactly as unsigned addition does.
+    signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest
+    total = int(all_sum(torch.tensor(signed, dtype=torch.int64), rank))
+    return f"{total % 2**64:016x}"

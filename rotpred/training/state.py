@@ -1,0 +1,294 @@
+"""What is trained: network, optimisers, gradient scaler and the step they stand at."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from pipelines.device.rotate import DTYPES
+from pipelines.spec import Precision
+from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
+from rotpred.training import checkpoint
+from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
+from rotpred.training.optim import Optim, build, set_lr
+from rotpred.training.schedule import Schedule, lr_at
+from rotpred.training.settings import Run
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""The loss that is minimised, and scalars whose means are logged, by name."""
+
+Objective = Callable[..., Outcome]
+"""What a protocol makes of the tensors of a batch. It reads nothing back from the device, and its
+inputs have the same shapes from step to step (within a side, with progressive resolution)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A part of the network with an optimiser of its own."""
+
+    module: nn.Module
+    optim: Optim
+    schedule: Schedule
+
+
+class TrainState:
+    """Network, optimisers and step, with one path for fp32, bf16 and fp16."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: list[Trained],
+        *,
+        rank: Rank,
+        run: Run,
+        folder: Path,
+        global_batch: int,
+        identity: dict[str, Any],
+        capture: Capture | None = None,
+    ) -> None:
+        """Wrap a network that lies on its device.
+
+        Args:
+            module: what is called in a step, and saved.
+            trained: its parts, each with optimiser and schedule; together all trainable weights.
+            rank: this process.
+            run: precision, compile, graphs, accumulation.
+            folder: where checkpoints lie.
+            global_batch: source images per step over all ranks, for scaled learning rates.
+            identity: what must be equal for a checkpoint to be gone on with, as plain JSON.
+            capture: what run.cuda_graph captures with, where it is not CUDA.
+
+        Raises:
+            ValueError: a CUDA graph is asked for on a CPU.
+        """
+        if run.cuda_graph and capture is None and rank.device.type != "cuda":
+            raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
+        self.rank, self.module, self.folder = rank, module, folder
+        self.step = 0
+        self.digest = "0"
+        """`loop.stream_digest` of the samples trained on up to the last checkpoint."""
+        self._run, self._identity = run, identity
+        self._epochs = run.epochs
+        self._parts = [(part, part.optim.lr_for(global_batch * run.accumulate)) for part in trained]
+        self._optimizers = [build(part.module, part.optim, lr) for part, lr in self._parts]
+        # A disabled scaler passes everything through: one path for all precisions.
+        self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
+        self._last = True
+        self._sums: dict[str, torch.Tensor] = {}
+        self._zero = torch.zeros((), device=rank.device)
+        self._count = 0
+        self._broken = torch.zeros((), dtype=torch.bool, device=rank.device)
+        self.model = module
+        if run.compile:
+            self.model = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        self._flat: FlatGradients | None = None
+        if run.cuda_graph:
+            self._flat = FlatGradients(module.parameters())
+            self._capture = capture or CudaCapture(rank.device)
+            self._share(list(module.parameters()))
+        elif rank.world > 1:
+            self.model = data_parallel(self.model, rank)
+        self._graphs: dict[Objective, Graphs[Outcome]] = {}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first part, in the step that is being made."""
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def broken(self) -> bool:
+        """Whether a loss or a weight is not finite. Reads the device."""
+        sound = [tensor.isfinite().all() for tensor in self.module.parameters()]
+        return bool(self._broken | ~torch.stack(sound).all())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last step ended an accumulation, so that no gradient is pending."""
+        return self._last
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision, or nothing in fp32."""
+        return autocast(self.rank.device, self._run.precision)
+
+    def begin(self, epoch: float, *, final: bool = False) -> None:
+        """Set the learning rates of the coming step, and whether it ends an accumulation.
+
+        Args:
+            epoch: now, with its fraction.
+            final: the last step of the run, which uses whatever gradient has come together.
+        """
+        self._last = final or (self.step + 1) % self._run.accumulate == 0
+        if isinstance(self.model, DistributedDataParallel):
+            # Gradients travel once per update; `no_sync` would have to wrap the protocol's lines.
+            self.model.require_backward_grad_sync = self._last
+        for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
+            set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
+
+    def learn(self, objective: Objective, *inputs: Any) -> None:
+        """Forward, backward, and a step of the optimisers where an accumulation ends.
+
+        Nothing here waits for the device, apart from the capture of a graph.
+
+        Args:
+            objective: called with the inputs, or with copies of them; the same one at every step.
+            inputs: tensors of a batch; without CUDA graphs, whatever the objective takes.
+        """
+        if self._flat is None:
+            loss, shown = self._gradients(objective, *inputs)
+        else:
+            if objective not in self._graphs:
+                work = functools.partial(self._gradients, objective)
+                self._graphs[objective] = Graphs(self._capture, work)
+            loss, shown = self._graphs[objective](*inputs)
+        self._broken |= ~torch.isfinite(loss)
+        self._record(shown)
+        if self._last:
+            with record_function("optimiser"):
+                self._update()
+
+    def _gradients(self, objective: Objective, *inputs: Any) -> Outcome:
+        with record_function("forward"):
+            loss, shown = objective(*inputs)
+        with record_function("backward"):
+            scaled = self._scaler.scale(loss / self._run.accumulate)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        # Detached: a graph that keeps its results must not keep what led to them.
+        return loss.detach(), {name: value.detach() for name, value in shown.items()}
+
+    def _update(self) -> None:
+        if self._flat is not None:
+            self._flat.average(self.rank)
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        if self._flat is not None:
+            self._flat.zero()
+            return
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _record(self, values: dict[str, torch.Tensor]) -> None:
+        """Add scalars to the sums of the log interval, on the device."""
+        for name, value in values.items():
+            # A sum is new memory: the value itself may be overwritten by the next step.
+            self._sums[name] = self._sums.get(name, self._zero) + value.float()
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call, on this rank. Reads the device."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def agree(self) -> None:
+        """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
+        self._share(list(self.module.buffers()))
+
+    @torch.no_grad()
+    def _share(self, tensors: list[torch.Tensor]) -> None:
+        if self.rank.world == 1:
+            return
+        # Together, one message for each type: a ResNet-50 has 160 of them.
+        # A dict, not a set: the order of a set of types differs between processes.
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            message = torch.cat([tensor.flatten() for tensor in alike])
+            dist.broadcast(message, src=0)
+            parts = torch.split(message, [tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def save(self, keep: int) -> None:
+        """Write a checkpoint, by rank 0, while the others wait."""
+        self.agree()
+        if self.rank.main:
+            state = {
+                "arch": self._identity["backbone"],
+                "model": self.module.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+                "scaler": self._scaler.state_dict(),
+                "digest": self.digest,
+                "rng": torch.get_rng_state(),
+                "identity": json.dumps(self._identity, sort_keys=True),
+            }
+            checkpoint.save(self.folder, self.step, state, keep=keep)
+        barrier(self.rank)
+
+    def score(self, value: float, keep: int) -> None:
+        """Give the checkpoint of this step, which `save` has written, its score."""
+        if self.rank.main:
+            checkpoint.rate(self.folder, self.step, value, keep=keep)
+        barrier(self.rank)
+
+    def resume(self) -> bool:
+        """Go on from the newest valid checkpoint in the folder, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another run, with the differences, or all are damaged.
+        """
+        found = ""
+        failure = ""
+        if self.rank.main:
+            try:
+                latest = checkpoint.load_latest(self.folder)
+                found = str(latest.path) if latest is not None else ""
+            except checkpoint.CheckpointError as error:
+                failure = str(error)
+        # One rank looks, all load the same file, or all fail with the same words.
+        failure = broadcast_str(failure, self.rank)
+        if failure:
+            raise checkpoint.CheckpointError(failure)
+        found = broadcast_str(found, self.rank)
+        if not found:
+            return False
+        loaded = checkpoint.load(Path(found), map_location="cpu")
+        self._refuse_other(found, json.loads(loaded.state["identity"]))
+        self.module.load_state_dict(loaded.state["model"])
+        for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._scaler.load_state_dict(loaded.state["scaler"])
+        torch.set_rng_state(loaded.state["rng"])
+        self.step, self.digest = loaded.step, loaded.state["digest"]
+        logger.info("going on from %s, after step %d", found, loaded.step)
+        return True
+
+    def _refuse_other(self, path: str, saved: dict[str, Any]) -> None:
+        names = sorted(saved.keys() | self._identity.keys())
+        changes = [
+            f"{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} now"
+            for name in names
+            if saved.get(name) != self._identity.get(name)
+        ]
+        if changes:
+            raise checkpoint.CheckpointError(
+                f"{path} belongs to another run ({'; '.join(changes)}): choose another --run.out"
+            )
+
+
+def channels_last(module: M, device: torch.device) -> M:
+    """Move a network to its device, weights laid out for channels_last convolutions."""
+    return module.to(device).to(memory_format=torch.channels_last)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Autocast to bf16 or fp16, or nothing in fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])

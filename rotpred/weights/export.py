@@ -1,0 +1,228 @@
+"""Backbones for other projects: the files that their loaders expect."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipelines.spec import CIFAR10, IMAGENET, Normalize
+from rotpred.files import CheckpointError
+from rotpred.models.backbone import Backbone
+from rotpred.weights.layouts import Tensors
+from rotpred.weights.load import finite_tensors, save_backbone, write_whole
+
+Format = Literal["safetensors", "torchvision", "timm", "mmdet", "mmseg", "detectron2", "onnx"]
+
+SUFFIXES: Mapping[Format, str] = {
+    "safetensors": ".safetensors",
+    "torchvision": ".pth",
+    "timm": ".pth",
+    "mmdet": ".pth",
+    "mmseg": ".pth",
+    "detectron2": ".pkl",
+    "onnx": ".onnx",
+}
+"""What the readers go by: detectron2 and this project choose by it how a file is read."""
+
+COMMON = ("resnet18", "resnet50")
+"""The backbones that other projects have under these names with the same layers."""
+
+PROBE_SIDES = ((2, 32, 32), (1, 48, 32))
+"""Batches (N, H, W) that an ONNX file is compared on: small ones, but AlexNet needs 31 pixels."""
+
+
+class Written(NamedTuple):
+    """About one exported file."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    sha256: str
+
+
+def export_backbone(
+    backbone: Backbone, path: Path, form: Format, meta: Mapping[str, str]
+) -> Written:
+    """Write a backbone for another project, as a whole or not at all.
+
+    What the other project must feed it is in no file; `reading` says it. torchvision and timm: a
+    flat state dict (`fc` is missing, load with strict=False or num_classes=0). mmdet and mmseg:
+    `state_dict` with `backbone.` keys, for an `init_cfg` of type Pretrained with that prefix.
+    detectron2: its own names in a pickle, which its loader matches by their ends. ONNX: input
+    "images" (N, 3, H, W), float32 and normalised; outputs "map" (N, D, h, w), the last stage, and
+    "pooled" (N, D), its global average. N, H and W are free, BN is folded into the convolutions.
+    What onnx's own evaluator computes has been compared.
+
+    Args:
+        backbone: as `build_backbone` made it; put in evaluation mode.
+        path: replaced; ends in the format's suffix.
+        form: the format.
+        meta: provenance, for the formats that have room for it.
+
+    Raises:
+        CheckpointError: the format or the project has no such network, the suffix is another one,
+            weights are not finite, or the file cannot be written.
+        ImportError: ONNX without the packages of the `eval` extra.
+    """
+    if form not in ("safetensors", "onnx") and backbone.arch not in COMMON:
+        raise CheckpointError(
+            f"{form} has no {backbone.arch} (only {', '.join(COMMON)}): use safetensors or onnx"
+        )
+    if path.suffix != SUFFIXES[form]:
+        raise CheckpointError(f"{path}: a file for {form} ends in {SUFFIXES[form]}")
+    backbone.eval()
+    tensors = finite_tensors(backbone)
+    count = len(tensors)
+    match form:
+        case "safetensors":
+            digest = save_backbone(path, backbone, meta)
+        case "torchvision" | "timm":
+            digest = write_whole(path, _torch_bytes(tensors))
+        case "mmdet" | "mmseg":
+            named = {f"backbone.{key}": value for key, value in tensors.items()}
+            about = {**meta, "arch": backbone.arch}
+            digest = write_whole(path, _torch_bytes({"state_dict": named, "meta": about}))
+        case "detectron2":
+            digest = write_whole(path, _detectron2_bytes(tensors))
+        case "onnx":
+            data, count = _onnx_bytes(backbone, meta)
+            digest = write_whole(path, data)
+    return Written(path, count, path.stat().st_size, digest)
+
+
+def reading(form: Format) -> str:
+    """How the other project must read pictures and file, by the names of its own options, one line.
+
+    Its defaults need not be these (detectron2's are BGR, standard deviation 1 and the stride in the
+    1 x 1 convolution), and would degrade results without a word. A file of weights does not say
+    what its pretraining normalised with, so that both of our statistics are named.
+    """
+    imagenet, cifar10 = (_statistics(form, statistics) for statistics in (IMAGENET, CIFAR10))
+    return (
+        f"{_INPUT[form]}; mean and deviation as in pretraining: "
+        f"ImageNet recipes use {imagenet}; CIFAR-10 recipes {cifar10}"
+    )
+
+
+_INPUT: Mapping[Format, str] = {
+    "safetensors": "RGB in 0..1",
+    "torchvision": "RGB in 0..1",
+    "timm": "RGB in 0..1",
+    "mmdet": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
+    "mmseg": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
+    "detectron2": "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False (not the defaults)",
+    "onnx": "RGB in 0..1",
+}
+"""What each format's readers are told beside the statistics."""
+
+
+def _statistics(form: Format, normalize: Normalize) -> str:
+    names, unit = ("mean", "std"), 255
+    match form:
+        case "detectron2":
+            names, unit = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"), 1
+        case "mmdet" | "mmseg":
+            unit = 1
+    rows = (normalize.mean, normalize.std)
+    texts = (",".join(f"{round(v / unit, 4):g}" for v in row) for row in rows)
+    return ", ".join(f"{name} [{text}]" for name, text in zip(names, texts, strict=True))
+
+
+def _torch_bytes(content: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def detectron2_key(key: str) -> str:
+    """torchvision's name of a ResNet tensor -> detectron2's (modeling/backbone/resnet.py)."""
+    parts = key.split(".")
+    if parts[0].startswith("layer"):
+        parts[0] = f"res{int(parts[0][5:]) + 1}"
+    else:
+        parts.insert(0, "stem")
+    name = (
+        ".".join(parts).replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    )
+    for k in (1, 2, 3):
+        name = name.replace(f"bn{k}.", f"conv{k}.norm.")
+    return name
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Names arrays by their class and its arguments, which every version of numpy has.
+
+    By itself numpy 2 writes a private module's name, which numpy before 1.26 cannot read.
+    """
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, np.ndarray):
+            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
+        return NotImplemented
+
+
+def _detectron2_bytes(tensors: Tensors) -> bytes:
+    model = {detectron2_key(key): value.numpy() for key, value in tensors.items()}
+    buffer = io.BytesIO()
+    _ArrayPickler(buffer, protocol=4).dump(
+        {"model": model, "__author__": "rotpred", "matching_heuristics": True}
+    )
+    return buffer.getvalue()
+
+
+class _WithPooled(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last = self.backbone(images)
+        return last, last.mean((2, 3))
+
+
+def _onnx_bytes(backbone: Backbone, meta: Mapping[str, str]) -> tuple[bytes, int]:
+    """The file, and its number of stored tensors."""
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ImportError(f"ONNX needs {package}: pip install -e '.[eval]'")
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    net = _WithPooled(backbone).eval()
+    program = torch.onnx.export(
+        net,
+        (torch.zeros(2, 3, 64, 64),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["map", "pooled"],
+        dynamic_shapes=({0: "N", 2: "H", 3: "W"},),
+    )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where on this machine the code for it stands
+    onnx.helper.set_model_props(model, {**meta, "arch": backbone.arch})
+    onnx.checker.check_model(model, full_check=True)
+    evaluator = ReferenceEvaluator(model)
+    draw = torch.Generator().manual_seed(0)
+    for count, height, width in PROBE_SIDES:
+        images = torch.randn(count, 3, height, width, generator=draw)
+        with torch.no_grad():
+            expected = net(images)
+        computed = evaluator.run(None, {"images": images.numpy()})
+        for name, ours, theirs in zip(("map", "pooled"), expected, computed, strict=True):
+            off = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
+            if not off < 1e-4:
+                raise CheckpointError(
+                    f"not written: {name} by ONNX is off by {off:.1e} of its size"
+                )
+    return model.SerializeToString(), len(model.graph.initializer)

@@ -1,0 +1,173 @@
+"""Beton files: FFCV reads ours, we read FFCV's, and nothing damaged is ever opened."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipelines.beton.manifest import load_manifest, manifest_path
+from pipelines.beton.reader import Beton, BetonError, verify
+from pipelines.conversion.convert import write_beton
+from pipelines.datasets.images import MemoryImages
+
+pytestmark = pytest.mark.timeout(120)
+
+COUNT = 24
+
+
+def noise(i: int, height: int = 20, width: int = 30) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(i).integers(0, 256, (height + i, width, 3), np.uint8)
+
+
+def make(path: Path, count: int = COUNT) -> Path:
+    labels = np.arange(count, dtype=np.int64) % 5
+    write_beton(MemoryImages(noise, labels, tuple("abcde")), path, workers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("beton") / "good.beton")
+
+
+def test_round_trip(good: Path) -> None:
+    with Beton.open(good) as beton:
+        assert len(beton) == COUNT and beton.classes == tuple("abcde")
+        assert beton.labels.tolist() == [i % 5 for i in range(COUNT)]
+        assert beton.heights.tolist() == [20 + i for i in range(COUNT)]
+        assert set(beton.widths.tolist()) == {30} and not beton.modes.any()
+        for i in range(COUNT):
+            pixels = np.asarray(Image.open(BytesIO(beton.payload(i).tobytes())))
+            assert np.abs(pixels.astype(int) - noise(i)).mean() < 12
+        assert np.shares_memory(beton.payload(3), beton.data)
+        for bad in (-1, COUNT):
+            with pytest.raises(IndexError):
+                beton.payload(bad)
+    found = verify(good)
+    assert (found.samples, found.jpegs, found.labelled, found.checksums) == (24, 24, 24, True)
+
+
+def ffcv_parts() -> Any:
+    """FFCV's loader, writer, fields and decoders; its import sets torch to one thread."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    try:
+        return pytest.importorskip("ffcv", reason="ffcv is not installed")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_stock_ffcv_reads_our_file(tmp_path: Path) -> None:
+    ffcv = ffcv_parts()
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+
+    count = 12
+    source = MemoryImages(lambda i: noise(i)[:20], np.arange(count) % 3, tuple("xyz"))
+    write_beton(source, tmp_path / "f.beton", workers=1)
+    for os_cache in (True, False):
+        loader = ffcv.Loader(
+            str(tmp_path / "f.beton"),
+            batch_size=4,
+            num_workers=1,
+            os_cache=os_cache,
+            order=ffcv.loader.OrderOption.SEQUENTIAL,
+            pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+        )
+        got = [(np.array(images), np.array(labels)) for images, labels in loader]
+        images = np.concatenate([part[0] for part in got])
+        labels = np.concatenate([part[1] for part in got])[:, 0]
+        assert labels.tolist() == [i % 3 for i in range(count)]
+        with Beton.open(tmp_path / "f.beton") as beton:
+            for i in range(count):
+                ours = np.asarray(Image.open(BytesIO(beton.payload(i).tobytes())))
+                # FFCV asks for the fast inverse transform: noise differs a little, others by 80.
+                assert np.abs(images[i].astype(int) - ours).mean() < 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [("image", "label"), ("label", "image"), ("image",)])
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_files_of_the_stock_writer_open(tmp_path: Path, order: tuple[str, ...], mode: str) -> None:
+    ffcv_parts()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
+    samples = [{"image": noise(i), "label": i + 1} for i in range(9)]
+    path = tmp_path / "stock.beton"
+    writer = DatasetWriter(str(path), {name: fields[name] for name in order}, num_workers=2)
+    writer.from_indexed_dataset([tuple(s[name] for name in order) for s in samples], chunksize=2)
+    with Beton.open(path) as beton:
+        assert beton.manifest is None and beton.classes == ()
+        assert beton.fields == order
+        assert beton.heights.tolist() == [20 + i for i in range(9)]
+        assert beton.labels.tolist() == [i + 1 if len(order) == 2 else -1 for i in range(9)]
+        if mode == "raw":
+            np.testing.assert_array_equal(beton.payload(4), noise(4).ravel())
+    assert verify(path).checksums is False
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Beton.open(tmp_path / "none.beton")
+    with pytest.raises(BetonError, match="expected a plain file"):
+        Beton.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", 9),
+        ("version", None),
+        ("classes", "abc"),
+        ("classes", [1, 2]),
+        ("samples", COUNT + 1),
+        ("samples", True),
+        ("crc32", "AAAA"),
+        ("crc32", "!"),
+        ("fingerprint", "0" * 16),
+        ("reencoded", []),
+    ],
+)
+def test_bad_manifests_are_refused(good: Path, tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "x.beton"
+    path.write_bytes(good.read_bytes())
+    content = json.loads(manifest_path(good).read_text())
+    manifest_path(path).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(BetonError, match=r"x\.beton\.json"):
+        Beton.open(path)
+    for text in ("", "[]", "{", "[" * 100_000):
+        manifest_path(path).write_text(text)
+        with pytest.raises(BetonError, match=r"x\.beton\.json"):
+            Beton.open(path)
+
+
+def test_manifest_reads_back(good: Path) -> None:
+    found = load_manifest(manifest_path(good))
+    assert found.dumps() == manifest_path(good).read_text()
+    assert found.reencoded == {"array": COUNT} and found.passed == 0
+    assert str(good.parent) not in found.dumps()
+
+
+def test_lock_is_shared_and_released(good: Path) -> None:
+    with Beton.open(good) as one, Beton.open(good), good.open("rb") as stream:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert len(one)
+    with good.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(BetonError, match="another process"):
+            Beton.open(good)
+    one.close()
+    assert one.payload(0)[0] == 0xFF

@@ -1,0 +1,82 @@
+"""Progressive sides: each epoch's crops have its side, and are the same crops in every epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.loader import Loader, open_loader
+from pipelines.spec import LoaderSpec, RandomResizedCrop
+from tests.pipelines.engines.test_contract import PIXELS, engines, epoch_of
+
+SIDES = ((0, 12), (1, 32), (3, 20))
+BY_EPOCH = [12, 32, 32, 20, 20]
+ALL = engines("folder", "dali", "ffcv", "synthetic")
+
+
+def opened(engine: str, beton: Path, **options: object) -> Loader:
+    defaults: dict[str, object] = {
+        "data": str(beton),
+        "engine": engine,
+        "batch_size": 6,
+        "crop": RandomResizedCrop(32),
+        "views": "plain",
+        "normalize": PIXELS,
+        "workers": 2,
+        "samples": 37,
+    }
+    return open_loader(LoaderSpec(**{**defaults, **options}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -> None:
+    with (
+        opened(engine, beton, sides=SIDES) as growing,
+        opened(engine, beton, sides=SIDES) as jumping,
+        opened(engine, beton) as constant,
+    ):
+        for epoch, side in enumerate(BY_EPOCH):  # one after the other: prefetching crosses epochs
+            ours, theirs = epoch_of(growing, epoch), epoch_of(constant, epoch)
+            assert {tuple(b.images.shape) for b in ours} == {(6, 3, side, side)}
+            assert len(ours) == len(theirs) == 6
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one.indices, other.indices)
+                if engine == "synthetic":
+                    continue
+                if side == 32:
+                    assert torch.equal(one.images, other.images)
+                # The same region at another scale: smooth pictures keep their mean colour.
+                far = (one.images.mean((2, 3)) - other.images.mean((2, 3))).abs().max()
+                assert far < 2.5, (epoch, far)
+            assert growing.digest == constant.digest != 0
+        for epoch in (3, 0, 2):  # in any order, and from the middle
+            (last,) = epoch_of(jumping, epoch, 5)
+            assert last.images.shape[2] == BY_EPOCH[epoch]
+
+
+@pytest.mark.parametrize("engine", engines("folder", "dali", "ffcv"))
+def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> None:
+    """As if the loader had been opened for it: nothing is resized twice."""
+    with (
+        opened(engine, beton, sides=((0, 32), (1, 16))) as progressive,
+        opened(engine, beton, crop=RandomResizedCrop(16)) as small,
+    ):
+        epoch_of(progressive, 0)
+        for ours, theirs in zip(epoch_of(progressive, 1), epoch_of(small, 1), strict=True):
+            assert torch.equal(ours.images, theirs.images)
+
+
+@pytest.mark.parametrize("engine", engines("ffcv"))
+def test_regions_are_resized_by_the_loader(beton: Path, engine: str) -> None:
+    """As if the engine had done it: same crops of the same side in every epoch, views and all."""
+    with (
+        opened(engine, beton, sides=SIDES, views="rotate4") as here,
+        opened(engine, beton, sides=SIDES, views="rotate4", resize="device") as there,
+    ):
+        for epoch, side in enumerate(BY_EPOCH[:4]):
+            for ours, theirs in zip(epoch_of(here, epoch), epoch_of(there, epoch), strict=True):
+                assert theirs.images.shape == (24, 3, side, side)
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert here.digest == there.digest != 0

@@ -1,0 +1,365 @@
+"""Extraction of features: exact rows in the order of the index, on one process and on two."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from pipelines.loader import open_loader
+from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred import distributed
+from rotpred.distributed import Rank
+from rotpred.features import extract as features
+from rotpred.features import npy_writer as arrays
+from rotpred.features.extract import AVGPOOL, Features, extract, open_pictures
+from rotpred.models.backbone import Backbone
+from rotpred.models.heads import stage_pools
+from rotpred.protocols.feature_session import share
+from rotpred.protocols.multilabel import labels_of, read_labels
+from rotpred.weights.trunk import load_trunk
+from tests.rotpred.test_distributed import torchrun
+from tests.support import processes
+
+pytestmark = pytest.mark.timeout(120)
+
+NAMES = ("stem", "res3", "res5", AVGPOOL)
+
+
+def spec(beton: Path, **changes: object) -> LoaderSpec:
+    base = LoaderSpec(
+        data=str(beton), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
+        shuffle=False, drop_last=False, workers=1, engine="folder",
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def trunk_of(seed: int) -> Backbone:
+    torch.manual_seed(seed)
+    return load_trunk("resnet18_tiny", "random", Rank())[0]
+
+
+def of(beton: Path, cache: Path, names: tuple[str, ...] = NAMES, **changes: object) -> Features:
+    with open_pictures(spec(beton, **changes), Rank(), "fp32") as loader:
+        return extract(trunk_of(0), loader, Rank(), names=names, precision="fp32", cache=cache)
+
+
+def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
+    """Every stage of every sample, one at a time through the network and torch's own pools."""
+    found = of(beton, tmp_path)
+    trunk = trunk_of(0)
+    pools = stage_pools(trunk, 32)
+    assert found.indices.tolist() == list(range(37))
+    with open_loader(spec(beton, batch_size=1)) as loader, torch.no_grad():
+        for i, batch in enumerate(loader.epoch(0)):
+            maps = trunk.stages(batch.images)
+            assert found.labels[i] == batch.labels[0]
+            for stage in NAMES[:-1]:
+                place = trunk.stage_names.index(stage)
+                expected = pools[place](maps[place]).flatten().numpy()
+                np.testing.assert_allclose(found.stages[stage][i], expected, rtol=1e-4, atol=1e-5)
+            expected = maps[-1].mean((2, 3))[0].numpy()
+            np.testing.assert_allclose(found.stages[AVGPOOL][i], expected, rtol=1e-4, atol=1e-5)
+    assert i == 36
+
+
+def test_files_are_found_again(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only missing stages are computed; other weights, crops or types are other files."""
+    computed: list[tuple[str, ...]] = []
+    compute = features._compute
+
+    def spy(*args: object) -> None:
+        computed.append(tuple(args[3]))  # type: ignore[arg-type]
+        compute(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(features, "_compute", spy)
+    first = of(beton, tmp_path, ("res5",))
+    again = of(beton, tmp_path, ("res5", AVGPOOL))
+    assert computed == [("res5",), (AVGPOOL,)]
+    np.testing.assert_array_equal(first.stages["res5"], again.stages["res5"])
+    assert isinstance(again.stages["res5"], np.memmap) and not again.stages["res5"].flags.writeable
+    of(beton, tmp_path, ("res5",), crop=CenterCrop(32, 40))
+    of(beton, tmp_path, ("res5",), limit=9)
+    with open_pictures(spec(beton), Rank(), "fp32") as loader:
+        extract(
+            trunk_of(1), loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path,
+            store="float16",
+        )  # fmt: skip
+    assert len(computed) == 5
+    assert {len(np.load(f)) for f in tmp_path.glob("*/labels.npy")} == {37, 9}
+    assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_an_interrupted_extraction_leaves_no_array(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, calls = trunk_of(0), 0
+    stages = trunk.stages
+
+    def failing(images: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("the power went")
+        return stages(images)
+
+    monkeypatch.setattr(trunk, "stages", failing)
+    with (
+        open_pictures(spec(beton), Rank(), "fp32") as loader,
+        pytest.raises(RuntimeError, match="the power went"),
+    ):
+        extract(trunk, loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
+
+
+@pytest.fixture
+def entry(beton: Path, tmp_path: Path) -> Path:
+    """A folder of features whose twin, in another cache, the tests ask for."""
+    of(beton, tmp_path / "twin", ("res5",))
+    (folder,) = (tmp_path / "twin").iterdir()
+    return folder
+
+
+def test_arrays_that_would_not_fit_are_not_begun(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of two stages, label and index, with padding; the margin is that of checkpoints."""
+    names = ("res5", "res3")
+    row = sum(array.shape[1] * 4 for array in of(beton, tmp_path / "a", names).stages.values()) + 16
+    enough = 40 * row + 40 * row // 50 + 2**20
+    disk = types.SimpleNamespace(free=enough - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    words = (
+        r"^no space for res5, res3 of 40 pictures as float32 in \S+: needs \d MB, \d MB are free$"
+    )
+    with pytest.raises(ValueError, match=words):
+        of(beton, tmp_path / "b", names)
+    assert [path.name for path in (tmp_path / "b").glob("*/*")] == [".lock"]
+    disk.free = enough
+    of(beton, tmp_path / "b", names)
+
+
+def test_a_second_job_waits_and_computes_nothing(
+    beton: Path, entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What killed jobs left is swept under the lock, and not before."""
+    folder = tmp_path / "cache" / entry.name
+    folder.mkdir(parents=True)
+    left = folder / ".res5.npy.4194305.tmp"
+    left.write_bytes(b"half")
+    said, waiting = [], threading.Event()
+
+    def info(words: str, *values: object) -> None:
+        said.append(words % values)
+        waiting.set()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the other job has computed them")
+
+    monkeypatch.setattr(features, "_compute", fail)
+    monkeypatch.setattr(arrays.logger, "info", info)
+    with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        second = threads.submit(of, beton, tmp_path / "cache", ("res5",))
+        assert waiting.wait(60)
+        assert left.exists() and not second.done()
+        for file in entry.glob("*.npy"):
+            shutil.copy(file, folder)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        found = second.result(60)
+    assert said == [f"{folder} is being written by process 7 on elsewhere: waiting for it"]
+    np.testing.assert_array_equal(found.stages["res5"], np.load(entry / "res5.npy"))
+    assert not left.exists()
+
+
+def refuse(beton: Path, folder: Path) -> int:
+    """One of two processes: both are told what only the main one sees."""
+    looked: list[str] = []
+    exists = Path.exists
+
+    def spy(path: Path, **options: bool) -> bool:
+        looked.append(path.name)
+        return exists(path, **options)
+
+    with distributed.session("cpu", timeout_seconds=60) as rank:
+        Path.exists = spy  # type: ignore[assignment,method-assign]
+        try:
+            with open_pictures(spec(beton), rank, "fp32") as pictures:
+                extract(
+                    trunk_of(0), pictures, rank, names=("res5",), precision="fp32", cache=folder
+                )
+        except ValueError as error:
+            said = {"error": str(error), "looked": "res5.npy" in looked}
+            (folder / f"{rank.rank}.json").write_text(json.dumps(said))
+            return 0
+    return 1
+
+
+def test_a_second_job_of_several_processes_is_refused(
+    beton: Path, entry: Path, tmp_path: Path
+) -> None:
+    folder, console = tmp_path / "cache", tmp_path / "console"
+    (folder / entry.name).mkdir(parents=True)
+    with (folder / entry.name / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ends = processes.run(refuse, beton, folder, console=console, world=2)
+    assert ends == [0, 0], console.read_text()
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert "is being written by another process" in said[0]["error"]
+    assert said[0]["error"] == said[1]["error"]
+    assert [one["looked"] for one in said] == [True, False]
+
+
+def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> None:
+    for change in ({"flip": True}, {"shuffle": True}, {"drop_last": True}, {"views": "rotate4"}):
+        with pytest.raises(ValueError, match="every picture once"):
+            of(beton, tmp_path, **change)
+    with pytest.raises(ValueError, match=r"has no stage .*layer4.*: it has stem, res2"):
+        of(beton, tmp_path, ("layer4",))
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the server: a made file under a checksum's name, and an empty TORCH_HOME."""
+    torch.manual_seed(5)
+    made = tmp_path / "made.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), made)
+    path = tmp_path / f"resnet18-{hashlib.sha256(made.read_bytes()).hexdigest()[:8]}.pth"
+    made.rename(path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    known = types.SimpleNamespace(url=path.as_uri())
+    monkeypatch.setattr(torchvision.models, "get_weight", lambda _: known)
+    return path
+
+
+def test_supervised_weights_come_from_torchvision(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "home" / "hub" / "checkpoints" / published.name
+    for _ in range(2):
+        trunk, sha = load_trunk("resnet18", "imagenet", Rank())
+        assert sha == hashlib.sha256(kept.read_bytes()).hexdigest()
+        theirs = torch.load(published, weights_only=True)
+        assert all(torch.equal(v, theirs[k]) for k, v in trunk.state_dict().items())
+        assert not trunk.training
+        monkeypatch.delattr(torch.hub, "download_url_to_file", raising=False)  # it is kept
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        load_trunk("resnet18", "imagenet", Rank())
+
+
+def test_supervised_weights_that_cannot_be_had(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no supervised weights for nin3 \(only resnet18, resnet50\)"
+    ):
+        load_trunk("nin3", "imagenet", Rank())
+    content = published.read_bytes()
+    published.write_bytes(content[1:])
+    with pytest.raises(
+        ValueError, match=r"invalid hash value.* give --weights FILE or --weights r"
+    ):
+        load_trunk("resnet18", "imagenet", Rank())
+    published.unlink()
+    with pytest.raises(ValueError, match=rf"No such file.*put file://.*{published.name} to .*home"):
+        load_trunk("resnet18", "imagenet", Rank())
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
+    """A limit chooses rows of the table of labels by sample, not by position."""
+    table = np.random.default_rng(0).integers(-1, 2, (37, 4)).astype(np.int8)
+    path = tmp_path / "labels.npy"
+    np.save(path, table)
+    found = of(beton, tmp_path, (AVGPOOL,), limit=9)
+    assert len(found.indices) == 9 and found.indices[-1] > 8
+    read = read_labels(str(path), total=37)
+    np.testing.assert_array_equal(labels_of(found, read, 4), table[found.indices])
+    against = labels_of(found, None, 3)
+    assert (against.sum(1) == -1).all() and (against.argmax(1) == found.labels).all()
+    np.save(path, table.astype(np.int64))
+    with pytest.raises(ValueError, match="expected int8"):
+        read_labels(str(path), total=37)
+
+
+def test_a_file_that_holds_no_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "labels.pt"
+    for value in (torch.zeros(3, 2, dtype=torch.int8), "1 -1"):
+        torch.save(value, path)
+        with pytest.raises(ValueError, match=r"labels\.pt is not an \.npy file of int8"):
+            read_labels(str(path), total=3)
+    np.save(path, np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"is not an \.npy file"):
+        read_labels(f"{path}.npy", total=1)
+
+
+def test_work_is_shared_without_gaps() -> None:
+    for world in (1, 2, 3, 8):
+        parts = [list(range(5))[share(5, Rank(rank=r, world=world))] for r in range(world)]
+        assert [unit for part in parts for unit in part] == list(range(5))
+
+
+PROGRAM = """
+import pathlib, sys, torch
+from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred import distributed
+from rotpred.recipes.svm import Knn, LowShot, CachedPlace, Svm
+from rotpred import knn, svm
+
+out = pathlib.Path(sys.argv[1])
+spec = LoaderSpec(
+    data=str(out / "data.beton"), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
+    shuffle=False, drop_last=False, workers=1, engine="folder",
+)
+with distributed.session("cpu", timeout_seconds=60) as rank:
+    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
+    def place(name):
+        return CachedPlace(
+            str(out / f"{name}{rank.world}"), "cpu", cache=str(out / f"cache{rank.world}")
+        )
+    costs = (1.0, 0.01)
+    svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
+    few = LowShot(
+        run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
+    )
+    svm.run_low_shot(few, rank)
+    knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
+    """37 samples in batches of 2 x 8: padding on the last rank; arrays and results are the same."""
+    (tmp_path / "data.beton").write_bytes(beton.read_bytes())
+    done = torchrun(tmp_path, PROGRAM, limit=200)
+    assert done.returncode == 0, done.stderr
+    alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
+    exec(compile(alone, "alone", "exec"), {})
+    first, second = (sorted((tmp_path / f"cache{world}").rglob("*.npy")) for world in (1, 2))
+    assert [p.name for p in first] == [p.name for p in second] and len(first) == 4
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_allclose(np.load(one), np.load(two), rtol=1e-4, atol=1e-6)
+    for name in ("svm", "few", "knn"):
+        one_rows, two_rows = (
+            {
+                row["metric"]: row["value"]
+                for row in json.loads((tmp_path / f"{name}{world}" / "results.json").read_text())
+            }
+            for world in (1, 2)
+        )
+        assert one_rows == pytest.approx(two_rows, abs=1e-3), name

@@ -1,0 +1,122 @@
+"""What happens to a proposal: aligned pooling, losses, boxes of classes, masks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rotpred.models.detection.roi_heads import (
+    BoxPredictor,
+    Heads,
+    Pooler,
+    box_losses,
+    mask_loss,
+    mask_targets,
+    paste_masks,
+)
+
+
+def ramps(strides: dict[str, int], side: int) -> dict[str, torch.Tensor]:
+    """Maps of the x and y of each place's middle in pixels, and of the map's own number."""
+    maps = {}
+    for k, (name, stride) in enumerate(strides.items()):
+        middle = (torch.arange(side // stride) + 0.5) * stride
+        x, y = middle.expand(len(middle), -1), middle[:, None].expand(-1, len(middle))
+        maps[name] = torch.stack((x, y, torch.full_like(x, float(k))))[None]
+    return maps
+
+
+@pytest.mark.parametrize("levels", [("res4",), ("p2", "p3", "p4", "p5")])
+def test_pooling_is_aligned(levels: tuple[str, ...]) -> None:
+    """Of a map of coordinates every bin is the middle of the bin, on any level; and which level."""
+    strides = {"res4": 16} if len(levels) == 1 else dict(zip(levels, (4, 8, 16, 32), strict=True))
+    boxes = [
+        torch.tensor([[70.0, 83, 70 + side, 83 + side * 0.9] for side in sides])
+        for sides in ((300.0, 20, 150), (500,))
+    ]
+    maps = {name: m.expand(2, -1, -1, -1) for name, m in ramps(strides, 768).items()}
+    pooled = Pooler(7, strides)(maps, boxes)
+    assert pooled.shape == (4, 3, 7, 7)
+    steps = (torch.arange(7) + 0.5) / 7
+    for values, (left, top, right, bottom) in zip(pooled, torch.cat(boxes).tolist(), strict=True):
+        x, y = left + steps * (right - left), top + steps * (bottom - top)
+        torch.testing.assert_close(values[0], x.expand(7, 7), rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(values[1], y[:, None].expand(7, 7), rtol=1e-4, atol=1e-2)
+    if len(levels) > 1:  # floor(4 + log2(sqrt(area) / 224)), between 2 and 5
+        assert [float(one[2, 0, 0]) for one in pooled] == [2, 0, 1, 3]
+
+
+def test_losses_of_the_heads_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    logits, deltas = draw.normal(size=(6, 4)), draw.normal(size=(6, 3, 4))
+    goals, labels = draw.normal(size=(6, 4)), np.array([0, 3, 1, 0, 2, 0])
+    found = box_losses(*(torch.from_numpy(part) for part in (logits, deltas, labels, goals)))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    entropy = -np.mean([np.log(share[label]) for share, label in zip(shares, labels, strict=True)])
+    distance = sum(np.abs(deltas[i, labels[i] - 1] - goals[i]).sum() for i in (1, 2, 4)) / 6
+    assert float(found["cls"]) == pytest.approx(entropy)
+    assert float(found["box"]) == pytest.approx(distance)
+    masks, wanted = draw.normal(size=(3, 3, 5, 5)), draw.integers(0, 2, (3, 5, 5)).astype(float)
+    p = 1 / (1 + np.exp(-masks[range(3), labels[[1, 2, 4]] - 1]))
+    expected = -np.mean(wanted * np.log(p) + (1 - wanted) * np.log(1 - p))
+    positive = torch.from_numpy(labels[[1, 2, 4]])
+    loss = mask_loss(torch.from_numpy(masks), positive, torch.from_numpy(wanted))
+    assert float(loss) == pytest.approx(expected)
+    nothing = mask_loss(torch.zeros(0, 3, 5, 5), positive[:0], torch.zeros(0, 5, 5))
+    assert float(nothing) == 0
+
+
+def test_every_class_has_its_own_box() -> None:
+    """Deltas in tenths and fifths of the proposal's sides; clipped to the picture."""
+    heads = Heads(Pooler(7, {"res4": 16}), nn.Flatten(), BoxPredictor(8, 3), rois=8).eval()
+    proposals = [torch.tensor([[20.0, 20, 40, 60], [60, 10, 80, 30]])]
+    logits = torch.tensor([[0.0, 0, 9, 0], [9.0, 0, 0, 8]])
+    deltas = torch.full((2, 3, 4), 3.0)
+    deltas[0, 1] = torch.tensor([5.0, -2.5, 5 * math.log(0.5), 0])
+    deltas[1, 2] = torch.tensor([0.0, 0, 0, 5 * math.log(3)])
+    (found,) = heads._detect({}, logits, deltas, proposals, [(35, 78)])
+    assert found["labels"].tolist() == [2, 3]
+    # Middle 30 + 0.5 * 20 and 40 - 0.25 * 40, width 20 / 2; then middle 20, height 3 * 20.
+    expected = torch.tensor([[35.0, 10, 45, 35], [60, 0, 78, 35]])
+    torch.testing.assert_close(found["boxes"], expected)
+    shares = [math.exp(9) / (math.exp(9) + 3), math.exp(8) / (math.exp(8) + math.exp(9) + 2)]
+    torch.testing.assert_close(found["scores"], torch.tensor(shares))
+
+
+def test_goals_of_masks() -> None:
+    """A bin is inside where its part of the mask is: here every bin has whole pixels."""
+    draw = np.random.default_rng(1)
+    masks = torch.from_numpy(draw.integers(0, 2, (3, 10, 10), np.uint8)).repeat_interleave(4, 1)
+    masks = masks.repeat_interleave(4, 2)
+    boxes = torch.tensor([[4.0, 8, 28, 32], [0, 0, 24, 24], [16, 16, 40, 40]])
+    found = mask_targets(masks, boxes, torch.tensor([2, 0, 2]), 6)
+    for goal, (left, top, right, bottom), k in zip(found, boxes.int(), (2, 0, 2), strict=True):
+        assert torch.equal(goal, masks[k, top:bottom:4, left:right:4].float())
+
+
+def test_masks_are_pasted_as_a_loop_does() -> None:
+    """Bilinear at the middle of every pixel, nothing outside of the box or of the picture."""
+    draw = np.random.default_rng(2)
+    masks = draw.random((4, 5, 5)).astype(np.float32)
+    boxes = np.array([[3.3, 2.1, 17.8, 12.4], [-4, -3, 6, 9.5], [12, 8, 30, 25], [5, 5, 5, 9]])
+    height, width = 16, 20
+    found = paste_masks(torch.from_numpy(masks), torch.from_numpy(boxes).float(), (height, width))
+    for plane, mask, (left, top, right, bottom) in zip(found, masks, boxes, strict=True):
+        padded = np.pad(mask, 1)
+        for y, x in itertools.product(range(height), range(width)):
+            if not (left < x + 0.5 < right and top < y + 0.5 < bottom):
+                assert not plane[y, x]
+                continue
+            u = (x + 0.5 - left) / (right - left) * 5 + 0.5
+            v = (y + 0.5 - top) / (bottom - top) * 5 + 0.5
+            i, j = int(v), int(u)
+            share = np.outer([1 - v + i, v - i], [1 - u + j, u - j])
+            value = float((padded[i : i + 2, j : j + 2] * share).sum())
+            if abs(value - 0.5) > 1e-5:
+                assert bool(plane[y, x]) == (value >= 0.5), (y, x)
+    assert found[:3].any(2).any(1).all() and not found[3].any()

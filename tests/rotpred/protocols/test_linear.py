@@ -1,0 +1,351 @@
+"""Probes: shapes and sources, the proof that the trunk is frozen, and every recipe on tiny data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipelines.loader import open_loader
+from pipelines.spec import CenterCrop, Colour, LoaderSpec, RandomCrop
+from rotpred.distributed import Rank
+from rotpred.features import extract as features
+from rotpred.models import probes
+from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.heads import stage_pools
+from rotpred.protocols import linear as classify
+from rotpred.recipes import Linear, Probe, ProbeKind, Run
+from rotpred.recipes.linear import RECIPES, cifar10_probes
+from rotpred.training.checkpoint import CheckpointError
+from rotpred.training.optim import Optim
+from rotpred.training.schedule import Steps, lr_at
+from rotpred.weights.load import save_backbone
+from tests.support.classification_trees import Tree, Trees, plant
+from tests.support.run_outputs import results, saved
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def recipe(out: Path, weights: str) -> Linear:
+    spec = LoaderSpec(
+        data="synthetic", samples=48, batch_size=8, views="plain", crop=RandomCrop(32, 0)
+    )
+    return Linear(
+        name="tiny",
+        weights=weights,
+        backbone="nin3",
+        train=spec,
+        val=replace(spec, samples=19, crop=CenterCrop(32, None), shuffle=False, drop_last=False),
+        probes=tuple(Probe(kind) for kind in ("avgpool", "stages", "conv", "nonlinear")),
+        run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=2),
+    )
+
+
+def test_not_one_tensor_of_the_trunk_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, batch norm statistics and counters are bit-equal after a run; the probes moved."""
+    weights = tmp_path / "backbone.safetensors"
+    source = build_backbone("nin3")
+    for module in source.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics that training-mode would change
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    save_backbone(weights, source, {})
+    seen: list[nn.Module] = []
+    load = classify.load_trunk
+
+    def spy(name: str, path: str, rank: Rank) -> tuple[nn.Module, str]:
+        trunk, sha = load(name, path, rank)
+        seen.append(trunk)
+        return trunk, sha
+
+    monkeypatch.setattr(classify, "load_trunk", spy)
+    out = classify.run(recipe(tmp_path / "run", str(weights)), Rank())
+    (trunk,) = seen
+    expected, found = source.state_dict(), trunk.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    assert not any(p.requires_grad or p.grad is not None for p in trunk.parameters())
+    assert not any(m.training for m in trunk.modules())
+    assert (out / "results.json").exists()
+
+
+def test_weights_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--weights random"):
+        classify.run(recipe(tmp_path, ""), Rank())
+
+
+def test_resnet50_stage_probes_have_the_published_lengths() -> None:
+    """protocols: 9216, 9216, 8192, 9216, 8192 (mmselfsup multi_pooling.py)."""
+    with torch.device("meta"):
+        trunk = build_backbone("resnet50")
+    heads = probes.stages(trunk, 1000, 224)
+    lengths = [m.in_features for h in heads for m in h.modules() if isinstance(m, nn.Linear)]
+    assert lengths == [9216, 9216, 8192, 9216, 8192]
+    norms = [m for h in heads for m in h.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.num_features for m in norms] == [64, 256, 512, 1024, 2048]
+    assert not any(m.affine for m in norms)
+
+
+def test_the_authors_probes() -> None:
+    """conv2 of NIN: 12,288 flat inputs; 200-200-10; 192-192-192-10."""
+    trunk = build_backbone("nin4")
+    flat = probes.nonlinear(trunk, 10, 32)[1]
+    shapes = [tuple(m.weight.shape) for m in flat.modules() if isinstance(m, nn.Linear)]
+    assert shapes == [(200, 12288), (200, 200), (10, 200)]
+    conv = probes.conv(trunk, 10)[1]
+    shapes = [tuple(m.weight.shape) for m in conv.modules() if isinstance(m, nn.Conv2d)]
+    assert shapes == [(192, 192, 3, 3), (192, 192, 1, 1), (192, 192, 1, 1)]
+
+
+def rate(recipe: Linear, epoch: float) -> float:
+    probe = recipe.probes[0]
+    return lr_at(probe.schedule, probe.optim.lr_for(256), epoch, recipe.run.epochs)
+
+
+def test_the_authors_probes_begin_as_theirs() -> None:
+    """By what a layer puts out, not by what it reads: their `initilize`, worked out by hand."""
+    torch.manual_seed(0)
+    trunk = build_backbone("nin4")
+    for probe, expected in (
+        (probes.nonlinear(trunk, 10, 32)[1], [(200, 0.1), (200, 0.1), (10, 0.4472)]),
+        (
+            probes.conv(trunk, 10)[1],
+            [(192, 0.03402), (192, 0.10206), (192, 0.10206), (10, 0.4472)],
+        ),
+    ):
+        layers = [part for part in probe.layers if isinstance(part, nn.Linear | nn.Conv2d)]
+        assert [layer.weight.shape[0] for layer in layers] == [width for width, _ in expected]
+        for layer, (_, deviation) in zip(layers, expected, strict=True):
+            assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+            assert layer.bias is None or not layer.bias.any()
+
+
+def test_the_published_settings() -> None:
+    """protocols, sections 2 and 3: 256 images a step; rates just before and after each change."""
+    tables = {
+        "in1k_linear": {59: 30.0, 60: 3.0, 80: 0.3, 99: 0.3},
+        "in1k_mhead": {29: 0.01, 30: 1e-3, 60: 1e-4, 89: 1e-4},
+        "inat18_mhead": {23: 0.01, 24: 1e-3, 48: 1e-4, 72: 1e-5, 83: 1e-5},
+        "places205_mhead": {6: 0.01, 7: 1e-3, 14: 1e-4, 21: 1e-5, 27: 1e-5},
+        "places205_mhead_vissl": {3: 0.01, 4: 1e-3, 8: 1e-4, 12: 1e-5, 13: 1e-5},
+    }
+    for name, table in tables.items():
+        made = RECIPES[name]()
+        (probe,) = made.probes
+        assert made.run.epochs == max(table) + 1 and made.train.batch_size * 8 == 256
+        for epoch, lr in table.items():
+            assert rate(made, epoch) == pytest.approx(lr), (name, epoch)
+        assert made.val.crop == CenterCrop(224, 256) and made.train.flip
+        pooled = name == "in1k_linear"
+        assert (probe.kind == "avgpool", probe.optim.nesterov) == (pooled, not pooled)
+        vissl = name.endswith("vissl")
+        assert probe.optim.weight_decay == (0.0 if pooled else 5e-4 if vissl else 1e-4)
+        assert probe.affine == vissl == (probe.optim.decay_rule == "no_norm")
+        assert made.train.colour.active == (name == "in1k_mhead")
+    colour = RECIPES["in1k_mhead"]().train.colour
+    assert colour == Colour(0.4, 0.4, 0.4, 0.0, 0.1)
+    assert RECIPES["places205_mhead"]().train.crop == RandomCrop(224, 0, 256)
+    assert cifar10_probes().run.epochs == 100
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_evaluate_every_sample_once_as_it_is(name: str) -> None:
+    made = RECIPES[name]()
+    assert made.name == name
+    assert not (made.val.flip or made.val.shuffle or made.val.drop_last)
+    assert made.train.views == made.val.views == "plain"
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
+    return plant(tmp_path_factory.mktemp("trees"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Backbone]:
+    """A file of random weights, and the same network."""
+    torch.manual_seed(5)
+    trunk = build_backbone("resnet18_tiny").eval()
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    save_backbone(path, trunk, {})
+    return str(path), trunk
+
+
+def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
+    """A recipe on the tree of its data: 32 pixels, 6 pictures a step, one epoch."""
+    crop = replace(made.train.crop, size=32)
+    if isinstance(crop, RandomCrop):
+        crop = replace(crop, resize=36)
+    common: dict[str, Any] = {"engine": "folder", "workers": 1}
+    train = replace(made.train, data=tree.train, root=tree.train_root, crop=crop, **common)
+    val = replace(made.val, data=tree.val, root=tree.val_root, crop=CenterCrop(32, 36), **common)
+    return replace(
+        made,
+        backbone="resnet18_tiny",
+        weights=weights,
+        train=replace(train, batch_size=6),
+        val=replace(val, batch_size=4),
+        run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=1),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["in1k_linear", "in1k_mhead", "inat18_mhead", "places205_mhead", "places205_mhead_vissl"],
+)
+def test_recipes_end_to_end(
+    name: str, trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """From the layout as it is handed out; top-1 again from the saved weights, one by one."""
+    tree = trees[name]
+    made = small(RECIPES[name](), tmp_path, weights[0], tree)
+    out = classify.run(made, Rank())
+    rows, model, trunk = results(out), saved(out), weights[1]
+    pools = stage_pools(trunk, 32)
+    affine = made.probes[0].affine
+    stages = ["avgpool"] if name == "in1k_linear" else list(trunk.stage_names)
+    hits = dict.fromkeys(stages, 0)
+    with open_loader(replace(made.val, batch_size=1)) as loader, torch.no_grad():
+        for batch, truth in zip(loader.epoch(0), tree.truth, strict=True):
+            maps = trunk.stages(batch.images)
+            for i, stage in enumerate(stages):
+                if stage == "avgpool":
+                    logits = F.linear(
+                        maps[-1].mean((2, 3)),
+                        model[f"{i}.layers.2.weight"], model[f"{i}.layers.2.bias"],
+                    )  # fmt: skip
+                else:
+                    part = {k.split(".", 2)[2]: v for k, v in model.items() if k[0] == str(i)}
+                    assert ("1.weight" in part) == affine
+                    pooled = F.batch_norm(
+                        pools[i](maps[i]), part["1.running_mean"], part["1.running_var"],
+                        part.get("1.weight"), part.get("1.bias"),
+                    )  # fmt: skip
+                    logits = F.linear(pooled.flatten(1), part["3.weight"], part["3.bias"])
+                hits[stage] += int(logits.argmax()) == truth
+    assert len(tree.truth) == rows[f"top1/{stages[0]}"]["n"] == 10
+    for stage in stages:
+        assert rows[f"top1/{stage}"]["value"] == pytest.approx(10 * hits[stage]), stage
+    assert 0 < sum(hits.values()) < 10 * len(stages) or name == "in1k_linear"
+
+
+KINDS: tuple[ProbeKind, ...] = ("avgpool", "stages")
+
+
+def cached(out: Path, weights: str, trees: Trees, **changes: Any) -> Linear:
+    optim = Optim(lr=0.1, weight_decay=1e-3)
+    made = small(RECIPES["in1k_linear"](), out, weights, trees["in1k_linear"])
+    made = replace(made, probes=tuple(Probe(kind, optim, Steps((1,))) for kind in KINDS))
+    return replace(made, run=replace(made.run, epochs=2), eval_every=2, **changes)
+
+
+def test_cached_features_train_what_plain_pictures_train(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same order, start and steps as a run whose training pictures are not augmented."""
+    on_pictures = cached(tmp_path / "a", weights[0], trees)
+    still = replace(on_pictures.train, crop=on_pictures.val.crop, flip=False)
+    plain = classify.run(replace(on_pictures, train=still), Rank())
+    cache = str(tmp_path / "features")
+    fast = classify.run(cached(tmp_path / "b", weights[0], trees, cache=cache), Rank())
+    one, other = saved(plain), saved(fast)
+    assert one.keys() == other.keys() and len(one) > 20
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5, msg=name)
+    for metric, row in results(plain).items():
+        found = results(fast)[metric]
+        assert found["value"] == row["value"] and "protocol" not in row
+        assert found["protocol"] == classify.CACHED
+
+    def fail(*_: object) -> None:
+        raise AssertionError("features are on disk already")
+
+    monkeypatch.setattr(features, "_compute", fail)
+    sweep = cached(tmp_path / "c", weights[0], trees, cache=cache)
+    sweep = replace(sweep, probes=tuple(replace(p, lrs=(0.1, 1e-6)) for p in sweep.probes))
+    assert "top1/res4@1e-06" in results(classify.run(sweep, Rank()))
+    with pytest.raises(ValueError, match="avgpool and stages"):
+        classify.run(replace(sweep, probes=(Probe("conv"),)), Rank())
+
+
+def test_features_of_half_the_size(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """Arrays of their own, nearly the same probes, and results that say so."""
+    cache = tmp_path / "features"
+    whole = cached(tmp_path / "a", weights[0], trees, cache=str(cache))
+    half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), cache_store="float16")
+    one, other = (results(classify.run(made, Rank())) for made in (whole, half))
+    assert one.keys() == other.keys()
+    assert {row["protocol"] for row in one.values()} == {classify.CACHED}
+    assert {row["protocol"] for row in other.values()} == {f"{classify.CACHED}, stored as float16"}
+    before, after = saved(tmp_path / "a"), saved(tmp_path / "b")
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for name, tensor in before.items():
+        torch.testing.assert_close(tensor, after[name], rtol=0.02, atol=2e-3, msg=name)
+    types = [np.load(file, mmap_mode="r").dtype for file in sorted(cache.glob("*/res5.npy"))]
+    assert sorted(map(str, types)) == ["float16"] * 2 + ["float32"] * 2
+    with pytest.raises(CheckpointError, match="store"):
+        classify.run(replace(half, cache_store="float32"), Rank())
+    with pytest.raises(ValueError, match="cache_store float16 is for a cache: name its folder"):
+        classify.run(replace(half, cache=""), Rank())
+
+
+def test_rates_side_by_side_are_what_each_is_alone(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """One pass: the first rate's weights are bit-equal to those of its own run; best is named."""
+    alone = cached(tmp_path / "a", weights[0], trees)
+    alone = replace(alone, probes=alone.probes[1:])
+    both = replace(
+        alone,
+        probes=(replace(alone.probes[0], lrs=(0.1, 1e-7)),),
+        run=replace(alone.run, out=str(tmp_path / "b")),
+    )
+    first, second = saved(classify.run(alone, Rank())), saved(classify.run(both, Rank()))
+    assert len(second) == 2 * len(first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    rows, before = results(tmp_path / "b"), results(tmp_path / "a")
+    for stage in weights[1].stage_names:
+        pair = [rows[f"top1/{stage}@{lr}"] for lr in ("0.1", "1e-07")]
+        assert pair[0]["value"] == before[f"top1/{stage}"]["value"]
+        top = max(row["value"] for row in pair)
+        chosen = rows[f"top1/{stage}"]
+        assert chosen["value"] == top and chosen["chosen_on"] == "val"
+        assert [row["lr"] for row in pair if row["best"]] == [chosen["lr"]]
+        assert (chosen["chosen_from"], sum(row["best"] for row in pair)) == (2, 1)
+
+
+def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    twice = replace(recipe(tmp_path, "random"), probes=(Probe("avgpool"), Probe("avgpool")))
+    with pytest.raises(ValueError, match="same name: avgpool, avgpool"):
+        classify.run(twice, Rank())
+    for senseless in ({"lrs": (0.1, 0.1)}, {"lrs": (0.0,)}, {"affine": True}):
+        with pytest.raises(ValueError, match=r"lrs|affine"):
+            Probe("avgpool", **senseless)
+
+
+def test_a_run_with_colours_goes_on_exactly(
+    trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
+) -> None:
+    """Stopped inside an epoch and gone on: the same bits; with other colours: refused."""
+    name = "in1k_mhead"
+    made = small(RECIPES[name](), tmp_path / "a", weights[0], trees[name])
+    made = replace(made, run=replace(made.run, epochs=2))
+    whole = saved(classify.run(made, Rank()))
+    first = replace(made, run=replace(made.run, out=str(tmp_path / "b"), max_steps=3))
+    assert any(not torch.equal(t, whole[n]) for n, t in saved(classify.run(first, Rank())).items())
+    rest = replace(first, run=replace(first.run, max_steps=None))
+    dull = replace(rest, train=replace(rest.train, colour=Colour(brightness=0.4)))
+    with pytest.raises(CheckpointError, match="colour"):
+        classify.run(dull, Rank())
+    for key, tensor in saved(classify.run(rest, Rank())).items():
+        assert torch.equal(tensor, whole[key]), key

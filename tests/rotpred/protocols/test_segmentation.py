@@ -1,0 +1,262 @@
+"""Segmentation: exact mean IoU, runs that go on, processes, predictions of others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from pipelines.dense.loader import open_dense
+from pipelines.dense.spec import IGNORED, RatioCrop, Within
+from rotpred.distributed import Rank
+from rotpred.models.backbone import build_backbone
+from rotpred.models.fcn import Fcn
+from rotpred.protocols import segmentation as segment
+from rotpred.recipes import Run
+from rotpred.recipes.segmentation import RECIPES, Segmentation
+from rotpred.training.optim import Optim
+from tests.support import processes
+from tests.support.dense_trees import cityscapes, voc_masks
+from tests.support.run_outputs import results, saved
+from tests.support.sliding_window import naive_slide
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny trees: eight pictures of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
+    base = tmp_path_factory.mktemp("trees")
+    return {
+        "voc12aug_seg": voc_masks(base, n=8, side=48),
+        "cityscapes_seg": cityscapes(base, n=5, height=40, width=80),
+    }
+
+
+def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segmentation:
+    """A published recipe at toy size: crops of 40, two epochs of two steps of two pictures."""
+    made, root = RECIPES[name](), str(roots[name])
+    frame: dict[str, Any] = {"long": 64, "short": 40}
+    base = replace(
+        made,
+        weights="random",
+        backbone="resnet18_tiny",
+        sync_bn="off",
+        train=replace(
+            made.train, root=root, batch_size=2, geometry=RatioCrop(40, **frame),
+            steps_per_epoch=2, workers=1,
+        ),
+        val=replace(
+            made.val, root=root, batch_size=2, geometry=Within(**frame), workers=1, limit=5
+        ),
+        optim=Optim(lr=0.01, weight_decay=5e-4),
+        slide_crop=33,
+        slide_stride=20,
+        save_predictions=True,
+        run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def numbers(path: Path) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        return np.asarray(picture)
+
+
+@pytest.fixture(scope="module", params=sorted(RECIPES))
+def finished(
+    request: pytest.FixtureRequest, roots: dict[str, Path], tmp_path_factory: Any
+) -> Segmentation:
+    """Each recipe, run to its end."""
+    made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
+    segment.run(made, Rank())
+    return made
+
+
+def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
+    """mIoU, recall and accuracy by scikit-learn's matrix over the PNG files of the run."""
+    out = Path(finished.run.out)
+    found, predicted, truths = results(out), [], []
+    with open_dense(finished.val) as val:
+        for i, name in enumerate(val.samples.names):
+            truth, mask = val.samples.mask(i), numbers(out / f"predictions/{name}.png")
+            assert mask.shape == truth.shape
+            truths.append(truth[truth != IGNORED])
+            predicted.append(mask[truth != IGNORED])
+        classes = val.classes
+    matrix = confusion_matrix(
+        np.concatenate(truths), np.concatenate(predicted), labels=range(len(classes))
+    )
+    right = np.diag(matrix)
+    unions = matrix.sum(0) + matrix.sum(1) - right
+    ious = {f"IoU/{classes[k]}": 100 * right[k] / unions[k] for k in np.flatnonzero(unions)}
+    actual = matrix.sum(1) > 0
+    assert {k: row["value"] for k, row in found.items() if k.startswith("IoU/")} == pytest.approx(
+        ious
+    )
+    assert found["mIoU"]["value"] == pytest.approx(np.mean(list(ious.values())))
+    assert found["accuracy"]["value"] == pytest.approx(100 * right.sum() / matrix.sum())
+    recall = 100 * np.mean(right[actual] / matrix.sum(1)[actual])
+    assert found["mean recall"]["value"] == pytest.approx(recall)
+    assert found["mIoU"]["n"] == len(predicted) == 5 and found["mIoU"]["unit"] == "%"
+    assert len(classes) == (21 if finished.test == "whole" else 19)
+
+
+def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
+    """Picture by picture, with logits enlarged twice: to the input, and to the stored size."""
+    out, align = Path(finished.run.out), finished.align_corners
+    with open_dense(replace(finished.val, batch_size=1)) as val, torch.no_grad():
+        model = Fcn(build_backbone("resnet18_tiny"), len(val.classes)).eval()
+        model.load_state_dict(saved(out))
+        for batch in val.epoch(0):
+            i = int(batch.indices[0])
+
+            def logits_of(x: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = F.interpolate(
+                    model(x), x.shape[2:], mode="bilinear", align_corners=align
+                )
+                return logits
+
+            if finished.test == "slide":
+                logits = naive_slide(logits_of, batch.images, 33, 20)
+            else:
+                logits = logits_of(batch.images)
+            size = tuple(val.samples.sizes[i].tolist())
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=align)
+            expected = logits.argmax(1)[0].numpy()
+            mask = numbers(out / f"predictions/{val.samples.names[i]}.png")
+            # Sums of windows in another order may break a tie.
+            assert (mask != expected).mean() < 0.002
+
+
+def test_the_run_folder(finished: Segmentation) -> None:
+    """Curves and masks as pictures, losses and accuracy in the log, a validation each epoch."""
+    out = Path(finished.run.out)
+    for name in ("masks", "curves"):
+        with Image.open(out / f"figures/{name}.png") as picture:
+            assert picture.width > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 20
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in rows if "val/mIoU" in row] == [2, 4]
+    assert len(steps) == 4
+    for row in steps:
+        parts = row["loss/decode"] + 0.4 * row["loss/auxiliary"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5) and 0 <= row["accuracy"] <= 100
+    assert (out / "done.json").exists() and results(out)["training speed"]["value"] > 0
+
+
+def test_a_run_goes_on_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
+    """Ended inside the second epoch, then continued; dropout draws what it would have drawn."""
+    run = replace(finished.run, out=str(tmp_path))
+    segment.run(replace(finished, run=replace(run, max_steps=3)), Rank())
+    torch.manual_seed(99)
+    segment.run(replace(finished, run=run), Rank())
+    expected = saved(Path(finished.run.out))
+    for name, tensor in saved(tmp_path).items():
+        assert torch.equal(tensor, expected[name]), name
+    mean_iou = results(tmp_path)["mIoU"]["value"]
+    assert mean_iou == results(Path(finished.run.out))["mIoU"]["value"]
+
+
+def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: Path) -> None:
+    out = Path(finished.run.out)
+    folder = str(out / "predictions")
+    made = replace(finished, predictions=folder, run=replace(finished.run, out=str(tmp_path)))
+    assert segment.run(made, Rank()) == tmp_path
+    found, expected = results(tmp_path), results(out)
+    values = {name: row["value"] for name, row in found.items()}
+    assert values == {name: expected[name]["value"] for name in values}
+    assert "mIoU" in values and (tmp_path / "figures/masks.png").exists()
+    few = tmp_path / "few"
+    shutil.copytree(folder, few)
+    path = min(few.glob("*.png"))
+    mask = numbers(path)
+    for pixels, words in (
+        (mask[1:], "size"),
+        (np.full_like(mask, 250), "250"),
+        (mask | 255, "255"),
+    ):
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(ValueError, match=words):
+            segment.run(replace(made, predictions=str(few)), Rank())
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=path.stem):
+        segment.run(replace(made, predictions=str(few)), Rank())
+
+
+def test_label_ids_are_read_where_told(roots: dict[str, Path], tmp_path: Path) -> None:
+    """The truth itself, as Cityscapes' server would take it: all right."""
+    root = roots["cityscapes_seg"] / "gtFine/val"
+    for path in root.glob("*/*_labelIds.png"):
+        city = tmp_path / "theirs" / path.parent.name
+        city.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, city)
+    made = small("cityscapes_seg", roots, tmp_path / "out", predictions=str(tmp_path / "theirs"))
+    found = results(segment.run(replace(made, label_ids=True), Rank()))
+    assert found["mIoU"]["value"] == found["accuracy"]["value"] == 100
+    assert {name for name in found if name.startswith("IoU/")} == {"IoU/road", "IoU/sky", "IoU/car"}
+    with pytest.raises(ValueError, match="none of the 19 classes"):
+        segment.run(made, Rank())
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
+    """The command itself; its weights, validated by one process, give equal masks and numbers."""
+    root, out, alone = roots[name], tmp_path / "run", tmp_path / "alone"
+    common = [
+        name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
+        "--train.root", str(root), "--train.steps-per-epoch", "2", "--train.workers", "1",
+        "--val.root", str(root), "--val.workers", "1", "--val.limit", "5",
+        "--optim.reference-batch", "None",
+        "--train.geometry.size", "40", "--train.geometry.long", "64",
+        "--train.geometry.short", "40", "--val.geometry.long", "64",
+        "--val.geometry.short", "40", "--slide-crop", "33", "--slide-stride", "20",
+        "--save-predictions", "--run.epochs", "1", "--run.device", "cpu",
+    ]  # fmt: skip
+    arguments = [*common, "--train.batch-size", "1", "--run.out", str(out)]
+    console = tmp_path / "console"
+    status = processes.run(processes.evaluate, arguments, console=console, world=2)
+    assert status == [0, 0], console.read_text()[-3000:]
+    shutil.copytree(out / "checkpoints", alone / "checkpoints")
+    arguments = [*common, "--train.batch-size", "2", "--run.out", str(alone)]
+    status = processes.run(processes.evaluate, arguments, console=console)
+    assert status == [0], console.read_text()[-3000:]
+    found, expected = results(alone), results(out)
+    for metric in ("mIoU", "accuracy", "mean recall"):
+        assert found[metric]["value"] == expected[metric]["value"]
+        assert found[metric]["n"] == expected[metric]["n"] == 5
+    masks = sorted(path.name for path in (out / "predictions").rglob("*.png"))
+    assert len(masks) == 5
+    for path in (out / "predictions").rglob("*.png"):
+        other = alone / path.relative_to(out)
+        assert np.array_equal(numbers(path), numbers(other))
+
+
+@pytest.mark.overfit
+@pytest.mark.timeout(600)
+def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Random weights, overrides of the recipe only: what is wrong lies along the objects' edges."""
+    made = small("voc12aug_seg", roots, tmp_path)
+    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8, "geometry": Within(64, 48)}
+    made = replace(
+        made,
+        train=replace(
+            made.train, **data, batch_size=4, steps_per_epoch=80, flip=False, photometric=False
+        ),
+        val=replace(made.val, **data),
+        optim=Optim(lr=0.03, weight_decay=0.0),
+        run=replace(made.run, epochs=1, log_every=20),
+    )
+    found = results(segment.run(made, Rank()))
+    assert found["mIoU"]["value"] > 92 and found["accuracy"]["value"] > 97

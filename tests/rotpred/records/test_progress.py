@@ -1,0 +1,73 @@
+"""How far long work is: lines in a file, a bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from rotpred.records import progress
+from rotpred.records.progress import Progress
+
+
+class Clock:
+    """Stands where it is put."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Clock]:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    return Clock()
+
+
+def test_a_file_gets_a_line_where_a_minute_was_silent(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = Progress("features of x.beton", 2000, start=1000, clock=clock)
+    clock.now += progress.EVERY - 1
+    work.update(1100)
+    assert not caplog.messages
+    clock.now += 1
+    work.update(1200)  # 200 of these 1,000 steps in 60 s: the start does not count as speed
+    assert caplog.messages == ["features of x.beton: 1,200 of 2,000 steps, 4 min 00 s left"]
+    work.update(1300)
+    clock.now += progress.EVERY - 1
+    work.said()  # an interval of the log
+    clock.now += progress.EVERY - 1
+    work.update(1400)
+    assert len(caplog.messages) == 1
+    clock.now += 1
+    work.update(2000)  # the end has words of its own
+    work.close()
+    assert len(caplog.messages) == 1
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    work = Progress("cifar10_svm", 60, start=30, clock=clock)
+    clock.now += 10 * progress.EVERY
+    work.update(45)
+    work.close()
+    shown = capsys.readouterr().err
+    assert "cifar10_svm:" in shown and "30/60" in shown
+    assert not caplog.messages
+
+
+def test_nothing_done_has_no_time_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    work = Progress("x", 10, clock=clock)
+    clock.now += 2 * progress.EVERY
+    work.update(0)
+    assert not caplog.messages
