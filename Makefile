@@ -28,7 +28,7 @@ check: $(STAMP) ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict rotpred pipelines
-	@$(BIN)/lint-imports --no-logo
+	@PYTHONPATH=benchmarks $(BIN)/lint-imports --no-logo
 
 bench: $(STAMP) ## CPU benchmarks against others and the targets (10 minutes, two cores); BENCH_DATA=folder
 	@$(BIN)/python benchmarks/run_all.py $(if $(BENCH_DATA),--data "$(BENCH_DATA)")

@@ -17,30 +17,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from data import annotated_scenes as scenes
+from data import annotated_scenes
 from harness.results import Row, Timing, image_row, publish, start
 from harness.timing import Window, abba, memory_mib, window
 
+from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
-from pipelines.dense.spec import DenseBatch, DenseSpec, RatioCrop, ShortSide
+from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.rpn import Proposals
+from rotpred.models.memory_format import channels_last
 from rotpred.protocols.dense import Task
 from rotpred.protocols.detection import Detect
 from rotpred.protocols.segmentation import Segment
 from rotpred.recipes import detection, segmentation
 from rotpred.recipes.detection import Detection
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.state import Outcome, Trained, TrainState
 
 ON_GPU = torch.cuda.is_available()
 Name = Literal["voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg"]
 COLUMNS = ("cpu_seconds_per_1k_images", "wait_share", "peak_mib", "target", "met")
 DATA: dict[str, tuple[str, Callable[[Path, int], Path]]] = {
-    "voc0712_det": ("voc:2007/trainval", scenes.voc),
-    "coco_det": ("coco:train2017", scenes.coco),
-    "voc12aug_seg": ("vocseg:2012/train", scenes.voc_masks),
-    "cityscapes_seg": ("cityscapes:train", scenes.cityscapes),
+    "voc0712_det": ("voc:2007/trainval", annotated_scenes.voc),
+    "coco_det": ("coco:train2017", annotated_scenes.coco),
+    "voc12aug_seg": ("vocseg:2012/train", annotated_scenes.voc_masks),
+    "cityscapes_seg": ("cityscapes:train", annotated_scenes.cityscapes),
 }
 """What a recipe trains on here, and who makes it."""
 RECIPES = {**detection.RECIPES, **segmentation.RECIPES}

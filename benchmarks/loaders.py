@@ -28,7 +28,7 @@ from harness.arena import Contestant, compete
 from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, row, say, start
 
-from pipelines.loader import choose_engine, missing_engines
+from pipelines.engines.choice import choose_engine, missing_engines
 from pipelines.spec import LoaderSpec, Precision
 
 Name = Literal["ffcv", "dali", "folder", "synthetic"]

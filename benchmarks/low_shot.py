@@ -26,7 +26,8 @@ from harness.results import Repeated, Row, publish, row, start
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
-from rotpred.svm.dual import COSTS, average_precision, gram, normalize_rows
+from rotpred.metrics.average_precision import average_precision
+from rotpred.svm.dual import COSTS, gram, normalize_rows
 from rotpred.svm.low_shot import draw, scores_of_draw
 
 WEIGHT = 2.0

@@ -22,8 +22,8 @@ from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, say, start
 from harness.timing import Window, abba, finish, window
 
-from pipelines.batch import Regions
-from pipelines.device.rotate import DTYPES, rotate4
+from pipelines.batch import DTYPES, Regions
+from pipelines.device.rotate import rotate4
 from pipelines.sampling.crops import boxes
 from pipelines.spec import IMAGENET, LoaderSpec, Normalize, Precision, RandomResizedCrop
 

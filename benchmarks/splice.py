@@ -25,9 +25,9 @@ from harness.timing import Window, abba
 from tqdm import tqdm
 
 from pipelines.beton.reader import Beton
+from pipelines.beton.splicing import splice_batch
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import RingLoader, Step
-from pipelines.jpeg.splice import splice_batch
 from pipelines.sampling.crops import boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 

@@ -10,6 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from pipelines.spec import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 IGNORE = -100
 """Target of a view that must not count: `torch.nn.functional.cross_entropy` ignores this value."""
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from pipelines.batch import Regions
 from pipelines.beton.reader import Beton
+from pipelines.beton.splicing import splice_batch
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
 from pipelines.device.rotate import normalize_views
-from pipelines.jpeg.splice import splice_batch
 from pipelines.loader import open_loader
 from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop
 

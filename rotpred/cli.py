@@ -15,31 +15,31 @@ import tyro
 
 from rotpred import distributed
 from rotpred.program import INTERRUPTED, USER_ERROR
-from rotpred.protocols import detection as detect
-from rotpred.protocols import finetune as semi
-from rotpred.protocols import knn, pretrain, rotation, svm
-from rotpred.protocols import linear as classify
-from rotpred.protocols import segmentation as segment
-from rotpred.recipes import Linear, Pretrain, detection, every, segmentation
-from rotpred.recipes import finetune as fine_tuning
-from rotpred.recipes import rotation as rotating
-from rotpred.recipes import svm as frozen
+from rotpred.protocols import (
+    detection,
+    finetune,
+    knn,
+    linear,
+    pretrain,
+    rotation,
+    segmentation,
+    svm,
+)
+from rotpred.recipes import every
+from rotpred.recipes.detection import Detection
+from rotpred.recipes.finetune import FineTuning
+from rotpred.recipes.knn import Knn
+from rotpred.recipes.linear import Linear
+from rotpred.recipes.pretrain import Pretrain
+from rotpred.recipes.rotation import Rotation
+from rotpred.recipes.segmentation import Segmentation
+from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.console import configure_logging
 from rotpred.training.loop import STOP_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
 
-Recipe = (
-    Pretrain
-    | Linear
-    | detection.Detection
-    | segmentation.Segmentation
-    | fine_tuning.Semi
-    | frozen.Svm
-    | frozen.LowShot
-    | frozen.Knn
-    | rotating.Rotation
-)
+Recipe = Pretrain | Linear | FineTuning | Svm | LowShot | Knn | Rotation | Detection | Segmentation
 R = TypeVar("R", bound=Recipe)
 
 
@@ -98,20 +98,20 @@ def _drive(recipe: Recipe) -> int:
                 case Pretrain():
                     pretrain.run(recipe, rank)
                 case Linear():
-                    classify.run(recipe, rank)
-                case fine_tuning.Semi():
-                    semi.run(recipe, rank)
-                case detection.Detection():
-                    detect.run(recipe, rank)
-                case segmentation.Segmentation():
-                    segment.run(recipe, rank)
-                case frozen.Svm():
+                    linear.run(recipe, rank)
+                case FineTuning():
+                    finetune.run(recipe, rank)
+                case Detection():
+                    detection.run(recipe, rank)
+                case Segmentation():
+                    segmentation.run(recipe, rank)
+                case Svm():
                     svm.run(recipe, rank)
-                case frozen.LowShot():
+                case LowShot():
                     svm.run_low_shot(recipe, rank)
-                case frozen.Knn():
+                case Knn():
                     knn.run(recipe, rank)
-                case rotating.Rotation():
+                case Rotation():
                     rotation.run(recipe, rank)
     except Stopped as stop:
         logger.warning("%s", stop)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
+from rotpred.files import write_atomic
 from rotpred.program import drive
-from rotpred.records.folder import write_atomic
 from rotpred.report.build import TITLE, page
 from rotpred.report.page import Block, html, markdown
 from rotpred.report.results import Run, read_runs

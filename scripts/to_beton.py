@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.beton.reader import verify
-from pipelines.datasets.imagenet import voc2007
 from pipelines.datasets.images import Images, open_images
+from pipelines.datasets.voc_classification import voc2007
+from rotpred.files import replaced
 from rotpred.program import drive, leave_if_terminated
-from rotpred.records.folder import replaced
 
 
 @dataclass(frozen=True)

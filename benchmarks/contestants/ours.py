@@ -16,9 +16,10 @@ from harness.timing import finish
 
 from contestants.base import Cut, Player, boxes_of, unnormalized
 from pipelines.batch import RawBatch
+from pipelines.engines.choice import choose_engine
 from pipelines.engines.samples import encoded, open_samples
-from pipelines.loader import Loader, choose_engine, open_loader
-from pipelines.sampling.crops import digest64
+from pipelines.loader import Loader, open_loader
+from pipelines.sampling.random_bits import digest64
 from pipelines.spec import Engine, Precision
 
 GAP_BATCHES, GAP_EPOCHS = 8, 4

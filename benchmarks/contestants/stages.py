@@ -19,8 +19,9 @@ from harness.training_step import WARMUP_STEPS, Step, Training, resident_batch, 
 from PIL import Image
 
 from contestants.ours import Ours
+from pipelines.batch import DTYPES
 from pipelines.beton.reader import Beton
-from pipelines.device.rotate import DTYPES, rotate4
+from pipelines.device.rotate import rotate4
 from pipelines.engines.autotune import budget
 from pipelines.engines.samples import Samples, encoded, open_samples
 from pipelines.imaging.torchvision_decode import crop, decode

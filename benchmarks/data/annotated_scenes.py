@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data.photographs import photographs
-from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.voc_classification import VOC_CLASSES
 
 OBJECTS = 4
 """In each picture."""

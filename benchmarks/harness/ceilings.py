@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from harness.timing import finish
-from pipelines.device.rotate import DTYPES
+from pipelines.batch import DTYPES
 from pipelines.spec import Precision
 
 SECONDS = 0.5

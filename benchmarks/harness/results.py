@@ -17,7 +17,8 @@ import tyro
 
 from harness.timing import Window
 from pipelines.imaging.decode import ImageError
-from rotpred.records.folder import environment, write_atomic
+from rotpred.files import write_atomic
+from rotpred.records.folder import environment
 
 Row = dict[str, Any]
 A = TypeVar("A", bound="Repeated")

@@ -21,10 +21,11 @@ from pipelines.loader import open_loader
 from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.models.heads import make_rotnet
+from rotpred.models.memory_format import channels_last
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
 from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.state import Outcome, Trained, TrainState
 
 ON_GPU = torch.cuda.is_available()
 LEAD_STEPS = 8

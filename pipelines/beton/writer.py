@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import glob
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -29,6 +25,7 @@ from pipelines.beton.segments import SegmentsWriter, segments_path
 
 if TYPE_CHECKING:
     from pipelines.jpeg.restart_markers import Cuts
+
 
 FIELDS = ("image", "label")
 MAX_PAGE = 1 << 31
@@ -191,67 +188,3 @@ class BetonWriter:
                 self._file.write(bytes(min(_BUFFER, left - start)))
             self._next += self.page_size
             self._used = 0
-
-
-def stage_text(path: Path, text: str) -> Path:
-    """Write a small file beside its place, down to the disk; a rename puts it there."""
-    temporary = Path(f"{path}.tmp.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    return temporary
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, down to the disk."""
-    temporary = stage_text(path, text)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def exclusive(output: Path) -> Iterator[None]:
-    """Hold the right to write `output`; sweep what dead writers of it left behind.
-
-    Raises:
-        BlockingIOError: Another process is writing it.
-    """
-    path = Path(f"{output}.lock")
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file between our open and our lock.
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                break
-        except BlockingIOError:
-            os.close(handle)
-            raise BlockingIOError(f"another process is writing {output}") from None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-    try:
-        for kind in ("", ".json", ".quarantine.jsonl", ".failed.jsonl"):
-            for stale in glob.glob(f"{glob.escape(str(output))}{kind}.tmp.*"):
-                # The side file of the temporary file is NAME.tmp.PID.segments.
-                if stale.removesuffix(".segments").rpartition(".")[2].isdigit():
-                    os.unlink(stale)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)

@@ -19,19 +19,11 @@ from PIL import features
 from pipelines.beton.manifest import Manifest, Restarts, manifest_path
 from pipelines.beton.reader import BetonError
 from pipelines.beton.segments import SegmentsError
-from pipelines.beton.writer import (
-    FIELDS,
-    BetonWriter,
-    PageTooSmall,
-    exclusive,
-    page_for,
-    stage_text,
-    sync_folder,
-    write_text,
-)
+from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import Rejected, WorkerError, prepared
 from pipelines.datasets.images import Images
+from pipelines.durable import exclusive, stage_text, sync_folder, write_text
 
 Progress = Callable[[int, int], None]
 """Called with the samples done and the samples in all."""

@@ -15,8 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.imaging.decode import ImageError
-from pipelines.imaging.stored import read_numbers
+from pipelines.imaging.decode import ImageError, read_numbers
 
 log = logging.getLogger(__name__)
 
@@ -260,3 +259,7 @@ def _hash(classes: tuple[str, ...], pictures: Sequence[Picture], rest: Iterable[
     for part in rest:
         total.update(part)
     return total.hexdigest()[:16]
+
+
+IGNORED = 255
+"""Class of pixels that do not count, in masks of every data set here."""

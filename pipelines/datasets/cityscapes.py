@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets.annotations import MaskSamples, Picture, Problems
-from pipelines.datasets.index import IndexFormatError
-from pipelines.dense.spec import IGNORED
-from pipelines.imaging.decode import ImageError
-from pipelines.imaging.stored import picture_size, reason
+from pipelines.datasets.annotations import IGNORED, MaskSamples, Picture, Problems
+from pipelines.datasets.files import IndexFormatError
+from pipelines.imaging.decode import ImageError, picture_size, reason
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",

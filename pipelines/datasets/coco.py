@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.datasets.annotations import Objects, ObjectSamples, Picture, Problems, clip, pack
-from pipelines.datasets.index import IndexFormatError
+from pipelines.datasets.files import IndexFormatError
 
 _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
 

@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+class IndexFormatError(ValueError):
+    """A folder or list file does not describe a data set; the message names the place."""
+
+
+def _lines(source: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not empty, each with its place."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{str(source)!r} does not exist")
+    empty = True
+    with source.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode().strip()
+            except UnicodeDecodeError as error:
+                raise IndexFormatError(f"{source}:{number}: not UTF-8 text") from error
+            if line:
+                empty = False
+                yield f"{source}:{number}", line
+    if empty:
+        raise IndexFormatError(f"{source}: is empty")
+
+
+def _json(source: Path) -> Any:
+    if not source.is_file():
+        raise FileNotFoundError(f"{str(source)!r} does not exist")
+    try:
+        return json.loads(source.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise IndexFormatError(f"{source}: no JSON: {error}") from error
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{str(path)!r} is not a folder")
+    return Path(path)
+
 
 MAX_FILE_BYTES = 1 << 29
 """Longer files are refused unread: no picture within the pixel limit needs half a gigabyte."""

@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.datasets.imagenet import imagenet_subset, imagenet_val, inaturalist, voc2007
-from pipelines.datasets.index import IndexFormatError, SampleIndex
+from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.imagenet import imagenet_subset, imagenet_val
+from pipelines.datasets.inaturalist import inaturalist
+from pipelines.datasets.index import SampleIndex
+from pipelines.datasets.voc_classification import voc2007
 
 Split = Literal["train", "val"]
 

@@ -16,17 +16,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.datasets.files import inside, read_file
+from pipelines.datasets.files import IndexFormatError, inside, read_file
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 """File name endings taken for images, in any case."""
 
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 _MAX_LABEL = 1_000_000
-
-
-class IndexFormatError(ValueError):
-    """A folder or list file does not describe a data set; the message names the place."""
 
 
 @dataclass(frozen=True, eq=False)

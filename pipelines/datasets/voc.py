@@ -19,6 +19,7 @@ from xml.parsers import expat
 import numpy as np
 
 from pipelines.datasets.annotations import (
+    IGNORED,
     MaskSamples,
     Objects,
     ObjectSamples,
@@ -27,11 +28,10 @@ from pipelines.datasets.annotations import (
     clip,
     pack,
 )
-from pipelines.datasets.imagenet import VOC_CLASSES
-from pipelines.datasets.index import EXTENSIONS, IndexFormatError
-from pipelines.dense.spec import IGNORED
-from pipelines.imaging.decode import ImageError
-from pipelines.imaging.stored import picture_size, reason
+from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.index import EXTENSIONS
+from pipelines.datasets.voc_classification import VOC_CLASSES
+from pipelines.imaging.decode import ImageError, picture_size, reason
 
 _YEAR = re.compile(r"\d{4}")
 _CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")

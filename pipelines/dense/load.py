@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from pipelines.arrays import Float64, Int64
 from pipelines.datasets import cityscapes, coco, voc
 from pipelines.datasets.annotations import DenseSamples, Objects, Problems
-from pipelines.dense import transforms as joint
-from pipelines.dense.spec import DenseSpec, RatioCrop, Target
+from pipelines.dense import transforms
+from pipelines.dense.batch import Target
+from pipelines.dense.spec import DenseSpec, RatioCrop
 from pipelines.dense.transforms import Place, Scene
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
-from pipelines.sampling.crops import Float64
-from pipelines.sampling.order import Int64
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ def load(
         scene = _with_objects(scene, objects, outlined=samples.outlined and spec.masks)
     elif spec.train:
         scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
-    scene = joint.resized(scene, plan)
+    scene = transforms.resized(scene, plan)
     if isinstance(spec.geometry, RatioCrop):
         assert scene.masks is not None
-        top, left = joint.corner(scene.masks[0].numpy(), spec.geometry, draw)
-        scene = joint.cut(scene, top, left, spec.geometry.size)
+        top, left = transforms.corner(scene.masks[0].numpy(), spec.geometry, draw)
+        scene = transforms.cut(scene, top, left, spec.geometry.size)
     image = scene.image.as_subclass(torch.Tensor)
     if spec.train and spec.photometric:
-        image = joint.distort(image, draw)
+        image = transforms.distort(image, draw)
     height, width = plan.size
     np.copyto(room.image[:height, :width].numpy(), image.permute(1, 2, 0).numpy())
     if room.mask is not None:

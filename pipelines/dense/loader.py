@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from pipelines.datasets.annotations import DenseSamples
-from pipelines.dense import transforms as joint
+from pipelines.arrays import Int64
+from pipelines.batch import DTYPES
+from pipelines.datasets.annotations import IGNORED, DenseSamples
+from pipelines.dense import transforms
+from pipelines.dense.batch import DenseBatch, Target
 from pipelines.dense.load import Made, Room, load, open_samples, trained_on
 from pipelines.dense.order import Endless, Once, Places, by_shape
-from pipelines.dense.spec import IGNORED, DenseBatch, DenseSpec, RatioCrop, Target
+from pipelines.dense.spec import DenseSpec, RatioCrop
 from pipelines.dense.transforms import Place
-from pipelines.device.rotate import DTYPES
 from pipelines.native.threads import Runner
-from pipelines.sampling.crops import digest64
-from pipelines.sampling.order import Int64
+from pipelines.sampling.random_bits import digest64
 from pipelines.spec import Precision, Shard
 
 log = logging.getLogger(__name__)
@@ -152,9 +153,9 @@ class DenseLoader:
         if not self._runners:
             raise RuntimeError("the loader is closed")
         spec, pin = self.spec, self._device.type == "cuda"
-        draws = joint.draws(spec, places.passes, places.indices)
+        draws = transforms.draws(spec, places.passes, places.indices)
         plans = [
-            joint.place(spec, draw, *map(int, self.samples.sizes[i]))
+            transforms.place(spec, draw, *map(int, self.samples.sizes[i]))
             for i, draw in zip(places.indices, draws, strict=True)
         ]
         sizes = [plan.size for plan in plans]

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.sampling.order import Int64, permutation
+from pipelines.arrays import Int64
+from pipelines.sampling.order import permutation
 from pipelines.spec import Shard
 
 

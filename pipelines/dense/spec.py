@@ -6,14 +6,8 @@ The counterpart of `spec` and `batch` for pictures of variable size with boxes o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, TypedDict
-
-import torch
 
 from pipelines.spec import IMAGENET, Normalize
-
-IGNORED = 255
-"""Class of pixels that do not count, in masks of every data set here."""
 
 
 @dataclass(frozen=True)
@@ -139,36 +133,3 @@ class DenseSpec:
         for name in ("data", "root", "batch_size", "masks", "max_bad", "workers", "timeout"):
             del fields[name]
         return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}
-
-
-class Target(TypedDict, total=False):
-    """What is to be found in a picture, in pixels of the resized one. torchvision's names."""
-
-    boxes: torch.Tensor
-    """float32 (K, 4): left, top, right, bottom; right and bottom lie behind the last pixel."""
-    labels: torch.Tensor
-    """int64 (K,): 1 + position among the classes; 0 is the background."""
-    masks: torch.Tensor
-    """uint8 (K, h, w), 0 or 1, in the size of the picture without padding; where the data have
-    masks of objects and the spec wants them."""
-
-
-class DenseBatch(NamedTuple):
-    """Owned by the consumer."""
-
-    images: torch.Tensor
-    """float32, bfloat16 or float16 (B, 3, H, W), channels_last, normalised, on the device. Each
-    picture lies at the top left; what is beside and below it is 0, the mean colour."""
-    sizes: torch.Tensor
-    """int64 (B, 2), on the CPU: height and width of each resized picture, without padding."""
-    originals: torch.Tensor
-    """int64 (B, 2), on the CPU: height and width of each picture as it is stored, upright."""
-    indices: torch.Tensor
-    """int64 (B,), on the CPU: positions in the data set."""
-    valid: torch.Tensor
-    """bool (B,), on the CPU: False for padding, in evaluation only."""
-    targets: list[Target]
-    """B, on the device; of detection data in training, else empty."""
-    masks: torch.Tensor | None
-    """int64 (B, H, W), on the device: classes, `IGNORED` where no pixel counts; of segmentation
-    data in training, else None."""

@@ -17,9 +17,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.dense.spec import IGNORED, DenseSpec, RatioCrop, ShortSide, Within
-from pipelines.sampling.crops import Float64, uniforms
-from pipelines.sampling.order import Int64
+from pipelines.arrays import Float64, Int64
+from pipelines.datasets.annotations import IGNORED
+from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide, Within
+from pipelines.sampling.random_bits import uniforms
 
 _TRIES = 11  # a crop, and ten more: mmseg/datasets/transforms/transforms.py, RandomCrop
 _FLIP, _SCALE, _TINT, _CORNER = 0, 1, 2, 11  # first draw of each use

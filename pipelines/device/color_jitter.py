@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Int64
 from pipelines.batch import Regions
 from pipelines.device.rotate import normalize_views
-from pipelines.sampling.crops import uniforms
-from pipelines.sampling.order import Int64
+from pipelines.sampling.random_bits import uniforms
 from pipelines.spec import Colour, Normalize
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

@@ -9,14 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from pipelines.batch import Regions
-from pipelines.spec import Normalize, Precision
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+from pipelines.batch import DTYPES, Regions
+from pipelines.spec import Normalize
 
 
 def normalize_views(
@@ -75,9 +69,9 @@ def normalize_views(
         return out
     # Imported where they are needed: each brings a compiler, of which a run needs one.
     if device.type == "cuda":
-        from pipelines.device import rotate_triton as rotate_cuda
+        from pipelines.device import rotate_triton
 
-        rotate_cuda.write_views(images, memory, normalize=normalize)
+        rotate_triton.write_views(images, memory, normalize=normalize)
     elif device.type == "cpu":
         from pipelines.device import rotate_cpu
 

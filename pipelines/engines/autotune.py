@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines.faults import BadSamples
+from pipelines.engines.source import BadSamples
 from pipelines.spec import LoaderSpec, Shard
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Budget(NamedTuple):
 
 @runtime_checkable
 class Tunable(Protocol):
-    """A `pipelines.loader.Source` whose number of threads can be changed between epochs."""
+    """A `pipelines.engines.source.Source` whose number of threads can be changed between epochs."""
 
     bad: BadSamples
     workers: int
@@ -58,7 +58,7 @@ class Tunable(Protocol):
         """Steps per epoch."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.loader.Source.epoch`."""
+        """As `pipelines.engines.source.Source.epoch`."""
 
 
 class _Ignored(BadSamples):

@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Int32, Int64
 from pipelines.batch import RawBatch
 from pipelines.beton.reader import Beton
 from pipelines.engines import samples as data_sets
-from pipelines.engines.faults import BadSamples
 from pipelines.engines.samples import RAW, Samples
+from pipelines.engines.source import BadSamples
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import crop, decode
-from pipelines.sampling.crops import Int32, boxes
-from pipelines.sampling.order import Int64, Order
+from pipelines.sampling.crops import boxes
+from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
 _AHEAD = 3  # batches in work: enough to cover one slow picture, small enough for memory
@@ -90,7 +91,7 @@ class FolderSource:
         self._pool, self._workers = _pool(count), count
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.loader.Source.epoch`.
+        """As `pipelines.engines.source.Source.epoch`.
 
         Where samples are shuffled, as they are in training, the next epoch's first batches are
         begun before this one ends.

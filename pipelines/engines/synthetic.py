@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines.faults import BadSamples
+from pipelines.engines.source import BadSamples
 from pipelines.sampling.crops import boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
@@ -38,7 +38,7 @@ class SyntheticSource:
         return self._order.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.loader.Source.epoch`."""
+        """As `pipelines.engines.source.Source.epoch`."""
         spec, side = self._spec, self._spec.side(epoch)
         shape = (spec.batch_size, side, side, 3)
         images = self._pixels[: spec.batch_size * side**2 * 3].view(shape)

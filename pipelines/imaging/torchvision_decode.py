@@ -9,9 +9,9 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
+from pipelines.arrays import Int32
 from pipelines.imaging.decode import ImageError, decode_rgb
 from pipelines.jpeg.markers import MAX_PIXELS, JpegError, read_header
-from pipelines.sampling.crops import Int32
 
 Pixels = npt.NDArray[np.uint8]
 

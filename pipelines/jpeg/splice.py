@@ -14,14 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.beton.reader import Beton
-from pipelines.imaging.decode import ImageError
 from pipelines.native.jit import njit
 from pipelines.native.llvm import copy_bytes
-from pipelines.sampling.crops import Int32
-from pipelines.sampling.order import Int64
 
 MISMATCH = -1
 """In place of a number of bytes: the side file and the sample's bytes contradict each other."""
@@ -181,38 +176,3 @@ def _head_fits(
             factors = np.int64(sample[frame + 6 + 3 * c])
             across, down = max(across, factors >> 4), max(down, factors & 15)
     return bool(8 * across == record.mcu_width and 8 * down == record.mcu_height)
-
-
-def splice_batch(
-    beton: Beton, indices: Int64, boxes: Int32
-) -> tuple[list[npt.NDArray[np.uint8]], Int32]:
-    """The streams that hold some crops, for a decoder that takes encoded pictures.
-
-    Args:
-        beton: with or without a side file.
-        indices: int64 (B,).
-        boxes: int32 (B, 4 or more): top, left, height, width, ...
-
-    Returns:
-        Per sample a stream, new or a view of the file, and the boxes relative to their pictures.
-
-    Raises:
-        ImageError: the side file does not fit a sample's bytes; names the sample.
-    """
-    segments = beton.segments
-    if segments is None:
-        return [beton.payload(int(i)) for i in indices], boxes
-    streams, shifted = [], boxes.copy()
-    for i, box in zip(indices.tolist(), shifted, strict=True):
-        stored = beton.payload(i)
-        out = np.empty(len(stored), np.uint8)
-        written, y0, x0, _, _ = splice(
-            beton.data, int(beton.offsets[i]), len(stored), segments.records[i], segments.lengths,
-            int(beton.heights[i]), int(beton.widths[i]), box, out,
-        )  # fmt: skip
-        if written < 0:
-            raise ImageError(f"{beton.path}: sample {i}: {MISMATCH_REASON}")
-        streams.append(out[:written] if written else stored)
-        box[0] -= y0
-        box[1] -= x0
-    return streams, shifted

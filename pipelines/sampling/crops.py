@@ -8,31 +8,14 @@ from a counter-based generator: no state, no order of calls.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.sampling.order import Int64, key64, mix64
+from pipelines.arrays import Float64, Int32, Int64
+from pipelines.sampling.random_bits import uniforms
 from pipelines.spec import CenterCrop, Crop, LoaderSpec, RandomCrop, RandomResizedCrop, Squash
-
-Int32 = npt.NDArray[np.int32]
-Float64 = npt.NDArray[np.float64]
 
 _TRIES = 10  # torchvision's RandomResizedCrop draws ten boxes before it falls back to the centre
 _FLIP, _PLACE, _SHAPE = 0, 1, 3  # first draw of each use; _SHAPE takes 2 * _TRIES
 _DRAWS = _SHAPE + 2 * _TRIES
-
-
-def uniforms(
-    seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, count: int = _DRAWS
-) -> Float64:
-    """The random numbers of some samples, float64 (B, count) in [0, 1), independent per row.
-
-    Another stream is for another use: its numbers are independent as well.
-    """
-    keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, stream))
-    with np.errstate(over="ignore"):
-        counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        words = mix64(keys[:, None] + counters[None, :])
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def boxes(spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32) -> Int32:
@@ -49,7 +32,7 @@ def boxes(spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, width
         int32 (B, 5): top, left, height, width in pixels of the upright picture, and flip as 0 or 1.
         Boxes of a padded crop may begin above or left of the picture or end beyond it.
     """
-    draws = uniforms(spec.seed, epoch, indices)
+    draws = uniforms(spec.seed, epoch, indices, count=_DRAWS)
     out = np.empty((len(indices), 5), np.int32)
     out[:, :4] = _crop(spec.crop, draws, heights.astype(np.int64), widths.astype(np.int64))
     out[:, 4] = (draws[:, _FLIP] < 0.5) & spec.flip
@@ -140,16 +123,3 @@ def _random_resized(
     top = np.where(found, _below(place[:, 0], heights - h + 1), (heights - h) // 2)
     left = np.where(found, _below(place[:, 1], widths - w + 1), (widths - w) // 2)
     return np.stack([top, left, h, w], axis=1)
-
-
-def digest64(epoch: int, indices: Int64, boxes: Int32) -> int:
-    """A 64-bit sum over samples of the hash of (epoch, index, box): equal for equal crops.
-
-    The sum does not depend on the order of samples, so digests of all ranks can be added (modulo
-    2**64) and compared across world sizes and engines.
-    """
-    with np.errstate(over="ignore"):
-        words = mix64(indices.astype(np.uint64) + key64(epoch, 0xD16E))
-        for column in boxes.astype(np.int64).view(np.uint64).T:
-            words = mix64(words + np.uint64(0x9E3779B97F4A7C15) + column)
-        return int(words.sum(dtype=np.uint64))

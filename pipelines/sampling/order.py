@@ -18,37 +18,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint32
+from pipelines.sampling.random_bits import key64
 from pipelines.spec import LoaderSpec, Shard
 
-Int64 = npt.NDArray[np.int64]
-Uint32 = npt.NDArray[np.uint32]
-Uint64 = npt.NDArray[np.uint64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _DRAWN = 1 << 21  # samples up to which the permutation is drawn whole: 60 ms, 16 MB
 _BLOCK = 1 << 15  # places computed at once: their words stay in the cache
 _ROUNDS = 6
 _LIMIT_STREAM = 0x11317  # keeps the draw of `limit` apart from every epoch's permutation
-
-
-def mix64(x: Uint64) -> Uint64:
-    """Scramble 64-bit words: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def key64(*words: int) -> np.uint64:
-    """One 64-bit key from several integers, each hashed in turn.
-
-    Hashing, not adding: with seed + epoch, seed 0 in epoch 1 would repeat seed 1 in epoch 0.
-    """
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for word in words:
-            state = mix64(state + _GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
-    return np.uint64(state[0])
 
 
 def permutation(n: int, *, seed: int, epoch: int, at: Int64 | None = None) -> Int64:

@@ -12,50 +12,27 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.features.base import AVGPOOL, Features, Store
 from rotpred.features.npy_writer import Append, alone, rows
-from rotpred.files import check_space
-from rotpred.models.backbone import Backbone
+from rotpred.files import check_space, plain, write_json
+from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
-from rotpred.protocols.session import open_data
-from rotpred.records.folder import plain, write_json
 from rotpred.records.progress import Progress
+from rotpred.training.data import open_data
+from rotpred.training.precision import autocast
 from rotpred.training.settings import Run
-from rotpred.training.state import autocast
 
 logger = logging.getLogger(__name__)
-
-AVGPOOL = "avgpool"
-"""The global average of the last map, beside the names of the stages."""
-
-Store = Literal["float32", "float16"]
-
-
-@dataclass(frozen=True)
-class Features:
-    """Of one data set, N samples; large arrays are memory-mapped and read-only."""
-
-    stages: dict[str, npt.NDArray[np.floating]]
-    """(N, D) by name of the stage, or `AVGPOOL`."""
-    labels: npt.NDArray[np.int64]
-    """(N,): class ids, -1 without labels."""
-    indices: npt.NDArray[np.int64]
-    """(N,): position of each sample in the data set's index, rising."""
-    data_id: str
-    """What the loader calls the data set."""
-    classes: tuple[str, ...] = ()
-    """Class names, empty where the data set has none."""
 
 
 def open_pictures(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:

@@ -14,13 +14,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from pipelines.arrays import Int64
 from pipelines.batch import IGNORE, Batch, RawBatch
-from pipelines.engines.faults import BadSamples
+from pipelines.engines.source import BadSamples
 from pipelines.loader import Loader
-from pipelines.sampling.order import Int64, Order
+from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 from rotpred.distributed import Rank
-from rotpred.features.extract import Features
+from rotpred.features.base import Features
 
 
 class _Rows:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rotpred.records.folder import replaced
+from rotpred.files import replaced
 
 logger = logging.getLogger(__name__)
 

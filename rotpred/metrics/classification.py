@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from rotpred.distributed import Rank, all_sum
@@ -167,23 +165,6 @@ class Confusion:
             iou=iou,
             mean_iou=_mean(iou),
         )
-
-
-def average_precision_of(hits: npt.NDArray[np.bool_], positives: int) -> tuple[float, float]:
-    """Return the area under the precision envelope, and VOC2007's 11-point AP, of a ranking.
-
-    Args:
-        hits: (N,), best first: whether each place is one of the positives, none of them twice.
-        positives: how many there are, at least 1; those that are not in the ranking are missed.
-    """
-    places = np.flatnonzero(hits)  # recall changes here only
-    precision = np.arange(1, len(places) + 1) / (places + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    # Recall is at least r/10 from the ceil(r/10 * positives)-th hit on; in integers, as tenths of a
-    # recall are not what floating point makes of them.
-    first = [max(0, -(-tenth * positives // 10) - 1) for tenth in range(11)]
-    reached = envelope[[place for place in first if place < len(envelope)]]
-    return float(envelope.sum() / positives), float(reached.sum() / len(first))
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.datasets.annotations import DenseSamples
 from pipelines.datasets.coco import api, decompressed
-from rotpred.metrics.voc_detection import Found
+from rotpred.metrics.detections import Found
 
 _NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
 """The first of what COCOeval.summarize leaves in `stats`."""

@@ -12,15 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.datasets.annotations import DenseSamples
+from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
-from pipelines.dense.spec import IGNORED
-from pipelines.imaging.decode import ImageError
-from pipelines.imaging.stored import read_numbers
+from pipelines.imaging.decode import ImageError, read_numbers
 from rotpred.distributed import Rank, gather_rows
+from rotpred.files import write_atomic
 from rotpred.metrics.coco_detection import check_runs
-from rotpred.metrics.voc_detection import Found
-from rotpred.records.folder import write_atomic
+from rotpred.metrics.detections import Found
 
 _HIGHEST = float(np.finfo(np.float32).max)
 

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.datasets.annotations import DenseSamples
-from rotpred.metrics.classification import average_precision_of
+from rotpred.metrics.average_precision import average_precision_of
+from rotpred.metrics.detections import Found
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
 """Intersection over union that a hit must exceed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What was detected in one picture, K objects, in pixels of the upright stored picture."""
-
-    boxes: npt.NDArray[np.float32]
-    """(K, 4): left, top, right, bottom; right - left is the width, as in `Objects`."""
-    labels: npt.NDArray[np.int64]
-    """(K,): position among the classes, from 0."""
-    scores: npt.NDArray[np.float32]
-    """(K,), higher for surer."""
-    masks: tuple[Mapping[str, object], ...] = ()
-    """K run lengths {"size": [height, width], "counts": text}, compressed as COCO has them (counts
-    may be given as bytes); () where there are boxes only."""
-
-    def __post_init__(self) -> None:
-        k = len(self.boxes)
-        shapes = self.boxes.shape, self.labels.shape, self.scores.shape
-        if shapes != ((k, 4), (k,), (k,)) or len(self.masks) not in (0, k):
-            raise ValueError(
-                f"boxes {shapes[0]}, labels {shapes[1]}, scores {shapes[2]} and {len(self.masks)} "
-                "masks do not fit each other: expected (K, 4), (K,), (K,) and 0 or K"
-            )
-        if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
-            raise ValueError("a detected box or its score is not finite")
-        masks = tuple(
-            {**mask, "counts": counts.decode()}
-            if isinstance(counts := mask["counts"], bytes)
-            else mask
-            for mask in self.masks
-        )
-        object.__setattr__(self, "masks", masks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rotpred.models.backbone import Backbone, ResNet
+from rotpred.models.base import Backbone
+from rotpred.models.resnet import ResNet
 
 
 def dilate(backbone: Backbone) -> ResNet:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
 
 PoolKind = Literal["auto", "specified", "adaptive"]
 

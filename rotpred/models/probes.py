@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rotpred.models.backbone import Backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools, stage_shapes
 
 _HIDDEN = 192  # width of the authors' conv probe (architectures/NonLinearClassifier.py)

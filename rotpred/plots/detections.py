@@ -14,10 +14,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from pipelines.datasets.annotations import Objects
+from pipelines.datasets.annotations import IGNORED, Objects
 from pipelines.datasets.coco import rasterised
-from pipelines.dense.spec import IGNORED, Target
-from rotpred.metrics.voc_detection import Found
+from pipelines.dense.batch import Target
+from rotpred.metrics.detections import Found
 from rotpred.plots.training import INK, MUTED
 
 Pixels = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rotpred.plots import training as figures
+from rotpred.plots.training import ACCENT, INK
 from rotpred.svm.low_shot import ShotResult
 
 
@@ -23,10 +23,8 @@ def per_class(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) 
     fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.9), dpi=120, layout="constrained")
     axes = fig.subplots(len(aps), 1, squeeze=False, sharex=True)
     for ax, (stage, ap) in zip(axes.flat, aps.items(), strict=True):
-        ax.bar(range(len(ap)), 100 * ap, color=figures.ACCENT)
-        ax.set_title(
-            f"{stage}: mAP {100 * ap.mean():.2f} %", fontsize=10, loc="left", color=figures.INK
-        )
+        ax.bar(range(len(ap)), 100 * ap, color=ACCENT)
+        ax.set_title(f"{stage}: mAP {100 * ap.mean():.2f} %", fontsize=10, loc="left", color=INK)
         ax.set_ylim(0, 100)
         ax.set_ylabel("AP (%)", fontsize=8)
         _plain_axes(ax)

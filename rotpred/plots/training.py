@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -23,14 +22,6 @@ ROTATIONS = ("0°", "90°", "180°", "270°")
 """Names of the classes of rotation prediction: turned counter-clockwise."""
 
 INK, ACCENT, MUTED = "#222222", "#1f5fa8", "#8a8a8a"
-
-
-def pixels(fig: Figure) -> npt.NDArray[np.uint8]:
-    """Draw a figure: uint8 (height, width, 3), RGB."""
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    rgba = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)  # type: ignore[no-untyped-call]
-    return np.ascontiguousarray(rgba[..., :3])
 
 
 def views_grid(

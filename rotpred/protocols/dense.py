@@ -14,20 +14,23 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
-from pipelines.dense.spec import DenseBatch, DenseSpec
+from pipelines.dense.spec import DenseSpec
 from pipelines.spec import Shard
 from rotpred.distributed import Rank
-from rotpred.models.backbone import Backbone
-from rotpred.plots import training as figures
+from rotpred.files import write_json
+from rotpred.models.base import Backbone
+from rotpred.models.memory_format import channels_last
+from rotpred.plots.training import curves
 from rotpred.protocols.session import Job, open_run
-from rotpred.records.folder import DONE, write_json
+from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import steps
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule
 from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.state import Outcome, Trained, TrainState
 from rotpred.training.sync_bn import SyncBn, check, synced
 from rotpred.weights.trunk import FromWeights, load_trunk
 
@@ -273,7 +276,7 @@ def _finish(
         if values := [v for row in rows if isinstance(v := row.get(name), int | float)]:
             middle = float(max(values) if unit == "MiB" else median(values))
             log.result(recipe.name, metric=metric, value=middle, unit=unit, n=len(values), **about)
-    log.figure("curves", figures.curves(rows))
+    log.figure("curves", curves(rows))
     job.finish(state)
 
 

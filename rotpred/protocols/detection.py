@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from pipelines.datasets.coco import api
+from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
-from pipelines.dense.spec import DenseBatch
 from pipelines.imaging.torchvision_decode import decode
 from rotpred.distributed import Rank, broadcast_str
 from rotpred.metrics.coco_detection import coco_metrics
+from rotpred.metrics.detections import Found
 from rotpred.metrics.predictions import gather_found, read_found, write_found
-from rotpred.metrics.voc_detection import Found, voc_metrics
-from rotpred.models.backbone import Backbone
+from rotpred.metrics.voc_detection import voc_metrics
+from rotpred.models.base import Backbone
 from rotpred.models.detection.rcnn import faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.models.detection.roi_heads import Detections, paste_masks
 from rotpred.plots.detections import boxes_figure

@@ -15,9 +15,11 @@ import torch
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
-from rotpred.features.extract import Features, Store, extract, open_pictures
-from rotpred.models.backbone import Backbone
-from rotpred.records.folder import DONE, plain, write_json
+from rotpred.features.base import Features, Store
+from rotpred.features.extract import extract, open_pictures
+from rotpred.files import plain, write_json
+from rotpred.models.base import Backbone
+from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
 from rotpred.weights.trunk import FromWeights, load_trunk
 

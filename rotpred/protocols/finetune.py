@@ -1,4 +1,4 @@
-"""Semi-supervised evaluation: fine-tuning of all layers on a part of the labels."""
+"""FineTuning-supervised evaluation: fine-tuning of all layers on a part of the labels."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.models.heads import RotNet, make_rotnet
-from rotpred.plots import training as figures
-from rotpred.protocols.scoring import Scores, number_of_classes, score
+from rotpred.plots.grid import grid_figure
+from rotpred.plots.training import curves
+from rotpred.protocols.classes import number_of_classes
+from rotpred.protocols.scoring import Scores, score
 from rotpred.protocols.session import Job, open_job
-from rotpred.recipes.finetune import Semi
+from rotpred.recipes.finetune import FineTuning
 from rotpred.records.folder import read_results
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import NotFiniteError, steps
-from rotpred.training.state import Outcome, Trained, TrainState, autocast
+from rotpred.training.precision import autocast
+from rotpred.training.state import Outcome, Trained, TrainState
 from rotpred.training.sync_bn import synced
 from rotpred.weights.trunk import load_trunk
 
@@ -50,7 +52,7 @@ class Classifier(RotNet):
         return logits
 
 
-def run(recipe: Semi, rank: Rank) -> Path:
+def run(recipe: FineTuning, rank: Rank) -> Path:
     """Fine-tune, count exact top-1 and top-5, write the run folder; the whole grid if so asked.
 
     Returns:
@@ -86,7 +88,7 @@ def deterministic() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
 
 
-def _point(recipe: Semi, rank: Rank) -> Path:
+def _point(recipe: FineTuning, rank: Rank) -> Path:
     """One learning rate and one head multiple."""
     with open_job(recipe, rank, views="plain") as job:
         assert job.val is not None
@@ -120,14 +122,14 @@ def _point(recipe: Semi, rank: Rank) -> Path:
     return job.out
 
 
-def _network(recipe: Semi, classes: int, rank: Rank) -> tuple[Classifier, str]:
+def _network(recipe: FineTuning, classes: int, rank: Rank) -> tuple[Classifier, str]:
     trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
     head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
     model = Classifier(trunk.requires_grad_(True), head)
     return synced(model, recipe.sync_bn, rank, recipe.run).train(), sha
 
 
-def _train(recipe: Semi, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
+def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, Scores] = {}
 
@@ -150,7 +152,7 @@ def _train(recipe: Semi, state: TrainState, job: Job[Loader], log: RunLog) -> Sc
     return results.get(state.step)
 
 
-def evaluate(recipe: Semi, state: TrainState, val: Loader) -> Scores:
+def evaluate(recipe: FineTuning, state: TrainState, val: Loader) -> Scores:
     """Top-1, and top-5 where there are more than five classes, of the one classifier, ""."""
     state.agree()
     model, rank = state.module, state.rank
@@ -167,7 +169,7 @@ def evaluate(recipe: Semi, state: TrainState, val: Loader) -> Scores:
 
 
 def _finish(
-    recipe: Semi, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
+    recipe: FineTuning, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
     for metric in ("top1", "top5"):
@@ -185,11 +187,11 @@ def _finish(
                 head_mult=recipe.head_mult,
             )
     if state.rank.main:
-        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+        log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
     job.finish(state)
 
 
-def _grid(recipe: Semi, rank: Rank) -> Path:
+def _grid(recipe: FineTuning, rank: Rank) -> Path:
     """All pairs, one after the other; finished ones are read from their folders."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     points: dict[Pair, dict[str, dict[str, Any]]] = {}
@@ -225,7 +227,7 @@ def _grid(recipe: Semi, rank: Rank) -> Path:
     return out
 
 
-def _report(recipe: Semi, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:
+def _report(recipe: FineTuning, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:
     """The whole table, and the best of it, as rows of results.json and as a picture."""
     trained = {pair: rows for pair, rows in points.items() if rows}
     if not trained:
@@ -252,33 +254,3 @@ def _report(recipe: Semi, points: dict[Pair, dict[str, dict[str, Any]]], log: Ru
 
 def _name(pair: Pair) -> str:
     return f"lr={pair[0]:g},head={pair[1]:g}"
-
-
-def grid_figure(
-    tops: np.ndarray[Any, np.dtype[np.float64]],
-    *,
-    lrs: tuple[float, ...],
-    head_mults: tuple[float, ...],
-) -> Figure:
-    """A heat map of accuracies in percent: (len(lrs), len(head_mults)); NaN: not finite."""
-    size = (1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs))
-    fig = Figure(figsize=size, dpi=120, layout="constrained")
-    ax = fig.subplots()
-    image = ax.imshow(tops, cmap="Blues", aspect="auto")
-    low, high = np.nanmin(tops), np.nanmax(tops)
-    for (row, column), value in np.ndenumerate(tops):
-        lost = np.isnan(value)
-        dark = not lost and value > low + 0.6 * (high - low)
-        text = "not finite" if lost else f"{value:.2f} %"
-        weight = "bold" if value == high else "normal"
-        ink = "white" if dark else figures.INK
-        ax.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
-    ax.set_xticks(range(len(head_mults)), [f"x{mult:g}" for mult in head_mults])
-    ax.set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
-    ax.set_xlabel("head multiple")
-    ax.set_ylabel("learning rate")
-    ax.set_title("Top-1 over the validation data", fontsize=11, color=figures.INK)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
-    return fig

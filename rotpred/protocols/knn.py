@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from rotpred.distributed import Rank, all_sum
+from rotpred.protocols.classes import number_of_classes
 from rotpred.protocols.feature_session import open_evaluation, share
-from rotpred.protocols.scoring import number_of_classes
-from rotpred.recipes.svm import Knn
+from rotpred.recipes.knn import Knn
 
 BANK_ROWS = 8192
 QUERY_ROWS = 1024

@@ -15,19 +15,23 @@ from torch.nn.functional import cross_entropy
 
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
-from rotpred.features.extract import AVGPOOL, extract, open_pictures
+from rotpred.features.base import AVGPOOL
+from rotpred.features.extract import extract, open_pictures
 from rotpred.features.loader import FeatureLoader
 from rotpred.models import probes
-from rotpred.models.backbone import Backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.models.probes import ProbeSet, StageProbe
-from rotpred.plots import training as figures
-from rotpred.protocols.scoring import Scores, number_of_classes, score
-from rotpred.protocols.session import Job, check_data, open_job
-from rotpred.recipes import Linear, Probe
+from rotpred.plots.training import curves
+from rotpred.protocols.classes import number_of_classes
+from rotpred.protocols.scoring import Scores, score
+from rotpred.protocols.session import Job, open_job
+from rotpred.recipes.linear import Linear, Probe
 from rotpred.records.log import RunLog, lock, read_rows
+from rotpred.training.data import check_data
 from rotpred.training.loop import steps
-from rotpred.training.state import Outcome, Trained, TrainState, autocast
+from rotpred.training.precision import autocast
+from rotpred.training.state import Outcome, Trained, TrainState
 from rotpred.weights.trunk import load_trunk
 
 logger = logging.getLogger(__name__)
@@ -299,5 +303,5 @@ def _finish(
             results(name, scores[name], lr=lr, best=name == best)
         results(base, scores[best], lr=best_lr, chosen_from=len(candidates), chosen_on="val")
     if state.rank.main:
-        log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+        log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
     setup.job.finish(state)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.datasets.imagenet import voc2007
+from pipelines.datasets.voc_classification import voc2007
 from pipelines.loader import Loader
-from rotpred.features.extract import Features
-from rotpred.protocols.scoring import number_of_classes
+from rotpred.features.base import Features
+from rotpred.protocols.classes import number_of_classes
 
 Labels = npt.NDArray[np.int8]
 

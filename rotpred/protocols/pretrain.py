@@ -13,15 +13,16 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.metrics.classification import ConfusionResult
-from rotpred.models.backbone import Backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet, make_rotnet
-from rotpred.plots import training as figures
+from rotpred.models.memory_format import channels_last
+from rotpred.plots.training import confusion, curves, filters, views_grid
 from rotpred.protocols.scoring import ROTATIONS, score_rotations
 from rotpred.protocols.session import Job, open_job
-from rotpred.recipes import Pretrain
+from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import RunLog, read_rows
 from rotpred.training.loop import steps
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.state import Outcome, Trained, TrainState
 from rotpred.training.sync_bn import synced
 from rotpred.weights.load import save_backbone
 
@@ -69,7 +70,7 @@ def _train(
         result = results[state.step] = evaluate(state, job.val, recipe)
         log.validation(step=state.step, values={"accuracy": 100 * result.accuracy})
         if state.rank.main:
-            log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
+            log.figure("confusion", confusion(torch.tensor(result.matrix)))
         return result.accuracy
 
     def objective(images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> Outcome:
@@ -91,9 +92,7 @@ def _train(
     for batch in batches:
         if not pictured:
             pictured = True
-            grid = figures.views_grid(
-                batch.images, targets=batch.targets, normalize=recipe.train.normalize
-            )
+            grid = views_grid(batch.images, targets=batch.targets, normalize=recipe.train.normalize)
             log.figure("views", grid)
         state.learn(objective, batch.images, batch.targets, batch.valid)
     return results.get(state.step)
@@ -135,9 +134,9 @@ def _finish(
             chance=100 / ROTATIONS,
             stream_digest=state.digest,
         )
-        log.figure("confusion", figures.confusion(torch.tensor(result.matrix)))
-    log.figure("filters", figures.filters(_first_filters(model.backbone)))
-    log.figure("curves", figures.curves(read_rows(log.out / "log.jsonl")))
+        log.figure("confusion", confusion(torch.tensor(result.matrix)))
+    log.figure("filters", filters(_first_filters(model.backbone)))
+    log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
     job.finish(state)
 
 

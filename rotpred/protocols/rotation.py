@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from rotpred.distributed import Rank, check_equal
+from rotpred.files import write_json
 from rotpred.models.heads import make_rotnet
-from rotpred.plots import training as figures
+from rotpred.models.memory_format import channels_last
+from rotpred.plots.training import confusion
 from rotpred.protocols.scoring import ROTATIONS, score_rotations
-from rotpred.protocols.session import open_data
 from rotpred.recipes.rotation import Rotation
-from rotpred.records.folder import DONE, write_json
+from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
+from rotpred.training.data import open_data
 from rotpred.training.settings import Run
-from rotpred.training.state import channels_last
 from rotpred.weights.load import load_rotnet
 from rotpred.weights.trunk import RANDOM
 
@@ -77,6 +78,6 @@ def run(recipe: Rotation, rank: Rank) -> Path:
             chance=100 / ROTATIONS,
         )
         if rank.main:
-            log.figure("confusion", figures.confusion(torch.tensor(found.matrix)))
+            log.figure("confusion", confusion(torch.tensor(found.matrix)))
             write_json(out / DONE, {"weights": sha, "val": loader.data_id})
     return out

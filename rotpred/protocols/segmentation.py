@@ -12,19 +12,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from pipelines.datasets.annotations import IGNORED
+from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
-from pipelines.dense.spec import IGNORED, DenseBatch
 from pipelines.imaging.torchvision_decode import decode
 from rotpred.distributed import Rank
+from rotpred.files import replaced
 from rotpred.metrics.classification import Confusion, ConfusionResult
 from rotpred.metrics.predictions import read_masks
-from rotpred.models.backbone import Backbone
+from rotpred.models.base import Backbone
 from rotpred.models.fcn import Fcn, pixel_loss, resized
 from rotpred.plots.detections import CITYSCAPES_PALETTE, masks_figure, voc_palette
 from rotpred.protocols import dense
 from rotpred.protocols.dense import Evaluation
 from rotpred.recipes.segmentation import Segmentation
-from rotpred.records.folder import replaced
 from rotpred.training.state import Outcome, TrainState
 
 Mask = npt.NDArray[np.uint8]

@@ -14,11 +14,13 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Shard
-from rotpred.distributed import Rank, any_true, check_equal
-from rotpred.records.folder import DONE, plain, write_json
+from pipelines.loader import Loader
+from pipelines.spec import LoaderSpec
+from rotpred.distributed import Rank, any_true
+from rotpred.files import plain, write_json
+from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
+from rotpred.training.data import check_data, open_data
 from rotpred.training.feed import Feed, Stream
 from rotpred.training.settings import Run
 from rotpred.training.state import Trained, TrainState
@@ -162,25 +164,6 @@ def open_run(
             val = stack.enter_context(opener(recipe.val, rank, recipe.run))
         check_data(loader, rank)
         yield Job(recipe, rank, out, loader, val)
-
-
-def open_data(spec: LoaderSpec, rank: Rank, run: Run) -> Loader:
-    """This rank's part of the data, emitted in the type that the network computes in."""
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
-
-
-def check_data(loader: Feed[object], rank: Rank) -> None:
-    """Refuse what would let ranks drift apart: other data on another machine, padded training.
-
-    Raises:
-        RuntimeError: the ranks have data of different length or content.
-        ValueError: training data are padded.
-    """
-    if not loader.spec.drop_last:
-        raise ValueError("train.drop_last must be True: a batch of padding has no loss to average")
-    check_equal(len(loader), rank, what="steps in an epoch")
-    check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the training data")
 
 
 def identity(loader: Feed[object], rank: Rank, run: Run, **own: object) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import torch
 
 from pipelines.loader import Loader
 from rotpred.distributed import Rank, all_sum
-from rotpred.features.extract import Features
-from rotpred.plots import svm as svm_figures
+from rotpred.features.base import Features
+from rotpred.metrics.average_precision import average_precision
+from rotpred.plots import svm
 from rotpred.protocols.feature_session import Evaluation, open_evaluation, share
 from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_tables
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.log import RunLog
-from rotpred.svm.dual import average_precision, gram, solve
+from rotpred.svm.dual import gram, solve
 from rotpred.svm.low_shot import aggregate, scores_of_draw
 from rotpred.svm.primal import compact, solve_compact
 
@@ -72,7 +73,7 @@ def run(recipe: Svm, rank: Rank) -> Path:
                 evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)), n=n)
             aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
-                log.figure("per_class", svm_figures.per_class(aps, class_names))
+                log.figure("per_class", svm.per_class(aps, class_names))
     return evaluation.out
 
 
@@ -184,7 +185,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         draws=recipe.draws,
                     )
             if rank.main:
-                log.figure("low_shot", svm_figures.low_shot_curve(results, shots))
+                log.figure("low_shot", svm.low_shot_curve(results, shots))
     return evaluation.out
 
 

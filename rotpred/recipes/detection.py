@@ -8,9 +8,9 @@ from typing import Literal
 from pipelines.dense.spec import DenseSpec, ShortSide
 from rotpred.models.detection.rcnn import C4, FPN, BoxHead
 from rotpred.models.detection.rpn import Proposals
-from rotpred.recipes import Run
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
+from rotpred.training.settings import Run
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rotpred.recipes import detection, linear, pretrain, rotation, segmentation
-from rotpred.recipes import finetune as semi
-from rotpred.recipes import svm as frozen
+from rotpred.recipes import detection, finetune, knn, linear, pretrain, rotation, segmentation, svm
 
 PRETRAINING = pretrain.RECIPES
 
 EVALUATION: dict[str, Callable[[], Any]] = {
     **linear.RECIPES,
-    **semi.RECIPES,
-    **frozen.RECIPES,
+    **finetune.RECIPES,
+    **svm.RECIPES,
+    **knn.RECIPES,
     **rotation.RECIPES,
     **detection.RECIPES,
     **segmentation.RECIPES,

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
-from rotpred.recipes import Linear, Run
+from rotpred.recipes.linear import Linear
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
+from rotpred.training.settings import Run
 
 
 @dataclass(frozen=True)
-class Semi:
+class FineTuning:
     """Fine-tuning of all layers, with a new classifier, on a part of the labels."""
 
     name: str = "semi"
@@ -64,7 +65,7 @@ class Semi:
             raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
 
-def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0) -> Semi:
+def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0) -> FineTuning:
     """ImageNet-1k, ResNet-50 fine-tuned on 1 % or 10 % of the labels, 4 GPUs x 64 images.
 
     Args:
@@ -82,7 +83,7 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0
     plain = LoaderSpec(
         data=f"data/imagenet/train_{percent}percent.beton", batch_size=64, views="plain"
     )
-    return Semi(
+    return FineTuning(
         name=f"in1k_semi_{percent}",
         fraction=fraction,
         train=replace(plain, crop=RandomResizedCrop(224)),
@@ -101,7 +102,7 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0
     )
 
 
-def in1k_semi_1() -> Semi:
+def in1k_semi_1() -> FineTuning:
     """ImageNet-1k, ResNet-50 fine-tuned on 1 % of the labels.
 
     Source: mmselfsup, configs/benchmarks/classification/imagenet/imagenet_1percent; OpenSelfSup:
@@ -116,7 +117,7 @@ def in1k_semi_1() -> Semi:
     return in1k_semi(0.01)
 
 
-def in1k_semi_10() -> Semi:
+def in1k_semi_10() -> FineTuning:
     """ImageNet-1k, ResNet-50 fine-tuned on 10 % of the labels.
 
     Source: as `in1k_semi_1`, imagenet_10percent: decay 1e-4.
@@ -126,11 +127,11 @@ def in1k_semi_10() -> Semi:
     return in1k_semi(0.1)
 
 
-def _cifar10(percent: int, epochs: int, decay: float) -> Semi:
+def cifar10_data(percent: int, epochs: int, decay: float) -> FineTuning:
     pretext = rotnet_cifar10_r18()
     assert pretext.val is not None
     plain = replace(pretext.train, views="plain", normalize=CIFAR10)
-    return Semi(
+    return FineTuning(
         name=f"cifar10_semi_{percent}",
         backbone=pretext.backbone,
         fraction=percent / 100,
@@ -145,23 +146,23 @@ def _cifar10(percent: int, epochs: int, decay: float) -> Semi:
     )
 
 
-def cifar10_semi_1() -> Semi:
+def cifar10_semi_1() -> FineTuning:
     """CIFAR-10, the small ResNet-18 fine-tuned on 1 % of the labels: 50 of each class.
 
     Source: `in1k_semi_1`, made small for two CPU cores: 50 images a step, 30 epochs of ten steps.
     One process: two would send each other more gradients than so small batches are worth.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_1 --grid --weights FILE
     """
-    return _cifar10(1, 30, 5e-4)
+    return cifar10_data(1, 30, 5e-4)
 
 
-def cifar10_semi_10() -> Semi:
+def cifar10_semi_10() -> FineTuning:
     """CIFAR-10, the small ResNet-18 fine-tuned on 10 % of the labels: 500 of each class.
 
     Source: `in1k_semi_10`, made small for two CPU cores: 50 images a step, 8 epochs of a hundred.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_10 --grid --weights FILE
     """
-    return _cifar10(10, 8, 1e-4)
+    return cifar10_data(10, 8, 1e-4)
 
 
 RECIPES = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
@@ -14,10 +16,78 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
-from rotpred.recipes import Linear, Probe, Run
+from rotpred.features.base import Store
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.training.optim import Optim
-from rotpred.training.schedule import Steps, Table, Triangle
+from rotpred.training.schedule import Schedule, Steps, Table, Triangle
+from rotpred.training.settings import Run
+
+ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Classifiers on frozen features, trained side by side in one pass of the trunk."""
+
+    kind: ProbeKind = "avgpool"
+    """avgpool: Linear on the globally averaged last map. stages: pool, batch norm without affine
+    parameters and Linear on every stage. conv, nonlinear: the RotNet authors' probes of every
+    stage (three convolutions, or two hidden layers of 200)."""
+    optim: Optim = field(default_factory=lambda: Optim(lr=30.0, weight_decay=0.0))
+    """Optimiser of these classifiers; others have their own."""
+    schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
+    """Learning rate over time."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates to compare: each classifier is trained with every one of them in the same
+    pass, called NAME@LR, and the best on the validation data is named. Empty: optim.lr alone."""
+    affine: bool = False
+    """Whether the batch norm of stages has affine parameters (VISSL) or not (mmselfsup)."""
+
+    def __post_init__(self) -> None:
+        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
+            raise ValueError(f"lrs must be positive, got {self.lrs}")
+        if len(set(self.lrs)) < len(self.lrs):
+            raise ValueError(f"lrs must differ, got {self.lrs}")
+        if self.affine and self.kind != "stages":
+            raise ValueError(f"affine is for stages, not for {self.kind}")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Classification with a frozen trunk."""
+
+    name: str = "linear"
+    """Names the run in results and in the default run folder."""
+    weights: str = ""
+    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
+    torchvision's, trained with labels."""
+    backbone: str = "resnet50"
+    """The architecture of the weights."""
+    train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
+    """Labelled training data."""
+    val: LoaderSpec = field(
+        default_factory=lambda: LoaderSpec(
+            views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False
+        )
+    )
+    """Labelled validation data."""
+    probes: tuple[Probe, ...] = (Probe(),)
+    """Sets of classifiers; all are trained in the same pass, each set by its own optimiser."""
+    cache: str = ""
+    """Folder of features (runs/features, say): those of the training pictures under the crop of the
+    validation are extracted once, and the probes (avgpool and stages) are trained on these. That
+    takes seconds where they stay in memory, as those of small data sets; larger ones are read from
+    the disk in every epoch (in1k_mhead: 226 GB as float32). Without random crops, flips and
+    colours: numbers differ from the published protocol's. Empty: augmented pictures go through the
+    trunk in every epoch."""
+    cache_store: Store = "float32"
+    """Type of the features in the cache: float16 takes half the space, and 11 bits of each value;
+    results say so. The probes compute in float32."""
+    eval_every: int = 10
+    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    run: Run = field(default_factory=lambda: Run(epochs=100))
+    """Length, precision, logs and checkpoints."""
+
 
 _MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
 """Of the multi-head probes."""
@@ -152,7 +222,7 @@ def places205_mhead_vissl() -> Linear:
     )
 
 
-def _cifar10(name: str, backbone: str, batch_size: int) -> Linear:
+def cifar10_data(name: str, backbone: str, batch_size: int) -> Linear:
     data = "data/cifar10/{}.beton"
     plain = LoaderSpec(
         data=data.format("train"), batch_size=batch_size, views="plain", normalize=CIFAR10
@@ -184,7 +254,7 @@ def cifar10_probes() -> Linear:
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_probes --weights FILE
     Published: conv2: 89.06 (non-linear), 91.16 (conv).
     """
-    base = _cifar10("cifar10_probes", rotnet_cifar10_nin().backbone, 128)
+    base = cifar10_data("cifar10_probes", rotnet_cifar10_nin().backbone, 128)
     optim = Optim(lr=0.1, nesterov=True, weight_decay=5e-4)
     rates = (0.1, 0.02, 0.004, 0.0008)
     conv = Table(tuple(zip((35, 70, 85, 100), rates, strict=True)))
@@ -208,7 +278,7 @@ def cifar10_linear() -> Linear:
     Measured: docs/results/rotnet_cifar10_r18.
     """
     optim = Optim(lr=0.02, nesterov=True, weight_decay=1e-4)
-    base = _cifar10("cifar10_linear", rotnet_cifar10_r18().backbone, 64)
+    base = cifar10_data("cifar10_linear", rotnet_cifar10_r18().backbone, 64)
     return replace(
         base,
         probes=(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
@@ -13,9 +14,9 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
-from rotpred.recipes import Pretrain, Run
 from rotpred.training.optim import Optim
-from rotpred.training.schedule import Steps, Table, Triangle
+from rotpred.training.schedule import Schedule, Steps, Table, Triangle
+from rotpred.training.settings import Run
 
 
 def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> LoaderSpec:
@@ -119,7 +120,7 @@ def rotnet_in1k_alexnet() -> Pretrain:
     )
 
 
-def _cifar10(name: str, backbone: str, *, batch_size: int) -> Pretrain:
+def cifar10_data(name: str, backbone: str, *, batch_size: int) -> Pretrain:
     data = "data/cifar10/{}.beton"
     return Pretrain(
         name=name,
@@ -144,7 +145,7 @@ def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
     Published: rotation accuracy 93.65 (a rerun of the code); probes of conv2 89.06 and 91.16.
     """
     return replace(
-        _cifar10("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
+        cifar10_data("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4),
         schedule=Table(((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008))),
         eval_every=5,
@@ -161,7 +162,7 @@ def rotnet_cifar10_r18() -> Pretrain:
     Command: torchrun --nproc-per-node 2 scripts/pretrain.py rotnet_cifar10_r18
     Measured: docs/results/rotnet_cifar10_r18.
     """
-    base = _cifar10("rotnet_cifar10_r18", "resnet18_tiny", batch_size=32)
+    base = cifar10_data("rotnet_cifar10_r18", "resnet18_tiny", batch_size=32)
     return replace(
         base,
         train=replace(base.train, crop=RandomCrop(32, padding=0)),
@@ -209,3 +210,27 @@ RECIPES = {
         quickstart,
     )
 }
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretraining by rotation prediction."""
+
+    name: str = "pretrain"
+    """Names the run in results and in the default run folder."""
+    backbone: str = "resnet50"
+    """resnet50, resnet18, resnet18_small, resnet18_tiny, alexnet, nin3, nin4 or nin5."""
+    train: LoaderSpec = field(default_factory=LoaderSpec)
+    """Training data."""
+    val: LoaderSpec | None = None
+    """Validation data, all of it, four views of each image. None (in Python): no validation."""
+    optim: Optim = field(default_factory=Optim)
+    """Optimiser."""
+    schedule: Schedule = field(default_factory=Steps)
+    """Learning rate over time."""
+    sync_bn: Literal["off", "torch", "apex"] = "off"
+    """Batch norm statistics over all GPUs (torch's or apex's SyncBN) or over each process's own."""
+    eval_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    run: Run = field(default_factory=Run)
+    """Length, precision, logs and checkpoints."""

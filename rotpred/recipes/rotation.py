@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.spec import LoaderSpec
+from rotpred.recipes.base import Place
 from rotpred.recipes.pretrain import rotnet_cifar10_nin, rotnet_in1k_r50
-from rotpred.recipes.svm import Place
 
 
 @dataclass(frozen=True)

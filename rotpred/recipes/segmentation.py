@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.dense.spec import DenseSpec, RatioCrop, Within
-from rotpred.recipes import Run
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Poly, Schedule
+from rotpred.training.settings import Run
 
 
 @dataclass(frozen=True)

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from pipelines.datasets.imagenet import VOC_CLASSES
-from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision, Squash
-from rotpred.features.extract import AVGPOOL, Store
+from pipelines.datasets.voc_classification import VOC_CLASSES
+from pipelines.spec import LoaderSpec, Squash
+from rotpred.recipes.base import PLAIN, RESNET_STAGES, CachedPlace, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.svm.dual import COSTS
-
-RESNET_STAGES = ("stem", "res2", "res3", "res4", "res5", AVGPOOL)
-
-PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False)
-"""Every picture once, as it is."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and in which type an evaluation without training of a network works."""
-
-    out: str = ""
-    """Run folder; empty for runs/NAME."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, or cuda."""
-    precision: Precision = "fp32"
-    """Autocast type of the network: fp32 (no autocast), bf16 or fp16."""
-    timeout: float = 1800.0
-    """Seconds that a process waits for its peers before the job is ended."""
-
-
-@dataclass(frozen=True)
-class CachedPlace(Place):
-    """That, and where features are kept."""
-
-    cache: str = "runs/features"
-    """Folder of extracted features, which evaluations of the same weights and data share."""
 
 
 @dataclass(frozen=True)
@@ -113,39 +86,6 @@ class LowShot(_Svms):
             raise ValueError("shots and draws must be at least 1, and seed not negative")
 
 
-@dataclass(frozen=True)
-class Knn:
-    """Weighted nearest neighbours in the features of one stage."""
-
-    name: str = "knn"
-    """Names the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
-    backbone: str = "resnet50"
-    """The architecture of the weights."""
-    train: LoaderSpec = PLAIN
-    """Labelled data among which neighbours are found."""
-    val: LoaderSpec = PLAIN
-    """Labelled test data."""
-    stage: str = AVGPOOL
-    """A stage of the backbone, or avgpool."""
-    neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours k that vote; each is reported."""
-    temperature: float = 0.07
-    """T: a neighbour's vote is exp(similarity / T)."""
-    normalize: bool = True
-    """Cosine similarity; False (VISSL's default, with temperature 0.1) is the dot product."""
-    store: Store = "float32"
-    """Type of the features on disk; the similarities are float32."""
-    run: CachedPlace = field(default_factory=CachedPlace)
-    """Where it works."""
-
-    def __post_init__(self) -> None:
-        if not self.neighbours or min(self.neighbours) < 1 or self.temperature <= 0:
-            raise ValueError("neighbours must be at least 1, and temperature positive")
-
-
 def _check_svm(costs: tuple[float, ...], weight: float, stages: tuple[str, ...]) -> None:
     if not costs or min(costs) <= 0 or weight <= 0:
         raise ValueError("costs and positive_weight must be positive")
@@ -206,41 +146,13 @@ def voc07_lowshot() -> LowShot:
     )
 
 
-def in1k_knn() -> Knn:
-    """ImageNet-1k, ResNet-50: nearest neighbours in the averaged last map.
-
-    Source: mmselfsup, tools/benchmarks/classification/knn_imagenet and mmselfsup/evaluation/
-    functional/knn_eval.py. Features are kept as float16 (ours): --store float32 as published.
-    VISSL (vissl/utils/knn_utils.py) takes 200 neighbours, no normalisation and temperature 0.1:
-    --no-normalize --temperature 0.1 --neighbours 200; by default of the output of its head, which
-    is not offered.
-    Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_knn --weights FILE
-    Published (mmselfsup): k = 10 / 20 / 100 / 200: 11.0 / 11.9 / 12.6 / 12.4.
-    """
-    spec = replace(PLAIN, batch_size=128, crop=CenterCrop(224, 256))
-    return Knn(
-        name="in1k_knn",
-        train=replace(spec, data="data/imagenet/train.beton"),
-        val=replace(spec, data="data/imagenet/val.beton"),
-        store="float16",
-    )
-
-
-def _cifar10() -> tuple[LoaderSpec, LoaderSpec]:
-    spec = replace(PLAIN, batch_size=250, crop=CenterCrop(32, None), normalize=CIFAR10)
-    return (
-        replace(spec, data="data/cifar10/train.beton"),
-        replace(spec, data="data/cifar10/test.beton"),
-    )
-
-
 def cifar10_svm() -> Svm:
     """CIFAR-10, each class against the rest, 5,000 labels: `voc07_svm` for small pictures.
 
     Source: our own use of the protocol; as many training pictures as VOC07 has.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_svm --weights FILE
     """
-    train, val = _cifar10()
+    train, val = cifar10_data()
     return Svm(
         name="cifar10_svm",
         backbone=rotnet_cifar10_r18().backbone,
@@ -265,24 +177,12 @@ def cifar10_lowshot() -> LowShot:
     )
 
 
-def cifar10_knn() -> Knn:
-    """CIFAR-10: nearest neighbours among all 50,000 training pictures.
-
-    Source: as `in1k_knn`.
-    Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_knn --weights FILE
-    """
-    train, val = _cifar10()
-    return Knn(name="cifar10_knn", backbone=cifar10_svm().backbone, train=train, val=val)
-
-
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
         voc07_svm,
         voc07_lowshot,
-        in1k_knn,
         cifar10_svm,
         cifar10_lowshot,
-        cifar10_knn,
     )
 }

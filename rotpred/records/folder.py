@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -19,50 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rotpred.files import replace, temporary_of
-
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write; on leaving, fsync it and rename it to `path`.
-
-    Where the body raises, the temporary file is removed and `path` is what it was.
-    """
-    temporary = temporary_of(path)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing."""
-    with replaced(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write indented JSON, whole or not at all. NaN and infinity are refused (`ValueError`)."""
-    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def plain(value: object) -> object:
-    """What JSON can hold of a recipe: nested dataclasses become objects with their `type`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:

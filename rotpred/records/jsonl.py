@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from rotpred.records.folder import read_rows, row_step, write_atomic
+from rotpred.files import write_atomic
+from rotpred.records.folder import read_rows, row_step
 
 
 class Rows:

@@ -26,18 +26,9 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from rotpred.files import plain, replaced, write_json
 from rotpred.records.console import configure_logging, describe
-from rotpred.records.folder import (
-    DONE,
-    environment,
-    lock,
-    plain,
-    read_results,
-    read_rows,
-    replaced,
-    rss_mib,
-    write_json,
-)
+from rotpred.records.folder import DONE, environment, lock, read_results, read_rows, rss_mib
 from rotpred.records.jsonl import Rows
 from rotpred.records.progress import Progress
 from rotpred.records.tensorboard import Scalars
@@ -277,7 +268,7 @@ class RunLog:
             return
         from PIL import Image
 
-        from rotpred.plots.training import pixels
+        from rotpred.records.tensorboard import pixels
 
         picture = pixels(fig)
         at = self._step if step is None else step

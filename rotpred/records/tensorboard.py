@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 LOADER = ("images_per_s", "views_per_s", "wait_percent", "rss_mib", "cuda_peak_mib")
 """Fields of a row of log.jsonl that are shown under `loader/`."""
 
@@ -80,3 +85,11 @@ class Scalars:
         except OSError:
             self._writer, self._lost = None, True
             raise
+
+
+def pixels(fig: Figure) -> npt.NDArray[np.uint8]:
+    """Draw a figure: uint8 (height, width, 3), RGB."""
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    rgba = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)  # type: ignore[no-untyped-call]
+    return np.ascontiguousarray(rgba[..., :3])

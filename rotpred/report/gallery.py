@@ -12,9 +12,9 @@ import torch
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop
 from rotpred.distributed import Rank
-from rotpred.plots import features as gallery
-from rotpred.plots.training import pixels
-from rotpred.recipes import svm as frozen
+from rotpred.plots import features as feature_plots
+from rotpred.recipes.knn import cifar10_knn, in1k_knn
+from rotpred.records.tensorboard import pixels
 from rotpred.report.page import Block, Heading, Picture, Text, png
 from rotpred.weights.trunk import load_trunk
 
@@ -42,9 +42,9 @@ def showcase(
     if stage not in trunk.stage_names:
         raise ValueError(f"{trunk.arch} has no stage {stage}: {', '.join(trunk.stage_names)}")
     place = trunk.stage_names.index(stage)
-    spec = frozen.in1k_knn().val
+    spec = in1k_knn().val
     if trunk.arch.startswith(("nin", "resnet18_")):  # networks for small pictures
-        spec = replace(frozen.cifar10_knn().val, crop=CenterCrop(32, 32))
+        spec = replace(cifar10_knn().val, crop=CenterCrop(32, 32))
     # torchvision, which is everywhere: the page does not depend on which engines are installed.
     spec = replace(spec, data=data, limit=samples, batch_size=50, engine="folder")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.normalize.mean, spec.normalize.std))
@@ -59,7 +59,7 @@ def showcase(
         images, features, labels = (np.concatenate(part) for part in (shown, pooled, ids))
         if len(images) < 5:
             raise ValueError(f"{data} has {len(images)} pictures: a gallery needs at least 5")
-        chosen = gallery.examples(labels, 6)
+        chosen = feature_plots.examples(labels, 6)
         views = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float()
         maps = trunk.stages(((views - mean) / std).contiguous(memory_format=torch.channels_last))
         # A map of one place has nothing to show.
@@ -67,13 +67,13 @@ def showcase(
         classes = loader.classes
     figures = {
         "Attention: where each stage is active, sum over channels of |activation|^p": (
-            gallery.attention_grid(images[chosen], list(seen.values()), names=list(seen))
+            feature_plots.attention_grid(images[chosen], list(seen.values()), names=list(seen))
         ),
         f"{stage}, averaged, of {len(images)} pictures in two dimensions": (
-            gallery.projection(features, labels, classes=classes)
+            feature_plots.projection(features, labels, classes=classes)
         ),
         f"{stage}, averaged: the nearest neighbours by cosine; red: another class": (
-            gallery.retrieval(images, features, labels, queries=chosen, classes=classes)
+            feature_plots.retrieval(images, features, labels, queries=chosen, classes=classes)
         ),
     }
     about = f"Weights: {Path(weights).name} {sha[:12]}".strip()

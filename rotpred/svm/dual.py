@@ -19,10 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rotpred.metrics.classification import average_precision_of
-
-Float64 = npt.NDArray[np.float64]
-
 COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
 """Costs C of the published runs, in their order, which decides ties (mmselfsup, tools/benchmarks/
 classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
@@ -242,26 +238,3 @@ def line_search(
         above = slope(middle) > 0
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return torch.where(far, low, 1.0)
-
-
-def average_precision(scores: Float64, positive: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the AP of the published code, and the 11-point AP of the VOC2007 challenge beside it.
-
-    Published (mmselfsup svm_helper.py `get_precision_recall`, VISSL the same): the area under the
-    precision envelope at every change of recall, as VOC has it since 2010, though the data are of
-    2007. Equal scores keep the order of the samples.
-
-    Args:
-        scores: (N,), higher for positive.
-        positive: (N,); samples to be ignored must be left out by the caller.
-
-    Raises:
-        ValueError: there is no positive sample, or a score is not finite.
-    """
-    if not positive.any():
-        raise ValueError("average precision needs a positive sample")
-    if not np.isfinite(scores).all():
-        raise ValueError("a score is not finite")
-    return average_precision_of(
-        positive[np.argsort(-scores, kind="stable")], int(np.count_nonzero(positive))
-    )

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rotpred.svm.dual import average_precision, solve
+from rotpred.metrics.average_precision import average_precision
+from rotpred.svm.dual import solve
 from rotpred.svm.primal import solve_compact
 
 Float64 = npt.NDArray[np.float64]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,18 +17,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from pipelines.device.rotate import DTYPES
-from pipelines.spec import Precision
 from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
 from rotpred.training import checkpoint
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
 from rotpred.training.optim import Optim, build, set_lr
+from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
 from rotpred.training.settings import Run
 
 logger = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=nn.Module)
 
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss that is minimised, and scalars whose means are logged, by name."""
@@ -280,15 +276,3 @@ class TrainState:
             raise checkpoint.CheckpointError(
                 f"{path} belongs to another run ({'; '.join(changes)}): choose another --run.out"
             )
-
-
-def channels_last(module: M, device: torch.device) -> M:
-    """Move a network to its device, weights laid out for channels_last convolutions."""
-    return module.to(device).to(memory_format=torch.channels_last)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Autocast to bf16 or fp16, or nothing in fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])

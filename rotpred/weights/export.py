@@ -15,7 +15,7 @@ from torch import nn
 
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
 from rotpred.files import CheckpointError
-from rotpred.models.backbone import Backbone
+from rotpred.models.base import Backbone
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.load import finite_tensors, save_backbone, write_whole
 

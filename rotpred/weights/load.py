@@ -15,7 +15,8 @@ import torchvision
 from torch import nn
 
 from rotpred.files import CheckpointError, check_space, replace, sha256_file, write_verified
-from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet
 from rotpred.weights.layouts import Found, Tensors, read, some
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rotpred.distributed import Rank, any_true
-from rotpred.models.backbone import Backbone, build_backbone
-from rotpred.training.state import channels_last
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
+from rotpred.models.memory_format import channels_last
 from rotpred.weights.load import imagenet_file, load_backbone
 
 logger = logging.getLogger(__name__)

@@ -17,14 +17,10 @@ import torch
 from pipelines.device.color_jitter import coloured_views, draw
 from pipelines.spec import IMAGENET, Colour
 from rotpred.distributed import Rank
-from rotpred.protocols import detection as detect
-from rotpred.protocols import finetune as semi
-from rotpred.protocols import segmentation as segment
+from rotpred.protocols import detection, finetune, segmentation
 from rotpred.protocols.knn import neighbours
 from rotpred.svm.dual import COSTS, gram, solve
-from tests.rotpred.protocols import test_detection as test_detect
-from tests.rotpred.protocols import test_finetune as test_semi
-from tests.rotpred.protocols import test_segmentation as test_segment
+from tests.rotpred.protocols import test_detection, test_finetune, test_segmentation
 from tests.support import dense_trees
 from tests.support.classification_trees import plant
 from tests.support.run_outputs import results, saved
@@ -48,16 +44,16 @@ def check(out: Path) -> None:
 @pytest.mark.parametrize("name", ["voc0712_det", "coco_det"])
 def test_detection_trains_and_validates(name: str, precision: Any, tmp_path: Path) -> None:
     roots = {name: getattr(dense_trees, {"v": "voc", "c": "coco"}[name[0]])(tmp_path, n=3)}
-    made = test_detect.small(name, roots, tmp_path / "run")
-    detect.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
+    made = test_detection.small(name, roots, tmp_path / "run")
+    detection.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
     check(tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_segmentation_trains_and_validates(precision: Any, tmp_path: Path) -> None:
     roots = {"voc12aug_seg": dense_trees.voc_masks(tmp_path, n=8, side=48)}
-    made = test_segment.small("voc12aug_seg", roots, tmp_path / "run")
-    segment.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
+    made = test_segmentation.small("voc12aug_seg", roots, tmp_path / "run")
+    segmentation.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
     check(tmp_path / "run")
 
 
@@ -65,8 +61,8 @@ def test_fine_tuning_twice_gives_the_same_weights(tmp_path: Path) -> None:
     """Deterministic kernels, and none that has no deterministic form."""
     trees = plant(tmp_path)
     for name in ("a", "b"):
-        made = test_semi.small(trees, tmp_path / name, "resnet18_tiny")
-        semi.run(made, Rank(device=DEVICE))
+        made = test_finetune.small(trees, tmp_path / name, "resnet18_tiny")
+        finetune.run(made, Rank(device=DEVICE))
         check(tmp_path / name)
     first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

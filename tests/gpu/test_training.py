@@ -11,15 +11,18 @@ from torch.nn.functional import cross_entropy
 
 from pipelines.batch import RawBatch
 from pipelines.device.transfer import Transfer
-from pipelines.loader import missing_engines, open_loader
+from pipelines.engines.choice import missing_engines
+from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.models.heads import make_rotnet
+from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
-from rotpred.recipes import Pretrain, Run
+from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.settings import Run
+from rotpred.training.state import Outcome, Trained, TrainState
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.voc_classification import VOC_CLASSES
 from tests.conftest import save_jpeg
 
 Pixels = npt.NDArray[np.uint8]

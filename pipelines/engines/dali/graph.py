@@ -20,11 +20,12 @@ from nvidia.dali import types as _types
 from nvidia.dali.pipeline import pipeline_def as _pipeline_def
 from torch.utils.dlpack import from_dlpack
 
+from pipelines.arrays import Int32
 from pipelines.beton.reader import Beton
 from pipelines.engines.samples import Samples
 from pipelines.imaging.resize import resample, scratch_size
 from pipelines.native.threads import Crew, Runner
-from pipelines.sampling.crops import Int32, may_stick_out
+from pipelines.sampling.crops import may_stick_out
 from pipelines.spec import LoaderSpec
 
 # DALI makes most of these names at import, where its own type stubs do not follow.

@@ -24,19 +24,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Int64
 from pipelines.batch import RawBatch
 from pipelines.beton.reader import Beton
+from pipelines.beton.splicing import splice_batch
 from pipelines.engines import samples as data_sets
 from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
-from pipelines.engines.faults import BadSamples
 from pipelines.engines.samples import RAW, Samples
+from pipelines.engines.source import BadSamples
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.jpeg.markers import JpegError, read_header
-from pipelines.jpeg.splice import splice_batch
 from pipelines.native.threads import Runner
 from pipelines.sampling.crops import boxes
-from pipelines.sampling.order import Int64, Order
+from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
 Batches = Callable[[int, int], tuple[Int64, npt.NDArray[np.bool_]]]
@@ -156,7 +157,7 @@ class DaliSource:
         return self._order.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.loader.Source.epoch`."""
+        """As `pipelines.engines.source.Source.epoch`."""
         indices, valid = self._batches(epoch, start_step)
         if self._next != (epoch, start_step):
             self._feed.move(epoch, start_step)

@@ -24,14 +24,14 @@ import numba.typed
 import numpy as np
 import torch
 
+from pipelines.arrays import Int32, Int64
 from pipelines.batch import Regions
 from pipelines.beton.reader import Beton
 from pipelines.beton.segments import RECORD
 from pipelines.engines.ffcv import kernels
 from pipelines.imaging.resize import scratch_size
 from pipelines.native.threads import Crew
-from pipelines.sampling.crops import Int32, boxes, patch_side
-from pipelines.sampling.order import Int64
+from pipelines.sampling.crops import boxes, patch_side
 from pipelines.spec import LoaderSpec
 
 __all__ = ["AHEAD", "Decoded", "RingLoader", "Step", "StockEpochIterator"]

@@ -25,9 +25,9 @@ import torch
 from pipelines.batch import RawBatch, Regions
 from pipelines.beton.reader import Beton
 from pipelines.engines import samples as data_sets
-from pipelines.engines.faults import BadSamples
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import AHEAD, Decoded, RingLoader, Step, StockEpochIterator
+from pipelines.engines.source import BadSamples
 from pipelines.imaging.decode import ImageError
 from pipelines.jpeg.splice import MISMATCH_REASON
 from pipelines.sampling.order import Order
@@ -137,7 +137,7 @@ class FfcvSource:
         self._loader.tables.lanes = number
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.loader.Source.epoch`."""
+        """As `pipelines.engines.source.Source.epoch`."""
         if start_step == len(self):
             return
         running = self._thread(epoch, start_step)

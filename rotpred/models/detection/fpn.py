@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from rotpred.models.backbone import ResNet
+from rotpred.models.resnet import ResNet
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 """Names of the maps, from fine to coarse."""

@@ -16,8 +16,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPH
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
-from pipelines.dense.spec import Target
-from rotpred.models.backbone import Backbone, ResNet
+from pipelines.dense.batch import Target
+from rotpred.models.base import Backbone
 from rotpred.models.detection.fpn import LEVELS, Pyramid, stride
 from rotpred.models.detection.roi_heads import (
     BoxPredictor,
@@ -27,6 +27,7 @@ from rotpred.models.detection.roi_heads import (
     Pooler,
 )
 from rotpred.models.detection.rpn import Proposals, Rpn
+from rotpred.models.resnet import ResNet
 
 BoxHead = Literal["4conv1fc", "2fc"]
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from pipelines.dense.spec import Target
+from pipelines.dense.batch import Target
 from rotpred.models.detection.rpn import Draws
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

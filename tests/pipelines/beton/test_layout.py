@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data.sparse_beton import PAGE, write_sparse
 
-from pipelines.beton import layout as beton_layout
+from pipelines.beton import layout
 from pipelines.beton.layout import ALLOC, HEADER
 from pipelines.beton.reader import Beton, BetonError
 from pipelines.beton.segments import RECORD, segments_path
@@ -33,7 +33,7 @@ def test_the_tables_order_does_not_matter_but_to_the_fingerprint(
         one.offsets - one.offsets[0], i // per_page * PAGE + i % per_page * 110_000
     )
     assert (one.sizes == 110_000).all() and one.labels.max() < 1000 and one.heights.min() >= 200
-    monkeypatch.setattr(beton_layout, "_BLOCK", 7)  # the blocks are no part of the result
+    monkeypatch.setattr(layout, "_BLOCK", 7)  # the blocks are no part of the result
     small = Beton.open(paths[1])
     assert small.fingerprint == two.fingerprint
     for name in ("offsets", "sizes", "heights", "widths", "labels", "modes"):

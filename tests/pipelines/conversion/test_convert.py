@@ -25,11 +25,12 @@ from PIL import Image, ImageOps
 
 from pipelines.beton.manifest import Manifest, manifest_path
 from pipelines.beton.reader import Beton, verify
-from pipelines.beton.writer import BetonWriter, exclusive
-from pipelines.conversion import workers as pool
+from pipelines.beton.writer import BetonWriter
+from pipelines.conversion import workers as worker_processes
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
 from pipelines.datasets.index import SampleIndex
+from pipelines.durable import exclusive
 from pipelines.imaging.decode import decode_rgb
 from tests.pipelines.jpeg.test_markers import encode, exif, frame_at, picture, png_of, with_size
 
@@ -219,7 +220,7 @@ def test_workers_leave_the_garbage_of_the_parent_alone(
             gc.collect()
         return np.zeros((16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr(worker_processes, "_PATIENCE_SECONDS", 20.0)
     gc.disable()
     try:
         Trap()
@@ -236,7 +237,7 @@ def test_silent_workers_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             threading.Event().wait()
         return np.zeros((16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(worker_processes, "_PATIENCE_SECONDS", 0.5)
     with pytest.raises(ConversionError, match=r"no worker has answered for 0\.5 s"):
         write_beton(in_memory(4, stuck), tmp_path / "out.beton", workers=1)
     assert_nothing_left(tmp_path)

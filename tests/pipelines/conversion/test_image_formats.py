@@ -12,7 +12,8 @@ from PIL import Image
 
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
-from pipelines.loader import missing_engines, open_loader
+from pipelines.engines.choice import missing_engines
+from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, Normalize, Squash
 from tests.conftest import smooth_picture
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.images import from_digits, open_images
-from pipelines.datasets.index import IndexFormatError, SampleIndex
+from pipelines.datasets.index import SampleIndex
 from pipelines.engines.samples import SIZED, fingerprint
 
 pytestmark = pytest.mark.timeout(60)

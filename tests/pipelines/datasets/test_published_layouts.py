@@ -15,15 +15,12 @@ from scipy.io import savemat
 
 from pipelines.beton.reader import Beton
 from pipelines.conversion.convert import write_beton
-from pipelines.datasets.imagenet import (
-    VOC_CLASSES,
-    imagenet_subset,
-    imagenet_val,
-    inaturalist,
-    voc2007,
-)
+from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.imagenet import imagenet_subset, imagenet_val
 from pipelines.datasets.images import open_images
-from pipelines.datasets.index import IndexFormatError, SampleIndex
+from pipelines.datasets.inaturalist import inaturalist
+from pipelines.datasets.index import SampleIndex
+from pipelines.datasets.voc_classification import VOC_CLASSES, voc2007
 from pipelines.engines.folder import FolderSource
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.spec import CenterCrop, LoaderSpec, Shard

@@ -11,11 +11,10 @@ from PIL import Image
 
 from pipelines.datasets import cityscapes, voc
 from pipelines.datasets.annotations import Problems
-from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.dense.load import open_samples
 from pipelines.dense.spec import DenseSpec
-from pipelines.imaging.decode import ImageError
-from pipelines.imaging.stored import picture_size
+from pipelines.imaging.decode import ImageError, picture_size
 from tests.conftest import save_jpeg, smooth_picture
 from tests.support import dense_trees
 from tests.support.dense_trees import VOC_USED, check_box, coloured

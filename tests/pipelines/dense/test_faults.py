@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.dense import load as dense_load
+from pipelines.dense import load
 from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import DenseSpec, ShortSide
 from pipelines.imaging.decode import ImageError
@@ -74,7 +74,7 @@ def test_a_stuck_picture_is_named_and_left_behind(
 ) -> None:
     spec, path = single(tmp_path)
     free = threading.Event()
-    monkeypatch.setattr(dense_load, "_picture", lambda *_: free.wait(30))
+    monkeypatch.setattr(load, "_picture", lambda *_: free.wait(30))
     monkeypatch.setattr("pipelines.dense.loader._PATIENCE", 0.2)
     loader = open_dense(replace(spec, timeout=0.3, workers=1))
     with pytest.raises(TimeoutError, match=rf"^{path}: not loaded within 0.3 s"):
@@ -86,13 +86,13 @@ def test_a_stuck_picture_is_named_and_left_behind(
 
 def test_threads_end_and_use_one_core_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores: list[int] = []
-    picture = dense_load._picture
+    picture = load._picture
 
     def counted(*args: object) -> object:
         cores.append(torch.get_num_threads())
         return picture(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(dense_load, "_picture", counted)
+    monkeypatch.setattr(load, "_picture", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -11,17 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.datasets.annotations import IGNORED
+from pipelines.dense.batch import DenseBatch, Target
 from pipelines.dense.load import kept, open_samples
 from pipelines.dense.loader import DenseLoader, open_dense
-from pipelines.dense.spec import (
-    IGNORED,
-    DenseBatch,
-    DenseSpec,
-    RatioCrop,
-    ShortSide,
-    Target,
-    Within,
-)
+from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide, Within
 from pipelines.spec import Normalize, Shard
 from tests.support import dense_trees
 

@@ -52,14 +52,14 @@ def some_regions(side: int) -> Regions:
 
 
 def check_crops() -> None:
-    from pipelines.device import rotate_triton as rotate_cuda
+    from pipelines.device import rotate_triton
 
     cases = [(33, 4, "fp32"), (5, 4, "bf16"), (5, 4, "fp16"), (33, 1, "fp16")]
     for side, views, precision in cases:
         dtype, generator = DTYPES[precision], torch.Generator().manual_seed(side)
         crops = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=generator)
         out = torch.full((views, 2, side, side, 3), float("nan"), dtype=dtype)
-        rotate_cuda.write_views(crops, out, normalize=IMAGENET)
+        rotate_triton.write_views(crops, out, normalize=IMAGENET)
         expected = reference(crops, dtype)[:views]
         if precision == "bf16":
             # The interpreter cuts where the hardware rounds: one unit in the last place.
@@ -70,13 +70,13 @@ def check_crops() -> None:
 
 
 def check_regions() -> None:
-    from pipelines.device import rotate_triton as rotate_cuda
+    from pipelines.device import rotate_triton as rotate_triton
 
     regions = some_regions(side=17)
     size = (4, len(SHAPES), 17, 17, 3)
     there, here = torch.full(size, float("nan")), torch.empty(size)
     pixels = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    rotate_cuda.write_views(regions, there, normalize=pixels)
+    rotate_triton.write_views(regions, there, normalize=pixels)
     rotate_cpu.write_views(regions, here, normalize=pixels)
     apart = (there - here).abs()
     assert apart.max() <= 1 and apart.mean() < 0.05
@@ -88,7 +88,7 @@ def check_regions() -> None:
     strided = regions._replace(offsets=table[:, 0], shapes=shapes, flips=table[:, 3] != 0)
     again = torch.full(size, float("nan"))
     for given in (shapes, shapes.int()):  # a cast keeps the strides
-        rotate_cuda.write_views(strided._replace(shapes=given), again, normalize=pixels)
+        rotate_triton.write_views(strided._replace(shapes=given), again, normalize=pixels)
         assert torch.equal(again, there)
 
 
@@ -119,15 +119,15 @@ def test_kernels_compile_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pipelines.device import rotate_triton as rotate_cuda
+    from pipelines.device import rotate_triton as rotate_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     crops = {"crops": "*u8"}
     regions = {"source": "*u8", "offsets": "*i64", "shapes": "*i32", "flips": "*i1"}
     common = {"out": f"*{precision}", "constants": "*fp32", "batch": "i32", "side": side}
     for kernel, inputs in (
-        (rotate_cuda._turn_crops, crops),
-        (rotate_cuda._turn_regions, regions),
+        (rotate_triton._turn_crops, crops),
+        (rotate_triton._turn_regions, regions),
     ):
         signature = {**inputs, **common, "VIEWS": "constexpr", "TILE": "constexpr"}
         values = {(len(signature) - 2,): 4, (len(signature) - 1,): 16}

@@ -12,7 +12,7 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.device.transfer import Transfer
-from pipelines.engines.faults import BadSamples
+from pipelines.engines.source import BadSamples
 from pipelines.loader import Loader
 from pipelines.spec import CenterCrop, LoaderSpec
 

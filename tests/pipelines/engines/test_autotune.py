@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines import autotune as tune
-from pipelines.engines.faults import BadSamples
+from pipelines.engines import autotune
+from pipelines.engines.source import BadSamples
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
 from tests.pipelines.engines.test_contract import engines, epoch_of
@@ -43,7 +43,7 @@ def test_the_budget_is_a_share_of_the_allowed_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
     shard = Shard(0, processes, processes)
     spec = LoaderSpec(cpu_budget=given)
-    assert tune.budget(spec, shard, torch.device(device)).threads == threads
+    assert autotune.budget(spec, shard, torch.device(device)).threads == threads
 
 
 class _Clocked:
@@ -76,7 +76,7 @@ class _Clocked:
 
 def chosen(source: object, batch: int = 100, threads: int = 16) -> None:
     spec = LoaderSpec(batch_size=batch)
-    tune.tune(source, spec, tune.Budget(threads, 1.0, threads, 1))
+    autotune.tune(source, spec, autotune.Budget(threads, 1.0, threads, 1))
 
 
 def test_the_fewest_threads_that_are_as_fast(
@@ -147,7 +147,7 @@ def test_trials_change_nothing_that_is_emitted(
     beton: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, engine: str
 ) -> None:
     caplog.set_level(logging.INFO, "pipelines.engines.autotune")
-    monkeypatch.setattr(tune, "_LEAST_SAMPLES", 30)
+    monkeypatch.setattr(autotune, "_LEAST_SAMPLES", 30)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     spec = LoaderSpec(
         data=str(beton), engine=engine, batch_size=3, crop=RandomResizedCrop(24), drop_last=False

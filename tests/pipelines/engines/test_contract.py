@@ -23,8 +23,9 @@ from pipelines.batch import IGNORE, Batch, check_batch
 from pipelines.beton.reader import Beton
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
+from pipelines.engines.choice import choose_engine
 from pipelines.imaging.decode import ImageError
-from pipelines.loader import Loader, choose_engine, open_loader
+from pipelines.loader import Loader, open_loader
 from pipelines.sampling.crops import boxes
 from pipelines.sampling.order import permutation
 from pipelines.spec import (
@@ -496,7 +497,7 @@ def test_auto_takes_the_best_present(
 ) -> None:
     caplog.set_level(logging.INFO, "pipelines.loader")
     missing: dict[str, str] = {}
-    monkeypatch.setattr("pipelines.loader._missing", missing.get)
+    monkeypatch.setattr("pipelines.engines.choice._missing", missing.get)
     assert choose_engine(LoaderSpec()) == "synthetic"
     assert choose_engine(LoaderSpec(data="x.beton")) == "ffcv"
     assert "engine ffcv for x.beton: the fastest for a .beton file" in caplog.text

@@ -15,10 +15,11 @@ from sklearn.datasets import load_sample_images
 
 from pipelines.beton.reader import Beton
 from pipelines.beton.segments import RECORD, Segments
+from pipelines.beton.splicing import splice_batch
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
-from pipelines.jpeg.splice import MISMATCH, splice, splice_batch
+from pipelines.jpeg.splice import MISMATCH, splice
 
 Pixels = Any
 SIZES = ((160, 240), (97, 64), (33, 250), (17, 17), (8, 8))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.native import jit as compiled
+from pipelines.native import jit
 from pipelines.native.threads import Crew, Runner
 
 pytestmark = pytest.mark.timeout(150)
@@ -36,23 +36,23 @@ def test_any_change_of_a_source_or_the_compiler_is_another_folder(
 ) -> None:
     monkeypatch.setattr("numba.config.CACHE_DIR", "")
     source = package(tmp_path / "p")
-    first = compiled.cache_folder(source)
+    first = jit.cache_folder(source)
     assert first is not None and first.parent == source / "__pycache__"
     (source / "plain.py").write_text("import torch\n")
-    other = compiled.cache_folder(source)
+    other = jit.cache_folder(source)
     (source / "plain.py").write_text("import numpy\n")
-    assert compiled.cache_folder(source) == first
+    assert jit.cache_folder(source) == first
     (source / "callee.py").write_text("from pipelines.native.jit import njit\nONE = 2\n")
-    changed = compiled.cache_folder(source)
+    changed = jit.cache_folder(source)
     (source / "callee.py").rename(source / "other.py")
-    renamed = compiled.cache_folder(source)
+    renamed = jit.cache_folder(source)
     monkeypatch.setattr("llvmlite.__version__", "0")
-    assert len({first, other, changed, renamed, compiled.cache_folder(source)}) == 5
+    assert len({first, other, changed, renamed, jit.cache_folder(source)}) == 5
 
 
 def test_every_module_compiles_through_this_one() -> None:
     """A module that decorates with numba itself would have its machine code elsewhere."""
-    folder = Path(compiled.__file__).parents[1]
+    folder = Path(jit.__file__).parents[1]
     for path in folder.rglob("*.py"):
         text = path.read_text()
         if path.name != "jit.py":
@@ -68,14 +68,14 @@ def test_the_folder_is_the_users_where_that_is_set_or_the_package_is_read_only(
     (source / "__pycache__").write_text("no folder: nothing can be written below it")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr("numba.config.CACHE_DIR", "")
-    found = compiled.cache_folder(source)
+    found = jit.cache_folder(source)
     assert found is not None and found.parent == tmp_path / "user" / "rotpred"
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "given"))
-    assert compiled.cache_folder(source) == tmp_path / "given" / found.name
+    assert jit.cache_folder(source) == tmp_path / "given" / found.name
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert compiled.cache_folder(source) is None
+        assert jit.cache_folder(source) is None
     assert "cannot be kept" in caplog.text
 
 
@@ -88,7 +88,7 @@ def test_folders_of_old_sources_go_when_nobody_used_them_for_a_month(
         (tmp_path / name).mkdir()
         then = time.time() - days * 86400
         os.utime(tmp_path / name, (then, then))
-    found = compiled.cache_folder(source)
+    found = jit.cache_folder(source)
     assert found is not None
     assert {p.name for p in tmp_path.iterdir()} == {"rotpred-recent", "of-others", "p", found.name}
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop as TorchvisionCrop
 
-from pipelines.sampling.crops import boxes, digest64, may_stick_out, patch_side, uniforms
+from pipelines.sampling.crops import boxes, may_stick_out, patch_side
+from pipelines.sampling.random_bits import digest64, uniforms
 from pipelines.spec import (
     CenterCrop,
     Crop,

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipelines.sampling.order import Order, bijection, key64, permutation
+from pipelines.sampling.order import Order, bijection, permutation
+from pipelines.sampling.random_bits import key64
 from pipelines.spec import LoaderSpec, Shard
 
 pytestmark = pytest.mark.timeout(60)

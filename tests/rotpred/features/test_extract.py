@@ -21,10 +21,11 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
 from rotpred.distributed import Rank
-from rotpred.features import extract as features
-from rotpred.features import npy_writer as arrays
-from rotpred.features.extract import AVGPOOL, Features, extract, open_pictures
-from rotpred.models.backbone import Backbone
+from rotpred.features import extract as extraction
+from rotpred.features import npy_writer
+from rotpred.features.base import AVGPOOL, Features
+from rotpred.features.extract import extract, open_pictures
+from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
 from rotpred.protocols.feature_session import share
 from rotpred.protocols.multilabel import labels_of, read_labels
@@ -79,13 +80,13 @@ def test_files_are_found_again(
 ) -> None:
     """Only missing stages are computed; other weights, crops or types are other files."""
     computed: list[tuple[str, ...]] = []
-    compute = features._compute
+    compute = extraction._compute
 
     def spy(*args: object) -> None:
         computed.append(tuple(args[3]))  # type: ignore[arg-type]
         compute(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(features, "_compute", spy)
+    monkeypatch.setattr(extraction, "_compute", spy)
     first = of(beton, tmp_path, ("res5",))
     again = of(beton, tmp_path, ("res5", AVGPOOL))
     assert computed == [("res5",), (AVGPOOL,)]
@@ -169,8 +170,8 @@ def test_a_second_job_waits_and_computes_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("the other job has computed them")
 
-    monkeypatch.setattr(features, "_compute", fail)
-    monkeypatch.setattr(arrays.logger, "info", info)
+    monkeypatch.setattr(extraction, "_compute", fail)
+    monkeypatch.setattr(npy_writer.logger, "info", info)
     with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 7 on elsewhere")

@@ -17,7 +17,7 @@ import pytest
 from pipelines.datasets import coco
 from pipelines.datasets.annotations import Objects, Problems
 from rotpred.metrics.coco_detection import check_runs, coco_metrics
-from rotpred.metrics.voc_detection import Found
+from rotpred.metrics.detections import Found
 
 tools: Any = pytest.importorskip("pycocotools.mask")
 

@@ -18,8 +18,9 @@ from pipelines.datasets.annotations import DenseSamples, ObjectSamples, Problems
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.metrics.coco_detection import coco_metrics
+from rotpred.metrics.detections import Found
 from rotpred.metrics.predictions import gather_found, read_found, read_masks, write_found
-from rotpred.metrics.voc_detection import Found, voc_metrics
+from rotpred.metrics.voc_detection import voc_metrics
 from tests.support import dense_trees, processes
 
 pytestmark = pytest.mark.timeout(120)

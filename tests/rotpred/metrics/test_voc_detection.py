@@ -13,8 +13,9 @@ import numpy.typing as npt
 import pytest
 
 from pipelines.datasets.annotations import Objects
-from rotpred.metrics.classification import average_precision_of
-from rotpred.metrics.voc_detection import OVERLAPS, Found, means, per_class, voc_metrics
+from rotpred.metrics.average_precision import average_precision_of
+from rotpred.metrics.detections import Found
+from rotpred.metrics.voc_detection import OVERLAPS, means, per_class, voc_metrics
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from rotpred.models.backbone import BACKBONES, AlexNet, ResNet, build_backbone
+from rotpred.models.alexnet import AlexNet
+from rotpred.models.backbone import BACKBONES, build_backbone
 from rotpred.models.heads import (
     PROBE_DIM,
     AlexNetHead,
@@ -16,6 +17,7 @@ from rotpred.models.heads import (
     stage_pools,
     stage_shapes,
 )
+from rotpred.models.resnet import ResNet
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
-from pipelines.dense.spec import Target
+from pipelines.dense.batch import Target
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.rcnn import FPN, Rcnn, faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.models.detection.rpn import Anchors, Draws, Proposals, Rpn

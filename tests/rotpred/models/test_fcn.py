@@ -10,9 +10,10 @@ import torch
 import torchvision
 from torch import nn
 
-from pipelines.dense.spec import IGNORED
-from rotpred.models.backbone import ResNet, build_backbone
+from pipelines.datasets.annotations import IGNORED
+from rotpred.models.backbone import build_backbone
 from rotpred.models.fcn import Fcn, FcnHead, dilate, pixel_loss, resized
+from rotpred.models.resnet import ResNet
 from rotpred.training.optim import param_groups
 
 pytestmark = pytest.mark.timeout(60)

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipelines.dense.spec import IGNORED, DenseBatch, RatioCrop, Within
+from pipelines.datasets.annotations import IGNORED
+from pipelines.dense.batch import DenseBatch
+from pipelines.dense.spec import RatioCrop, Within
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.protocols.segmentation import Segment, slide

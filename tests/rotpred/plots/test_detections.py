@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pipelines.datasets.annotations import Objects
-from pipelines.dense.spec import Target
-from rotpred.metrics.voc_detection import Found
-from rotpred.plots import training as figures
+from pipelines.dense.batch import Target
+from rotpred.metrics.detections import Found
 from rotpred.plots.detections import CITYSCAPES_PALETTE, boxes_figure, masks_figure, voc_palette
+from rotpred.records.tensorboard import pixels as pixels_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -73,7 +73,7 @@ def test_names_hide_neither_each_other_nor_leave_the_picture() -> None:
     # Eight boxes in one corner, and one that fills the picture.
     rows = [(100.0 + k, 2.0 + k, 158.0, 60.0 + k, k % 3, 0.9 - k / 50) for k in range(8)]
     fig = boxes_figure([GREY], [found(*rows, (0, 0, 160, 120, 2, 0.95))], CLASSES)
-    pixels = figures.pixels(fig)
+    pixels = pixels_of(fig)
     tags = [p for p in fig.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
     assert len(tags) == len(texts(fig)) == 9
     boxes = [extents(tag) for tag in tags]
@@ -133,7 +133,7 @@ def test_masks_in_the_colours_of_their_classes() -> None:
     assert titles == ["picture", f"predicted: {right:.1f} % right", "truth"]
     legend = [text.get_text() for text in fig.legends[0].get_texts()]
     assert legend == ["background", "dog", "hot dog", "not counted"]
-    assert figures.pixels(fig).shape[2] == 3
+    assert pixels_of(fig).shape[2] == 3
 
 
 def test_palettes_are_the_published_ones() -> None:

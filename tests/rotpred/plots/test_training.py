@@ -14,8 +14,9 @@ from PIL import Image
 
 from pipelines.batch import IGNORE
 from pipelines.spec import CIFAR10
-from rotpred.plots import training as figures
+from rotpred.plots.training import confusion, curves, filters, views_grid
 from rotpred.records.log import RunLog, read_rows
+from rotpred.records.tensorboard import pixels as pixels_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,7 +44,7 @@ def views(batch: int, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tens
 def test_views_grid_shows_each_view_under_its_label(dtype: torch.dtype) -> None:
     images, targets = views(5, dtype=dtype)
     targets[7] = IGNORE  # sample 2 at 90 degrees
-    fig = figures.views_grid(images, targets=targets, normalize=CIFAR10, n=3)
+    fig = views_grid(images, targets=targets, normalize=CIFAR10, n=3)
     assert texts(fig) == [
         *("0°", "0°", "0°"),
         *("90°", "90°", "masked"),
@@ -61,13 +62,13 @@ def test_views_grid_shows_each_view_under_its_label(dtype: torch.dtype) -> None:
 
 def test_views_grid_takes_a_batch_smaller_than_its_columns() -> None:
     images, targets = views(1)
-    assert len(figures.views_grid(images, targets=targets, normalize=CIFAR10).axes) == 4
+    assert len(views_grid(images, targets=targets, normalize=CIFAR10).axes) == 4
 
 
 @pytest.mark.parametrize("rows", [0, 6])
 def test_views_grid_refuses_what_are_not_four_views(rows: int) -> None:
     with pytest.raises(ValueError, match=r"4\*B"):
-        figures.views_grid(
+        views_grid(
             torch.zeros(rows, 3, 4, 4),
             targets=torch.zeros(rows, dtype=torch.long),
             normalize=CIFAR10,
@@ -76,7 +77,7 @@ def test_views_grid_refuses_what_are_not_four_views(rows: int) -> None:
 
 def test_confusion_shows_counts_and_shares_of_rows() -> None:
     counts = torch.tensor([[50, 25, 25, 0], [0, 3, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1997]])
-    fig = figures.confusion(counts)
+    fig = confusion(counts)
     words = texts(fig)
     assert words[0] == "97.4 % of 2,104 right"
     assert words[1:5] == ["50.0 %", "50", "25.0 %", "25"]
@@ -88,13 +89,13 @@ def test_confusion_shows_counts_and_shares_of_rows() -> None:
 
 def test_confusion_refuses_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"\(3, 4\)"):
-        figures.confusion(torch.zeros(3, 4))
+        confusion(torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 7, 7), (13, 3, 3, 3), (96, 3, 11, 11), (1, 3, 5, 5)])
 def test_filters_are_all_on_the_sheet(shape: tuple[int, int, int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    (sheet,) = shown(figures.filters(weight))
+    (sheet,) = shown(filters(weight))
     count, _, height, width = shape
     zoom = 42 // max(height, width)
     covered = int((sheet != 1).any(axis=2).sum())
@@ -104,13 +105,13 @@ def test_filters_are_all_on_the_sheet(shape: tuple[int, int, int, int]) -> None:
 
 
 def test_a_dead_filter_is_drawn_flat() -> None:
-    (sheet,) = shown(figures.filters(torch.zeros(4, 3, 3, 3)))
+    (sheet,) = shown(filters(torch.zeros(4, 3, 3, 3)))
     assert np.isfinite(sheet).all()
 
 
 def test_filters_refuse_other_layers() -> None:
     with pytest.raises(ValueError, match=r"\(8, 16, 3, 3\)"):
-        figures.filters(torch.zeros(8, 16, 3, 3))
+        filters(torch.zeros(8, 16, 3, 3))
 
 
 def test_curves_of_real_rows(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_curves_of_real_rows(tmp_path: Path) -> None:
                 seconds=0.5,
             )
         rows = read_rows(tmp_path / "log.jsonl")
-        fig = figures.curves(rows)
+        fig = curves(rows)
         log.figure("curves", fig)
     drawn = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_visible()}
     assert list(drawn) == ["Loss", "Accuracy (%)", "Throughput (1/s)"], "lr was never logged"
@@ -145,18 +146,18 @@ def test_curves_of_real_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "epoch": 0, "loss": None}]])
 def test_curves_of_nothing_are_refused(rows: list[dict[str, object]]) -> None:
     with pytest.raises(ValueError, match="no rows to draw"):
-        figures.curves(rows)
+        curves(rows)
 
 
 def test_every_figure_makes_a_picture_with_something_on_it() -> None:
     images, targets = views(8)
     for fig in (
-        figures.views_grid(images, targets=targets, normalize=CIFAR10),
-        figures.confusion(torch.eye(4) * 7),
-        figures.filters(torch.randn(64, 3, 7, 7)),
-        figures.curves([{"step": 1, "loss": 1.0}]),
+        views_grid(images, targets=targets, normalize=CIFAR10),
+        confusion(torch.eye(4) * 7),
+        filters(torch.randn(64, 3, 7, 7)),
+        curves([{"step": 1, "loss": 1.0}]),
     ):
-        picture = figures.pixels(fig)
+        picture = pixels_of(fig)
         height, width, channels = picture.shape
         assert channels == 3 and height > 250 and width > 350
         assert picture.std() > 5

@@ -18,7 +18,8 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.loader import open_loader
 from pipelines.spec import CIFAR10, LoaderSpec
 from rotpred import cli
-from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.recipes.every import EVALUATION
 from rotpred.weights.load import save_backbone

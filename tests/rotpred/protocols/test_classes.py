@@ -10,12 +10,11 @@ import pytest
 
 from pipelines.spec import CenterCrop, RandomResizedCrop
 from rotpred.distributed import Rank
-from rotpred.protocols import finetune as semi
-from rotpred.protocols import knn, svm
-from rotpred.protocols.scoring import Labelled, shared_classes
-from rotpred.recipes import Run
+from rotpred.protocols import finetune, knn, svm
+from rotpred.protocols.classes import Labelled, shared_classes
 from rotpred.recipes.finetune import RECIPES, in1k_semi
 from rotpred.recipes.svm import RECIPES as FROZEN
+from rotpred.training.settings import Run
 from tests.conftest import save_jpeg, smooth_picture
 from tests.support.classification_trees import plant
 from tests.support.run_outputs import results
@@ -62,7 +61,7 @@ def test_a_list_with_labels_is_tested_on_the_official_archive(tmp_path: Path) ->
     trees = plant(tmp_path)
     lists, folders = trees["in1k_mhead"], trees["in1k_linear"]
     made, common = RECIPES["in1k_semi_1"](), {"engine": "folder", "workers": 1, "batch_size": 4}
-    done = semi.run(
+    done = finetune.run(
         replace(
             made,
             weights="random",

@@ -24,15 +24,14 @@ from rotpred.metrics.predictions import read_found
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.roi_heads import paste_masks
 from rotpred.models.detection.rpn import Proposals
-from rotpred.protocols import dense
-from rotpred.protocols import detection as detect
+from rotpred.protocols import dense, detection
 from rotpred.protocols.dense import Evaluation, scaled
 from rotpred.protocols.detection import Detect
-from rotpred.recipes import Run
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.report.results import read_runs
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
+from rotpred.training.settings import Run
 from tests.support import processes
 from tests.support.dense_trees import coco, voc
 from tests.support.run_outputs import results, saved
@@ -75,7 +74,7 @@ def finished(
 ) -> Detection:
     """Each recipe, run to its end: three steps and a validation."""
     made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
-    detect.run(made, Rank())
+    detection.run(made, Rank())
     return made
 
 
@@ -137,9 +136,9 @@ def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None
 def test_a_run_that_was_cut_goes_on(finished: Detection, tmp_path: Path) -> None:
     """From step 2 of 3 the same bits, samples and results as without a break."""
     made = replace(finished, run=replace(finished.run, out=str(tmp_path)))
-    detect.run(replace(made, run=replace(made.run, max_steps=2)), Rank())
+    detection.run(replace(made, run=replace(made.run, max_steps=2)), Rank())
     torch.rand(3)
-    detect.run(made, Rank())
+    detection.run(made, Rank())
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("*2.*"))]
     whole, parts = saved(Path(finished.run.out)), saved(tmp_path)
     assert whole.keys() == parts.keys()
@@ -225,7 +224,7 @@ def test_the_rate_follows_the_number_of_pictures(
         run=replace(made.run, max_steps=1),
     )
     with caplog.at_level("INFO"):
-        detect.run(made, Rank())
+        detection.run(made, Rank())
     assert "0.02 x 2/16 = 0.0025, and 1 steps an epoch x 16/2 = 8" in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[0]["lr"] == pytest.approx(0.0025 * 0.001)
@@ -238,7 +237,7 @@ def test_what_pictures_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_pat
     made = small("voc0712_det", roots, tmp_path)
     for name, words in (("compile", "no-compile"), ("cuda_graph", "no-cuda-graph")):
         with pytest.raises(ValueError, match=words):
-            detect.run(replace(made, run=replace(made.run, **{name: True})), Rank())
+            detection.run(replace(made, run=replace(made.run, **{name: True})), Rank())
 
 
 def test_masks_are_loaded_for_who_learns_them(
@@ -249,10 +248,10 @@ def test_masks_are_loaded_for_who_learns_them(
     masked = small("coco_det", roots, tmp_path)
     boxes: dict[str, Any] = {"model": "faster_rcnn_c4"}
     for made in (masked, replace(masked, **boxes), small("voc0712_det", roots, tmp_path)):
-        detect.run(made, Rank())
+        detection.run(made, Rank())
     assert opened == [True, False, True]  # of VOC there are none
     with pytest.raises(ValueError, match=r"mask_rcnn_fpn learns masks: pass --train\.masks"):
-        detect.run(replace(masked, train=replace(masked.train, masks=False)), Rank())
+        detection.run(replace(masked, train=replace(masked.train, masks=False)), Rank())
 
 
 def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
@@ -273,7 +272,7 @@ def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
     for name in classes:
         (folder / f"comp3_det_test_{name}.txt").write_text("\n".join(lines.get(name, [])))
     made = replace(made, predictions=str(folder), val=replace(made.val, limit=None))
-    assert detect.run(made, Rank()) == tmp_path / "run"
+    assert detection.run(made, Rank()) == tmp_path / "run"
     found = results(tmp_path / "run")
     assert found["AP50"]["value"] == found["AP75"]["value"] == pytest.approx(100)
     assert found["AP50"]["predictions"] == "comp3" and found["AP50"]["n"] == 3
@@ -285,18 +284,18 @@ def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
     (folder / f"comp3_det_test_{some}.txt").write_text(
         "\n".join([" ".join(first), *lines[some][1:]])
     )
-    detect.run(made, Rank())
+    detection.run(made, Rank())
     assert results(tmp_path / "run")["AP50"]["value"] < 100
     made = replace(made, predictions=str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match="nothing"):
-        detect.run(made, Rank())
+        detection.run(made, Rank())
 
 
 def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     shutil.copy(Path(finished.run.out) / "predictions.json", path)
     run = replace(finished.run, out=str(tmp_path / "run"))
-    detect.run(replace(finished, predictions=str(path), weights="", run=run), Rank())
+    detection.run(replace(finished, predictions=str(path), weights="", run=run), Rank())
     before, after = results(Path(finished.run.out)), results(tmp_path / "run")
     (kept,) = read_runs(tmp_path / "run")  # as the page does
     assert {(r.kind, r.weights) for r in kept.results} == {("trained", "mine.json")}
@@ -309,7 +308,7 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
             json.dumps([{k: row[k] for k in row if k != "segmentation"} for row in rows])
         )
         run = replace(finished.run, out=str(tmp_path / "boxes"))
-        detect.run(replace(finished, predictions=str(path), run=run), Rank())
+        detection.run(replace(finished, predictions=str(path), run=run), Rank())
         assert {"box/AP"} <= results(tmp_path / "boxes").keys()
         assert not any(name.startswith("mask") for name in results(tmp_path / "boxes"))
 

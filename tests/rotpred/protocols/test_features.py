@@ -13,12 +13,14 @@ import torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
-from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Squash
 from rotpred.distributed import Rank
 from rotpred.protocols import knn, svm
-from rotpred.recipes.svm import CachedPlace, in1k_knn, voc07_lowshot, voc07_svm
+from rotpred.recipes.base import CachedPlace
+from rotpred.recipes.knn import in1k_knn
+from rotpred.recipes.svm import voc07_lowshot, voc07_svm
 from rotpred.svm.low_shot import draw
 from rotpred.weights.trunk import load_trunk
 from tests.conftest import save_jpeg, smooth_picture

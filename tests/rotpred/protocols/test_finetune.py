@@ -21,11 +21,11 @@ from rotpred import cli
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.protocols import finetune as semi
-from rotpred.recipes import Run
-from rotpred.recipes.finetune import RECIPES, Semi, in1k_semi
+from rotpred.protocols import finetune
+from rotpred.recipes.finetune import RECIPES, FineTuning, in1k_semi
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import lr_at
+from rotpred.training.settings import Run
 from rotpred.training.state import TrainState
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Trees, plant
@@ -39,7 +39,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
     return plant(tmp_path_factory.mktemp("trees"))
 
 
-def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> Semi:
+def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> FineTuning:
     """in1k_semi_1 on two pictures of each class: 32 pixels, 4 pictures a step, two epochs."""
     tree, made = trees["in1k_semi_1"], RECIPES["in1k_semi_1"]()
     common: dict[str, Any] = {"engine": "folder", "workers": 1, "batch_size": 4}
@@ -68,7 +68,7 @@ def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
     save_backbone(weights, source, {})
     made = small(trees, tmp_path / "run", "resnet18_tiny", weights=str(weights))
     made = replace(made, run=replace(made.run, epochs=1))
-    out = semi.run(made, Rank())
+    out = finetune.run(made, Rank())
     state = saved(out)
     for name, parameter in source.named_parameters():
         assert not torch.equal(parameter, state[f"backbone.{name}"]), name
@@ -99,7 +99,7 @@ def test_in1k_semi_10_by_its_command(trees: Trees, tmp_path: Path) -> None:
     assert cli.evaluate_main(args) == 0
     found = results(out)
     assert set(found) == {"top1"}  # four classes have no top-5
-    made: Semi = cli.choose(RECIPES, args, "")
+    made: FineTuning = cli.choose(RECIPES, args, "")
     assert made.optim.weight_decay == 1e-4
     model, hits = make_rotnet("resnet18_tiny", 4).eval(), 0
     model.load_state_dict(saved(out))
@@ -115,7 +115,7 @@ def test_one_step_is_plain_sgd_with_two_rates(trees: Trees, tmp_path: Path) -> N
     """The first update by hand: rate * (gradient + decay * weight), the head's times 100."""
     made = small(trees, tmp_path)
     made = replace(made, run=replace(made.run, max_steps=1))
-    found = saved(semi.run(made, Rank()))
+    found = saved(finetune.run(made, Rank()))
     torch.manual_seed(made.train.seed)
     backbone = build_backbone("nin3")
     head = make_rotnet("nin3", 4).head
@@ -142,7 +142,7 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(TrainState, "learn", spy)
     made = small(trees, tmp_path, grid=True, lrs=(0.01, 1e30), head_mults=(1.0, 10.0))
-    assert semi.run(made, Rank()) == tmp_path
+    assert finetune.run(made, Rank()) == tmp_path
     rows = results(tmp_path)
     names = {"top1/lr=0.01,head=1", "top1/lr=0.01,head=10"}
     assert rows.keys() == names | {"top1"}
@@ -164,12 +164,12 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for path in (tmp_path / "grid/lr0.01_head10/checkpoints").iterdir():
         path.unlink()
     again = replace(made, lrs=(0.01,))
-    semi.run(again, Rank())
+    finetune.run(again, Rank())
     assert set(learned) == {tmp_path / "grid/lr0.01_head10"} and len(learned) == 4
     assert results(tmp_path)["top1"]["value"] == rows["top1"]["value"]
 
     # A smaller grid leaves nothing of the larger one behind.
-    semi.run(replace(again, head_mults=(10.0,)), Rank())
+    finetune.run(replace(again, head_mults=(10.0,)), Rank())
     rows = results(tmp_path)
     assert set(rows) == {"top1/lr=0.01,head=10", "top1"} and rows["top1"]["chosen_from"] == 1
 
@@ -177,7 +177,7 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_grid_without_any_result_is_an_error(trees: Trees, tmp_path: Path) -> None:
     made = small(trees, tmp_path, grid=True, lrs=(1e30,), head_mults=(1.0,))
     with pytest.raises(ValueError, match="finite loss"):
-        semi.run(made, Rank())
+        finetune.run(made, Rank())
 
 
 def test_deterministic_kernels_while_it_lasts(
@@ -185,7 +185,7 @@ def test_deterministic_kernels_while_it_lasts(
 ) -> None:
     """Set for the run, as they were after it; the same command gives the same bits."""
     seen = []
-    point = semi._point
+    point = finetune._point
 
     def spy(*args: Any) -> Path:
         cudnn = torch.backends.cudnn
@@ -194,10 +194,10 @@ def test_deterministic_kernels_while_it_lasts(
         )
         return point(*args)
 
-    monkeypatch.setattr(semi, "_point", spy)
+    monkeypatch.setattr(finetune, "_point", spy)
     before = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
-    first = saved(semi.run(small(trees, tmp_path / "a"), Rank()))
-    second = saved(semi.run(small(trees, tmp_path / "b"), Rank()))
+    first = saved(finetune.run(small(trees, tmp_path / "a"), Rank()))
+    second = saved(finetune.run(small(trees, tmp_path / "b"), Rank()))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert seen == [(True, True, False)] * 2
     assert before == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
@@ -206,7 +206,7 @@ def test_deterministic_kernels_while_it_lasts(
 
 def test_sync_bn_is_refused_on_a_cpu(trees: Trees, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--sync-bn off"):
-        semi.run(small(trees, tmp_path, sync_bn="torch"), Rank())
+        finetune.run(small(trees, tmp_path, sync_bn="torch"), Rank())
 
 
 def test_balanced_draws() -> None:
@@ -302,4 +302,4 @@ def test_every_recipe(name: str) -> None:
 )
 def test_senseless_values_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Semi(**changes)
+        FineTuning(**changes)

@@ -14,7 +14,8 @@ import torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.protocols import knn
-from rotpred.recipes.svm import CachedPlace, Knn, in1k_knn
+from rotpred.recipes.base import CachedPlace
+from rotpred.recipes.knn import Knn, in1k_knn
 from rotpred.report.results import read_runs
 
 pytestmark = pytest.mark.timeout(120)

@@ -15,16 +15,17 @@ from torch import nn
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, Colour, LoaderSpec, RandomCrop
 from rotpred.distributed import Rank
-from rotpred.features import extract as features
+from rotpred.features import extract
 from rotpred.models import probes
-from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
-from rotpred.protocols import linear as classify
-from rotpred.recipes import Linear, Probe, ProbeKind, Run
-from rotpred.recipes.linear import RECIPES, cifar10_probes
+from rotpred.protocols import linear
+from rotpred.recipes.linear import RECIPES, Linear, Probe, ProbeKind, cifar10_probes
 from rotpred.training.checkpoint import CheckpointError
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
+from rotpred.training.settings import Run
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Tree, Trees, plant
 from tests.support.run_outputs import results, saved
@@ -57,15 +58,15 @@ def test_not_one_tensor_of_the_trunk_moves(tmp_path: Path, monkeypatch: pytest.M
             nn.init.uniform_(module.running_var, 0.5, 2)
     save_backbone(weights, source, {})
     seen: list[nn.Module] = []
-    load = classify.load_trunk
+    load = linear.load_trunk
 
     def spy(name: str, path: str, rank: Rank) -> tuple[nn.Module, str]:
         trunk, sha = load(name, path, rank)
         seen.append(trunk)
         return trunk, sha
 
-    monkeypatch.setattr(classify, "load_trunk", spy)
-    out = classify.run(recipe(tmp_path / "run", str(weights)), Rank())
+    monkeypatch.setattr(linear, "load_trunk", spy)
+    out = linear.run(recipe(tmp_path / "run", str(weights)), Rank())
     (trunk,) = seen
     expected, found = source.state_dict(), trunk.state_dict()
     assert expected.keys() == found.keys()
@@ -78,7 +79,7 @@ def test_not_one_tensor_of_the_trunk_moves(tmp_path: Path, monkeypatch: pytest.M
 
 def test_weights_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--weights random"):
-        classify.run(recipe(tmp_path, ""), Rank())
+        linear.run(recipe(tmp_path, ""), Rank())
 
 
 def test_resnet50_stage_probes_have_the_published_lengths() -> None:
@@ -206,7 +207,7 @@ def test_recipes_end_to_end(
     """From the layout as it is handed out; top-1 again from the saved weights, one by one."""
     tree = trees[name]
     made = small(RECIPES[name](), tmp_path, weights[0], tree)
-    out = classify.run(made, Rank())
+    out = linear.run(made, Rank())
     rows, model, trunk = results(out), saved(out), weights[1]
     pools = stage_pools(trunk, 32)
     affine = made.probes[0].affine
@@ -252,9 +253,9 @@ def test_cached_features_train_what_plain_pictures_train(
     """The same order, start and steps as a run whose training pictures are not augmented."""
     on_pictures = cached(tmp_path / "a", weights[0], trees)
     still = replace(on_pictures.train, crop=on_pictures.val.crop, flip=False)
-    plain = classify.run(replace(on_pictures, train=still), Rank())
+    plain = linear.run(replace(on_pictures, train=still), Rank())
     cache = str(tmp_path / "features")
-    fast = classify.run(cached(tmp_path / "b", weights[0], trees, cache=cache), Rank())
+    fast = linear.run(cached(tmp_path / "b", weights[0], trees, cache=cache), Rank())
     one, other = saved(plain), saved(fast)
     assert one.keys() == other.keys() and len(one) > 20
     for name, tensor in one.items():
@@ -262,17 +263,17 @@ def test_cached_features_train_what_plain_pictures_train(
     for metric, row in results(plain).items():
         found = results(fast)[metric]
         assert found["value"] == row["value"] and "protocol" not in row
-        assert found["protocol"] == classify.CACHED
+        assert found["protocol"] == linear.CACHED
 
     def fail(*_: object) -> None:
         raise AssertionError("features are on disk already")
 
-    monkeypatch.setattr(features, "_compute", fail)
+    monkeypatch.setattr(extract, "_compute", fail)
     sweep = cached(tmp_path / "c", weights[0], trees, cache=cache)
     sweep = replace(sweep, probes=tuple(replace(p, lrs=(0.1, 1e-6)) for p in sweep.probes))
-    assert "top1/res4@1e-06" in results(classify.run(sweep, Rank()))
+    assert "top1/res4@1e-06" in results(linear.run(sweep, Rank()))
     with pytest.raises(ValueError, match="avgpool and stages"):
-        classify.run(replace(sweep, probes=(Probe("conv"),)), Rank())
+        linear.run(replace(sweep, probes=(Probe("conv"),)), Rank())
 
 
 def test_features_of_half_the_size(
@@ -282,10 +283,10 @@ def test_features_of_half_the_size(
     cache = tmp_path / "features"
     whole = cached(tmp_path / "a", weights[0], trees, cache=str(cache))
     half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), cache_store="float16")
-    one, other = (results(classify.run(made, Rank())) for made in (whole, half))
+    one, other = (results(linear.run(made, Rank())) for made in (whole, half))
     assert one.keys() == other.keys()
-    assert {row["protocol"] for row in one.values()} == {classify.CACHED}
-    assert {row["protocol"] for row in other.values()} == {f"{classify.CACHED}, stored as float16"}
+    assert {row["protocol"] for row in one.values()} == {linear.CACHED}
+    assert {row["protocol"] for row in other.values()} == {f"{linear.CACHED}, stored as float16"}
     before, after = saved(tmp_path / "a"), saved(tmp_path / "b")
     assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     for name, tensor in before.items():
@@ -293,9 +294,9 @@ def test_features_of_half_the_size(
     types = [np.load(file, mmap_mode="r").dtype for file in sorted(cache.glob("*/res5.npy"))]
     assert sorted(map(str, types)) == ["float16"] * 2 + ["float32"] * 2
     with pytest.raises(CheckpointError, match="store"):
-        classify.run(replace(half, cache_store="float32"), Rank())
+        linear.run(replace(half, cache_store="float32"), Rank())
     with pytest.raises(ValueError, match="cache_store float16 is for a cache: name its folder"):
-        classify.run(replace(half, cache=""), Rank())
+        linear.run(replace(half, cache=""), Rank())
 
 
 def test_rates_side_by_side_are_what_each_is_alone(
@@ -309,7 +310,7 @@ def test_rates_side_by_side_are_what_each_is_alone(
         probes=(replace(alone.probes[0], lrs=(0.1, 1e-7)),),
         run=replace(alone.run, out=str(tmp_path / "b")),
     )
-    first, second = saved(classify.run(alone, Rank())), saved(classify.run(both, Rank()))
+    first, second = saved(linear.run(alone, Rank())), saved(linear.run(both, Rank()))
     assert len(second) == 2 * len(first)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -327,7 +328,7 @@ def test_rates_side_by_side_are_what_each_is_alone(
 def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     twice = replace(recipe(tmp_path, "random"), probes=(Probe("avgpool"), Probe("avgpool")))
     with pytest.raises(ValueError, match="same name: avgpool, avgpool"):
-        classify.run(twice, Rank())
+        linear.run(twice, Rank())
     for senseless in ({"lrs": (0.1, 0.1)}, {"lrs": (0.0,)}, {"affine": True}):
         with pytest.raises(ValueError, match=r"lrs|affine"):
             Probe("avgpool", **senseless)
@@ -340,12 +341,12 @@ def test_a_run_with_colours_goes_on_exactly(
     name = "in1k_mhead"
     made = small(RECIPES[name](), tmp_path / "a", weights[0], trees[name])
     made = replace(made, run=replace(made.run, epochs=2))
-    whole = saved(classify.run(made, Rank()))
+    whole = saved(linear.run(made, Rank()))
     first = replace(made, run=replace(made.run, out=str(tmp_path / "b"), max_steps=3))
-    assert any(not torch.equal(t, whole[n]) for n, t in saved(classify.run(first, Rank())).items())
+    assert any(not torch.equal(t, whole[n]) for n, t in saved(linear.run(first, Rank())).items())
     rest = replace(first, run=replace(first.run, max_steps=None))
     dull = replace(rest, train=replace(rest.train, colour=Colour(brightness=0.4)))
     with pytest.raises(CheckpointError, match="colour"):
-        classify.run(dull, Rank())
-    for key, tensor in saved(classify.run(rest, Rank())).items():
+        linear.run(dull, Rank())
+    for key, tensor in saved(linear.run(rest, Rank())).items():
         assert torch.equal(tensor, whole[key]), key

@@ -11,10 +11,10 @@ import pytest
 from pipelines.dense.spec import ShortSide
 from rotpred.distributed import Rank
 from rotpred.models.detection.rpn import Proposals
-from rotpred.protocols import detection as detect
-from rotpred.recipes import Run
+from rotpred.protocols import detection
 from rotpred.recipes.detection import RECIPES
 from rotpred.training.schedule import Steps
+from rotpred.training.settings import Run
 from tests.support.dense_trees import coco, voc
 
 
@@ -51,7 +51,7 @@ def test_eight_pictures_by_heart(
         schedule=Steps((0.8,), warmup_epochs=0.1, warmup_start_factor=0.01),
         run=Run(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu", log_every=20),
     )  # fmt: skip
-    detect.run(made, Rank())
+    detection.run(made, Rank())
     rows = json.loads((tmp_path / "run/results.json").read_text())
     found = {row["metric"]: row["value"] for row in rows}
     assert min(found[metric] for metric in metrics) > 90, found

@@ -15,8 +15,8 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.models.heads import RotNet, make_rotnet
 from rotpred.protocols import rotation
+from rotpred.recipes.base import Place
 from rotpred.recipes.rotation import RECIPES, Rotation
-from rotpred.recipes.svm import Place
 from rotpred.report.results import TRAINED, read_runs
 from rotpred.training import checkpoint
 from tests.support import processes

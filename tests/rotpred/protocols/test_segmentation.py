@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.loader import open_dense
-from pipelines.dense.spec import IGNORED, RatioCrop, Within
+from pipelines.dense.spec import RatioCrop, Within
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.models.fcn import Fcn
-from rotpred.protocols import segmentation as segment
-from rotpred.recipes import Run
+from rotpred.protocols import segmentation
 from rotpred.recipes.segmentation import RECIPES, Segmentation
 from rotpred.training.optim import Optim
+from rotpred.training.settings import Run
 from tests.support import processes
 from tests.support.dense_trees import cityscapes, voc_masks
 from tests.support.run_outputs import results, saved
@@ -80,7 +81,7 @@ def finished(
 ) -> Segmentation:
     """Each recipe, run to its end."""
     made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
-    segment.run(made, Rank())
+    segmentation.run(made, Rank())
     return made
 
 
@@ -159,9 +160,9 @@ def test_the_run_folder(finished: Segmentation) -> None:
 def test_a_run_goes_on_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
     """Ended inside the second epoch, then continued; dropout draws what it would have drawn."""
     run = replace(finished.run, out=str(tmp_path))
-    segment.run(replace(finished, run=replace(run, max_steps=3)), Rank())
+    segmentation.run(replace(finished, run=replace(run, max_steps=3)), Rank())
     torch.manual_seed(99)
-    segment.run(replace(finished, run=run), Rank())
+    segmentation.run(replace(finished, run=run), Rank())
     expected = saved(Path(finished.run.out))
     for name, tensor in saved(tmp_path).items():
         assert torch.equal(tensor, expected[name]), name
@@ -173,7 +174,7 @@ def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: P
     out = Path(finished.run.out)
     folder = str(out / "predictions")
     made = replace(finished, predictions=folder, run=replace(finished.run, out=str(tmp_path)))
-    assert segment.run(made, Rank()) == tmp_path
+    assert segmentation.run(made, Rank()) == tmp_path
     found, expected = results(tmp_path), results(out)
     values = {name: row["value"] for name, row in found.items()}
     assert values == {name: expected[name]["value"] for name in values}
@@ -189,10 +190,10 @@ def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: P
     ):
         Image.fromarray(pixels).save(path)
         with pytest.raises(ValueError, match=words):
-            segment.run(replace(made, predictions=str(few)), Rank())
+            segmentation.run(replace(made, predictions=str(few)), Rank())
     path.unlink()
     with pytest.raises(FileNotFoundError, match=path.stem):
-        segment.run(replace(made, predictions=str(few)), Rank())
+        segmentation.run(replace(made, predictions=str(few)), Rank())
 
 
 def test_label_ids_are_read_where_told(roots: dict[str, Path], tmp_path: Path) -> None:
@@ -203,11 +204,11 @@ def test_label_ids_are_read_where_told(roots: dict[str, Path], tmp_path: Path) -
         city.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, city)
     made = small("cityscapes_seg", roots, tmp_path / "out", predictions=str(tmp_path / "theirs"))
-    found = results(segment.run(replace(made, label_ids=True), Rank()))
+    found = results(segmentation.run(replace(made, label_ids=True), Rank()))
     assert found["mIoU"]["value"] == found["accuracy"]["value"] == 100
     assert {name for name in found if name.startswith("IoU/")} == {"IoU/road", "IoU/sky", "IoU/car"}
     with pytest.raises(ValueError, match="none of the 19 classes"):
-        segment.run(made, Rank())
+        segmentation.run(made, Rank())
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -258,5 +259,5 @@ def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: P
         optim=Optim(lr=0.03, weight_decay=0.0),
         run=replace(made.run, epochs=1, log_every=20),
     )
-    found = results(segment.run(made, Rank()))
+    found = results(segmentation.run(made, Rank()))
     assert found["mIoU"]["value"] > 92 and found["accuracy"]["value"] > 97

@@ -16,15 +16,17 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
-from pipelines.datasets.imagenet import VOC_CLASSES
+from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
-from rotpred.plots import svm as svm_figures
-from rotpred.plots.training import pixels
+from rotpred.metrics.average_precision import average_precision
+from rotpred.plots import svm as svm_plots
 from rotpred.protocols import svm
-from rotpred.recipes.svm import CachedPlace, LowShot, Svm, voc07_lowshot, voc07_svm
-from rotpred.svm import dual as linear_svm
-from rotpred.svm.dual import COSTS, average_precision, gram, normalize_rows, solve
+from rotpred.recipes.base import CachedPlace
+from rotpred.recipes.svm import LowShot, Svm, voc07_lowshot, voc07_svm
+from rotpred.records.tensorboard import pixels
+from rotpred.svm import dual
+from rotpred.svm.dual import COSTS, gram, normalize_rows, solve
 from rotpred.svm.low_shot import aggregate, draw, scores_of_draw
 from rotpred.svm.primal import compact, solve_compact
 
@@ -160,7 +162,7 @@ def test_a_solved_problem_beside_others_stays_finite() -> None:
     gradient = torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
     rounded = torch.tensor([[[-3e-17], [-4e-17]]], dtype=torch.float64)
     curvature = torch.tensor([[[200.0], [0.0]]], dtype=torch.float64)
-    step, _ = linear_svm._conjugate_gradients(
+    step, _ = dual._conjugate_gradients(
         kernel, curvature, gradient, rounded, torch.zeros(1, 1, 1, dtype=torch.bool),
         torch.zeros(1, 1, 1, dtype=torch.float64),
     )  # fmt: skip
@@ -406,7 +408,7 @@ def test_names_of_the_columns() -> None:
 def test_the_figure_names_every_class() -> None:
     """Twenty names below the bars, none on its neighbour."""
     aps = {stage: np.linspace(0.1, 0.9, 20) for stage in ("res4", "res5")}
-    fig = svm_figures.per_class(aps, VOC_CLASSES)
+    fig = svm_plots.per_class(aps, VOC_CLASSES)
     pixels(fig)
     first, last = fig.axes
     labels = last.get_xticklabels()

@@ -14,10 +14,9 @@ import pytest
 from pipelines.spec import CIFAR10, LoaderSpec, RandomResizedCrop, Shard
 from rotpred import cli
 from rotpred.models.backbone import BACKBONES
-from rotpred.recipes import Linear, Run, linear
-from rotpred.recipes import finetune as semi
-from rotpred.recipes import svm as frozen
+from rotpred.recipes import finetune, knn, linear, svm
 from rotpred.recipes.every import EVALUATION, PRETRAINING
+from rotpred.recipes.linear import Linear
 from rotpred.recipes.pretrain import (
     RECIPES,
     rotnet_cifar10_nin,
@@ -28,6 +27,7 @@ from rotpred.recipes.pretrain import (
 )
 from rotpred.report.departures import PROCESSES
 from rotpred.training.schedule import Steps, lr_at
+from rotpred.training.settings import Run
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -119,7 +119,7 @@ def test_senseless_values_are_refused(make: object, words: str) -> None:
         make()  # type: ignore[operator]
 
 
-EVALUATIONS = {**linear.RECIPES, **semi.RECIPES, **frozen.RECIPES}
+EVALUATIONS = {**linear.RECIPES, **finetune.RECIPES, **svm.RECIPES, **knn.RECIPES}
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATIONS))
@@ -133,8 +133,8 @@ def test_evaluate_runs_the_protocol_of_the_recipe(
     assert re.search(rf"scripts/evaluate\.py {name} (--grid )?--weights FILE", text)
     met: list[object] = []
     for module, function in (
-        (cli.classify, "run"),
-        (cli.semi, "run"),
+        (cli.linear, "run"),
+        (cli.finetune, "run"),
         (cli.svm, "run"),
         (cli.svm, "run_low_shot"),
         (cli.knn, "run"),
@@ -147,10 +147,10 @@ def test_evaluate_runs_the_protocol_of_the_recipe(
     assert cli.evaluate_main(args) == 0
     where = {
         Linear: "linear.run",
-        semi.Semi: "finetune.run",
-        frozen.Svm: "svm.run",
-        frozen.LowShot: "svm.run_low_shot",
-        frozen.Knn: "knn.run",
+        finetune.FineTuning: "finetune.run",
+        svm.Svm: "svm.run",
+        svm.LowShot: "svm.run_low_shot",
+        knn.Knn: "knn.run",
     }
     assert met[0] == f"rotpred.protocols.{where[type(made)]}"
     expected = replace(

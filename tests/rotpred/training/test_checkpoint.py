@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from rotpred import files as durable
+from rotpred import files
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.training.checkpoint import CheckpointError, load, load_latest, rate, save
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, state(1))
-    monkeypatch.setattr(durable, "sha256_file", lambda _: "0" * 64)
+    monkeypatch.setattr(files, "sha256_file", lambda _: "0" * 64)
     with pytest.raises(CheckpointError, match="reads back other bytes"):
         save(tmp_path, 2, state(2))
     assert names(tmp_path) == ["step_0000001.pt"]

@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_map
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.distributed import Rank, session
 from rotpred.models.heads import make_rotnet
+from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
-from rotpred.recipes import Pretrain, Run
+from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.cuda_graphs import WARM_UP, FlatGradients, Graphs
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.state import Outcome, Trained, TrainState, channels_last
+from rotpred.training.settings import Run
+from rotpred.training.state import Outcome, Trained, TrainState
 from tests.support import processes
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,8 +12,9 @@ import torch
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import pretrain
-from rotpred.recipes import Pretrain, Run
+from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.profiler import TABLE, TRACE, WAIT, WARM_UP, profiled
+from rotpred.training.settings import Run
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -18,9 +18,9 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import pretrain
-from rotpred.protocols.session import check_data
-from rotpred.recipes import Pretrain
+from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import read_rows
+from rotpred.training.data import check_data
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
 from rotpred.training.settings import Run

@@ -26,7 +26,8 @@ from torch import nn
 
 import rotpred.weights.export
 from rotpred.files import CheckpointError, sha256_file
-from rotpred.models.backbone import Backbone, build_backbone
+from rotpred.models.backbone import build_backbone
+from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.training.checkpoint import save
 from rotpred.weights.export import SUFFIXES, Format, Written, export_backbone, reading

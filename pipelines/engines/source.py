@@ -1,10 +1,34 @@
-"""What happens to a sample that cannot be decoded: counted, masked, never trained on."""
+"""`Source`, the interface of every engine, and its limit on undecodable samples."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from typing import Protocol
 
+from pipelines.batch import RawBatch
 from pipelines.imaging.decode import ImageError
+
+
+class Source(Protocol):
+    """What an engine implements."""
+
+    bad: BadSamples
+    """Undecodable samples met so far."""
+
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """The batches of an epoch from a step on: a pure function of both, and of the spec.
+
+        Each item is borrowed until the next one is asked for. Closing the iterator early releases
+        what it holds; a second epoch may follow at once.
+        """
+
+    def close(self) -> None:
+        """Release threads, buffers and files."""
+
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,115 @@
+"""Choose the engine for a data set, and open it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import torch
+
+from pipelines.beton.reader import Beton
+from pipelines.engines.autotune import budget, tune
+from pipelines.engines.samples import Samples
+from pipelines.engines.source import Source
+from pipelines.spec import Engine, LoaderSpec, Shard
+
+log = logging.getLogger(__name__)
+
+_MODULES = {
+    "ffcv": "pipelines.engines.ffcv.source",
+    "dali": "pipelines.engines.dali.source",
+    "folder": "pipelines.engines.folder",
+}
+_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
+
+
+def missing_engines() -> dict[str, str]:
+    """Engines that cannot be used here, each with the reason in one line. Imports all of them."""
+    return {engine: reason for engine in _PACKAGES if (reason := _missing(engine)) is not None}
+
+
+def _missing(engine: str) -> str | None:
+    """Why an engine cannot be used here, or None. Imports its package, which may take seconds."""
+    try:
+        # Our module, not the bare package: it undoes what importing ffcv does to torch.
+        importlib.import_module(_MODULES[engine])
+    except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
+        # The last three: what a package built for another numpy or numba fails with.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{_PACKAGES[engine]} cannot be imported ({reason})"
+    return None
+
+
+def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
+    """The engine that `auto` means for this data: the fastest one present. Logs why.
+
+    Args:
+        spec: names the data and the engine.
+        raw: whether the beton holds uncompressed samples, which DALI cannot read.
+
+    Raises:
+        ValueError: the engine that the spec names cannot read this data, or is not installed.
+    """
+    beton = spec.data.endswith(".beton")
+    if spec.data == "synthetic" or spec.engine == "synthetic":
+        if spec.engine not in ("auto", "synthetic"):
+            raise ValueError(f'data "synthetic" needs engine synthetic, not {spec.engine}')
+        return "synthetic"
+    if spec.engine == "ffcv" and not beton:
+        raise ValueError(
+            f"{spec.data}: engine=ffcv reads .beton files; convert it with scripts/to_beton.py"
+        )
+    if spec.engine == "folder":
+        return "folder"
+    if spec.engine != "auto":
+        missing = _missing(spec.engine)
+        if missing is not None:
+            raise ValueError(f"engine={spec.engine}: {missing}; README says how to install it")
+        return spec.engine
+    ranking: tuple[Engine, ...] = ("ffcv", "dali", "folder")
+    notes = []
+    for engine in ranking:
+        if engine == "ffcv" and not beton:
+            notes.append("not ffcv: it reads .beton files only")
+        elif engine == "dali" and spec.max_bad:
+            notes.append("not dali: it cannot mask undecodable samples (max_bad)")
+        elif engine == "dali" and raw:
+            notes.append("not dali: it cannot read uncompressed samples")
+        elif (missing := _missing(engine)) is not None:
+            notes.append(f"not {engine}: {missing}")
+        else:
+            reason = "; ".join(notes) if notes else "the fastest for a .beton file"
+            log.info("engine %s for %s: %s", engine, spec.data, reason)
+            return engine
+    raise ValueError(f"no engine can read {spec.data}: " + "; ".join(notes))
+
+
+def _open_source(
+    engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
+) -> Source:
+    """Engines are imported here only, and only when asked for: each is a heavy package."""
+    limit = budget(spec, shard, device)
+    workers = spec.workers or limit.threads
+    source: Source
+    match engine:
+        case "ffcv":
+            from pipelines.engines.ffcv.source import FfcvSource
+
+            assert isinstance(samples, Beton)
+            source = FfcvSource(samples, spec, shard=shard, workers=workers)
+        case "dali":
+            from pipelines.engines.dali.source import DaliSource
+
+            source = DaliSource(samples, spec, shard=shard, workers=workers, device=device)
+        case _:
+            from pipelines.engines.folder import FolderSource
+
+            pin = device.type == "cuda"
+            source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
+    if spec.workers == 0:
+        try:
+            tune(source, spec, limit)
+        except BaseException:
+            source.close()
+            raise
+    return source

@@ -1,0 +1,54 @@
+"""Counter-based random numbers and digests: pure functions of integers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.arrays import Float64, Int32, Int64, Uint64
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, count: int) -> Float64:
+    """The random numbers of some samples, float64 (B, count) in [0, 1), independent per row.
+
+    Another stream is for another use: its numbers are independent as well.
+    """
+    keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, stream))
+    with np.errstate(over="ignore"):
+        counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+        words = mix64(keys[:, None] + counters[None, :])
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def digest64(epoch: int, indices: Int64, boxes: Int32) -> int:
+    """A 64-bit sum over samples of the hash of (epoch, index, box): equal for equal crops.
+
+    The sum does not depend on the order of samples, so digests of all ranks can be added (modulo
+    2**64) and compared across world sizes and engines.
+    """
+    with np.errstate(over="ignore"):
+        words = mix64(indices.astype(np.uint64) + key64(epoch, 0xD16E))
+        for column in boxes.astype(np.int64).view(np.uint64).T:
+            words = mix64(words + _GOLDEN + column)
+        return int(words.sum(dtype=np.uint64))
+
+
+def mix64(x: Uint64) -> Uint64:
+    """Scramble 64-bit words: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def key64(*words: int) -> np.uint64:
+    """One 64-bit key from several integers, each hashed in turn.
+
+    Hashing, not adding: with seed + epoch, seed 0 in epoch 1 would repeat seed 1 in epoch 0.
+    """
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words:
+            state = mix64(state + _GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
+    return np.uint64(state[0])

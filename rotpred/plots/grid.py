@@ -1,0 +1,40 @@
+"""The figure of a fine-tuning grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rotpred.plots.training import INK
+
+
+def grid_figure(
+    tops: np.ndarray[Any, np.dtype[np.float64]],
+    *,
+    lrs: tuple[float, ...],
+    head_mults: tuple[float, ...],
+) -> Figure:
+    """A heat map of accuracies in percent: (len(lrs), len(head_mults)); NaN: not finite."""
+    size = (1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs))
+    fig = Figure(figsize=size, dpi=120, layout="constrained")
+    ax = fig.subplots()
+    image = ax.imshow(tops, cmap="Blues", aspect="auto")
+    low, high = np.nanmin(tops), np.nanmax(tops)
+    for (row, column), value in np.ndenumerate(tops):
+        lost = np.isnan(value)
+        dark = not lost and value > low + 0.6 * (high - low)
+        text = "not finite" if lost else f"{value:.2f} %"
+        weight = "bold" if value == high else "normal"
+        ink = "white" if dark else INK
+        ax.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
+    ax.set_xticks(range(len(head_mults)), [f"x{mult:g}" for mult in head_mults])
+    ax.set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
+    ax.set_xlabel("head multiple")
+    ax.set_ylabel("learning rate")
+    ax.set_title("Top-1 over the validation data", fontsize=11, color=INK)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
+    return fig
