@@ -21,7 +21,7 @@ demo: $(STAMP) ## the main job on real images: convert, pretrain, evaluate (3 mi
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest -q --durations=10
 
-overfit: $(STAMP) ## detectors and segmentation learn eight pictures by heart (7 minutes, two cores)
+overfit: $(STAMP) ## detectors and segmentation learn eight images by heart (7 minutes, two cores)
 	@$(BIN)/python -m pytest -q -m overfit
 
 check: $(STAMP) ## ruff, mypy --strict, import contracts

@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py --data imagenet/val --output convert.jsonl
 
-Same pictures, same number of worker processes, whose time is counted. Ours follows every Huffman
-code, too, to see that a picture is sound (header check: reads its markers only), and reads the
+Same images, same number of worker processes, whose time is counted. Ours follows every Huffman
+code, too, to see that an image is sound (header check: reads its markers only), and reads the
 finished file back. The bytes that restart markers and their side file add are in the rows.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from data.photographs import PHOTOGRAPHS, photographs
-from harness.arena import compete
 from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, ratio_row, row, start
+from harness.runner import compete
 
 COLUMNS = ("cpu_seconds_per_1k_images", "megabytes", "bytes_added_percent", "target", "met")
 TARGETS = {
@@ -27,8 +27,8 @@ TARGETS = {
     "to_beton, no markers, header check": 4.0,
     "to_beton, restart markers": None,
 }
-"""How many times as many pictures per CPU second as FFCV's writer. The default check follows every
-Huffman code of a picture; --check header reads its markers only. Restart markers have no target."""
+"""How many times as many images per CPU second as FFCV's writer. The default check follows every
+Huffman code of an image; --check header reads its markers only. Restart markers have no target."""
 MOST_ADDED_PERCENT = 2.0
 
 
@@ -42,7 +42,7 @@ class Arguments(Timing):
     count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
     max_side: int | None = None
-    """Shrink pictures whose longer side has more pixels; by default they are stored as they are
+    """Shrink images whose longer side has more pixels; by default they are stored as they are
     (by FFCV: encoded anew in their own size)."""
     workers: int = 0
     """Worker processes; 0: one for each allowed core."""

@@ -33,7 +33,7 @@ from rotpred.protocols.detection import Detect
 from rotpred.protocols.segmentation import Segment
 from rotpred.recipes import detection, segmentation
 from rotpred.recipes.detection import Detection
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 
 ON_GPU = torch.cuda.is_available()
 Name = Literal["voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg"]
@@ -61,9 +61,9 @@ class Arguments(Timing):
     backbone: str = "resnet50" if ON_GPU else "resnet18"
     """In place of the recipes' own."""
     scale: float = 1.0 if ON_GPU else 0.25
-    """Sizes of pictures, as a share of the recipes'; its square is that of numbers of proposals."""
+    """Sizes of images, as a share of the recipes'; its square is that of numbers of proposals."""
     batch_size: int | None = None if ON_GPU else 2
-    """Pictures per step; None: the recipes'."""
+    """Images per step; None: the recipes'."""
     count: int = 48
     """Photographs that are made."""
     workers: int = 0
@@ -123,8 +123,8 @@ def _measure(
 
         def train(batches: Iterator[DenseBatch]) -> Iterator[int]:
             for batch in batches:
-                state.begin(0.0)
-                state.learn(learn, batch)
+                state.begin_step(0.0)
+                state.train_step(learn, batch)
                 state.step += 1
                 yield len(batch.indices)
 
@@ -154,14 +154,14 @@ def _measure(
 
 def _state(
     recipe: Any, task: Task, loader: DenseLoader, device: torch.device
-) -> tuple[TrainState, Callable[[DenseBatch], Outcome]]:
+) -> tuple[TrainState, Callable[[DenseBatch], LossAndLogs]]:
     module = task.network(build_backbone(recipe.backbone), len(loader.classes))
     module = channels_last(module, device).train()
     # A rate at which no network diverges, whatever the batch.
     optim = replace(recipe.optim, lr=1e-4, reference_batch=None)
     state = TrainState(
         module,
-        [Trained(module, optim, recipe.schedule)],
+        [OptimizedPart(module, optim, recipe.schedule)],
         rank=Rank(device=device),
         run=recipe.run,
         folder=Path(),

@@ -22,13 +22,13 @@ from harness.results import Row, publish, row, say, start
 
 ADVICE = {
     "read": "the disk is slower than all that follows: put the beton on a local disk, shrink its "
-    "pictures (to_beton --max-side 500), or let it fit into memory",
+    "images (to_beton --max-side 500), or let it fit into memory",
     "loader": "decoding is slower than all that follows",
     "bus": "sending crops to the device is the slowest: check its PCIe lanes, lower --size",
     "rotate": "turning and normalising is the slowest: on a GPU this points at another process on "
     "it; on a CPU lower --size",
     "step": "the network is the slowest, as it should be: the loader keeps up. To go on: bf16, "
-    "compile, cuda_graph (benchmarks/train_step.py), smaller sides at first (train.sides)",
+    "compile, cuda_graph (benchmarks/train_step.py), smaller sides at first (train.resolution-schedule)",
 }
 
 

@@ -29,7 +29,7 @@ from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.training.optim import Optim
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 
@@ -89,7 +89,7 @@ def main(args: Arguments) -> None:
 def _measure(
     loader: Loader, args: Arguments, device: torch.device
 ) -> tuple[dict[str, list[Window]], dict[str, float]]:
-    run = Run(
+    run = RunSettings(
         device=args.device,
         precision=args.precision,
         compile=args.compile,

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 import tyro
 from data.photographs import PHOTOGRAPHS, containers
-from harness.arena import Contestant, compete
 from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, row, say, start
+from harness.runner import Contestant, compete
 
 from pipelines.engines.choice import choose_engine, missing_engines
 from pipelines.spec import LoaderSpec, Precision
@@ -53,10 +53,10 @@ class Arguments(Timing):
     """Loader throughput of the engines: JSON lines on stdout, a table on stderr."""
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """.beton files, folders of images, list files. Without any, `pictures` are measured in all
+    """.beton files, folders of images, list files. Without any, `images` are measured in all
     containers: as they are and with their longest side at 500 pixels, as files and in betons with
     and without restart markers."""
-    pictures: str | None = None
+    images: str | None = None
     """A folder of JPEG files to make the containers from; without it, photographs are made."""
     folder: Path | None = None
     """Where the containers are put, and found again; a temporary folder by default."""
@@ -80,7 +80,7 @@ class Arguments(Timing):
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where batches go."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no pictures are given."""
+    """Photographs that are made where no images are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +109,7 @@ def main(args: Arguments) -> None:
 
 
 def _made(folder: Path, args: Arguments) -> tuple[str, ...]:
-    made = containers(args.pictures, folder, count=args.count)
+    made = containers(args.images, folder, count=args.count)
     original = [made.original(markers=markers) for markers in (False, True)]
     small = [made.small(markers=markers) for markers in (False, True)]
     return tuple(map(str, [made.source, *original, made.small_folder(), *small]))
@@ -142,7 +142,7 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
         }
     if not configs:
         raise ValueError(f"{data}: none of these engines can read it: {', '.join(names)}")
-    # Synthetic pictures have no file to compare with.
+    # Synthetic images have no file to compare with.
     untimed = ["served"] + ([] if "synthetic" in configs else ["difference"])
     windows, facts = compete(
         configs,
@@ -153,7 +153,7 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
         title=Path(data).name,
     )
     warm = {name: _warm_starts(name, configs[name], args.repeats) for name in configs}
-    # Synthetic pictures have a size of their own, hence other boxes.
+    # Synthetic images have a size of their own, hence other boxes.
     served = {fact.pop("digest") for name, fact in facts.items() if name != "synthetic"}
     if len(served) > 1:
         raise ValueError(f"{data}: {', '.join(configs)} do not cut the same crops")

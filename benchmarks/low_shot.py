@@ -2,7 +2,7 @@
 
     python benchmarks/low_shot.py --output low_shot.jsonl
 
-Features of VOC07's size are made: as many pictures, classes and positives, 9,216 values each. Both
+Features of VOC07's size are made: as many images, classes and positives, 9,216 values each. Both
 sides get the same draws and costs, are trained to the end, and score the whole test data. Ours is
 solved exactly; scikit-learn's LinearSVC (liblinear) with the published settings stops at its
 tolerance or after 2,000 passes. Each runs in a process of its own: CPU seconds and peak memory are
@@ -28,14 +28,14 @@ from sklearn.svm import LinearSVC
 
 from rotpred.metrics.average_precision import average_precision
 from rotpred.svm.dual import COSTS, gram, normalize_rows
-from rotpred.svm.low_shot import draw, scores_of_draw
+from rotpred.svm.low_shot import draw_samples, scores_of_draw
 
 WEIGHT = 2.0
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 LARGEST_SHARE = 0.5
 COLUMNS = ("cpu_seconds", "peak_mib", "mean_ap", "target", "met")
 Side = Literal["ours", "scikit-learn"]
-Made = tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]
+LoadedSample = tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]
 """Features, and labels of all classes: 1, -1, or 0 for difficult ones."""
 
 
@@ -46,11 +46,11 @@ class Arguments(Repeated):
     repeats: int = 1
     """Runs of each side; the second and later ones in the opposite order."""
     samples: int = 5011
-    """Training pictures (VOC07 trainval)."""
+    """Training images (VOC07 trainval)."""
     tests: int = 4952
-    """Test pictures (VOC07 test)."""
+    """Test images (VOC07 test)."""
     values: int = 9216
-    """Features per picture."""
+    """Features per image."""
     classes: int = 20
     """Classes, each against the rest."""
     shots: tuple[int, ...] = SHOTS
@@ -137,7 +137,9 @@ def _measure(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
     }
 
 
-def _ours(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, int]:
+def _ours(
+    train: LoadedSample, test: LoadedSample, args: Arguments, draws: int
+) -> tuple[float, int]:
     cpu = torch.device("cpu")
     kernel, rows = gram(train[0], train[0], cpu), gram(test[0], train[0], cpu)
     scores = [
@@ -150,7 +152,9 @@ def _ours(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, 
     return float(np.mean(scores)), 0
 
 
-def _peer(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, int]:
+def _peer(
+    train: LoadedSample, test: LoadedSample, args: Arguments, draws: int
+) -> tuple[float, int]:
     """Source of the settings: mmselfsup, svm_voc07/tools/train_svm_low_shot.py."""
     (features, labels), (held_features, held_labels) = train, test
     rows, held = normalize_rows(features).numpy(), normalize_rows(held_features).numpy()
@@ -159,7 +163,7 @@ def _peer(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, 
         for k in args.shots:
             signs = np.concatenate([np.ones(k), -np.ones((args.classes - 1) * k)])
             for c in range(args.classes):
-                chosen = draw(labels[:, c], k, classes=args.classes, seed=(0, number, k, c))
+                chosen = draw_samples(labels[:, c], k, classes=args.classes, seed=(0, number, k, c))
                 keep = held_labels[:, c] != 0
                 for cost in COSTS:
                     svm = LinearSVC(
@@ -175,10 +179,10 @@ def _peer(train: Made, test: Made, args: Arguments, draws: int) -> tuple[float, 
     return float(np.mean(scores)), unfinished
 
 
-def _made(args: Arguments, count: int, part: int) -> Made:
+def _made(args: Arguments, count: int, part: int) -> LoadedSample:
     """Features of rectified noise round the sum of their classes' directions, and the labels.
 
-    A class has 3.5 % to 12 % of the pictures, a few of them difficult for the test, as in VOC07.
+    A class has 3.5 % to 12 % of the images, a few of them difficult for the test, as in VOC07.
     """
     shared = np.random.default_rng(0)
     directions = shared.normal(size=(args.classes, args.values)).astype(np.float32)

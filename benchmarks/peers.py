@@ -1,8 +1,8 @@
-"""Our loaders against others', in one run, on the same pictures, per CPU second.
+"""Our loaders against others', in one run, on the same images, per CPU second.
 
     python benchmarks/peers.py --data imagenet/val --output peers.jsonl --plot peers.png
 
-The pictures are made 500 pixels long once, and everybody reads those: as files, as a beton of ours
+The images are made 500 pixels long once, and everybody reads those: as files, as a beton of ours
 (with restart markers), as the identical bytes in a beton without them, as a beton that FFCV's own
 writer made of the files. First all deliver uint8 crops of 224 pixels on the host; then the whole
 job of rotation pretraining, four normalised float32 views, is done by ours and as mmselfsup does
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from data.photographs import PHOTOGRAPHS, SMALL_SIDE, Containers, containers
-from harness.arena import compete
 from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, ratio_row, start
+from harness.runner import compete
 from harness.timing import Window
 
 BOXES = "our boxes, computed beforehand"
@@ -70,7 +70,7 @@ class Arguments(Timing):
     count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
     small_side: int = SMALL_SIDE
-    """Longest side in pixels of the pictures that are compared."""
+    """Longest side in pixels of the images that are compared."""
     size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64

@@ -2,7 +2,7 @@
 
     python benchmarks/resize.py --data train.beton --output resize.jsonl
 
-Random resized crops of decoded pictures, one thread; beside the speed stands the difference of the
+Random resized crops of decoded images, one thread; beside the speed stands the difference of the
 pixels to Pillow's antialiased bilinear filter.
 """
 
@@ -26,8 +26,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipelines.engines.samples import encoded, open_samples
 from pipelines.imaging.decode import decode_rgb
-from pipelines.imaging.resize import resample, scratch_size
-from pipelines.sampling.crops import boxes
+from pipelines.imaging.resize import resize_region, scratch_size
+from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
 Pixels = npt.NDArray[np.uint8]
@@ -37,9 +37,9 @@ COLUMNS = ("cpu_seconds_per_1k_images", "pixel_difference", "pixel_bias", "targe
 
 
 class Cut(NamedTuple):
-    """A picture and what is to be cut out of it."""
+    """An image and what is to be cut out of it."""
 
-    picture: Pixels
+    image: Pixels
     top: int
     left: int
     height: int
@@ -49,7 +49,7 @@ class Cut(NamedTuple):
     def region(self) -> Pixels:
         """A view, not a copy."""
         rows = slice(self.top, self.top + self.height)
-        return self.picture[rows, self.left : self.left + self.width]
+        return self.image[rows, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Arguments(Timing):
 
     data: str | None = None
     """A .beton file or a folder of images; without it, smooth noise of 500 x 375 pixels."""
-    pictures: int = 128
-    """Pictures that are decoded, spread over the data."""
+    images: int = 128
+    """Images that are decoded, spread over the data."""
     size: int = 224
     """Side of the output in pixels."""
 
@@ -112,21 +112,21 @@ def _difference(ours: Row, device: torch.device) -> Row:
 
 def _cuts(args: Arguments) -> list[Cut]:
     if args.data is None:
-        noise = np.random.default_rng(0).integers(0, 256, (args.pictures, 24, 32, 3), np.uint8)
-        pictures = [np.asarray(Image.fromarray(n).resize((500, 375))) for n in noise]
+        noise = np.random.default_rng(0).integers(0, 256, (args.images, 24, 32, 3), np.uint8)
+        images = [np.asarray(Image.fromarray(n).resize((500, 375))) for n in noise]
     else:
         samples = open_samples(args.data)
         count = len(samples.labels)
-        chosen = np.linspace(0, count - 1, min(args.pictures, count)).astype(int)
-        pictures = [decode_rgb(bytes(encoded(samples, int(i)))) for i in chosen]
-    where = boxes(
+        chosen = np.linspace(0, count - 1, min(args.images, count)).astype(int)
+        images = [decode_rgb(bytes(encoded(samples, int(i)))) for i in chosen]
+    where = crop_boxes(
         LoaderSpec(crop=RandomResizedCrop(args.size)),
         epoch=0,
-        indices=np.arange(len(pictures)),
-        heights=np.array([p.shape[0] for p in pictures], np.int32),
-        widths=np.array([p.shape[1] for p in pictures], np.int32),
+        indices=np.arange(len(images)),
+        heights=np.array([p.shape[0] for p in images], np.int32),
+        widths=np.array([p.shape[1] for p in images], np.int32),
     )
-    return [Cut(p, *box) for p, box in zip(pictures, where[:, :4].tolist(), strict=True)]
+    return [Cut(p, *box) for p, box in zip(images, where[:, :4].tolist(), strict=True)]
 
 
 def _contestants(cuts: list[Cut], size: int) -> dict[str, Callable[[Cut], Pixels]]:
@@ -137,15 +137,15 @@ def _contestants(cuts: list[Cut], size: int) -> dict[str, Callable[[Cut], Pixels
 
     def ours(cut: Cut) -> Pixels:
         region, out = cut.region, np.empty((size, size, 3), np.uint8)
-        resample(
+        resize_region(
             region.ctypes.data, region.strides[0], cut.height, cut.width,
             out.ctypes.data, size, False, scratch,
         )  # fmt: skip
         return out
 
     def torchvision(cut: Cut) -> Pixels:
-        picture = torch.from_numpy(cut.region).permute(2, 0, 1)[None]
-        resized: torch.Tensor = tv.resize(picture, [size, size], antialias=True)
+        image = torch.from_numpy(cut.region).permute(2, 0, 1)[None]
+        resized: torch.Tensor = tv.resize(image, [size, size], antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
 
     area = functools.partial(cv2.resize, dsize=(size, size), interpolation=cv2.INTER_AREA)
@@ -157,8 +157,8 @@ def _contestants(cuts: list[Cut], size: int) -> dict[str, Callable[[Cut], Pixels
 
 
 def _pillow(cut: Cut, size: int) -> Pixels:
-    picture = Image.fromarray(cut.region)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+    image = Image.fromarray(cut.region)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _endless(resize: Callable[[Cut], Pixels], cuts: list[Cut]) -> Iterator[int]:

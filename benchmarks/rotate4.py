@@ -24,7 +24,7 @@ from harness.timing import Window, abba, finish, window
 
 from pipelines.batch import DTYPES, Regions
 from pipelines.device.rotate import rotate4
-from pipelines.sampling.crops import boxes
+from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import IMAGENET, LoaderSpec, Normalize, Precision, RandomResizedCrop
 
 COLUMNS = ("cpu_seconds_per_1k_images", "gigabytes_per_s", "share_of_copy", "target", "met")
@@ -155,10 +155,10 @@ def _measure(
 
 
 def _regions(batch: int, size: int, device: torch.device) -> Regions:
-    """Noise in the shapes that `RandomResizedCrop` cuts out of pictures of 500 x 375 pixels."""
+    """Noise in the shapes that `RandomResizedCrop` cuts out of images of 500 x 375 pixels."""
     spec = LoaderSpec(data="synthetic", batch_size=batch, crop=RandomResizedCrop(size))
     indices = np.arange(batch)
-    cut = boxes(
+    cut = crop_boxes(
         spec,
         epoch=0,
         indices=indices,

@@ -44,7 +44,7 @@ class Arguments:
 
 def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
     """The programs and their arguments; all run on the CPU."""
-    folder = ["--folder", str(args.output / "pictures"), "--batch-size", "32"]
+    folder = ["--folder", str(args.output / "images"), "--batch-size", "32"]
     timing = ["--repeats", str(args.repeats), "--seconds", str(args.seconds)]
     cpu = ["--device", "cpu"]
     # A network so small that loading matters, too.
@@ -60,7 +60,7 @@ def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
         "train_step": ["--backbone", "resnet18_tiny", "--size", "32", *timing, *cpu],
         "end_to_end": [*spliced, *small, *timing],
         "convert": ["--data", str(made.small_folder()), *timing],
-        "splice": [*spliced, "--pictures", "200", "--crops", "2", "--repeats", str(args.repeats)],
+        "splice": [*spliced, "--images", "200", "--crops", "2", "--repeats", str(args.repeats)],
         "scale": ["--samples", "1000", "100000", "1300000", "14000000", "--repeats", "3"],
         "doctor": [*spliced, *small],
         # Of the four recipes the one whose step is quickest on a CPU.
@@ -71,7 +71,7 @@ def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
 def main(args: Arguments) -> int:
     """Run them; returns 1 where one failed."""
     begin = time.monotonic()
-    made = containers(args.data, args.output / "pictures", count=PHOTOGRAPHS)
+    made = containers(args.data, args.output / "images", count=PHOTOGRAPHS)
     chosen = programs(args, made)
     unknown = sorted(set(args.only) - chosen.keys())
     if unknown:

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --samples 1000 1300000 14000000 --output scale.jsonl
 
-Betons with tables of full size and holes for pictures are made on the spot (72 bytes of disk a
+Betons with tables of full size and holes for images are made on the spot (72 bytes of disk a
 sample, with the side file of segments). Every measurement has a process of its own. With 14 million
 samples (ImageNet-22k) the targets are 3 s to open, 2 s for an order, 1 GB of resident memory (of a
 process that has not imported torch, which alone takes several hundred MB).
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from data.sparse_beton import write_sparse
-from harness.arena import Contestant
 from harness.plots import lines
 from harness.results import Repeated, Row, publish, row, start
+from harness.runner import Contestant
 from tqdm import tqdm
 
 BATCH_SIZE = 256

@@ -2,10 +2,10 @@
 
     python benchmarks/splice.py --data train.beton --crops 8 --output splice.jsonl
 
-Cuts random crops (`RandomResizedCrop`) of every picture of a beton with restart markers twice, from
-the whole picture and from the small JPEG of the segments under the crop, by the FFCV engine's own
+Cuts random crops (`RandomResizedCrop`) of every image of a beton with restart markers twice, from
+the whole image and from the small JPEG of the segments under the crop, by the FFCV engine's own
 kernel on one thread. All bytes are compared. What is timed is decoding and cutting, not resizing;
-whole batches alternate (ABBA), and a repetition is one pass over all pictures and crops.
+whole batches alternate (ABBA), and a repetition is one pass over all images and crops.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import RingLoader, Step
-from pipelines.sampling.crops import boxes
+from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
 _BATCH = 50
@@ -41,19 +41,19 @@ class Arguments(Repeated):
 
     data: str | None = None
     """A beton with its side file of segments; without it, one of photographs is made."""
-    pictures: int = 1000
+    images: int = 1000
     """Use at most this many, from the first on."""
     crops: int = 4
-    """Random crops of each picture."""
+    """Random crops of each image."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of a crop's share of the picture's area."""
+    """Range of a crop's share of the image's area."""
     count: int = PHOTOGRAPHS
     """Photographs that are made where no data are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crops < 1 or self.pictures < 1:
-            raise ValueError("--crops and --pictures must be at least 1")
+        if self.crops < 1 or self.images < 1:
+            raise ValueError("--crops and --images must be at least 1")
 
 
 def main(args: Arguments) -> None:
@@ -72,7 +72,7 @@ def main(args: Arguments) -> None:
 
 
 def _measure(beton: Beton, data: str, args: Arguments) -> list[Row]:
-    batch = min(_BATCH, len(beton), args.pictures)
+    batch = min(_BATCH, len(beton), args.images)
     spec = LoaderSpec(
         data=data,
         engine="ffcv",
@@ -86,7 +86,7 @@ def _measure(beton: Beton, data: str, args: Arguments) -> list[Row]:
     records = np.zeros_like(state.records)
     records.flags.writeable = False
     states = {"whole": state._replace(records=records), "spliced": state}
-    count = min(args.pictures, len(beton)) // batch * batch
+    count = min(args.images, len(beton)) // batch * batch
     differing, kept = 0, []
     # Wall and processor seconds; the first repetition is not counted.
     taken = {name: np.zeros((args.repeats + 1, 2)) for name in states}
@@ -120,9 +120,9 @@ def _clocks() -> np.ndarray:
 
 
 def _kept(beton: Beton, spec: LoaderSpec, epoch: int, indices: np.ndarray) -> list[float]:
-    """Shares of the samples' bytes that spliced pictures have."""
+    """Shares of the samples' bytes that spliced images have."""
     heights, widths = beton.heights[indices], beton.widths[indices]
-    where = boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+    where = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
     streams, _ = splice_batch(beton, indices, where)
     shares: list[float] = (np.array([len(s) for s in streams]) / beton.sizes[indices]).tolist()
     return shares

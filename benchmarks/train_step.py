@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from harness.arena import compete
 from harness.ceilings import matmul_flops
 from harness.plots import bars
 from harness.results import Row, Timing, image_row, publish, start
+from harness.runner import compete
 
 from pipelines.spec import Precision
 
@@ -52,7 +52,7 @@ class Arguments(Timing):
     backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
     """As in a recipe."""
     size: int = 224 if ON_GPU else 32
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     batch_sizes: tuple[int, ...] = (64,) if ON_GPU else (16,)
     """Source images per step; the network sees four times as many."""
     ways: tuple[Way, ...] = (

@@ -53,8 +53,8 @@ class RawBatch(NamedTuple):
     valid: torch.Tensor
     """bool (B,): False for padding and for samples that could not be decoded."""
     boxes: torch.Tensor
-    """int32 (B, 5): top, left, height, width of the crop in pixels of the upright picture, and 1
-    where it was flipped left to right. A box may stick out of the picture (padding, black)."""
+    """int32 (B, 5): top, left, height, width of the crop in pixels of the upright image, and 1
+    where it was flipped left to right. A box may stick out of the image (padding, black)."""
 
 
 class Batch(NamedTuple):

@@ -17,8 +17,8 @@ from torch.profiler import record_function
 from pipelines.arrays import Int64
 from pipelines.batch import DTYPES, IGNORE, Batch, RawBatch
 from pipelines.beton.reader import Beton
-from pipelines.device.color_jitter import coloured_views, draw
-from pipelines.device.host_memory import Recycler
+from pipelines.device.color_jitter import draw_jitter, jitter_views
+from pipelines.device.host_memory import BufferPool
 from pipelines.device.rotate import normalize_views, rotate4
 from pipelines.device.transfer import Transfer
 from pipelines.engines.choice import _open_source, choose_engine
@@ -63,7 +63,7 @@ class Loader:
         """Who decodes: its epochs are the crops before transfer and rotation."""
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
-        self._recycler = Recycler()
+        self._recycler = BufferPool()
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
@@ -124,13 +124,13 @@ class Loader:
     def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:
         spec, normalize, dtype = self.spec, self.spec.normalize, self._dtype
         valid, targets, out = raw.valid.repeat(spec.view_count), raw.labels, None
-        if self.device.type == "cpu" and not spec.colour.active:
+        if self.device.type == "cpu" and not spec.color_jitter.active:
             out = self._recycler.images(len(valid), spec.side(epoch), dtype)
         if spec.views == "rotate4":
             images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype, out=out)
-        elif spec.colour.active:
-            tints = draw(spec.colour, seed=spec.seed, epoch=epoch, indices=indices)
-            images = coloured_views(raw.images, tints, normalize=normalize, dtype=dtype)
+        elif spec.color_jitter.active:
+            tints = draw_jitter(spec.color_jitter, seed=spec.seed, epoch=epoch, indices=indices)
+            images = jitter_views(raw.images, tints, normalize=normalize, dtype=dtype)
         else:
             images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype, out=out)
         targets = torch.where(valid, targets, IGNORE)

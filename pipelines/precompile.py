@@ -21,7 +21,7 @@ from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop
 
 
 def compile_all() -> None:
-    """Convert a picture and load it in all ways that lead to compiled code."""
+    """Convert an image and load it in all ways that lead to compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
         Image.fromarray(pixels).save(Path(folder) / "a.jpg", quality=90)

@@ -8,8 +8,8 @@ from typing import Literal
 Engine = Literal["auto", "ffcv", "dali", "folder", "synthetic"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_DECIDING = (
-    "crop", "sides", "flip", "normalize", "shuffle", "limit", "per_class", "seed", "max_bad",
+_FINGERPRINT_FIELDS = (
+    "crop", "resolution_schedule", "flip", "normalize", "shuffle", "max_samples", "samples_per_class", "seed", "max_undecodable",
     "samples",
 )  # fmt: skip
 
@@ -21,7 +21,7 @@ class RandomResizedCrop:
     size: int = 224
     """Side of the output in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the box's share of the picture's area."""
+    """Range of the box's share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the box's width / height, drawn uniformly in its logarithm."""
 
@@ -33,9 +33,9 @@ class RandomCrop:
     size: int = 32
     """Side of the output in pixels."""
     padding: int = 4
-    """Black pixels added on each side of the (resized) picture before the crop."""
+    """Black pixels added on each side of the (resized) image before the crop."""
     resize: int | None = None
-    """Length in pixels that the short side is resized to first; None keeps the picture's own."""
+    """Length in pixels that the short side is resized to first; None keeps the image's own."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,23 @@ class CenterCrop:
     size: int = 224
     """Side of the output in pixels."""
     resize: int | None = 256
-    """Length in pixels that the short side is resized to first; None keeps the picture's own."""
+    """Length in pixels that the short side is resized to first; None keeps the image's own."""
 
 
 @dataclass(frozen=True)
-class Squash:
-    """The whole picture resized to a square, its aspect ratio ignored (VOC07 SVM features)."""
+class Resize:
+    """The whole image resized to a square, its aspect ratio ignored (VOC07 SVM features)."""
 
     size: int = 224
     """Side of the output in pixels."""
 
 
-Crop = RandomResizedCrop | RandomCrop | CenterCrop | Squash
+Crop = RandomResizedCrop | RandomCrop | CenterCrop | Resize
 
 
 @dataclass(frozen=True)
-class Colour:
-    """Random changes of colour, different for every sample and epoch (`pipelines.device.color_jitter`)."""
+class ColorJitter:
+    """Random changes of color, different for every sample and epoch (`pipelines.device.color_jitter`)."""
 
     brightness: float = 0.0
     """A factor is drawn from 1 - b to 1 + b, not below 0."""
@@ -72,21 +72,23 @@ class Colour:
     hue: float = 0.0
     """Turns the hue by a share of the circle from -h to h; at most 0.5."""
     lighting: float = 0.0
-    """Standard deviation of the noise along the principal colours (PCA lighting; AlexNet: 0.1)."""
+    """Standard deviation of the noise along the principal colors (PCA lighting; AlexNet: 0.1)."""
 
     def __post_init__(self) -> None:
         values = (self.brightness, self.contrast, self.saturation, self.hue, self.lighting)
         if min(values) < 0 or self.hue > 0.5:
-            raise ValueError(f"colour must not be negative, and hue at most 0.5, got {values}")
+            raise ValueError(
+                f"color_jitter must not be negative, and hue at most 0.5, got {values}"
+            )
 
     @property
     def active(self) -> bool:
         """Whether it changes anything."""
-        return self != NO_COLOUR
+        return self != NO_COLOR_JITTER
 
 
-NO_COLOUR = Colour()
-"""Colours as they are."""
+NO_COLOR_JITTER = ColorJitter()
+"""Colors as they are."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class LoaderSpec:
     imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT (`pipelines.datasets.images.open_images`);
     "synthetic" makes random images."""
     root: str = ""
-    """Folder that a list's paths are relative to (empty: the list's own), or that the pictures of
+    """Folder that a list's paths are relative to (empty: the list's own), or that the images of
     KIND:NAME lie in."""
     engine: Engine = "auto"
     """auto takes the fastest engine present for this data (ffcv, dali, folder) and logs why."""
@@ -137,8 +139,8 @@ class LoaderSpec:
     """The crop; every engine cuts the same boxes."""
     flip: bool = True
     """Mirror left to right with probability one half, before any rotation."""
-    colour: Colour = NO_COLOUR
-    """Random changes of colour after crop and flip, on the device; of plain views only."""
+    color_jitter: ColorJitter = NO_COLOR_JITTER
+    """Random changes of color after crop and flip, on the device; of plain views only."""
     normalize: Normalize = IMAGENET
     """Channel statistics applied on the device."""
     views: Literal["rotate4", "plain"] = "rotate4"
@@ -147,17 +149,17 @@ class LoaderSpec:
     """A new permutation each epoch; False keeps the order of the index."""
     drop_last: bool = True
     """Drop the last incomplete global batch; False pads it with samples marked not valid."""
-    limit: int | None = None
+    max_samples: int | None = None
     """Use only this many samples, drawn once with the seed, equal for all engines."""
-    per_class: int | None = None
-    """Use only this many samples of every class, drawn like `limit`."""
+    samples_per_class: int | None = None
+    """Use only this many samples of every class, drawn like `max_samples`."""
     seed: int = 0
     """Decides permutations, crops and flips, together with epoch and sample index."""
     workers: int = 0
     """Decoding threads per process; 0 shares the allowed cores among the local processes."""
-    max_bad: int = 0
+    max_undecodable: int = 0
     """Undecodable samples per epoch that are masked and counted; one more stops the run."""
-    sides: tuple[tuple[int, int], ...] = ()
+    resolution_schedule: tuple[tuple[int, int], ...] = ()
     """Progressive resolution, pairs of first epoch and side in pixels: ((0, 128), (30, 192)) emits
     crops of 128 up to epoch 29, then of 192. Empty: always crop.size, which is also the largest."""
     resize: Literal["cpu", "device"] = "cpu"
@@ -166,7 +168,7 @@ class LoaderSpec:
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes: mixed is nvJPEG on the GPU; auto takes it where batches go to a GPU."""
     hw_decoder_load: float | None = None
-    """Share of the pictures that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1; None:
+    """Share of the images that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1; None:
     0.65. Refused where nothing is decoded on a GPU."""
     cpu_budget: float | None = None
     """Share of the allowed cores that decoding may use where `workers` is 0, and refused where it
@@ -181,45 +183,52 @@ class LoaderSpec:
         for name in ("batch_size", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
-        if self.per_class is not None and (self.per_class < 1 or self.limit is not None):
-            raise ValueError("per_class must be at least 1, and does not go with limit")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, got {self.max_samples}")
+        if self.samples_per_class is not None and (
+            self.samples_per_class < 1 or self.max_samples is not None
+        ):
+            raise ValueError(
+                "samples_per_class must be at least 1, and does not go with max_samples"
+            )
         if self.crop.size < 1:
             raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
-        if self.colour.active and self.views != "plain":
-            raise ValueError("colour is for plain views")
-        _check_sides(self.sides, self.crop)
+        if self.color_jitter.active and self.views != "plain":
+            raise ValueError("color_jitter is for plain views")
+        _check_resolutions(self.resolution_schedule, self.crop)
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
         if self.cpu_budget is not None and not 0 < self.cpu_budget <= 1:
             raise ValueError(f"cpu_budget must be above 0 and at most 1, got {self.cpu_budget}")
-        if self.workers < 0 or self.max_bad < 0 or self.timeout <= 0:
-            raise ValueError("workers and max_bad must not be negative, timeout must be positive")
+        if self.workers < 0 or self.max_undecodable < 0 or self.timeout <= 0:
+            raise ValueError(
+                "workers and max_undecodable must not be negative, timeout must be positive"
+            )
 
     @property
     def view_count(self) -> int:
         """Views emitted per source image."""
         return 4 if self.views == "rotate4" else 1
 
-    def deciding(self) -> dict[str, object]:
+    def fingerprint_fields(self) -> dict[str, object]:
         """Plain data: all that decides which pixels come in which order, but for the data.
 
         The engine is not among it, nor is where crops are resized: both change pixels by rounding
         only.
         """
         fields = asdict(self)
-        names = [*_DECIDING, *(["colour"] if self.colour.active else [])]
+        names = [*_FINGERPRINT_FIELDS, *(["color_jitter"] if self.color_jitter.active else [])]
         return {name: fields[name] for name in names}
 
     def scalars(self, epoch: int) -> dict[str, float]:
         """What the log shows beside the losses of an epoch."""
-        return {"side": float(self.side(epoch))} if self.sides else {}
+        return {"side": float(self.side(epoch))} if self.resolution_schedule else {}
 
     def side(self, epoch: int) -> int:
         """Side in pixels of the crops that an epoch emits."""
         return next(
-            (side for first, side in reversed(self.sides) if first <= epoch), self.crop.size
+            (side for first, side in reversed(self.resolution_schedule) if first <= epoch),
+            self.crop.size,
         )
 
 
@@ -252,14 +261,16 @@ def check_options(spec: LoaderSpec, engine: Engine, *, on_gpu: bool) -> None:
         )
 
 
-def _check_sides(sides: tuple[tuple[int, int], ...], crop: Crop) -> None:
-    if not sides:
+def _check_resolutions(schedule: tuple[tuple[int, int], ...], crop: Crop) -> None:
+    if not schedule:
         return
     if not isinstance(crop, RandomResizedCrop):
         # Other crops are cut at the output's own scale: another side would show another region.
-        raise ValueError("sides need a RandomResizedCrop")
-    firsts = [first for first, _ in sides]
+        raise ValueError("resolution_schedule needs a RandomResizedCrop")
+    firsts = [first for first, _ in schedule]
     if firsts[0] != 0 or sorted(set(firsts)) != firsts:
-        raise ValueError(f"sides must begin at epoch 0 and rise, got epochs {firsts}")
-    if any(not 1 <= side <= crop.size for _, side in sides):
-        raise ValueError(f"sides must be in 1..crop.size ({crop.size}), got {sides}")
+        raise ValueError(f"resolution_schedule must begin at epoch 0 and rise, got epochs {firsts}")
+    if any(not 1 <= side <= crop.size for _, side in schedule):
+        raise ValueError(
+            f"sides of resolution_schedule must be in 1..crop.size ({crop.size}), got {schedule}"
+        )

@@ -39,8 +39,10 @@ from rotpred.training.loop import STOP_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
 
-Recipe = Pretrain | Linear | FineTuning | Svm | LowShot | Knn | Rotation | Detection | Segmentation
-R = TypeVar("R", bound=Recipe)
+AnyRecipe = (
+    Pretrain | Linear | FineTuning | Svm | LowShot | Knn | Rotation | Detection | Segmentation
+)
+R = TypeVar("R", bound=AnyRecipe)
 
 
 def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: str) -> R:
@@ -90,9 +92,11 @@ def evaluate_main(args: Sequence[str] | None = None) -> int:
     return _drive(recipe)
 
 
-def _drive(recipe: Recipe) -> int:
+def _drive(recipe: AnyRecipe) -> int:
     try:
-        with distributed.session(recipe.run.device, timeout_seconds=recipe.run.timeout) as rank:
+        with distributed.process_group(
+            recipe.run.device, timeout_seconds=recipe.run.timeout
+        ) as rank:
             configure_logging(rank=rank.rank)
             match recipe:
                 case Pretrain():

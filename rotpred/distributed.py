@@ -97,7 +97,7 @@ def cpu_threads(local_world: int = 1) -> int:
 
 
 @contextmanager
-def session(
+def process_group(
     device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
 ) -> Iterator[Rank]:
     """Run a block between `init` and `shutdown`; the arguments are those of `init`.
@@ -199,7 +199,7 @@ def barrier(rank: Rank) -> None:
 
 def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
     """Gradients are averaged while the backward pass runs; the bare module is what is saved."""
-    # Training does not use batch norm's statistics: `TrainState.agree` sends them where one does.
+    # Training does not use batch norm's statistics: `TrainState.sync_buffers` sends them where one does.
     names = inspect.signature(DistributedDataParallel).parameters
     # Renamed in torch 2.15, where the old name warns.
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

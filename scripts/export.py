@@ -21,7 +21,7 @@ class Arguments:
     torchvision, timm: flat keys without fc. mmdet, mmseg: keys with the prefix `backbone.`.
     detectron2: a .pkl of arrays. onnx: dynamic batch and sides, checked against torch. These but
     onnx take resnet18 and resnet50; safetensors and onnx take every network. What the other project
-    must be told (order of colours, mean and deviation, place of the stride) is printed in the end.
+    must be told (order of colors, mean and deviation, place of the stride) is printed in the end.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]

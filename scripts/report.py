@@ -12,7 +12,7 @@ from rotpred.files import write_atomic
 from rotpred.program import drive
 from rotpred.report.build import TITLE, page
 from rotpred.report.page import Block, html, markdown
-from rotpred.report.results import Run, read_runs
+from rotpred.report.results import FinishedRun, read_runs
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Arguments:
     skip_broken: bool = False
     """Leave out run folders that are unfinished or damaged, and say so; else they are an error."""
     gallery: str | None = None
-    """Weights whose features are shown on pictures (.html only): a file, or "random"."""
+    """Weights whose features are shown on images (.html only): a file, or "random"."""
     data: str | None = None
-    """Pictures for --gallery: a .beton file or a folder."""
+    """Images for --gallery: a .beton file or a folder."""
     backbone: str = ""
     """Network of the --gallery weights; empty where the file names it."""
     stage: str = ""
     """Stage whose features are projected and compared; empty for the last."""
     samples: int = 500
-    """Pictures drawn from --data."""
+    """Images drawn from --data."""
 
 
 def main(args: Arguments) -> str:
@@ -48,7 +48,7 @@ def main(args: Arguments) -> str:
         raise ValueError("--gallery and --data go together")
     if args.gallery is not None and args.output.suffix != ".html":
         raise ValueError("--gallery needs an .html page")
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     left_out = []
     for path in args.runs:
         try:

@@ -24,25 +24,25 @@ class Arguments:
 
     input: str | None = None
     """A folder of class folders or of images, a list file (`path label` a line),
-    torchvision:NAME (such as torchvision:CIFAR10), digits, or with --root the folder of pictures:
+    torchvision:NAME (such as torchvision:CIFAR10), digits, or with --root the folder of images:
     imagenet-val:TRUTH (the flat folder; TRUTH a file of synsets, or the development kit),
     imagenet-subset:LIST (class folders; LIST of names as SimCLR's 1 % and 10 %),
     inaturalist:JSON (the folder of train_val2018), voc2007:SPLIT (the folder VOC2007; the labels go
-    to a .labels.npy file beside the output, and no picture may be unusable)."""
+    to a .labels.npy file beside the output, and no image may be unusable)."""
     output: Path | None = None
     """The .beton file to write, with its manifest OUTPUT.json beside it, and OUTPUT.segments where
     --restart-markers is on."""
     verify: Path | None = None
     """Check this .beton file, every byte of it, and write nothing."""
     root: Path | None = None
-    """Folder that a list's paths are relative to, that the pictures of KIND:NAME lie in, or where
+    """Folder that a list's paths are relative to, that the images of KIND:NAME lie in, or where
     torchvision keeps its data."""
     max_side: int | None = None
-    """Shrink pictures whose longer side has more pixels."""
+    """Shrink images whose longer side has more pixels."""
     short_side: int | None = None
-    """Shrink pictures whose shorter side has more pixels. Not with --max-side."""
+    """Shrink images whose shorter side has more pixels. Not with --max-side."""
     quality: int = 90
-    """JPEG quality of shrunk pictures."""
+    """JPEG quality of shrunk images."""
     workers: int = 0
     """Worker processes; 0: one for each allowed core."""
     unlabelled: bool = False
@@ -53,7 +53,7 @@ class Arguments:
     """Unusable files that are left out and listed; with one more nothing is written.
     Default: one in a thousand, at least ten."""
     check: Literal["scan", "header"] = "scan"
-    """scan follows every code of a picture's pixels; header reads its markers only."""
+    """scan follows every code of an image's pixels; header reads its markers only."""
     restart_markers: bool = True
     """Put restart markers into baseline JPEG files (same pixels, one or two percent longer) and
     write OUTPUT.segments, so that loaders decode only what a crop needs."""
@@ -107,10 +107,10 @@ def main(args: Arguments) -> str:
 
 
 def opened(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | None]:
-    """The pictures, and how many may be left out.
+    """The images, and how many may be left out.
 
-    VOC2007's labels, several for a picture, become NAME.labels.npy beside NAME.beton when the stack
-    is left without an error. Their rows go by a picture's number: none may be left out.
+    VOC2007's labels, several for an image, become NAME.labels.npy beside NAME.beton when the stack
+    is left without an error. Their rows go by an image's number: none may be left out.
     """
     assert args.input is not None and args.output is not None
     kind, _, split = args.input.partition(":")
@@ -121,7 +121,7 @@ def opened(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | 
     if args.root is None:
         raise ValueError(f"{args.input} needs --root: the folder VOC2007")
     if args.budget:
-        raise ValueError("--budget is not for voc2007, whose labels need every picture")
+        raise ValueError("--budget is not for voc2007, whose labels need every image")
     found = voc2007(args.root, split=split)
     labels = stack.enter_context(replaced(args.output.with_suffix(".labels.npy")))
     with labels.open("wb") as file:

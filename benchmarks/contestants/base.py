@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines.engines.samples import Samples, encoded
 from pipelines.imaging.decode import decode_rgb
 from pipelines.jpeg.markers import read_header
-from pipelines.sampling.crops import boxes
+from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
 Pixels = npt.NDArray[np.uint8]
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     """A crop that a contestant delivered, and what it was cut from."""
 
     data: bytes
-    """The encoded picture."""
+    """The encoded image."""
     box: tuple[int, ...]
     """top, left, height, width, and 1 where it is mirrored."""
     pixels: Pixels
@@ -115,8 +115,8 @@ class Player:
 def reference(data: bytes, box: tuple[int, ...], size: int) -> npt.NDArray[np.int16]:
     """The crop as it should be: libjpeg's accurate decoder, antialiased bilinear resize."""
     top, left, height, width, flip = box
-    picture = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
-    region = picture[:, top : top + height, left : left + width].float()
+    image = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
+    region = image[:, top : top + height, left : left + width].float()
     crop = tv.resize(region, [size, size], antialias=True).round().clamp(0, 255)
     if flip:
         crop = crop.flip(2)
@@ -128,7 +128,7 @@ def boxes_of(spec: LoaderSpec, samples: Samples, *, epoch: int) -> npt.NDArray[n
     sizes = [read_header(bytes(encoded(samples, i))).upright for i in range(len(samples))]
     heights, widths = np.array(sizes, np.int32).T
     indices = np.arange(len(samples), dtype=np.int64)
-    return boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+    return crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
 
 
 def unnormalized(images: torch.Tensor, spec: LoaderSpec) -> Pixels:

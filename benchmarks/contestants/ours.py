@@ -51,7 +51,7 @@ class Ours(Player):
         self.loader = self._open()
 
     def _open(self, limit: int | None = None) -> Loader:
-        spec = self.spec if limit is None else replace(self.spec, limit=limit)
+        spec = self.spec if limit is None else replace(self.spec, max_samples=limit)
         return open_loader(spec, device=self.device, precision=self.precision)
 
     def batches(self, epoch: int) -> Generator[int, None, None]:

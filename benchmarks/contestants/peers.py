@@ -1,4 +1,4 @@
-"""How others load the same pictures: torchvision, stock FFCV, stock DALI, and mmselfsup's way.
+"""How others load the same images: torchvision, stock FFCV, stock DALI, and mmselfsup's way.
 
 Where a rival takes boxes, it is given ours, computed beforehand, so that drawing them costs it
 nothing. Stock FFCV and DALI draw their own from the same distribution; their pixels are compared on
@@ -47,9 +47,9 @@ class _Crops(Dataset[torch.Tensor]):
         """As torchvision's ImageFolder and RandomResizedCrop do it with Pillow."""
         top, left, height, width, flip = self.where[i].tolist()
         with open(self.paths[i], "rb") as file:
-            picture = Image.open(file).convert("RGB")
+            image = Image.open(file).convert("RGB")
         size = [self.size, self.size]
-        crop = pil_f.resized_crop(picture, top, left, height, width, size)
+        crop = pil_f.resized_crop(image, top, left, height, width, size)
         return pil_f.hflip(crop) if flip else crop
 
 
@@ -64,14 +64,14 @@ class _TensorCrops(_Crops):
         with warnings.catch_warnings():
             # Since torchvision 0.29 each call says that the function is to move elsewhere.
             warnings.simplefilter("ignore", DeprecationWarning)
-            picture = decode_jpeg(read_file(self.paths[i]), mode=ImageReadMode.RGB)
+            image = decode_jpeg(read_file(self.paths[i]), mode=ImageReadMode.RGB)
         size = [self.size, self.size]
-        crop = tv.resized_crop(picture, top, left, height, width, size, antialias=True)
+        crop = tv.resized_crop(image, top, left, height, width, size, antialias=True)
         return tv.horizontal_flip(crop) if flip else crop
 
 
 class _FourViews(_Crops):
-    """Four normalised float32 copies of each picture, made in the worker process."""
+    """Four normalised float32 copies of each image, made in the worker process."""
 
     def __init__(self, paths: list[str], where: np.ndarray, size: int, normalize: Any) -> None:
         super().__init__(paths, where, size)
@@ -253,8 +253,8 @@ class StockDali(Player):
         samples = open_samples(self.data)
         for i in range(len(samples)):
             data = bytes(encoded(samples, i))
-            with Image.open(Path(self.data) / samples.name(i)) as picture:
-                box = _middle(picture.height, picture.width)
+            with Image.open(Path(self.data) / samples.name(i)) as image:
+                box = _middle(image.height, image.width)
             pipe = self.pipeline(batch_size=1, num_threads=1, device_id=None)
             with pipe:
                 source = self.fn.external_source(

@@ -1,6 +1,6 @@
 """The process of one contestant: reads a configuration and then commands, one JSON line each.
 
-Started by `arena.Contestant`, not by hand. An answer is one JSON line: `result`, or `error`. The
+Started by `harness.runner.Contestant`, not by hand. An answer is one JSON line: `result`, or `error`. The
 method `ready` is answered with nothing, once everything is imported.
 """
 

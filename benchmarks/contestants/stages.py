@@ -22,12 +22,12 @@ from contestants.ours import Ours
 from pipelines.batch import DTYPES
 from pipelines.beton.reader import Beton
 from pipelines.device.rotate import rotate4
-from pipelines.engines.autotune import budget
+from pipelines.engines.autotune import thread_budget
 from pipelines.engines.samples import Samples, encoded, open_samples
 from pipelines.imaging.torchvision_decode import crop, decode
 from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop, Shard
 from rotpred.training.optim import Optim
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 Read = Callable[[int], bytes]
 
@@ -63,7 +63,7 @@ class Stage:
 def decoding_threads(args: Options) -> int:
     """As many as training would use: given ones, or those of its budget beside this device."""
     spec = LoaderSpec(batch_size=args.batch_size, crop=RandomResizedCrop(args.size))
-    return args.workers or budget(spec, Shard(), torch.device(args.device)).threads
+    return args.workers or thread_budget(spec, Shard(), torch.device(args.device)).threads
 
 
 def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage]:
@@ -78,12 +78,12 @@ def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage
     samples = open_samples(data)
     workers = decoding_threads(args)
     order = np.random.default_rng(0).permutation(len(samples)).tolist()
-    pictures = [bytes(encoded(samples, i)) for i in order[:64]]
-    if any(p[:2] != b"\xff\xd8" for p in pictures):
-        raise ValueError(f"{data}: the stages are measured on JPEG pictures only")
-    size = sum(map(len, pictures)) / len(pictures)
+    samples = [bytes(encoded(samples, i)) for i in order[:64]]
+    if any(p[:2] != b"\xff\xd8" for p in samples):
+        raise ValueError(f"{data}: the stages are measured on JPEG images only")
+    size = sum(map(len, samples)) / len(samples)
     stages = [_reading(samples, order, size, args, read)]
-    per_core = _decoding(pictures, size, args)
+    per_core = _decoding(samples, size, args)
     loader = _loading(data, workers, args)
     alone = per_core[-1].rate * workers
     loader = Stage(
@@ -129,25 +129,25 @@ def _reader(samples: Samples, stack: ExitStack) -> Read:
     return lambda i: os.pread(handle, int(samples.sizes[i]), int(samples.offsets[i]))
 
 
-def _decoding(pictures: list[bytes], size: float, args: Options) -> list[Stage]:
+def _decoding(samples: list[bytes], size: float, args: Options) -> list[Stage]:
     """One core: entropy decoding, decoding, and decoding with crop and resize."""
     box = np.zeros(5, np.int32)
 
     def entropy(data: bytes) -> None:
-        with Image.open(BytesIO(data)) as picture:
+        with Image.open(BytesIO(data)) as image:
             # An eighth of the size, in grey: all coefficients are read, hardly one is transformed.
-            picture.draft("L", (1, 1))
-            picture.load()
+            image.draft("L", (1, 1))
+            image.load()
 
     def whole(data: bytes) -> None:
         decode(data)
 
     def cut(data: bytes) -> None:
-        picture = decode(data)
-        # The mean box of a RandomResizedCrop: about half of the picture's area.
-        height, width = (max(1, int(0.72 * n)) for n in picture.shape[1:])
+        image = decode(data)
+        # The mean box of a RandomResizedCrop: about half of the image's area.
+        height, width = (max(1, int(0.72 * n)) for n in image.shape[1:])
         box[2:4] = height, width
-        crop(picture, box, args.size)
+        crop(image, box, args.size)
 
     stages = []
     threads = torch.get_num_threads()
@@ -158,7 +158,7 @@ def _decoding(pictures: list[bytes], size: float, args: Options) -> list[Stage]:
             ("decoding, one core", whole),
             ("decoding, crop and resize, one core", cut),
         ):
-            rates = [_per_cpu_second(work, pictures, args.seconds) for _ in range(args.repeats)]
+            rates = [_per_cpu_second(work, samples, args.seconds) for _ in range(args.repeats)]
             words = f"{float(np.median(rates)) * size / 1e6:,.0f} MB of JPEG per CPU second"
             stages.append(Stage(name, rates, words, in_pipeline=False))
     finally:
@@ -166,10 +166,10 @@ def _decoding(pictures: list[bytes], size: float, args: Options) -> list[Stage]:
     return stages
 
 
-def _per_cpu_second(work: Callable[[bytes], None], pictures: list[bytes], seconds: float) -> float:
+def _per_cpu_second(work: Callable[[bytes], None], samples: list[bytes], seconds: float) -> float:
     images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        work(pictures[images % len(pictures)])
+        work(samples[images % len(samples)])
         images += 1
     return images / (cpu_seconds() - cpu)
 
@@ -211,14 +211,14 @@ def _device_stages(args: Options, device: torch.device) -> list[Stage]:
     peak = ceilings.copy_bytes(device)
     words = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a copy in memory reaches"
     stages.append(Stage("rotate", rates, words))
-    run = Run(
+    run = RunSettings(
         device=args.device,
         precision=args.precision,
         compile=args.compile,
         cuda_graph=args.cuda_graph,
     )
     batch = resident_batch(args.size, args.batch_size, precision=args.precision, device=args.device)
-    plain = Run(device=args.device, precision=args.precision)
+    plain = RunSettings(device=args.device, precision=args.precision)
     optim = Optim(lr=1e-3)
     counted = Step(args.backbone, run=plain, optim=optim, batch_size=args.batch_size)
     flops = counted.flops(batch) / args.batch_size

@@ -24,7 +24,7 @@ class _Writer:
     def __init__(self, *, data: str, workers: int) -> None:
         self.workers = workers
         self.index = SampleIndex.from_folder(data)
-        # Beside the pictures, so that both are written to the same disk.
+        # Beside the images, so that both are written to the same disk.
         self._folder = tempfile.TemporaryDirectory(dir=Path(data).parent)
         self.target = Path(self._folder.name) / "out.beton"
         self.source_bytes = sum(self.index.size(i) for i in range(len(self.index)))
@@ -47,7 +47,7 @@ class _Writer:
         return images, time.perf_counter() - begin, cpu_seconds() - cpu
 
     def written(self) -> dict[str, float]:
-        """Bytes of the pictures and of what was written, side files included."""
+        """Bytes of the images and of what was written, side files included."""
         files = [path for path in self.target.parent.iterdir() if path.is_file()]
         total = sum(path.stat().st_size for path in files)
         return {
@@ -91,7 +91,7 @@ class OurWriter(_Writer):
 
 
 class StockFiles:
-    """A folder as FFCV's writer wants it: pictures with their labels, by number."""
+    """A folder as FFCV's writer wants it: images with their labels, by number."""
 
     def __init__(self, folder: str) -> None:
         self.index = SampleIndex.from_folder(folder)
@@ -100,12 +100,12 @@ class StockFiles:
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        with Image.open(self.index.path(i)) as picture:
-            return picture.convert("RGB"), int(self.index.labels[i])
+        with Image.open(self.index.path(i)) as image:
+            return image.convert("RGB"), int(self.index.labels[i])
 
 
 class StockWriter(_Writer):
-    """FFCV's DatasetWriter: every picture decoded by Pillow and encoded by OpenCV at quality 90."""
+    """FFCV's DatasetWriter: every image decoded by Pillow and encoded by OpenCV at quality 90."""
 
     def __init__(self, *, data: str, workers: int, max_side: int | None) -> None:
         super().__init__(data=data, workers=workers)
@@ -116,7 +116,7 @@ class StockWriter(_Writer):
         write_stock(self.files, self.target, workers=self.workers, max_side=self.max_side)
 
 
-def write_stock(pictures: StockFiles, target: Path, *, workers: int, max_side: int | None) -> None:
+def write_stock(images: StockFiles, target: Path, *, workers: int, max_side: int | None) -> None:
     """A beton as FFCV writes it: JPEG of quality 90, longest side `max_side`."""
     writer: Any = importlib.import_module("ffcv.writer")
     fields: Any = importlib.import_module("ffcv.fields")
@@ -124,7 +124,7 @@ def write_stock(pictures: StockFiles, target: Path, *, workers: int, max_side: i
     made = writer.DatasetWriter(
         str(target), {"image": image, "label": fields.IntField()}, num_workers=workers
     )
-    made.from_indexed_dataset(pictures, chunksize=16)
+    made.from_indexed_dataset(images, chunksize=16)
     # The writer leaves its workers behind; their time counts once they have been waited for.
     for process in multiprocessing.active_children():
         process.join(timeout=60)

@@ -15,7 +15,7 @@ from data.photographs import photographs
 from pipelines.datasets.voc_classification import VOC_CLASSES
 
 OBJECTS = 4
-"""In each picture."""
+"""In each image."""
 CITY = (2048, 1024)
 
 Boxes = npt.NDArray[np.int64]
@@ -28,14 +28,14 @@ def voc(folder: Path, count: int) -> Path:
         The root, for data of voc:2007/trainval.
     """
     base = folder / "VOC2007"
-    for place, boxes, picture in _scenes(folder, count, base / "JPEGImages"):
+    for place, boxes, image in _scenes(folder, count, base / "JPEGImages"):
         objects = "".join(
             f"<object><name>{VOC_CLASSES[i]}</name><difficult>0</difficult><bndbox>"
             f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
             "</bndbox></object>"
             for i, (x0, y0, x1, y1) in enumerate(boxes.tolist())
         )
-        size = f"<width>{picture.width}</width><height>{picture.height}</height><depth>3</depth>"
+        size = f"<width>{image.width}</width><height>{image.height}</height><depth>3</depth>"
         _text(base / "Annotations" / f"{place.stem}.xml", _xml(place.name, size, objects))
     stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
     _text(base / "ImageSets" / "Main" / "trainval.txt", "".join(f"{s}\n" for s in stems))
@@ -45,8 +45,8 @@ def voc(folder: Path, count: int) -> Path:
 def voc_masks(folder: Path, count: int) -> Path:
     """VOCdevkit/VOC2012 with the segmentation list train."""
     base = folder / "VOC2012"
-    for place, boxes, picture in _scenes(folder, count, base / "JPEGImages"):
-        mask = Image.fromarray(_mask(boxes, picture, lambda i: i + 1, 0))
+    for place, boxes, image in _scenes(folder, count, base / "JPEGImages"):
+        mask = Image.fromarray(_mask(boxes, image, lambda i: i + 1, 0))
         (base / "SegmentationClass").mkdir(exist_ok=True)
         mask.save(base / "SegmentationClass" / f"{place.stem}.png")
     stems = sorted(path.stem for path in (base / "JPEGImages").iterdir())
@@ -57,14 +57,14 @@ def voc_masks(folder: Path, count: int) -> Path:
 def coco(folder: Path, count: int) -> Path:
     """train2017, with instances as rectangular polygons."""
     images, annotations = [], []
-    for place, boxes, picture in _scenes(folder, count, folder / "train2017"):
+    for place, boxes, image in _scenes(folder, count, folder / "train2017"):
         number = int(place.stem) + 1
         images.append(
             {
                 "id": number,
                 "file_name": place.name,
-                "height": picture.height,
-                "width": picture.width,
+                "height": image.height,
+                "width": image.width,
             }
         )
         for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
@@ -87,8 +87,8 @@ def coco(folder: Path, count: int) -> Path:
 
 def cityscapes(folder: Path, count: int) -> Path:
     """leftImg8bit and gtFine, train, at full size."""
-    for place, _, picture in _scenes(folder, count, folder / "photographs"):
-        large = picture.resize(CITY)
+    for place, _, scene in _scenes(folder, count, folder / "photographs"):
+        large = scene.resize(CITY)
         mask = Image.fromarray(_mask(_boxes(large, int(place.stem)), large, lambda i: 24 + i, 7))
         for kind, image, ending in (
             ("leftImg8bit", large, "leftImg8bit"),
@@ -107,24 +107,24 @@ def _scenes(folder: Path, count: int, target: Path) -> list[tuple[Path, Boxes, I
     for source in sorted(photographs(folder, count).rglob("*.jpg")):
         place = target / source.name
         shutil.copy(source, place)
-        with Image.open(place) as picture:
-            picture.load()
-        scenes.append((place, _boxes(picture, int(place.stem)), picture))
+        with Image.open(place) as image:
+            image.load()
+        scenes.append((place, _boxes(image, int(place.stem)), image))
     return scenes
 
 
-def _boxes(picture: Image.Image, seed: int) -> Boxes:
+def _boxes(image: Image.Image, seed: int) -> Boxes:
     draw = np.random.default_rng(seed)
-    size = np.array(picture.size)
+    size = np.array(image.size)
     extent = (size * draw.uniform(0.15, 0.5, (OBJECTS, 2))).astype(np.int64)
     corner = (draw.random((OBJECTS, 2)) * (size - extent)).astype(np.int64)
     return np.concatenate([corner, corner + extent], axis=1)
 
 
 def _mask(
-    boxes: Boxes, picture: Image.Image, label: Callable[[int], int], ground: int
+    boxes: Boxes, image: Image.Image, label: Callable[[int], int], ground: int
 ) -> npt.NDArray[np.uint8]:
-    mask = np.full((picture.height, picture.width), ground, np.uint8)
+    mask = np.full((image.height, image.width), ground, np.uint8)
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         mask[y0:y1, x0:x1] = label(i)
     return mask

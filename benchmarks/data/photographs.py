@@ -1,4 +1,4 @@
-"""The pictures that benchmarks run on: a person's own, or photographs made on the spot, in every
+"""The images that benchmarks run on: a person's own, or photographs made on the spot, in every
 container that is compared."""
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ STOCK_WRITER = Path(__file__).with_name("stock_ffcv_beton.py")
 SMALL_SIDE = 500
 """Longest side in pixels of the small copies: FFCV's own recipe for ImageNet."""
 PHOTOGRAPHS = 512
-"""Made where a person gives no pictures: an epoch of several batches."""
+"""Made where a person gives no images: an epoch of several batches."""
 LIMIT_SECONDS = 1200
 
 
 @dataclass(frozen=True)
 class Containers:
-    """The same pictures as files and in betons, each made when it is asked for first."""
+    """The same images as files and in betons, each made when it is asked for first."""
 
     source: Path
     """A folder of JPEG files, as they are."""
@@ -44,7 +44,7 @@ class Containers:
         return self._once(name, lambda path: self._convert(path, markers=markers))
 
     def small(self, *, markers: bool) -> Path:
-        """A beton of the pictures, shrunk where their longest side is above `small_side`."""
+        """A beton of the images, shrunk where their longest side is above `small_side`."""
         name = f"small{self.small_side}{'-markers' if markers else ''}.beton"
         return self._once(
             name,

@@ -22,7 +22,7 @@ def bars(rows: Sequence[Row], path: Path | None, *, title: str, ours: Sequence[s
         rows: results in the same unit.
         path: the PNG to write; None: nothing.
         title: of the figure.
-        ours: beginnings of the names that are drawn in colour; empty: all.
+        ours: beginnings of the names that are drawn in color; empty: all.
     """
     if path is None:
         return
@@ -30,9 +30,9 @@ def bars(rows: Sequence[Row], path: Path | None, *, title: str, ours: Sequence[s
     names = [f"{r['name']}\n{r['variant']}" for r in rows]
     middles = [r["median"] for r in rows]
     whiskers = [[r["median"] - r["min"] for r in rows], [r["max"] - r["median"] for r in rows]]
-    colours = [OURS if not ours or r["name"].startswith(tuple(ours)) else OTHERS for r in rows]
+    colors = [OURS if not ours or r["name"].startswith(tuple(ours)) else OTHERS for r in rows]
     places = range(len(rows))
-    axes.barh(places, middles, xerr=whiskers, color=colours, capsize=2)
+    axes.barh(places, middles, xerr=whiskers, color=colors, capsize=2)
     for place, values in zip(places, rows, strict=True):
         if values.get("target") is not None:
             axes.plot([values["target"]] * 2, [place - 0.4, place + 0.4], color="#c1121f", lw=2)

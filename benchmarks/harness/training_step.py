@@ -24,8 +24,8 @@ from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 
 ON_GPU = torch.cuda.is_available()
 LEAD_STEPS = 8
@@ -60,7 +60,7 @@ class Training(Timing):
 class Step:
     """Forward, backward and update of one network."""
 
-    def __init__(self, backbone: str, *, run: Run, optim: Optim, batch_size: int) -> None:
+    def __init__(self, backbone: str, *, run: RunSettings, optim: Optim, batch_size: int) -> None:
         """Build it on the device that `run` names.
 
         Args:
@@ -76,7 +76,7 @@ class Step:
         self.module = channels_last(make_rotnet(backbone), self.device).train()
         self.state = TrainState(
             self.module,
-            [Trained(self.module, optim, Steps())],
+            [OptimizedPart(self.module, optim, Steps())],
             rank=Rank(device=self.device),
             run=run,
             folder=Path(),
@@ -86,12 +86,12 @@ class Step:
 
     def __call__(self, batch: Batch) -> None:
         """One step; nothing is read back."""
-        self.state.begin(0.0)
-        self.state.learn(self._objective, batch.images, batch.targets, batch.valid)
+        self.state.begin_step(0.0)
+        self.state.train_step(self._objective, batch.images, batch.targets, batch.valid)
 
     def _objective(
         self, images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor
-    ) -> Outcome:
+    ) -> LossAndLogs:
         with self.state.autocast():
             logits = self.state.model(images)
             loss = cross_entropy(logits, targets)
@@ -135,7 +135,9 @@ class StepPlayer:
         device: str,
     ) -> None:
         self.options = backbone, size, batch_size
-        self.run = Run(device=device, precision=precision, compile=compile, cuda_graph=cuda_graph)
+        self.run = RunSettings(
+            device=device, precision=precision, compile=compile, cuda_graph=cuda_graph
+        )
         self.optim = Optim(lr=1e-3, kind="apex_sgd" if apex else "sgd")
         self.device = torch.device(device)
 

@@ -33,7 +33,7 @@ class Manifest:
     """Everything known about a beton. JSON, and the same for the same input and options."""
 
     samples: int
-    """Pictures in the file."""
+    """Images in the file."""
     classes: tuple[str, ...]
     """Class names by id; empty without labels."""
     fields: tuple[str, ...]
@@ -47,9 +47,9 @@ class Manifest:
     passed: int = 0
     """JPEG files stored as they were."""
     reencoded: dict[str, int] = field(default_factory=dict)
-    """Pictures encoded anew, by reason."""
+    """Images encoded anew, by reason."""
     quarantined: int = 0
-    """Files left out because they are no usable picture."""
+    """Files left out because they are no usable image."""
     restarts: Restarts | None = None
     """About restart markers; None where none were asked for, and there is no side file."""
     options: dict[str, object] = field(default_factory=dict)

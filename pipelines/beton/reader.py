@@ -1,7 +1,7 @@
 """The beton file, read with numpy alone: opened only if every structural check passes.
 
 The format is FFCV's, version 2: header, field table, metadata, pages of samples, allocation table.
-FFCV itself trains on wrong pictures from most damaged files, so every engine opens them here first.
+FFCV itself trains on wrong images from most damaged files, so every engine opens them here first.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Beton:
     sizes: npt.NDArray[np.uint64]
     """(N,): how many they are."""
     heights: npt.NDArray[np.int32]
-    """(N,): rows of each picture."""
+    """(N,): rows of each image."""
     widths: npt.NDArray[np.int32]
-    """(N,): columns of each picture."""
+    """(N,): columns of each image."""
     modes: npt.NDArray[np.uint8]
     """(N,): 0 JPEG stream, 1 raw RGB pixels."""
     labels: npt.NDArray[np.int64]
@@ -112,7 +112,7 @@ class Verified:
     """What `verify` looked at."""
 
     samples: int
-    """Pictures in the file."""
+    """Images in the file."""
     jpegs: int
     """Of which JPEG streams; the others are raw pixels."""
     labelled: int

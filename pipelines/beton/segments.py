@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipelines.beton.layout import Layout, blocks, release
 
 if TYPE_CHECKING:  # Readers of a beton need no compiler.
-    from pipelines.jpeg.restart_markers import Cuts
+    from pipelines.jpeg.restart_markers import RestartLayout
 
 RECORD = np.dtype(
     [
@@ -126,7 +126,7 @@ class SegmentsWriter:
         self._file: BinaryIO = open(path, "xb", buffering=_BUFFER)
         self._file.seek(HEADER.itemsize)
 
-    def add(self, cuts: Cuts | None) -> None:
+    def add(self, cuts: RestartLayout | None) -> None:
         """Append one sample; None: it cannot be cut."""
         record: tuple[int, ...] = (0,) * (len(RECORD.names or ()) - 1)
         if cuts is not None:
@@ -171,7 +171,7 @@ def open_segments(path: Path, layout: Layout) -> Segments:
 
     Args:
         path: The file.
-        layout: The beton's, which must have its fingerprint, samples and sizes of pictures.
+        layout: The beton's, which must have its fingerprint, samples and sizes of images.
 
     Raises:
         SegmentsError: It is damaged, or belongs to another beton.

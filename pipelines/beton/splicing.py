@@ -14,7 +14,7 @@ from pipelines.jpeg.splice import MISMATCH_REASON, splice
 def splice_batch(
     beton: Beton, indices: Int64, boxes: Int32
 ) -> tuple[list[npt.NDArray[np.uint8]], Int32]:
-    """The streams that hold some crops, for a decoder that takes encoded pictures.
+    """The streams that hold some crops, for a decoder that takes encoded images.
 
     Args:
         beton: with or without a side file.
@@ -22,7 +22,7 @@ def splice_batch(
         boxes: int32 (B, 4 or more): top, left, height, width, ...
 
     Returns:
-        Per sample a stream, new or a view of the file, and the boxes relative to their pictures.
+        Per sample a stream, new or a view of the file, and the boxes relative to their images.
 
     Raises:
         ImageError: the side file does not fit a sample's bytes; names the sample.

@@ -24,7 +24,7 @@ from pipelines.beton.reader import Beton, check_sums
 from pipelines.beton.segments import SegmentsWriter, segments_path
 
 if TYPE_CHECKING:
-    from pipelines.jpeg.restart_markers import Cuts
+    from pipelines.jpeg.restart_markers import RestartLayout
 
 
 FIELDS = ("image", "label")
@@ -99,7 +99,14 @@ class BetonWriter:
             segments_path(self.temporary).unlink(missing_ok=True)
 
     def add(
-        self, data: bytes, *, height: int, width: int, label: int, crc32: int, cuts: Cuts | None
+        self,
+        data: bytes,
+        *,
+        height: int,
+        width: int,
+        label: int,
+        crc32: int,
+        cuts: RestartLayout | None,
     ) -> None:
         """Append one JPEG stream, and to the side file where it can be cut.
 

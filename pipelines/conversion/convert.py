@@ -56,22 +56,22 @@ def write_beton(
     """Convert a data set to a beton and its manifest (`OUTPUT.json`).
 
     JPEG streams are stored as they are where every decoder reads them alike (see `prepare`). What
-    is no picture is left out and listed in `OUTPUT.quarantine.jsonl`: path, reason, bytes. The
+    is no image is left out and listed in `OUTPUT.quarantine.jsonl`: path, reason, bytes. The
     output is the same for any number of workers. It appears whole and read back, or not at all.
 
     Args:
-        source: The pictures, in the order in which they are stored.
+        source: The images, in the order in which they are stored.
         output: The file to write.
         max_side: Longest side in pixels; longer ones are shrunk.
         short_side: Pixels that a longer short side is shrunk to. Not with `max_side`.
-        quality: JPEG quality of shrunk pictures.
+        quality: JPEG quality of shrunk images.
         workers: Processes; 0 takes one for each core that this process may use.
         budget: Unusable files that are tolerated; None tolerates 0.1 %, and ten in any case. With
             one more the run stops and lists them in `OUTPUT.failed.jsonl`.
-        check: scan follows every code of a picture's pixels; header finds truncation only.
+        check: scan follows every code of an image's pixels; header finds truncation only.
         restart_markers: Put restart markers into baseline JPEG streams (see `pipelines.jpeg.restart_markers`),
             and write `OUTPUT.segments`, which says where: loaders then decode the part of a
-            picture that a crop needs.
+            image that a crop needs.
         overwrite: Replace an existing file. It stays untouched until the new one is verified.
         progress: Told about samples done.
 
@@ -97,7 +97,7 @@ def write_beton(
         raise ConversionError(f"{str(target)!r} exists and is no file")
     if target.exists() and not overwrite:
         raise ConversionError(f"{str(target)!r} exists and is not to be overwritten")
-    run = _Run(source, target, options, workers, budget, progress)
+    run = _Conversion(source, target, options, workers, budget, progress)
     try:
         with exclusive(target):
             return run.convert()
@@ -107,7 +107,7 @@ def write_beton(
         raise ConversionError(f"{target}: {error.strerror or error}") from error
 
 
-class _Run:
+class _Conversion:
     """One conversion."""
 
     def __init__(
@@ -170,7 +170,7 @@ class _Run:
         ) as writer:
             self._fill(writer, chunk)
             if not writer.count:
-                raise ConversionError(f"no usable picture among {len(self.source)}{self._worst()}")
+                raise ConversionError(f"no usable image among {len(self.source)}{self._worst()}")
             beton, sha256 = writer.finish()
             with beton:
                 manifest = Manifest(
@@ -209,19 +209,19 @@ class _Run:
                     if isinstance(result, Rejected):
                         self._reject(result)
                         continue
-                    picture, crc32 = result
-                    self.kinds[picture.kind] += 1
-                    self.cut += picture.cuts is not None
-                    self.added += picture.added
-                    if picture.uncut is not None:
-                        self.uncut[picture.uncut] += 1
+                    image, crc32 = result
+                    self.kinds[image.kind] += 1
+                    self.cut += image.cuts is not None
+                    self.added += image.added
+                    if image.uncut is not None:
+                        self.uncut[image.uncut] += 1
                     writer.add(
-                        picture.data,
-                        height=picture.height,
-                        width=picture.width,
+                        image.data,
+                        height=image.height,
+                        width=image.width,
                         label=int(labels[i]),
                         crc32=crc32,
-                        cuts=picture.cuts,
+                        cuts=image.cuts,
                     )
                 if self.progress is not None:
                     self.progress(part.first + len(part.results), len(self.source))

@@ -1,4 +1,4 @@
-"""One picture as it will be stored: its own JPEG bytes where possible, encoded anew where not."""
+"""One image as it will be stored: its own JPEG bytes where possible, encoded anew where not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 
 from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
-from pipelines.jpeg.restart_markers import Cuts, with_restarts
+from pipelines.jpeg.restart_markers import RestartLayout, with_restarts
 from pipelines.jpeg.scan import Scan, walk_scan
 
 Check = Literal["scan", "header"]
 
 PASSED = "passed"
-"""`Prepared.kind` of pictures stored as they were."""
+"""`Prepared.kind` of images stored as they were."""
 
 _EXACT_QUALITY = 95
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
@@ -26,20 +26,20 @@ _MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
 
 @dataclass(frozen=True)
 class Options:
-    """How pictures are stored."""
+    """How images are stored."""
 
     max_side: int | None = None
     """Longest side in pixels; longer ones are shrunk. None keeps all sizes."""
     short_side: int | None = None
     """Length in pixels that a longer short side is shrunk to. None keeps all sizes."""
     quality: int = 90
-    """JPEG quality of shrunk pictures; others that must be encoded take 95 without subsampling."""
+    """JPEG quality of shrunk images; others that must be encoded take 95 without subsampling."""
     check: Check = "scan"
     """scan follows every code of a JPEG stream's pixels; header reads markers only, which finds
     truncation but not damage."""
     restart_markers: bool = True
     """Put restart markers into baseline JPEG streams, so that a crop can be decoded without the
-    rest of its picture. They are walked for it whatever `check` says."""
+    rest of its image. They are walked for it whatever `check` says."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.short_side is not None:
@@ -54,7 +54,7 @@ class Options:
             raise ValueError(f"check must be 'scan' or 'header', got {self.check!r}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to store an upright picture at: never larger, never below 1."""
+        """Height and width to store an upright image at: never larger, never below 1."""
         if self.max_side is not None:
             scale = self.max_side / max(height, width)
         elif self.short_side is not None:
@@ -67,7 +67,7 @@ class Options:
 
 
 class Prepared(NamedTuple):
-    """One picture, ready to be stored."""
+    """One image, ready to be stored."""
 
     data: bytes
     """A JPEG stream that every decoder reads alike."""
@@ -77,7 +77,7 @@ class Prepared(NamedTuple):
     """Columns."""
     kind: str
     """`PASSED`, or why it was encoded anew."""
-    cuts: Cuts | None = None
+    cuts: RestartLayout | None = None
     """Where it can be cut; None without restart markers."""
     uncut: str | None = None
     """Why it has no restart markers where they were asked for."""
@@ -85,53 +85,53 @@ class Prepared(NamedTuple):
     """Bytes that restart markers added."""
 
 
-def prepare(picture: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepared:
-    """Check one picture and bring it into the form that is stored.
+def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepared:
+    """Check one image and bring it into the form that is stored.
 
     A JPEG stream passes with all its coefficients, unless it is shrunk, turned by Exif, not 8-bit
     grey or RGB, arithmetic-coded, or odd in a way that FFCV's decoder rejects. Without restart
     markers its bytes pass too, but for those behind its end.
 
     Args:
-        picture: A file's bytes, or upright pixels (H, W, 3).
+        image: A file's bytes, or upright pixels (H, W, 3).
         options: How to store it.
 
     Raises:
-        ImageError: It is no usable picture.
+        ImageError: It is no usable image.
     """
-    if not isinstance(picture, bytes):
-        return _encode(picture, "array", options)
-    if picture[:2] != b"\xff\xd8":
-        return _encode(decode_rgb(picture), "format", options)
+    if not isinstance(image, bytes):
+        return _encode(image, "array", options)
+    if image[:2] != b"\xff\xd8":
+        return _encode(decode_rgb(image), "format", options)
     try:
-        header = read_header(picture)
+        header = read_header(image)
         check_size(header.width, header.height)
         walked = options.check == "scan" or options.restart_markers
-        scan = walk_scan(picture, header) if walked else None
+        scan = walk_scan(image, header) if walked else None
         if scan is None:
-            header = read_header(picture, whole=True)
+            header = read_header(image, whole=True)
     except JpegError as error:
         raise ImageError(str(error)) from error
     reason = _needs_encoding(header, scan, options)
     if reason is not None:
-        return _encode(decode_rgb(picture), reason, options)
+        return _encode(decode_rgb(image), reason, options)
     if scan is None and options.check == "scan":
-        fault = inspect(picture, header=header)
+        fault = inspect(image, header=header)
         if fault is not None:
             raise ImageError(fault)
     end = header.end if scan is None else scan.end
-    plain = Prepared(picture[:end], header.height, header.width, PASSED)
+    plain = Prepared(image[:end], header.height, header.width, PASSED)
     return _cut(plain, header, scan) if options.restart_markers else plain
 
 
 def compile_encoder() -> None:
     """Have the compiled parts ready, so that processes forked later need not make or load them."""
-    picture = np.zeros((8, 8, 3), np.uint8)
-    _encode(picture, "array", Options())
+    image = np.zeros((8, 8, 3), np.uint8)
+    _encode(image, "array", Options())
 
 
 def _cut(plain: Prepared, header: JpegHeader, scan: Scan | None) -> Prepared:
-    """The same picture with restart markers, or why it has none."""
+    """The same image with restart markers, or why it has none."""
     found = None if scan is None else with_restarts(plain.data, scan)
     if found is None:
         return plain._replace(uncut="progressive" if header.progressive else "unusual")

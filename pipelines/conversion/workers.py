@@ -1,4 +1,4 @@
-"""Worker processes that prepare pictures, in order, and that cannot hang their parent."""
+"""Worker processes that prepare images, in order, and that cannot hang their parent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WorkerError(RuntimeError):
 
 
 class Rejected(NamedTuple):
-    """A file that is no usable picture."""
+    """A file that is no usable image."""
 
     name: str
     """Its relative path."""
@@ -52,18 +52,18 @@ class Chunk(NamedTuple):
 def prepared(
     source: Images, *, options: Options, workers: int = 0, chunk: int = 64
 ) -> Generator[Chunk, None, None]:
-    """Prepare all pictures of `source` in worker processes; chunks come in the source's order.
+    """Prepare all images of `source` in worker processes; chunks come in the source's order.
 
     Closing the generator ends the workers, however far they are.
 
     Args:
-        source: The pictures; the workers inherit it by fork.
+        source: The images; the workers inherit it by fork.
         options: How to store them.
         workers: Processes; 0 takes one for each core that this process may use.
         chunk: Samples per message.
 
     Raises:
-        WorkerError: A worker was killed, or met an error that is not about one picture.
+        WorkerError: A worker was killed, or met an error that is not about one image.
     """
     compile_encoder()
     starts = range(0, len(source), chunk)
@@ -195,9 +195,9 @@ def _work(
 def _one(source: Images, i: int, options: Options) -> tuple[Prepared, int] | Rejected:
     size = 0
     try:
-        picture = source.read(i)
-        size = len(picture) if isinstance(picture, bytes) else picture.nbytes
-        result = prepare(picture, options=options)
+        image = source.read(i)
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        result = prepare(image, options=options)
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Rejected(source.name(i), reason, size)

@@ -25,7 +25,7 @@ _SLACK = 1.0  # pixels
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of one picture, K of them, in pixels of the upright stored picture."""
+    """The objects of one image, K of them, in pixels of the upright stored image."""
 
     boxes: npt.NDArray[np.float32]
     """(K, 4): left, top, right, bottom, counted from 0; right and bottom lie behind the last pixel,
@@ -46,9 +46,9 @@ class DenseSamples(Protocol):
     classes: tuple[str, ...]
     """Names."""
     names: tuple[str, ...]
-    """(N,): of each picture, unique: what predictions refer to (a VOC stem, COCO's id as text)."""
+    """(N,): of each image, unique: what predictions refer to (a VOC stem, COCO's id as text)."""
     sizes: npt.NDArray[np.int64]
-    """(N, 2): height and width of each picture, upright."""
+    """(N, 2): height and width of each image, upright."""
     data_id: str
     """Short hash of names, sizes and annotations."""
     kind: Literal["objects", "masks"]
@@ -56,13 +56,13 @@ class DenseSamples(Protocol):
     outlined: bool
     """Whether objects have outlines."""
     least_side: int
-    """Pictures with a shorter side, in pixels, are not trained on."""
+    """Images with a shorter side, in pixels, are not trained on."""
 
     def __len__(self) -> int:
         """N."""
 
     def path(self, i: int) -> Path:
-        """The picture."""
+        """The image."""
 
     def objects(self, i: int) -> Objects:
         """Its objects. ValueError for a data set of masks."""
@@ -89,7 +89,7 @@ class Problems:
         if len(self.found) > self.budget:
             more = len(self.found) - _SHOWN
             raise ValueError(
-                f"{len(self.found)} wrong annotations, max_bad is {self.budget}: "
+                f"{len(self.found)} wrong annotations, max_undecodable is {self.budget}: "
                 + "; ".join(self.found[:_SHOWN])
                 + (f"; and {more} more" if more > 0 else "")
             )
@@ -105,28 +105,28 @@ class ObjectSamples:
     def __init__(
         self,
         classes: Sequence[str],
-        pictures: Sequence[Picture],
+        images: Sequence[AnnotatedImage],
         objects: Sequence[Objects],
         *,
         least_side: int = 0,
         identity: Iterable[bytes] = (),
     ) -> None:
         self.classes = tuple(classes)
-        self.names = tuple(picture.name for picture in pictures)
-        self.sizes = _sizes(pictures)
+        self.names = tuple(image.name for image in images)
+        self.sizes = _sizes(images)
         self.least_side = least_side
-        """Pictures with a shorter side are not trained on."""
-        self._paths = [picture.path for picture in pictures]
+        """Images with a shorter side are not trained on."""
+        self._paths = [image.path for image in images]
         self._objects = objects
         columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
         rows = (array.tobytes() for arrays in columns for array in arrays)
-        self.data_id = _hash(self.classes, pictures, itertools.chain(rows, identity))
+        self.data_id = _hash(self.classes, images, itertools.chain(rows, identity))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, i: int) -> Path:
-        """The picture."""
+        """The image."""
         return Path(self._paths[i])
 
     def objects(self, i: int) -> Objects:
@@ -148,31 +148,31 @@ class MaskSamples:
     def __init__(
         self,
         classes: Sequence[str],
-        pictures: Sequence[Picture],
+        images: Sequence[AnnotatedImage],
         masks: Sequence[str],
         table: npt.NDArray[np.int64],
     ) -> None:
         """
         Args:
             classes: names.
-            pictures: which.
+            images: which.
             masks: the PNG file of each, with one number a pixel.
             table: (256,), what each number in the files stands for: a class, 255 where no pixel
                 counts, -1 where it is a mistake.
         """
         self.classes = tuple(classes)
-        self.names = tuple(picture.name for picture in pictures)
-        self.sizes = _sizes(pictures)
-        self._paths, self._masks = [picture.path for picture in pictures], masks
+        self.names = tuple(image.name for image in images)
+        self.sizes = _sizes(images)
+        self._paths, self._masks = [image.path for image in images], masks
         self._table, self._wrong = table.astype(np.uint8), table < 0
         lengths = (os.path.getsize(mask).to_bytes(8, "little") for mask in masks)
-        self.data_id = _hash(self.classes, pictures, lengths)
+        self.data_id = _hash(self.classes, images, lengths)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, i: int) -> Path:
-        """The picture."""
+        """The image."""
         return Path(self._paths[i])
 
     def objects(self, i: int) -> Objects:
@@ -183,14 +183,14 @@ class MaskSamples:
         """uint8 (h, w), classes and 255.
 
         Raises:
-            ImageError: damaged, of another size than the picture, or with a number that stands for
+            ImageError: damaged, of another size than the image, or with a number that stands for
                 nothing; it begins with the file's path.
         """
         numbers = read_numbers(self._masks[i])
         if numbers.shape != tuple(self.sizes[i]):
             height, width = self.sizes[i]
             raise ImageError(
-                f"{self._masks[i]}: {numbers.shape[1]}x{numbers.shape[0]} pixels, the picture has "
+                f"{self._masks[i]}: {numbers.shape[1]}x{numbers.shape[0]} pixels, the image has "
                 f"{width}x{height}"
             )
         if (mistakes := self._wrong[numbers]).any():
@@ -202,7 +202,7 @@ class MaskSamples:
         return self._table[numbers]
 
 
-class Picture(NamedTuple):
+class AnnotatedImage(NamedTuple):
     """A file of a data set."""
 
     name: str
@@ -215,7 +215,7 @@ class Picture(NamedTuple):
 def clip(
     left: float, top: float, right: float, bottom: float, *, height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """A box within its picture.
+    """A box within its image.
 
     A pixel beyond the border is cut off: annotators count from 0 or 1, and round.
 
@@ -226,7 +226,7 @@ def clip(
     if not all(math.isfinite(v) for v in box):
         raise ValueError(f"the box {_words(*box)} is not finite")
     if left < -_SLACK or top < -_SLACK or right > width + _SLACK or bottom > height + _SLACK:
-        raise ValueError(f"the box {_words(*box)} leaves the picture of {width}x{height} pixels")
+        raise ValueError(f"the box {_words(*box)} leaves the image of {width}x{height} pixels")
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     if right <= left or bottom <= top:
         raise ValueError(f"the box {_words(*box)} has no area")
@@ -248,13 +248,13 @@ def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool
     )
 
 
-def _sizes(pictures: Sequence[Picture]) -> npt.NDArray[np.int64]:
-    return np.array([(one.height, one.width) for one in pictures], np.int64).reshape(-1, 2)
+def _sizes(images: Sequence[AnnotatedImage]) -> npt.NDArray[np.int64]:
+    return np.array([(one.height, one.width) for one in images], np.int64).reshape(-1, 2)
 
 
-def _hash(classes: tuple[str, ...], pictures: Sequence[Picture], rest: Iterable[bytes]) -> str:
+def _hash(classes: tuple[str, ...], images: Sequence[AnnotatedImage], rest: Iterable[bytes]) -> str:
     total = hashlib.sha256(repr(classes).encode())
-    for one in pictures:
+    for one in images:
         total.update(f"{one.name}\0{one.height} {one.width}\n".encode())
     for part in rest:
         total.update(part)

@@ -1,4 +1,4 @@
-"""Cityscapes' finely annotated pictures, with the 19 classes of its benchmark."""
+"""Cityscapes' finely annotated images, with the 19 classes of its benchmark."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets.annotations import IGNORED, MaskSamples, Picture, Problems
+from pipelines.datasets.annotations import IGNORED, AnnotatedImage, MaskSamples, Problems
 from pipelines.datasets.files import IndexFormatError
-from pipelines.imaging.decode import ImageError, picture_size, reason
+from pipelines.imaging.decode import ImageError, image_size, reason
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -22,7 +22,7 @@ LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 3
 """Of each class, in the files of label ids (cityscapesscripts/helpers/labels.py)."""
 
 _LABELS = 34  # ids 0 to 33; those without a class count nowhere
-_PICTURE, _MASK = "_leftImg8bit.png", "_gtFine_labelIds.png"
+_IMAGE, _MASK = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
 def masks(
@@ -32,38 +32,38 @@ def masks(
     problems: Problems,
     limit: int | None = None,
 ) -> MaskSamples:
-    """Pictures of leftImg8bit/SPLIT with their masks of label ids in gtFine/SPLIT, by name.
+    """Images of leftImg8bit/SPLIT with their masks of label ids in gtFine/SPLIT, by name.
 
     Args:
         split: train or val.
         root: the folder that holds leftImg8bit and gtFine.
-        problems: where pictures that cannot be read, or without a mask, are counted.
-        limit: take the first so many pictures.
+        problems: where images that cannot be read, or without a mask, are counted.
+        limit: take the first so many images.
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: no picture is left, or there are too many problems.
+        ValueError: no image is left, or there are too many problems.
     """
     base, truth = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
     for folder in (base, truth):
         if not folder.is_dir():
             raise FileNotFoundError(f"{str(folder)!r} is not a folder")
-    pictures: list[Picture] = []
+    images: list[AnnotatedImage] = []
     paths: list[str] = []
-    for path in sorted(base.glob(f"*/*{_PICTURE}"))[:limit]:
-        stem = path.name.removesuffix(_PICTURE)
+    for path in sorted(base.glob(f"*/*{_IMAGE}"))[:limit]:
+        stem = path.name.removesuffix(_IMAGE)
         mask = truth / path.parent.name / f"{stem}{_MASK}"
         try:
             if not mask.is_file():
                 raise FileNotFoundError(f"no mask {str(mask)!r}")
-            pictures.append(Picture(stem, str(path), *picture_size(str(path))))
+            images.append(AnnotatedImage(stem, str(path), *image_size(str(path))))
         except (OSError, ImageError) as error:
             problems.add(str(path), reason(error))
         else:
             paths.append(str(mask))
-    if not pictures:
-        raise IndexFormatError(f"no picture CITY/*{_PICTURE} is left in {str(base)!r}")
+    if not images:
+        raise IndexFormatError(f"no image CITY/*{_IMAGE} is left in {str(base)!r}")
     table = np.full(256, -1, np.int64)
     table[:_LABELS], table[IGNORED] = IGNORED, IGNORED
     table[list(LABEL_IDS)] = np.arange(len(LABEL_IDS))
-    return MaskSamples(CITYSCAPES_CLASSES, pictures, paths, table)
+    return MaskSamples(CITYSCAPES_CLASSES, images, paths, table)

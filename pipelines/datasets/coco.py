@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.datasets.annotations import Objects, ObjectSamples, Picture, Problems, clip, pack
+from pipelines.datasets.annotations import (
+    AnnotatedImage,
+    Objects,
+    ObjectSamples,
+    Problems,
+    clip,
+    pack,
+)
 from pipelines.datasets.files import IndexFormatError
 
 _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
@@ -33,20 +40,20 @@ def api(module: str) -> Any:
 
 
 class CocoSamples(ObjectSamples):
-    """COCO's pictures in the order of their ids; names are the ids as text."""
+    """COCO's images in the order of their ids; names are the ids as text."""
 
     outlined = True
 
     def __init__(
         self,
         categories: Mapping[int, str],
-        pictures: Sequence[Picture],
+        images: Sequence[AnnotatedImage],
         objects: Sequence[Objects],
     ) -> None:
         """
         Args:
             categories: names by id, in the order of the classes.
-            pictures: which.
+            images: which.
             objects: of each, with outlines.
         """
         self.category_ids = tuple(categories)
@@ -54,19 +61,19 @@ class CocoSamples(ObjectSamples):
         self._outlines = [_Packed(one.outlines) for one in objects]
         super().__init__(
             tuple(categories.values()),
-            pictures,
+            images,
             [replace(one, outlines=()) for one in objects],
             least_side=_LEAST_SIDE,
             identity=itertools.chain.from_iterable(one.parts() for one in self._outlines),
         )
 
     def objects(self, i: int) -> Objects:
-        """The objects of a picture, crowds among them."""
+        """The objects of an image, crowds among them."""
         return replace(super().objects(i), outlines=self._outlines[i].unpacked())
 
 
 class _Packed:
-    """Outlines of a picture's objects, in one array."""
+    """Outlines of an image's objects, in one array."""
 
     def __init__(self, outlines: Sequence[Any]) -> None:
         self._runs = {k: one for k, one in enumerate(outlines) if isinstance(one, dict)}
@@ -99,19 +106,19 @@ def objects(
     problems: Problems,
     limit: int | None = None,
 ) -> CocoSamples:
-    """Pictures of annotations/instances_NAME.json, which lie in the folder NAME.
+    """Images of annotations/instances_NAME.json, which lie in the folder NAME.
 
-    Sizes are the file's; a picture that has another one is refused when it is decoded.
+    Sizes are the file's; an image that has another one is refused when it is decoded.
 
     Args:
         name: as train2017.
         root: the folder that holds annotations and NAME.
-        problems: where wrong annotations and missing pictures are counted.
-        limit: take the first so many pictures.
+        problems: where wrong annotations and missing images are counted.
+        limit: take the first so many images.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: the file is no such JSON, no picture is left, there are too many problems, or
+        ValueError: the file is no such JSON, no image is left, there are too many problems, or
             pycocotools, which training and validation need, is not installed.
     """
     source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
@@ -124,14 +131,14 @@ def objects(
     labels = {number: label for label, number in enumerate(categories)}
     chosen = dict(itertools.islice(sorted(images.items()), limit))
     present = set(os.listdir(folder))
-    pictures = {}
+    annotated = {}
     for number, (file, height, width) in chosen.items():
         if file in present:
-            pictures[number] = Picture(str(number), str(folder / file), height, width)
+            annotated[number] = AnnotatedImage(str(number), str(folder / file), height, width)
         else:
-            problems.add(f"{source}: image id {number}", f"no picture {str(folder / file)!r}")
-    rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in pictures}
-    outlines: dict[int, list[object]] = {number: [] for number in pictures}
+            problems.add(f"{source}: image id {number}", f"no image {str(folder / file)!r}")
+    rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in annotated}
+    outlines: dict[int, list[object]] = {number: [] for number in annotated}
     annotations.reverse()
     while annotations:  # Each is let go as soon as it is read: all of train2017's take gigabytes.
         one = annotations.pop()
@@ -139,9 +146,9 @@ def objects(
             number = int(one["image_id"])
             if number not in images:
                 raise ValueError(f"no image id {number}")
-            if number not in pictures:
-                continue  # beyond the limit, or its picture has been counted already
-            row, outline = _object(one, labels, pictures[number])
+            if number not in annotated:
+                continue  # beyond the limit, or its image has been counted already
+            row, outline = _object(one, labels, annotated[number])
         except KeyError as error:
             problems.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
             continue
@@ -152,10 +159,10 @@ def objects(
             continue
         rows[number].append(row)
         outlines[number].append(outline)
-    if not pictures:
-        raise IndexFormatError(f"{source}: no picture is left in {str(folder)!r}")
-    found = [replace(pack(rows[n]), outlines=tuple(outlines[n])) for n in pictures]
-    return CocoSamples(categories, list(pictures.values()), found)
+    if not annotated:
+        raise IndexFormatError(f"{source}: no image is left in {str(folder)!r}")
+    found = [replace(pack(rows[n]), outlines=tuple(outlines[n])) for n in annotated]
+    return CocoSamples(categories, list(annotated.values()), found)
 
 
 def rasterised(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -163,7 +170,7 @@ def rasterised(outlines: Sequence[object], height: int, width: int) -> npt.NDArr
 
     Args:
         outlines: K polygons or run lengths, as COCO stores them.
-        height: of the picture that they count the pixels of.
+        height: of the image that they count the pixels of.
         width: as height.
 
     Returns:
@@ -234,19 +241,19 @@ def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, s
 
 
 def _object(
-    one: Mapping[str, Any], labels: Mapping[int, int], picture: Picture
+    one: Mapping[str, Any], labels: Mapping[int, int], image: AnnotatedImage
 ) -> tuple[tuple[Any, ...], object]:
     """Box, label, difficult and crowd; and the outline: run lengths, or an array of each polygon,
     as numbers that Python keeps take four times the memory."""
     if one["category_id"] not in labels:
         raise ValueError(f"no category id {one['category_id']}")
     left, top, width, height = (float(v) for v in one["bbox"])
-    size = {"height": picture.height, "width": picture.width}
+    size = {"height": image.height, "width": image.width}
     box = clip(left, top, left + width, top + height, **size)
     outline = one["segmentation"]
     if isinstance(outline, dict):
-        if list(outline["size"]) != [picture.height, picture.width]:
-            raise ValueError(f"run lengths of {outline['size']} pixels, the picture has {size}")
+        if list(outline["size"]) != [image.height, image.width]:
+            raise ValueError(f"run lengths of {outline['size']} pixels, the image has {size}")
         if not isinstance(outline["counts"], str | list):
             raise ValueError("run lengths are no list and no text")
     else:

@@ -49,7 +49,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 
 
 MAX_FILE_BYTES = 1 << 29
-"""Longer files are refused unread: no picture within the pixel limit needs half a gigabyte."""
+"""Longer files are refused unread: no image within the pixel limit needs half a gigabyte."""
 
 
 def read_file(path: str | os.PathLike[str], *, root: str | os.PathLike[str]) -> bytes:

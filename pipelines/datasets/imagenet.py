@@ -22,19 +22,19 @@ _SYNSET = re.compile(r"n\d{8}")
 
 
 def imagenet_val(folder: str | os.PathLike[str], *, truth: str | os.PathLike[str]) -> SampleIndex:
-    """ImageNet's validation pictures as the archive unpacks: one folder, ILSVRC2012_val_*.JPEG.
+    """ImageNet's validation images as the archive unpacks: one folder, ILSVRC2012_val_*.JPEG.
 
     Args:
-        folder: Where the pictures are.
-        truth: A text file with the synset (n01440764) of one picture a line, or the folder of the
+        folder: Where the images are.
+        truth: A text file with the synset (n01440764) of one image a line, or the folder of the
             development kit, ILSVRC2012_devkit_t12, whose ids its meta.mat explains.
 
     Returns:
-        Pictures by number; classes are the synsets in sorted order, as training folders have them.
+        Images by number; classes are the synsets in sorted order, as training folders have them.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
-        IndexFormatError: A line is no label, or pictures and lines do not go together.
+        IndexFormatError: A line is no label, or images and lines do not go together.
     """
     base, source = _folder(folder), Path(truth)
     if source.is_dir():
@@ -64,14 +64,14 @@ def imagenet_subset(listing: str | os.PathLike[str], index: SampleIndex) -> Samp
 
     Args:
         listing: One name a line without its folder, as in `n01440764_10026.JPEG`.
-        index: The training pictures.
+        index: The training images.
 
     Returns:
-        The pictures in the list's order; class ids stay those of `index`.
+        The images in the list's order; class ids stay those of `index`.
 
     Raises:
         FileNotFoundError: There is no such list.
-        IndexFormatError: A name comes twice, or there is not exactly one such picture.
+        IndexFormatError: A name comes twice, or there is not exactly one such image.
     """
     wanted: dict[str, int] = {}
     for place, line in _lines(Path(listing)):
@@ -89,7 +89,7 @@ def imagenet_subset(listing: str | os.PathLike[str], index: SampleIndex) -> Samp
         chosen[row] = i
     for place, line in _lines(Path(listing)):
         if chosen[wanted[line]] < 0:
-            raise IndexFormatError(f"{place}: no picture {line!r} below {str(index.root)!r}")
+            raise IndexFormatError(f"{place}: no image {line!r} below {str(index.root)!r}")
     return index.subset(chosen)
 
 

@@ -1,4 +1,4 @@
-"""What can be turned into a beton: files, or pictures in memory, behind one protocol."""
+"""What can be turned into a beton: files, or images in memory, behind one protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DIGITS_VAL_EVERY = 5
 
 
 class Images(Protocol):
-    """A finite, ordered set of pictures. `SampleIndex` is one."""
+    """A finite, ordered set of images. `SampleIndex` is one."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -55,7 +55,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
-        """An encoded picture, or uint8 (H, W, 3) pixels; may raise `OSError` or `ValueError`."""
+        """An encoded image, or uint8 (H, W, 3) pixels; may raise `OSError` or `ValueError`."""
 
     def name(self, i: int) -> str:
         """What to call sample `i` in reports."""
@@ -69,10 +69,10 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryImages:
-    """Pictures that a function hands out: arrays, or another library's data set."""
+    """Images that a function hands out: arrays, or another library's data set."""
 
     get: Callable[[int], bytes | npt.NDArray[np.uint8] | Image.Image]
-    """Sample i as an encoded picture, as uint8 (H, W, 3) or (H, W), or as a Pillow image."""
+    """Sample i as an encoded image, as uint8 (H, W, 3) or (H, W), or as a Pillow image."""
     labels: npt.NDArray[np.int64]
     """(N,): class ids; -1 where there are no labels."""
     classes: tuple[str, ...]
@@ -85,18 +85,18 @@ class MemoryImages:
 
     def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
         """Sample `i`: encoded, or uint8 (H, W, 3)."""
-        picture = self.get(i)
-        if isinstance(picture, bytes):
-            return picture
-        if isinstance(picture, Image.Image):
-            return np.asarray(picture.convert("RGB"))
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise ValueError(f"pixels are {picture.dtype} {picture.shape}, not uint8 (H, W, 3)")
-        if picture.ndim == 2:
-            return np.repeat(picture[:, :, None], 3, axis=2)
-        if picture.shape[2] != 3:
-            raise ValueError(f"pixels are {picture.shape}, not (H, W, 3)")
-        return picture
+        image = self.get(i)
+        if isinstance(image, bytes):
+            return image
+        if isinstance(image, Image.Image):
+            return np.asarray(image.convert("RGB"))
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f"pixels are {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+        if image.ndim == 2:
+            return np.repeat(image[:, :, None], 3, axis=2)
+        if image.shape[2] != 3:
+            raise ValueError(f"pixels are {image.shape}, not (H, W, 3)")
+        return image
 
     def name(self, i: int) -> str:
         """What to call sample `i`: its number."""
@@ -105,10 +105,10 @@ class MemoryImages:
     def size(self, i: int) -> int:
         """Half of the pixels' bytes: JPEG at high quality rarely needs more."""
         try:
-            picture = self.read(i)
+            image = self.read(i)
         except (OSError, ValueError):
             return 0  # The conversion reports it; this is an estimate only.
-        return len(picture) if isinstance(picture, bytes) else picture.nbytes // 2 + 1024
+        return len(image) if isinstance(image, bytes) else image.nbytes // 2 + 1024
 
     def describe(self) -> dict[str, object]:
         """What this is."""
@@ -144,8 +144,8 @@ def from_torchvision(
     classes = getattr(data, "classes", None) or map(str, range(int(labels.max()) + 1))
 
     def get(i: int) -> Image.Image:
-        picture: Image.Image = data[i][0]
-        return picture
+        image: Image.Image = data[i][0]
+        return image
 
     about: dict[str, object] = {"data": f"torchvision:{name}", "split": split}
     return MemoryImages(get, labels, tuple(classes), about)
@@ -177,7 +177,7 @@ def open_images(
     """Resolve what a person names: a folder, a list file, `torchvision:NAME`, `digits`, or one of
 
     - `imagenet-val:TRUTH`, the flat folder `root`, TRUTH as in `catalogues.imagenet_val`;
-    - `imagenet-subset:LIST`, those pictures of the class folders in `root`;
+    - `imagenet-subset:LIST`, those images of the class folders in `root`;
     - `inaturalist:JSON`, with `root` the folder of train_val2018;
     - `voc2007:SPLIT`, with `root` the folder VOC2007; its many labels are not kept.
 
@@ -197,7 +197,7 @@ def open_images(
     kind, _, name = source.partition(":")
     if kind in _CATALOGUES and name:
         if root is None:
-            raise ValueError(f"{source!r} needs a root: the folder of its pictures")
+            raise ValueError(f"{source!r} needs a root: the folder of its images")
         found = _CATALOGUES[kind](name, root)
     elif source.startswith("torchvision:"):
         found = from_torchvision(name, root=root or "data", split=split, download=download)
@@ -218,7 +218,7 @@ def open_images(
 
 
 def _unlabelled(images: Images) -> Images:
-    """The same pictures without labels."""
+    """The same images without labels."""
     labels = np.full(len(images), -1, np.int64)
     if isinstance(images, SampleIndex):
         return SampleIndex(images.root, images.blob, images.offsets, labels, ())

@@ -12,7 +12,7 @@ from pipelines.datasets.index import SampleIndex
 def inaturalist(
     annotations: str | os.PathLike[str], *, root: str | os.PathLike[str]
 ) -> SampleIndex:
-    """An iNaturalist competition's pictures, by its COCO-style train2018.json or val2018.json.
+    """An iNaturalist competition's images, by its COCO-style train2018.json or val2018.json.
 
     Args:
         annotations: The JSON file.
@@ -20,8 +20,8 @@ def inaturalist(
             it, and archives have been unpacked into a folder of that name as well.
 
     Raises:
-        FileNotFoundError: A file, folder or picture is missing.
-        IndexFormatError: The file lacks a part, or a picture has not exactly one category.
+        FileNotFoundError: A file, folder or image is missing.
+        IndexFormatError: The file lacks a part, or an image has not exactly one category.
     """
     source, base = Path(annotations), _folder(root)
     content = _json(source)

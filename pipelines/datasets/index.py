@@ -157,7 +157,7 @@ class SampleIndex:
             root: The folder that its paths are relative to; None takes the list's own folder.
 
         Raises:
-            FileNotFoundError: The list, the root or a picture does not exist.
+            FileNotFoundError: The list, the root or an image does not exist.
             IndexFormatError: A line is wrong; the message starts with file:line.
         """
         source = Path(file)

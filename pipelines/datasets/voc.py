@@ -1,6 +1,6 @@
 """PASCAL VOC's development kit, and data sets in its layout: boxes of objects, or masks.
 
-A folder holds JPEGImages, Annotations with an XML file for every picture, and lists of pictures in
+A folder holds JPEGImages, Annotations with an XML file for every image, and lists of images in
 ImageSets/Main; for segmentation SegmentationClass and ImageSets/Segmentation. SBD's masks
 (Hariharan et al., ICCV 2011) lie beside them in SegmentationClassAug, as mmsegmentation's converter
 and other packages of them have it.
@@ -20,10 +20,10 @@ import numpy as np
 
 from pipelines.datasets.annotations import (
     IGNORED,
+    AnnotatedImage,
     MaskSamples,
     Objects,
     ObjectSamples,
-    Picture,
     Problems,
     clip,
     pack,
@@ -31,7 +31,7 @@ from pipelines.datasets.annotations import (
 from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.index import EXTENSIONS
 from pipelines.datasets.voc_classification import VOC_CLASSES
-from pipelines.imaging.decode import ImageError, picture_size, reason
+from pipelines.imaging.decode import ImageError, image_size, reason
 
 _YEAR = re.compile(r"\d{4}")
 _CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Listed(NamedTuple):
-    """A line of a list of pictures."""
+    """A line of a list of images."""
 
     place: str
     """file:line."""
@@ -73,28 +73,28 @@ def boxes(
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> ObjectSamples:
-    """Pictures with boxes.
+    """Images with boxes.
 
     A corner in the files counts from 1 and belongs to the object: a box is (xmin - 1, ymin - 1,
     xmax, ymax), as in detectron2 (detectron2/data/datasets/pascal_voc.py). Sizes are those of the
-    pictures themselves: many tools write other ones into their XML.
+    images themselves: many tools write other ones into their XML.
 
     Args:
         parts: DIR/LIST+..., as `DenseSpec.data` has it behind the colon.
         root: the folder that DIR lies in.
-        problems: where wrong objects, and pictures without file or annotation, are counted.
+        problems: where wrong objects, and images without file or annotation, are counted.
         classes: names; empty: VOC's.
         limit: take the first so many lines.
 
     Raises:
         FileNotFoundError: a folder or list is missing.
-        ValueError: a list is wrong, no picture is left, or there are too many problems.
+        ValueError: a list is wrong, no image is left, or there are too many problems.
     """
     names = tuple(classes) or VOC_CLASSES
-    pictures: list[Picture] = []
+    images: list[AnnotatedImage] = []
     found: list[Objects] = []
     listed = _listed(parts, Path(root), "Main", limit)
-    files = _picture_files(listed)
+    files = _image_files(listed)
 
     def read(one: Listed) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
         return _size(files[one.folder].get(one.stem)), _annotation(one)
@@ -112,11 +112,11 @@ def boxes(
                     rows.append(_object(entry, names, *size))
                 except XmlError as error:
                     problems.add(f"{annotation}:{error.line}", str(error))
-            pictures.append(Picture(one.stem, files[one.folder][one.stem], *size))
+            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
             found.append(pack(rows))
-    if not pictures:
-        raise IndexFormatError(f"{parts}: no picture is left below {os.fspath(root)!r}")
-    return ObjectSamples(names, pictures, found)
+    if not images:
+        raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
+    return ObjectSamples(names, images, found)
 
 
 def masks(
@@ -127,16 +127,16 @@ def masks(
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> MaskSamples:
-    """Pictures with masks: class 0 is the background, then come the classes.
+    """Images with masks: class 0 is the background, then come the classes.
 
     Masks of lists with `aug` in their names come from SegmentationClassAug, which has those of
     VOC's own lists as well, all others from SegmentationClass. Arguments and errors as `boxes`.
     """
     names = ("background", *(tuple(classes) or VOC_CLASSES))
-    pictures: list[Picture] = []
+    images: list[AnnotatedImage] = []
     paths: list[str] = []
     listed = _listed(parts, Path(root), "Segmentation", limit)
-    files = _picture_files(listed)
+    files = _image_files(listed)
     for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
         mask = one.folder / one.masks / f"{one.stem}.png"
         if isinstance(size, str):
@@ -144,13 +144,13 @@ def masks(
         elif not mask.is_file():
             problems.add(one.place, f"{mask}: a file that does not exist")
         else:
-            pictures.append(Picture(one.stem, files[one.folder][one.stem], *size))
+            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
             paths.append(str(mask))
-    if not pictures:
-        raise IndexFormatError(f"{parts}: no picture is left below {os.fspath(root)!r}")
+    if not images:
+        raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     table = np.full(256, -1, np.int64)
     table[: len(names)], table[IGNORED] = np.arange(len(names)), IGNORED
-    return MaskSamples(names, pictures, paths, table)
+    return MaskSamples(names, images, paths, table)
 
 
 def read_xml(data: bytes) -> list[Fields]:
@@ -213,18 +213,18 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
             if not stem:
                 continue
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
-                raise IndexFormatError(f"{place}: expected a picture's name, found {line[:200]!r}")
+                raise IndexFormatError(f"{place}: expected an image's name, found {line[:200]!r}")
             if stem in seen:
                 raise IndexFormatError(f"{place}: {stem!r} comes twice, also in {seen[stem]}")
             seen[stem] = place
             found.append(Listed(place, base, stem, where))
     if not found:
-        raise IndexFormatError(f"{parts}: the lists name no pictures")
+        raise IndexFormatError(f"{parts}: the lists name no images")
     return found[:limit]
 
 
-def _picture_files(listed: Sequence[Listed]) -> dict[Path, dict[str, str]]:
-    """Paths of pictures by folder and stem."""
+def _image_files(listed: Sequence[Listed]) -> dict[Path, dict[str, str]]:
+    """Paths of images by folder and stem."""
     found: dict[Path, dict[str, str]] = {}
     for base in {one.folder for one in listed}:
         folder = base / "JPEGImages"
@@ -245,11 +245,11 @@ def _in_threads(work: Callable[[Listed], T], listed: list[Listed]) -> Iterator[t
 
 
 def _size(path: str | None) -> tuple[int, int] | str:
-    """Height and width of a picture, or why there are none."""
+    """Height and width of an image, or why there are none."""
     if path is None:
-        return "no such picture"
+        return "no such image"
     try:
-        return picture_size(path)
+        return image_size(path)
     except (OSError, ImageError) as error:
         return reason(error)
 

@@ -21,10 +21,10 @@ VOC_CLASSES = (
 
 @dataclass(frozen=True, eq=False)
 class MultiLabelled:
-    """Pictures that each have any number of classes."""
+    """Images that each have any number of classes."""
 
     images: SampleIndex
-    """The pictures; their own labels are -1."""
+    """The images; their own labels are -1."""
     targets: npt.NDArray[np.int8]
     """(N, C): 1 present, -1 absent, 0 present but difficult."""
     classes: tuple[str, ...]
@@ -39,30 +39,30 @@ def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
         split: train, val, trainval or test.
 
     Raises:
-        FileNotFoundError: A file, folder or picture is missing.
-        IndexFormatError: A line is wrong, or the classes' files name different pictures.
+        FileNotFoundError: A file, folder or image is missing.
+        IndexFormatError: A line is wrong, or the classes' files name different images.
     """
     base = _folder(root)
     columns: list[list[int]] = []
-    pictures: list[str] = []
+    listed: list[str] = []
     places: list[str] = []
     for name in VOC_CLASSES:
         source = base / "ImageSets" / "Main" / f"{name}_{split}.txt"
         column: list[int] = []
         for row, (place, line) in enumerate(_lines(source)):
-            picture, _, value = line.partition(" ")
+            entry, _, value = line.partition(" ")
             if value.strip() not in ("-1", "0", "1"):
-                raise IndexFormatError(f"{place}: expected `picture -1|0|1`, found {line[:200]!r}")
+                raise IndexFormatError(f"{place}: expected `image -1|0|1`, found {line[:200]!r}")
             if not columns:
-                pictures.append(picture)
+                listed.append(entry)
                 places.append(place)
-            elif row >= len(pictures) or pictures[row] != picture:
-                raise IndexFormatError(f"{place}: {picture!r} is not the picture of other classes")
+            elif row >= len(listed) or listed[row] != entry:
+                raise IndexFormatError(f"{place}: {entry!r} is not the image of other classes")
             column.append(int(value))
-        if len(column) != len(pictures):
-            raise IndexFormatError(f"{source}: {len(column)} lines, expected {len(pictures)}")
+        if len(column) != len(listed):
+            raise IndexFormatError(f"{source}: {len(column)} lines, expected {len(listed)}")
         columns.append(column)
-    names = [f"JPEGImages/{picture}.jpg" for picture in pictures]
+    names = [f"JPEGImages/{entry}.jpg" for entry in listed]
     images = SampleIndex.from_names(base, names, [-1] * len(names), ())
     images.require_files(places.__getitem__)
     return MultiLabelled(images, np.array(columns, np.int8).T.copy(), VOC_CLASSES)

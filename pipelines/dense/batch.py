@@ -8,14 +8,14 @@ import torch
 
 
 class Target(TypedDict, total=False):
-    """What is to be found in a picture, in pixels of the resized one. torchvision's names."""
+    """What is to be found in an image, in pixels of the resized one. torchvision's names."""
 
     boxes: torch.Tensor
     """float32 (K, 4): left, top, right, bottom; right and bottom lie behind the last pixel."""
     labels: torch.Tensor
     """int64 (K,): 1 + position among the classes; 0 is the background."""
     masks: torch.Tensor
-    """uint8 (K, h, w), 0 or 1, in the size of the picture without padding; where the data have
+    """uint8 (K, h, w), 0 or 1, in the size of the image without padding; where the data have
     masks of objects and the spec wants them."""
 
 
@@ -24,11 +24,11 @@ class DenseBatch(NamedTuple):
 
     images: torch.Tensor
     """float32, bfloat16 or float16 (B, 3, H, W), channels_last, normalised, on the device. Each
-    picture lies at the top left; what is beside and below it is 0, the mean colour."""
+    image lies at the top left; what is beside and below it is 0, the mean color."""
     sizes: torch.Tensor
-    """int64 (B, 2), on the CPU: height and width of each resized picture, without padding."""
+    """int64 (B, 2), on the CPU: height and width of each resized image, without padding."""
     originals: torch.Tensor
-    """int64 (B, 2), on the CPU: height and width of each picture as it is stored, upright."""
+    """int64 (B, 2), on the CPU: height and width of each image as it is stored, upright."""
     indices: torch.Tensor
     """int64 (B,), on the CPU: positions in the data set."""
     valid: torch.Tensor

@@ -1,6 +1,6 @@
 """Batches for detection and segmentation.
 
-Threads decode, resize and crop, each picture as soon as a thread is free; uint8 goes to the device,
+Threads decode, resize and crop, each image as soon as a thread is free; uint8 goes to the device,
 which normalises. Batches are begun before they are asked for, in training across epochs.
 """
 
@@ -25,11 +25,17 @@ from pipelines.batch import DTYPES
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
 from pipelines.dense.batch import DenseBatch, Target
-from pipelines.dense.load import Made, Room, load, open_samples, trained_on
-from pipelines.dense.order import Endless, Once, Places, by_shape
+from pipelines.dense.order import EndlessOrder, Places, SinglePassOrder, by_shape
+from pipelines.dense.samples import (
+    LoadedSample,
+    SampleSlot,
+    load_sample,
+    open_dense_samples,
+    trained_on,
+)
 from pipelines.dense.spec import DenseSpec, RatioCrop
-from pipelines.dense.transforms import Place
-from pipelines.native.threads import Runner
+from pipelines.dense.transforms import ResizePlan
+from pipelines.native.threads import DaemonWorker
 from pipelines.sampling.random_bits import digest64
 from pipelines.spec import Precision, Shard
 
@@ -43,16 +49,16 @@ class _Work(NamedTuple):
     """A batch that the threads have been given."""
 
     places: Places
-    plans: list[Place]
+    plans: list[ResizePlan]
     images: torch.Tensor
     """uint8 (B, H, W, 3)."""
     masks: torch.Tensor | None
     """uint8 (B, H, W)."""
-    futures: list[Future[Made]]
+    futures: list[Future[LoadedSample]]
 
 
 class DenseLoader:
-    """Batches of one data set on the device. Contract: see rotpred.training.feed.Feed."""
+    """Batches of one data set on the device. Contract: see rotpred.training.loader_interface.Feed."""
 
     engine = "dense"
 
@@ -73,17 +79,17 @@ class DenseLoader:
         self._device, self._dtype = device, DTYPES[precision]
         self._mean = torch.tensor(spec.normalize.mean, device=device).view(1, 3, 1, 1)
         self._scale = 1 / torch.tensor(spec.normalize.std, device=device).view(1, 3, 1, 1)
-        self._order: Endless | Once
+        self._order: EndlessOrder | SinglePassOrder
         if spec.train:
             chosen = trained_on(samples, spec)
             one_size = isinstance(spec.geometry, RatioCrop)
             groups = (chosen,) if one_size else _at(chosen, by_shape(samples.sizes[chosen]))
-            self._order = Endless(groups, spec.batch_size, shard, spec.seed)
+            self._order = EndlessOrder(groups, spec.batch_size, shard, spec.seed)
             self._steps = spec.steps_per_epoch or max(
                 len(chosen) // (spec.batch_size * shard.world), 1
             )
         else:
-            self._order = Once(len(samples), spec.batch_size, shard)
+            self._order = SinglePassOrder(len(samples), spec.batch_size, shard)
             self._steps = self._order.steps
         self._next = 0
         self._begun: deque[_Work] = deque()
@@ -100,7 +106,7 @@ class DenseLoader:
         """The batches of an epoch, from a step on: a pure function of both, and of the spec.
 
         Raises:
-            ImageError: a picture or mask is damaged, or of another size than its data set says.
+            ImageError: an image or mask is damaged, or of another size than its data set says.
             TimeoutError: no batch within the spec's timeout.
         """
         if not 0 <= start_step <= len(self):
@@ -172,14 +178,20 @@ class DenseLoader:
         work = _Work(places, plans, images, masks, [])
         for row in range(len(plans)):
             runner = next(self._turns)
-            room = Room(images[row], None if masks is None else masks[row])
+            room = SampleSlot(images[row], None if masks is None else masks[row])
             job = partial(
-                load, self.samples, spec, int(places.indices[row]), plans[row], draws[row], room
+                load_sample,
+                self.samples,
+                spec,
+                int(places.indices[row]),
+                plans[row],
+                draws[row],
+                room,
             )
             work.futures.append(runner.submit(job))
         return work
 
-    def _wait(self, work: _Work) -> list[Made]:
+    def _wait(self, work: _Work) -> list[LoadedSample]:
         """What the threads made of a batch."""
         end = time.monotonic() + self.spec.timeout
         made = []
@@ -187,14 +199,14 @@ class DenseLoader:
             try:
                 made.append(future.result(max(end - time.monotonic(), 0)))
             except TimeoutError as error:
-                if future.done():  # the picture's own error
+                if future.done():  # the image's own error
                     raise
                 raise TimeoutError(
                     f"{self.samples.path(int(i))}: not loaded within {self.spec.timeout:g} s"
                 ) from error
         return made
 
-    def _count(self, work: _Work, made: Sequence[Made]) -> None:
+    def _count(self, work: _Work, made: Sequence[LoadedSample]) -> None:
         indices, passes, valid = work.places
         rows = [
             (number, plan.height, plan.width, plan.flip, *one.corner)
@@ -203,7 +215,7 @@ class DenseLoader:
         served = digest64(0, indices[valid], np.array(rows, np.int32)[valid])
         self.digest = (self.digest + served) % (1 << 64)
 
-    def _batch(self, work: _Work, made: Sequence[Made]) -> DenseBatch:
+    def _batch(self, work: _Work, made: Sequence[LoadedSample]) -> DenseBatch:
         """Normalise on the device."""
         indices, _, valid = work.places
         x = self._move(work.images).permute(0, 3, 1, 2).float()  # channels_last, as NHWC memory is
@@ -244,7 +256,7 @@ def open_dense(
         ValueError: the spec, a list or an annotation is wrong; in words, with file and line.
     """
     return DenseLoader(
-        open_samples(spec),
+        open_dense_samples(spec),
         spec,
         shard=shard or Shard(),
         device=torch.device(device),
@@ -256,9 +268,9 @@ def _at(chosen: Int64, groups: Sequence[Int64]) -> tuple[Int64, ...]:
     return tuple(chosen[group] for group in groups)
 
 
-def _runners(count: int) -> list[Runner]:
+def _runners(count: int) -> list[DaemonWorker]:
     """Threads in which torch uses one core each: a team for each of ours would be count squared."""
-    runners, cores = [Runner(f"dense-{i}") for i in range(count)], torch.get_num_threads()
+    runners, cores = [DaemonWorker(f"dense-{i}") for i in range(count)], torch.get_num_threads()
     try:
         for ready in [runner.submit(_one_core) for runner in runners]:
             ready.result(_PATIENCE)

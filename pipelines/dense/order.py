@@ -1,8 +1,8 @@
-"""Which pictures of variable size, in which order, on which rank.
+"""Which images of variable size, in which order, on which rank.
 
 Pure functions of the data set, the seed and the step, like `pipelines.sampling.order`. In training, lying
-and standing pictures come in batches of their own, as in torchvision's and detectron2's references,
-for which less is padded. Groups take turns in proportion to their sizes, so that all pictures come
+and standing images come in batches of their own, as in torchvision's and detectron2's references,
+for which less is padded. Groups take turns in proportion to their sizes, so that all images come
 equally often. A batch over all ranks is of one group: it does not depend on their number.
 """
 
@@ -23,7 +23,7 @@ class Places(NamedTuple):
     """A batch of one rank."""
 
     indices: Int64
-    """(B,): pictures."""
+    """(B,): images."""
     passes: Int64
     """(B,): how often each has come before in training; 0 in evaluation."""
     valid: npt.NDArray[np.bool_]
@@ -31,7 +31,7 @@ class Places(NamedTuple):
 
 
 def by_shape(sizes: Int64) -> tuple[Int64, ...]:
-    """Lying and square pictures, then standing ones; groups without pictures are left out.
+    """Lying and square images, then standing ones; groups without images are left out.
 
     Args:
         sizes: int64 (N, 2), heights and widths.
@@ -45,11 +45,11 @@ def by_shape(sizes: Int64) -> tuple[Int64, ...]:
 
 
 @dataclass(frozen=True)
-class Endless:
+class EndlessOrder:
     """Training: one batch after the other, for ever."""
 
     groups: tuple[Int64, ...]
-    """Pictures that may share a batch; one or two groups."""
+    """Images that may share a batch; one or two groups."""
     batch_size: int
     """On one rank."""
     shard: Shard
@@ -58,7 +58,7 @@ class Endless:
     def at(self, step: int) -> Places:
         """The batch of a step, counted over all epochs.
 
-        A group's pictures come in a new permutation in each pass over it; a batch may hold the end
+        A group's images come in a new permutation in each pass over it; a batch may hold the end
         of one and the begin of the next.
         """
         group, turn = self._turn(step)
@@ -85,8 +85,8 @@ class Endless:
 
 
 @dataclass(frozen=True)
-class Once:
-    """Evaluation: every picture once, in order."""
+class SinglePassOrder:
+    """Evaluation: every image once, in order."""
 
     n: int
     batch_size: int
@@ -98,7 +98,7 @@ class Once:
         return -(-self.n // (self.batch_size * self.shard.world))
 
     def at(self, step: int) -> Places:
-        """The batch of a step; the last picture again, not valid, where there is none."""
+        """The batch of a step; the last image again, not valid, where there is none."""
         first = (step * self.shard.world + self.shard.rank) * self.batch_size
         indices = first + np.arange(self.batch_size, dtype=np.int64)
         valid = indices < self.n

@@ -1,6 +1,6 @@
 """What to load for detection and segmentation, and the batches that come of it.
 
-The counterpart of `spec` and `batch` for pictures of variable size with boxes or masks.
+The counterpart of `spec` and `batch` for images of variable size with boxes or masks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class ShortSide:
     lengths: tuple[int, ...] = (800,)
     """In pixels; one is drawn for every sample."""
     longest: int = 1333
-    """Pixels that the long side may have; a longer one shrinks the picture further."""
+    """Pixels that the long side may have; a longer one shrinks the image further."""
 
 
 @dataclass(frozen=True)
-class Within:
-    """The picture is resized, in its own ratio, to the largest that lies within a frame.
+class FitWithin:
+    """The image is resized, in its own ratio, to the largest that lies within a frame.
 
-    The frame lies along the picture: its long side along the picture's.
+    The frame lies along the image: its long side along the image's.
     """
 
     long: int = 2048
@@ -33,10 +33,10 @@ class Within:
 
 @dataclass(frozen=True)
 class RatioCrop:
-    """`Within` a frame that is scaled by a random ratio, then a square cut out; for segmentation.
+    """`FitWithin` a frame that is scaled by a random ratio, then a square cut out; for segmentation.
 
     A crop of which one class covers more than `most` of all pixels that count is drawn again, up to
-    ten times. Pictures smaller than the crop are padded, right and below: 0 after normalisation,
+    ten times. Images smaller than the crop are padded, right and below: 0 after normalisation,
     `IGNORED` in the mask.
     """
 
@@ -50,7 +50,7 @@ class RatioCrop:
     """Share of the pixels that one class may have."""
 
 
-Geometry = ShortSide | Within | RatioCrop
+Geometry = ShortSide | FitWithin | RatioCrop
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DenseSpec:
     classes: tuple[str, ...] = ()
     """Class names for voc and vocseg data of other classes than VOC's 20; empty: those."""
     batch_size: int = 2
-    """Pictures per step and process."""
+    """Images per step and process."""
     geometry: Geometry = field(default_factory=ShortSide)
     """Sizes and crops."""
     flip: bool = True
@@ -80,21 +80,21 @@ class DenseSpec:
     keep_difficult: bool = True
     """Train on boxes marked difficult, as detectron2 does; mmdetection ignores them."""
     keep_empty: bool = False
-    """Train on pictures without any box to learn from. Evaluation reads every picture."""
+    """Train on images without any box to learn from. Evaluation reads every image."""
     masks: bool = True
     """Of coco data, load the objects' masks beside their boxes. Without them training is cheaper;
-    pictures and boxes are the same. A network that learns no masks has them left out by itself."""
+    images and boxes are the same. A network that learns no masks has them left out by itself."""
     train: bool = True
-    """An endless shuffled order, grouped by aspect ratio; else every picture once, in order."""
+    """An endless shuffled order, grouped by aspect ratio; else every image once, in order."""
     steps_per_epoch: int | None = None
-    """Where an epoch of training ends; None: after as many pictures as there are."""
-    limit: int | None = None
-    """Take the first so many pictures only."""
+    """Where an epoch of training ends; None: after as many images as there are."""
+    max_samples: int | None = None
+    """Take the first so many images only."""
     seed: int = 0
     """Decides order and augmentation."""
-    max_bad: int = 0
-    """Annotations that are wrong (no area, outside of the picture, of an unknown class, of a
-    missing picture) and left out with a warning; one more stops the run."""
+    max_undecodable: int = 0
+    """Annotations that are wrong (no area, outside of the image, of an unknown class, of a
+    missing image) and left out with a warning; one more stops the run."""
     workers: int = 0
     """Threads that load; 0: all allowed cores, shared among the processes of a machine."""
     timeout: float = 300.0
@@ -104,18 +104,18 @@ class DenseSpec:
         for name in ("batch_size", "divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("limit", "steps_per_epoch"):
+        for name in ("max_samples", "steps_per_epoch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers < 0 or self.max_bad < 0 or self.timeout <= 0 or self.seed < 0:
+        if self.workers < 0 or self.max_undecodable < 0 or self.timeout <= 0 or self.seed < 0:
             raise ValueError(
-                "workers, max_bad and seed must not be negative, timeout must be positive"
+                "workers, max_undecodable and seed must not be negative, timeout must be positive"
             )
 
     @property
     def view_count(self) -> int:
-        """Network inputs per picture."""
+        """Network inputs per image."""
         return 1
 
     @property
@@ -127,9 +127,17 @@ class DenseSpec:
         """What the log shows beside the losses of an epoch: nothing."""
         return {}
 
-    def deciding(self) -> dict[str, object]:
+    def fingerprint_fields(self) -> dict[str, object]:
         """Plain data: all that decides which pixels come in which order, but for the data."""
         fields = asdict(self)
-        for name in ("data", "root", "batch_size", "masks", "max_bad", "workers", "timeout"):
+        for name in (
+            "data",
+            "root",
+            "batch_size",
+            "masks",
+            "max_undecodable",
+            "workers",
+            "timeout",
+        ):
             del fields[name]
         return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}

@@ -1,4 +1,4 @@
-"""Transforms of a picture together with its boxes or masks, on torchvision's kernels.
+"""Transforms of an image together with its boxes or masks, on torchvision's kernels.
 
 Every parameter comes from uniform draws of the sample (`augment.uniforms`), so a sample in a pass
 over the data looks the same on any rank, in any thread, after any resume.
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.arrays import Float64, Int64
 from pipelines.datasets.annotations import IGNORED
-from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide, Within
+from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.sampling.random_bits import uniforms
 
 _TRIES = 11  # a crop, and ten more: mmseg/datasets/transforms/transforms.py, RandomCrop
@@ -30,20 +30,20 @@ _BRIGHTNESS, _LOW, _HIGH = 32.0, 0.5, 1.5
 _HUE = 18 / 180  # of the circle: OpenCV counts the hue of uint8 pixels in steps of two degrees
 
 
-class Place(NamedTuple):
-    """What is done to a picture, as far as its size alone decides."""
+class ResizePlan(NamedTuple):
+    """What is done to an image, as far as its size alone decides."""
 
     height: int
-    """Of the resized picture, in pixels."""
+    """Of the resized image, in pixels."""
     width: int
     flip: bool
     size: tuple[int, int]
-    """Height and width of what comes out: of the crop, or of the resized picture."""
+    """Height and width of what comes out: of the crop, or of the resized image."""
 
 
 @dataclass
 class Scene:
-    """A picture and what is to be transformed with it; K objects."""
+    """An image and what is to be transformed with it; K objects."""
 
     image: tv_tensors.Image
     """uint8 (3, H, W)."""
@@ -63,7 +63,7 @@ def draws(spec: DenseSpec, passes: Int64, indices: Int64) -> Float64:
 
 
 def within(height: int, width: int, *, long: float, short: float) -> tuple[int, int]:
-    """Height and width of the largest picture of the same ratio within a frame.
+    """Height and width of the largest image of the same ratio within a frame.
 
     As mmcv (mmcv/image/geometric.py, rescale_size) and, to a pixel in rare ties, detectron2's
     ResizeShortestEdge: both sides are scaled alike and halves are rounded up.
@@ -72,13 +72,13 @@ def within(height: int, width: int, *, long: float, short: float) -> tuple[int, 
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def place(spec: DenseSpec, draw: Float64, height: int, width: int) -> Place:
-    """What becomes of a stored picture of this size.
+def place(spec: DenseSpec, draw: Float64, height: int, width: int) -> ResizePlan:
+    """What becomes of a stored image of this size.
 
     Args:
         spec: geometry, flip and train are read; in evaluation nothing is random.
         draw: float64 (count,), of the sample.
-        height: of the upright picture.
+        height: of the upright image.
         width: as height.
     """
     flip = spec.train and spec.flip and bool(draw[_FLIP] < 0.5)
@@ -86,22 +86,22 @@ def place(spec: DenseSpec, draw: Float64, height: int, width: int) -> Place:
         case ShortSide(lengths, longest):
             chosen = lengths[int(draw[_SCALE] * len(lengths))]
             size = within(height, width, long=longest, short=chosen)
-            return Place(*size, flip, size)
-        case Within(long, short):
+            return ResizePlan(*size, flip, size)
+        case FitWithin(long, short):
             size = within(height, width, long=long, short=short)
-            return Place(*size, flip, size)
+            return ResizePlan(*size, flip, size)
         case RatioCrop() as crop:
             low, high = crop.ratio
             ratio = low + (high - low) * float(draw[_SCALE])
             size = within(height, width, long=int(crop.long * ratio), short=int(crop.short * ratio))
-            return Place(*size, flip, (min(size[0], crop.size), min(size[1], crop.size)))
+            return ResizePlan(*size, flip, (min(size[0], crop.size), min(size[1], crop.size)))
 
 
-def resized(scene: Scene, place: Place) -> Scene:
+def resized(scene: Scene, place: ResizePlan) -> Scene:
     """Resize, then flip.
 
-    Pictures by the antialiased bilinear filter (as Pillow's, which detectron2 uses), masks to the
-    nearest pixel, by centres, so that they stay aligned with the pictures.
+    Images by the antialiased bilinear filter (as Pillow's, which detectron2 uses), masks to the
+    nearest pixel, by centres, so that they stay aligned with the images.
     """
     size = [place.height, place.width]
     image = scene.image
@@ -111,7 +111,7 @@ def resized(scene: Scene, place: Place) -> Scene:
     if boxes is not None:
         boxes = F.resize(boxes, size)
     if masks is not None and masks.shape[1:] != torch.Size(size):
-        # As a picture: resize of a Mask takes any interpolation for NEAREST in some versions.
+        # As an image: resize of a Mask takes any interpolation for NEAREST in some versions.
         pixels = F.resize(
             masks.as_subclass(torch.Tensor), size, interpolation=InterpolationMode.NEAREST_EXACT
         )
@@ -130,7 +130,7 @@ def corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple
     much.
 
     Args:
-        mask: uint8 (h, w), of the resized picture.
+        mask: uint8 (h, w), of the resized image.
         crop: size and share.
         draw: float64 (count,), of the sample.
 
@@ -153,7 +153,7 @@ def corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple
 
 
 def cut(scene: Scene, top: int, left: int, side: int) -> Scene:
-    """A square of a picture with its mask, less what lies outside of it."""
+    """A square of an image with its mask, less what lies outside of it."""
     height = min(side, scene.image.shape[1] - top)
     width = min(side, scene.image.shape[2] - left)
     masks = scene.masks

@@ -1,8 +1,8 @@
-"""Colour jitter and PCA lighting, on the device: a pure function of (seed, epoch, sample index).
+"""Color jitter and PCA lighting, on the device: a pure function of (seed, epoch, sample index).
 
 Brightness, contrast, saturation and hue are torchvision's `ColorJitter`: each sample has its own
 factors and its own order of the operations, and every operation rounds down to whole values of 0 to
-255, as it does on uint8 pictures there. Lighting is AlexNet's noise along the principal colours of
+255, as it does on uint8 images there. Lighting is AlexNet's noise along the principal colors of
 ImageNet (Krizhevsky et al. 2012, section 4.1), added last and not rounded; constants and order as
 mmselfsup 0.x (mmselfsup/datasets/pipelines/transforms.py) has them.
 """
@@ -20,23 +20,23 @@ from pipelines.arrays import Int64
 from pipelines.batch import Regions
 from pipelines.device.rotate import normalize_views
 from pipelines.sampling.random_bits import uniforms
-from pipelines.spec import Colour, Normalize
+from pipelines.spec import ColorJitter, Normalize
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Columns of `Tints.factors`, and values of `Tints.order`."""
+"""Columns of `JitterParams.factors`, and values of `JitterParams.order`."""
 
 _STREAM = 0xC0104  # keeps these draws apart from those of boxes
 _UNIT = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _GREY = (0.2989, 0.587, 0.114)
-# Principal colours of ImageNet on a scale of 0 to 1: deviations, and directions in columns.
+# Principal colors of ImageNet on a scale of 0 to 1: deviations, and directions in columns.
 _DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 _DIRECTIONS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 
 
-class Tints(NamedTuple):
-    """What is done to the colours of some samples; on the CPU."""
+class JitterParams(NamedTuple):
+    """What is done to the colors of some samples; on the CPU."""
 
     factors: npt.NDArray[np.float32]
     """(B, 4): of brightness, contrast and saturation (1 changes nothing), and the turn of hue."""
@@ -46,34 +46,34 @@ class Tints(NamedTuple):
     """(B, 3): what lighting adds to red, green and blue, in units of 0 to 255."""
 
 
-def draw(colour: Colour, *, seed: int, epoch: int, indices: Int64) -> Tints:
+def draw_jitter(color: ColorJitter, *, seed: int, epoch: int, indices: Int64) -> JitterParams:
     """Draw what is done to some samples.
 
     Args:
-        colour: ranges and deviations.
+        color: ranges and deviations.
         seed: with epoch and index, the key.
         epoch: counted from 0.
         indices: int64 (B,), positions in the data set's index.
     """
     draws = uniforms(seed, epoch, indices, stream=_STREAM, count=14)
-    strengths = (colour.brightness, colour.contrast, colour.saturation)
-    low = np.array([*(max(0.0, 1 - s) for s in strengths), -colour.hue])
-    high = np.array([*(1 + s for s in strengths), colour.hue])
-    used = np.flatnonzero([*strengths, colour.hue])
+    strengths = (color.brightness, color.contrast, color.saturation)
+    low = np.array([*(max(0.0, 1 - s) for s in strengths), -color.hue])
+    high = np.array([*(1 + s for s in strengths), color.hue])
+    used = np.flatnonzero([*strengths, color.hue])
     # Box and Muller's normal numbers; 1 - u is never zero.
     radius = np.sqrt(-2 * np.log(1 - draws[:, 8:11]))
-    alphas = colour.lighting * radius * np.cos(2 * np.pi * draws[:, 11:14])
-    return Tints(
+    alphas = color.lighting * radius * np.cos(2 * np.pi * draws[:, 11:14])
+    return JitterParams(
         (low + (high - low) * draws[:, :4]).astype(np.float32),
         used[np.argsort(draws[:, 4 : 4 + len(used)], axis=1)],
         (255 * (alphas * _DEVIATIONS) @ _DIRECTIONS.T).astype(np.float32),
     )
 
 
-def coloured_views(
-    images: torch.Tensor | Regions, tints: Tints, *, normalize: Normalize, dtype: torch.dtype
+def jitter_views(
+    images: torch.Tensor | Regions, tints: JitterParams, *, normalize: Normalize, dtype: torch.dtype
 ) -> torch.Tensor:
-    """As `normalize_views` with one view, with other colours.
+    """As `normalize_views` with one view, with other colors.
 
     Args:
         images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
@@ -98,7 +98,7 @@ def _statistics(normalize: Normalize, device: torch.device) -> tuple[torch.Tenso
     return mean.to(device), scale.to(device)
 
 
-def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
+def jitter(x: torch.Tensor, tints: JitterParams) -> torch.Tensor:
     """The four operations in each sample's order: (B, 3, S, S), whole values of 0 to 255."""
     for operations in tints.order.T:
         rows = np.arange(len(operations))
@@ -118,7 +118,7 @@ def jitter(x: torch.Tensor, tints: Tints) -> torch.Tensor:
     return x
 
 
-def shift(x: torch.Tensor, tints: Tints) -> torch.Tensor:
+def shift(x: torch.Tensor, tints: JitterParams) -> torch.Tensor:
     """Lighting: add each sample's three constants to (B, 3, S, S). Nothing is cut off."""
     return x + _on(tints.shifts, x).view(-1, 3, 1, 1)
 

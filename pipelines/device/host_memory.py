@@ -16,7 +16,7 @@ import torch
 _KEPT = 3  # a trainer holds one batch while the next is made
 
 
-class Recycler:
+class BufferPool:
     """Hands out channels_last tensors on the CPU. One per loader."""
 
     def __init__(self) -> None:

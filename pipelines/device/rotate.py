@@ -2,7 +2,7 @@
 
 Order of operations: crop, flip, rotate. Rotating before the crop would leave black bars that give
 the answer away; flipping after it would make 90 and 270 degrees inseparable, because a mirrored
-quarter turn is the opposite quarter turn of the mirrored picture.
+quarter turn is the opposite quarter turn of the mirrored image.
 """
 
 from __future__ import annotations

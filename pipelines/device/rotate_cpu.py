@@ -18,10 +18,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from pipelines.batch import Regions
-from pipelines.imaging.resize import resample, scratch_size
+from pipelines.imaging.resize import resize_region, scratch_size
 from pipelines.native.jit import njit
 from pipelines.native.llvm import I32, I64, build, load, shuffle, store
-from pipelines.native.threads import Crew
+from pipelines.native.threads import LaneThreads
 from pipelines.spec import Normalize
 
 _BAND = 16  # rows; at 224 pixels the buffer takes 28 KB, or 56 KB for float32
@@ -153,7 +153,7 @@ def _resize(
         height, width = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
         at = target + 3 * side * side * i
         flip = flips[i] != 0
-        resample(source + offsets[i], 3 * width, height, width, at, side, flip, scratch)
+        resize_region(source + offsets[i], 3 * width, height, width, at, side, flip, scratch)
 
 
 @functools.cache
@@ -168,8 +168,8 @@ def _table(normalize: Normalize, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def _crew(threads: int) -> Crew:
-    return Crew(threads, "rotate")
+def _crew(threads: int) -> LaneThreads:
+    return LaneThreads(threads, "rotate")
 
 
 def _check(regions: Regions) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.spec import LoaderSpec, Shard
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Budget(NamedTuple):
 class Tunable(Protocol):
     """A `pipelines.engines.source.Source` whose number of threads can be changed between epochs."""
 
-    bad: BadSamples
+    bad: DecodeErrors
     workers: int
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Tunable(Protocol):
         """As `pipelines.engines.source.Source.epoch`."""
 
 
-class _Ignored(BadSamples):
+class _Ignored(DecodeErrors):
     """Trials mask what cannot be decoded, but neither count it nor name it: the epoch will."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Ignored(BadSamples):
         """Nothing."""
 
 
-def budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budget:
+def thread_budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budget:
     """Threads for decoding in this process, at least one.
 
     The allowed cores are those of the affinity mask, which job schedulers and containers narrow.
@@ -85,7 +85,7 @@ def budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budget:
     return Budget(threads, share, cores, shard.local_world)
 
 
-def tune(source: object, spec: LoaderSpec, limit: Budget) -> None:
+def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
     """Give an engine, built with the whole budget, the fewest threads that are as fast.
 
     Decodes the first batches of an epoch, and throws them away: with the budget, half of it, and so

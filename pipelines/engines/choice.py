@@ -8,7 +8,7 @@ import logging
 import torch
 
 from pipelines.beton.reader import Beton
-from pipelines.engines.autotune import budget, tune
+from pipelines.engines.autotune import autotune, thread_budget
 from pipelines.engines.samples import Samples
 from pipelines.engines.source import Source
 from pipelines.spec import Engine, LoaderSpec, Shard
@@ -71,8 +71,8 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     for engine in ranking:
         if engine == "ffcv" and not beton:
             notes.append("not ffcv: it reads .beton files only")
-        elif engine == "dali" and spec.max_bad:
-            notes.append("not dali: it cannot mask undecodable samples (max_bad)")
+        elif engine == "dali" and spec.max_undecodable:
+            notes.append("not dali: it cannot mask undecodable samples (max_undecodable)")
         elif engine == "dali" and raw:
             notes.append("not dali: it cannot read uncompressed samples")
         elif (missing := _missing(engine)) is not None:
@@ -88,7 +88,7 @@ def _open_source(
     engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
 ) -> Source:
     """Engines are imported here only, and only when asked for: each is a heavy package."""
-    limit = budget(spec, shard, device)
+    limit = thread_budget(spec, shard, device)
     workers = spec.workers or limit.threads
     source: Source
     match engine:
@@ -108,7 +108,7 @@ def _open_source(
             source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
     if spec.workers == 0:
         try:
-            tune(source, spec, limit)
+            autotune(source, spec, limit)
         except BaseException:
             source.close()
             raise

@@ -23,14 +23,14 @@ from pipelines.batch import RawBatch
 from pipelines.beton.reader import Beton
 from pipelines.engines import samples as data_sets
 from pipelines.engines.samples import RAW, Samples
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import crop, decode
-from pipelines.sampling.crops import boxes
+from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
-_AHEAD = 3  # batches in work: enough to cover one slow picture, small enough for memory
+_AHEAD = 3  # batches in work: enough to cover one slow image, small enough for memory
 _CHUNK = 16  # samples per task: boxes are drawn for a chunk at once
 
 
@@ -71,7 +71,7 @@ class FolderSource:
     ) -> None:
         self._samples, self._spec, self._pin = samples, spec, pin
         self._order = Order(len(samples), spec, shard, samples.labels)
-        self.bad = BadSamples(spec.max_bad)
+        self.bad = DecodeErrors(spec.max_undecodable)
         self._pool = _pool(workers)
         self._workers = workers
         self._kept: tuple[int, _Run] | None = None
@@ -181,30 +181,30 @@ class FolderSource:
 
     def _decode(self, epoch: int, rows: slice, work: _Work, stop: threading.Event) -> None:
         indices = work.indices[rows]
-        pictures: list[torch.Tensor] = []
+        images: list[torch.Tensor] = []
         for i, sample in enumerate(indices):
             if stop.is_set():
                 return
             try:
-                pictures.append(self._picture(int(sample)))
+                images.append(self._image(int(sample)))
             except ImageError as error:
                 work.bad[rows.start + i] = str(error)
                 # Any size that a crop fits into: the pixels are blanked below.
                 side = self._spec.crop.size
-                pictures.append(torch.zeros((3, side, side), dtype=torch.uint8))
-        work.boxes[rows] = boxes(
+                images.append(torch.zeros((3, side, side), dtype=torch.uint8))
+        work.boxes[rows] = crop_boxes(
             self._spec,
             epoch=epoch,
             indices=indices,
-            heights=np.array([p.shape[1] for p in pictures], np.int32),
-            widths=np.array([p.shape[2] for p in pictures], np.int32),
+            heights=np.array([p.shape[1] for p in images], np.int32),
+            widths=np.array([p.shape[2] for p in images], np.int32),
         )
-        for row, picture in enumerate(pictures, rows.start):
-            square = crop(picture, work.boxes[row], work.images.shape[1])
+        for row, image in enumerate(images, rows.start):
+            square = crop(image, work.boxes[row], work.images.shape[1])
             # numpy's copy: torch's would start a team of threads for each of ours.
             np.copyto(work.images[row].numpy(), square.permute(1, 2, 0).numpy())
 
-    def _picture(self, i: int) -> torch.Tensor:
+    def _image(self, i: int) -> torch.Tensor:
         samples = self._samples
         payload = data_sets.encoded(samples, i)
         if isinstance(samples, Beton) and samples.modes[i] == RAW:

@@ -1,4 +1,4 @@
-"""The data sets that engines read: encoded pictures with labels, from files or from a beton."""
+"""The data sets that engines read: encoded images with labels, from files or from a beton."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fingerprint(samples: Samples) -> str:
     """A short hash that identifies the data set: of a beton its tables.
 
     Of files it is paths, labels, and the sizes of up to `SIZED` files, evenly spaced. So other
-    pictures under the same names are noticed, also where every file was made anew; a few replaced
+    images under the same names are noticed, also where every file was made anew; a few replaced
     ones among many may not be, nor is one of the very same length. Times do not count: a copy on
     another machine is the same data set.
     """

@@ -13,7 +13,7 @@ from pipelines.imaging.decode import ImageError
 class Source(Protocol):
     """What an engine implements."""
 
-    bad: BadSamples
+    bad: DecodeErrors
     """Undecodable samples met so far."""
 
     def __len__(self) -> int:
@@ -33,8 +33,8 @@ class Source(Protocol):
 log = logging.getLogger(__name__)
 
 
-class BadSamples:
-    """The budget of undecodable samples per epoch (`LoaderSpec.max_bad`)."""
+class DecodeErrors:
+    """The budget of undecodable samples per epoch (`LoaderSpec.max_undecodable`)."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -55,7 +55,7 @@ class BadSamples:
         self._in_epoch += 1
         if self._in_epoch > self._limit:
             raise ImageError(
-                f"{name}: {reason} ({self._in_epoch} undecodable this epoch, max_bad is "
+                f"{name}: {reason} ({self._in_epoch} undecodable this epoch, max_undecodable is "
                 f"{self._limit}; raise it, or convert the data anew, which sets them aside)"
             )
         log.warning("masked %s: %s", name, reason)

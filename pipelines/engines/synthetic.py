@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines.source import BadSamples
-from pipelines.sampling.crops import boxes
+from pipelines.engines.source import DecodeErrors
+from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
@@ -26,7 +26,7 @@ class SyntheticSource:
 
     def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
         self._spec = spec
-        self.bad = BadSamples(spec.max_bad)
+        self.bad = DecodeErrors(spec.max_undecodable)
         generator = torch.Generator().manual_seed(spec.seed)
         count = spec.batch_size * spec.crop.size**2 * 3
         pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
@@ -42,10 +42,10 @@ class SyntheticSource:
         spec, side = self._spec, self._spec.side(epoch)
         shape = (spec.batch_size, side, side, 3)
         images = self._pixels[: spec.batch_size * side**2 * 3].view(shape)
-        # Pictures of the largest side: boxes do not depend on the epoch's.
+        # Images of the largest side: boxes do not depend on the epoch's.
         sizes = np.full(spec.batch_size, spec.crop.size, np.int32)
         for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
-            where = boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
+            where = crop_boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
             yield RawBatch(
                 images,
                 self._labels[torch.from_numpy(indices)],

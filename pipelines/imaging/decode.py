@@ -1,7 +1,7 @@
 """Image bytes of any supported format to upright RGB pixels, or one sentence why not.
 
 Every engine that decodes without FFCV or DALI, and the converter, decodes here: one rule for
-orientation, colour and broken files.
+orientation, color and broken files.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _TURN = {
 
 
 class ImageError(ValueError):
-    """The bytes are no picture we can use; the message says why in one line."""
+    """The bytes are no image we can use; the message says why in one line."""
 
 
 def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode one picture: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
+    """Decode one image: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
 
     Args:
         data: A whole file in one of `FORMATS`, recognised by content.
@@ -93,7 +93,7 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
         header: Its header, where the caller has read it already.
 
     Returns:
-        The reason why the picture is unusable, or None.
+        The reason why the image is unusable, or None.
     """
     try:
         header = header or read_header(data)
@@ -119,7 +119,7 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF picture: begins with {data[:8]!r}"
+            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: begins with {data[:8]!r}"
         ) from error
     check_size(*image.size)
     return image
@@ -128,7 +128,7 @@ def _open(data: bytes) -> Image.Image:
 def check_size(width: int, height: int) -> None:
     """Raise `ImageError` where there are no pixels or more than `MAX_PIXELS`."""
     if width < 1 or height < 1:
-        raise ImageError(f"the picture has {width} x {height} pixels")
+        raise ImageError(f"the image has {width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
@@ -178,7 +178,7 @@ def read_numbers(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
         uint8 (h, w).
 
     Raises:
-        ImageError: there is no such file, or it is no such picture; it begins with the path.
+        ImageError: there is no such file, or it is no such image; it begins with the path.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
@@ -190,11 +190,11 @@ def read_numbers(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
         raise ImageError(f"{os.fspath(path)}: {reason(error)}") from error
 
 
-def picture_size(path: str) -> tuple[int, int]:
-    """Height and width of a picture, upright, by its header alone.
+def image_size(path: str) -> tuple[int, int]:
+    """Height and width of an image, upright, by its header alone.
 
     Raises:
-        ImageError: no picture.
+        ImageError: no image.
         OSError: not readable.
     """
     if not os.path.isfile(path):

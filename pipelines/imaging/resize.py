@@ -1,4 +1,4 @@
-"""Antialiased bilinear resize of a region of a picture: the filter of Pillow's BILINEAR and of
+"""Antialiased bilinear resize of a region of an image: the filter of Pillow's BILINEAR and of
 torchvision's `resize(antialias=True)`, separable, in 16-bit fixed point.
 
 Samples lie at half-pixel centres. The filter is a triangle whose half-width is one source pixel
@@ -23,7 +23,7 @@ _HALF = 128  # half a grey level in 8.8 bits
 
 
 def scratch_size(height: int, width: int, side: int) -> int:
-    """Words that are enough for `resample` with regions up to height x width, outputs up to side.
+    """Words that are enough for `resize_region` with regions up to height x width, outputs up to side.
 
     A table has at most 4 * extent + 2 * entries weights: a smaller output has fewer entries, but
     more taps for each.
@@ -143,10 +143,10 @@ def _resample_blocks(
 
 
 @njit
-def resample(
+def resize_region(
     source: Any, stride: Any, height: Any, width: Any, out: Any, side: Any, flip: Any, scratch: Any
 ) -> None:  # pragma: no cover - compiled
-    """Resize a region of a picture to a square; no byte outside the region is read.
+    """Resize a region of an image to a square; no byte outside the region is read.
 
     Takes addresses, int64, because every layout of an array would be compiled anew.
 

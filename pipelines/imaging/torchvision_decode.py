@@ -1,4 +1,4 @@
-"""One picture: encoded bytes to upright pixels to a crop, with torchvision. The reference engine's
+"""One image: encoded bytes to upright pixels to a crop, with torchvision. The reference engine's
 arithmetic, and what other engines fall back on for a single sample that their decoder refused."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode(data: bytes | Pixels) -> torch.Tensor:
-    """Encoded picture to upright RGB pixels.
+    """Encoded image to upright RGB pixels.
 
     Returns:
         uint8 (3, H, W); memory is laid out as (H, W, 3) for JPEG files.
@@ -41,19 +41,19 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
     # Deprecated since torchvision 0.29, in favour of TorchCodec, which is no dependency of this
     # project; torchvision itself has no other decoder.
     try:
-        picture: torch.Tensor = decode_jpeg(
+        image: torch.Tensor = decode_jpeg(
             buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True
         )
     except RuntimeError as error:
         raise ImageError(str(error).splitlines()[0]) from error
-    return picture
+    return image
 
 
-def crop(picture: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
-    """Cut a box out of a picture, black outside, resized with an antialiased bilinear filter.
+def crop(image: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
+    """Cut a box out of an image, black outside, resized with an antialiased bilinear filter.
 
     Args:
-        picture: uint8 (3, H, W).
+        image: uint8 (3, H, W).
         box: int32 (5,): top, left, height, width, flip.
         size: side of the output in pixels.
 
@@ -63,7 +63,7 @@ def crop(picture: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
     top, left, height, width, flip = (int(v) for v in box)
     # Cut, copied and flipped by numpy, in (H, W, 3): torch would start a team of threads for each
     # of the folder engine's own.
-    pixels = picture.permute(1, 2, 0).numpy()
+    pixels = image.permute(1, 2, 0).numpy()
     region = np.zeros((height, width, 3), np.uint8)
     y0, y1 = max(top, 0), min(top + height, pixels.shape[0])
     x0, x1 = max(left, 0), min(left + width, pixels.shape[1])

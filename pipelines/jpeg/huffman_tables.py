@@ -9,7 +9,7 @@ import numpy as np
 from pipelines.native.jit import njit
 
 LOOK: Final = 11
-"""Bits looked up at once: the tables of a picture stay in the first-level cache."""
+"""Bits looked up at once: the tables of an image stay in the first-level cache."""
 SIZE: Final = 1 << LOOK
 _EOB: Final = 1 << 13
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 MAX_PIXELS = 100_000_000
-"""Pictures with more pixels than this are refused before anything is allocated for them."""
+"""Images with more pixels than this are refused before anything is allocated for them."""
 
 _SOI, _EOI, _SOS, _DHT, _DQT, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD, 0xDC
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
@@ -24,7 +24,7 @@ class JpegError(ValueError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What a JPEG stream says about its picture before any of it is decoded."""
+    """What a JPEG stream says about its image before any of it is decoded."""
 
     height: int
     """Rows as stored, before the orientation is applied."""
@@ -35,11 +35,11 @@ class JpegHeader:
     precision: int
     """Bits per component."""
     frame: int
-    """The start-of-frame marker's second byte, 0xC0 to 0xCF: how the picture is coded."""
+    """The start-of-frame marker's second byte, 0xC0 to 0xCF: how the image is coded."""
     orientation: int
     """Exif orientation, 1 to 8; 1 where the stream has none that is valid."""
     adobe_transform: int | None
-    """Colour transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None without one."""
+    """Color transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None without one."""
     frame_at: int
     """Offset of the start-of-frame marker."""
     tables: tuple[tuple[int, int], ...]
@@ -66,7 +66,7 @@ class JpegHeader:
 
     @property
     def progressive(self) -> bool:
-        """Whether the picture comes in several scans of rising detail."""
+        """Whether the image comes in several scans of rising detail."""
         return self.frame in (0xC2, 0xC6, 0xCA, 0xCE)
 
     @property
@@ -239,7 +239,7 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
         walk.check_scan(start, stop)
         pos = walk.entropy(stop)
     if walk.frame is None or scan is None:
-        raise JpegError(f"the stream ends at byte {pos} without a picture")
+        raise JpegError(f"the stream ends at byte {pos} without an image")
     frame, precision, height, width, components = walk.frame
     return JpegHeader(
         height=height,

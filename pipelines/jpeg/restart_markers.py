@@ -34,7 +34,7 @@ _STANDARD = (
 )
 
 
-class Cuts(NamedTuple):
+class RestartLayout(NamedTuple):
     """Where a stream with restart markers can be cut; fields as in `segments.RECORD`."""
 
     head: int
@@ -53,7 +53,7 @@ class Cuts(NamedTuple):
         return self[:7]
 
 
-def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
+def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, RestartLayout] | None:
     """Write the stream anew with a restart marker behind every segment but the last.
 
     A segment is a part of a row of MCUs: the finest of its divisors that adds at most `SHARE` to
@@ -86,7 +86,7 @@ def with_restarts(data: bytes, scan: Scan) -> tuple[bytes, Cuts] | None:
             codes = _codes(data, scan, standard)
         if size != _TOO_LONG:
             head, frame = _head(data, scan, interval, standard)
-            cuts = Cuts(len(head), frame, interval, scan.columns, scan.rows, scan.mcu_width,
+            cuts = RestartLayout(len(head), frame, interval, scan.columns, scan.rows, scan.mcu_width,
                         scan.mcu_height, lengths)  # fmt: skip
             return b"".join((head, out[:size].tobytes(), b"\xff\xd9")), cuts
     return None

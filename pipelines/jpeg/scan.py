@@ -13,7 +13,7 @@ from pipelines.jpeg.markers import JpegError, JpegHeader
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The only scan of a sequential picture, walked from end to end."""
+    """The only scan of a sequential image, walked from end to end."""
 
     header: JpegHeader
     end: int
@@ -41,10 +41,10 @@ class Scan:
 
 
 def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
-    """Walk over every Huffman code of a baseline picture.
+    """Walk over every Huffman code of a baseline image.
 
     Returns:
-        What was found; None where the picture is not sequential with 8 bits, 1 or 3 components of
+        What was found; None where the image is not sequential with 8 bits, 1 or 3 components of
         sampling factors 1, 2 or 4, and one scan of them all.
 
     Raises:

@@ -2,11 +2,11 @@
 
 A stream with restart markers is a row of entropy-coded segments that can be decoded one without the
 other. Those under the crop are copied behind the stream's own head, whose frame size is set to
-theirs; any decoder reads the result, and its pixels equal those of the whole picture's decode.
+theirs; any decoder reads the result, and its pixels equal those of the whole image's decode.
 
 Where a component is subsampled, libjpeg interpolates it from the two nearest samples: so the region
-reaches `_MARGIN` pixels beyond the crop there, except at the picture's edges, where the small
-picture ends as the whole one does.
+reaches `_MARGIN` pixels beyond the crop there, except at the image's edges, where the small
+image ends as the whole one does.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def region(
 
     Args:
         record: of `segments.RECORD`, one that can be cut.
-        height, width: of the picture.
-        box: top, left, height, width; clamped to the picture.
+        height, width: of the image.
+        box: top, left, height, width; clamped to the image.
     """
     mcu_height, mcu_width = np.int64(record.mcu_height), np.int64(record.mcu_width)
     y_margin = _MARGIN if mcu_height > 8 else 0
@@ -64,14 +64,14 @@ def splice(
         start, size: where.
         record: of `segments.RECORD`.
         lengths: uint16, as `Segments.lengths`.
-        height, width: of the picture.
+        height, width: of the image.
         box: int32 (4 or more,): top, left, height, width; it may stick out.
         out: uint8, at least `size` long.
 
     Returns:
         The number of bytes written; 0 where the stored bytes are to be decoded as they are, because
         all of them are needed or they cannot be cut; `MISMATCH` where the record does not fit them.
-        Then row and column of the small picture's corner in the whole one, its height and width.
+        Then row and column of the small image's corner in the whole one, its height and width.
     """
     interval = np.int64(record.interval)
     if interval == 0:

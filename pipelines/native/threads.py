@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 
-class Crew:
+class LaneThreads:
     """Threads for the lanes of a batch, the caller's among them.
 
     Python's own: numba's parallel loops take twenty seconds to compile, have one size and one
@@ -59,7 +59,7 @@ class Crew:
 _Calls = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
-class Runner:
+class DaemonWorker:
     """One thread for calls that may never return: the end of the process does not wait for it.
 
     A pool's threads are joined when the interpreter ends, however long that takes.

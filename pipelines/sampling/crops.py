@@ -11,26 +11,28 @@ import numpy as np
 
 from pipelines.arrays import Float64, Int32, Int64
 from pipelines.sampling.random_bits import uniforms
-from pipelines.spec import CenterCrop, Crop, LoaderSpec, RandomCrop, RandomResizedCrop, Squash
+from pipelines.spec import CenterCrop, Crop, LoaderSpec, RandomCrop, RandomResizedCrop, Resize
 
 _TRIES = 10  # torchvision's RandomResizedCrop draws ten boxes before it falls back to the centre
 _FLIP, _PLACE, _SHAPE = 0, 1, 3  # first draw of each use; _SHAPE takes 2 * _TRIES
 _DRAWS = _SHAPE + 2 * _TRIES
 
 
-def boxes(spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32) -> Int32:
+def crop_boxes(
+    spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32
+) -> Int32:
     """Boxes of some samples.
 
     Args:
         spec: crop, flip and seed are read.
         epoch: counted from 0.
         indices: int64 (B,), positions in the data set's index.
-        heights: int32 (B,), of the upright pictures, in pixels.
+        heights: int32 (B,), of the upright images, in pixels.
         widths: as heights.
 
     Returns:
-        int32 (B, 5): top, left, height, width in pixels of the upright picture, and flip as 0 or 1.
-        Boxes of a padded crop may begin above or left of the picture or end beyond it.
+        int32 (B, 5): top, left, height, width in pixels of the upright image, and flip as 0 or 1.
+        Boxes of a padded crop may begin above or left of the image or end beyond it.
     """
     draws = uniforms(spec.seed, epoch, indices, count=_DRAWS)
     out = np.empty((len(indices), 5), np.int32)
@@ -43,12 +45,12 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
     match crop:
         case RandomResizedCrop():
             return _random_resized(crop, draws, heights, widths)
-        case Squash():
+        case Resize():
             zero = np.zeros_like(heights)
             return np.stack([zero, zero, heights, widths], axis=1)
         case CenterCrop():
             side = _side(crop.size, crop.resize, heights, widths)
-            # Floor division also centres a box that is larger than the picture.
+            # Floor division also centres a box that is larger than the image.
             return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
         case RandomCrop():
             side = _side(crop.size, crop.resize, heights, widths)
@@ -59,7 +61,7 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
             if (room < 0).any():
                 i = int(np.flatnonzero((room < 0).any(axis=1))[0])
                 raise ValueError(
-                    f"a picture of {widths[i]}x{heights[i]} pixels with {crop.padding} pixels of "
+                    f"an image of {widths[i]}x{heights[i]} pixels with {crop.padding} pixels of "
                     f"padding is too small for a crop of {crop.size}; set crop.resize"
                 )
             corner = _below(draws[:, _PLACE : _PLACE + 2], room + 1) - pad[:, None]
@@ -67,7 +69,7 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
 
 
 def _side(length: int, resize: int | None, heights: Int64, widths: Int64) -> Int64:
-    """A length of the resized picture in pixels of the stored one, at least one pixel."""
+    """A length of the resized image in pixels of the stored one, at least one pixel."""
     if resize is None:
         return np.full_like(heights, length)
     short = np.minimum(heights, widths)
@@ -75,19 +77,19 @@ def _side(length: int, resize: int | None, heights: Int64, widths: Int64) -> Int
 
 
 def may_stick_out(crop: Crop) -> bool:
-    """Whether any box of this crop can leave its picture, whatever the picture's size."""
+    """Whether any box of this crop can leave its image, whatever the image's size."""
     match crop:
         case RandomCrop():
-            return crop.padding > 0  # without padding, too small a picture is refused
+            return crop.padding > 0  # without padding, too small an image is refused
         case CenterCrop():
             return crop.resize is None or crop.size > crop.resize
-        case RandomResizedCrop() | Squash():
+        case RandomResizedCrop() | Resize():
             return False
 
 
 def patch_side(crop: Crop, heights: Int32, widths: Int32) -> int:
-    """Longest side in pixels of any box that may stick out of its picture; 1 where none can."""
-    if isinstance(crop, RandomResizedCrop | Squash) or not may_stick_out(crop):
+    """Longest side in pixels of any box that may stick out of its image; 1 where none can."""
+    if isinstance(crop, RandomResizedCrop | Resize) or not may_stick_out(crop):
         return 1
     h, w = heights.astype(np.int64), widths.astype(np.int64)
     return int(_side(crop.size, crop.resize, h, w).max())
@@ -113,7 +115,7 @@ def _random_resized(
     first = fits.argmax(axis=1)
     rows = np.arange(len(heights))
     found = fits[rows, first]
-    # The fallback: the whole picture, cut to the nearest allowed aspect ratio.
+    # The fallback: the whole image, cut to the nearest allowed aspect ratio.
     aspect_in = widths / heights
     h_fall = np.where(aspect_in < crop.ratio[0], np.rint(widths / crop.ratio[0]), heights)
     w_fall = np.where(aspect_in > crop.ratio[1], np.rint(heights * crop.ratio[1]), widths)

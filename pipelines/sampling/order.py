@@ -25,7 +25,7 @@ from pipelines.spec import LoaderSpec, Shard
 _DRAWN = 1 << 21  # samples up to which the permutation is drawn whole: 60 ms, 16 MB
 _BLOCK = 1 << 15  # places computed at once: their words stay in the cache
 _ROUNDS = 6
-_LIMIT_STREAM = 0x11317  # keeps the draw of `limit` apart from every epoch's permutation
+_LIMIT_STREAM = 0x11317  # keeps the draw of `max_samples` apart from every epoch's permutation
 
 
 def permutation(n: int, *, seed: int, epoch: int, at: Int64 | None = None) -> Int64:
@@ -106,11 +106,13 @@ def balanced(labels: Int64, count: int, *, seed: int) -> Int64:
         ValueError: a sample without a label, or a class with fewer samples.
     """
     if labels.min() < 0:
-        raise ValueError("per_class needs a label for every sample")
+        raise ValueError("samples_per_class needs a label for every sample")
     sizes = np.bincount(labels)
     small = np.flatnonzero((sizes > 0) & (sizes < count))
     if len(small):
-        raise ValueError(f"per_class={count}: class {small[0]} has {sizes[small[0]]} samples only")
+        raise ValueError(
+            f"samples_per_class={count}: class {small[0]} has {sizes[small[0]]} samples only"
+        )
     order = permutation(len(labels), seed=seed, epoch=-_LIMIT_STREAM)
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = (np.cumsum(sizes) - sizes)[sizes > 0]
@@ -122,11 +124,11 @@ class Order:
     """The sequence of batches of one rank."""
 
     n: int
-    """Samples in the data set, before `limit`."""
+    """Samples in the data set, before `max_samples`."""
     spec: LoaderSpec
     shard: Shard
     labels: Int64 | None = None
-    """(n,): class ids, which `per_class` needs."""
+    """(n,): class ids, which `samples_per_class` needs."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -140,20 +142,20 @@ class Order:
 
     @property
     def size(self) -> int:
-        """Samples in use, after `limit` and `per_class`."""
+        """Samples in use, after `max_samples` and `samples_per_class`."""
         return self.n if self._chosen is None else len(self._chosen)
 
     @cached_property
     def _chosen(self) -> Int64 | None:
         """The samples in use, rising; None: all."""
         spec = self.spec
-        if spec.per_class is not None:
+        if spec.samples_per_class is not None:
             if self.labels is None:
-                raise ValueError("per_class needs labels")
-            return balanced(self.labels, spec.per_class, seed=spec.seed)
-        if spec.limit is None or spec.limit >= self.n:
+                raise ValueError("samples_per_class needs labels")
+            return balanced(self.labels, spec.samples_per_class, seed=spec.seed)
+        if spec.max_samples is None or spec.max_samples >= self.n:
             return None
-        first = np.arange(spec.limit, dtype=np.int64)
+        first = np.arange(spec.max_samples, dtype=np.int64)
         return np.sort(permutation(self.n, seed=spec.seed, epoch=-_LIMIT_STREAM, at=first))
 
     @property

@@ -1,4 +1,4 @@
-"""Features of a frozen trunk over whole data sets, computed once and kept on disk.
+"""Features of a frozen backbone over whole data sets, computed once and kept on disk.
 
 A row per sample, whatever the number of processes: padding is dropped, and rows lie in the order of
 the samples' indices. A stage is computed only where the folder does not have it yet, so that sweeps
@@ -30,29 +30,29 @@ from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.records.progress import Progress
 from rotpred.training.data import open_data
 from rotpred.training.precision import autocast
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
 
-def open_pictures(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+def open_images(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
     """Open this rank's part of data whose features are wanted.
 
     Raises:
         ValueError: the spec leaves something to chance, or it and the data do not fit together.
         FileNotFoundError: there are no such data.
     """
-    chance = spec.flip or spec.shuffle or spec.colour.active
+    chance = spec.flip or spec.shuffle or spec.color_jitter.active
     if chance or spec.drop_last or spec.views != "plain":
         raise ValueError(
-            "features need every picture once, as it is: views plain, no flip, no shuffle and no "
+            "features need every image once, as it is: views plain, no flip, no shuffle and no "
             "drop_last"
         )
-    return open_data(spec, rank, Run(precision=precision))
+    return open_data(spec, rank, RunSettings(precision=precision))
 
 
 def extract(
-    trunk: Backbone,
+    backbone: Backbone,
     loader: Loader,
     rank: Rank,
     *,
@@ -64,12 +64,12 @@ def extract(
     """Return the features of every sample; all ranks call, and get the same.
 
     Args:
-        trunk: of `trunk.load_trunk`.
-        loader: of `open_pictures`.
+        backbone: of `backbone.load_frozen_backbone`.
+        loader: of `open_images`.
         rank: who computes which part.
-        names: stages of the trunk, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
+        names: stages of the backbone, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
         precision: of the network; pools work in float32.
-        cache: folder for the arrays, in one subfolder per trunk and data; on several machines they
+        cache: folder for the arrays, in one subfolder per backbone and data; on several machines they
             must share it. Where another job writes the same arrays, a single process waits for
             them; several raise, as they would wait for longer than their group may.
         store: type of the arrays.
@@ -79,19 +79,21 @@ def extract(
             another job, or has no space for the arrays.
         RuntimeError: the ranks have other data.
     """
-    unknown = [name for name in names if name not in (*trunk.stage_names, AVGPOOL)]
+    unknown = [name for name in names if name not in (*backbone.stage_names, AVGPOOL)]
     if unknown or not names:
-        known = ", ".join((*trunk.stage_names, AVGPOOL))
-        raise ValueError(f"{trunk.arch} has no stage {unknown or '(none named)'}: it has {known}")
+        known = ", ".join((*backbone.stage_names, AVGPOOL))
+        raise ValueError(
+            f"{backbone.arch} has no stage {unknown or '(none named)'}: it has {known}"
+        )
     check_equal(len(loader), rank, what="steps in an epoch")
     check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the data")
-    about = _about(trunk, loader, precision, store)
+    about = _about(backbone, loader, precision, store)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
     folder = cache / key
     with contextlib.ExitStack() as held:
-        missing = _missing(trunk, loader, rank, names, store, folder, held)
+        missing = _missing(backbone, loader, rank, names, store, folder, held)
         if missing:
-            _compute(trunk, loader, rank, missing, precision, store, folder)
+            _compute(backbone, loader, rank, missing, precision, store, folder)
             if rank.main:
                 write_json(folder / "features.json", about)
         elif rank.main:
@@ -113,23 +115,23 @@ def extract(
 
 
 def _about(
-    trunk: Backbone, loader: Loader, precision: Precision, store: Store
+    backbone: Backbone, loader: Loader, precision: Precision, store: Store
 ) -> dict[str, object]:
     """All that decides the values, but for the engine, which changes pixels by rounding only."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(trunk.state_dict().items()):
+    for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     spec = asdict(loader.spec)
-    drawn = {} if spec["limit"] is None and loader.data_id else {"seed": spec["seed"]}
-    if spec["per_class"] is not None:
-        drawn = {"per_class": spec["per_class"], "seed": spec["seed"]}
+    drawn = {} if spec["max_samples"] is None and loader.data_id else {"seed": spec["seed"]}
+    if spec["samples_per_class"] is not None:
+        drawn = {"samples_per_class": spec["samples_per_class"], "seed": spec["seed"]}
     result = plain(
         {
-            "arch": trunk.arch,
+            "arch": backbone.arch,
             "weights": digest.hexdigest(),
             "data": loader.data_id or f"synthetic {spec['samples']}",
-            **{name: spec[name] for name in ("normalize", "limit", "max_bad")},
+            **{name: spec[name] for name in ("normalize", "max_samples", "max_undecodable")},
             "crop": {"kind": type(loader.spec.crop).__name__, **spec["crop"]},
             **drawn,
             "precision": precision,
@@ -141,7 +143,7 @@ def _about(
 
 
 def _missing(
-    trunk: Backbone,
+    backbone: Backbone,
     loader: Loader,
     rank: Rank,
     names: Sequence[str],
@@ -163,10 +165,10 @@ def _missing(
                 # Once more: another job may have written them in the meantime.
                 missing = [name for name in missing if not (folder / f"{name}.npy").exists()]
             if missing:
-                dims, _ = _pooled(trunk, loader.spec.crop.size)
+                dims, _ = _pooled(backbone, loader.spec.crop.size)
                 width = sum(dims[name] for name in missing) * np.dtype(store).itemsize
                 count = len(loader) * loader.spec.batch_size * rank.world
-                what = f"{', '.join(missing)} of {count:,} pictures as {store}"
+                what = f"{', '.join(missing)} of {count:,} images as {store}"
                 check_space(folder, count * (width + 2 * np.dtype(np.int64).itemsize), what=what)
             said["missing"] = missing
         except OSError as error:
@@ -179,17 +181,17 @@ def _missing(
     raise ValueError(said["error"])
 
 
-def _pooled(trunk: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn.Module]]:
+def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn.Module]]:
     """Length of a sample's features, and what pools the maps to them, by name of the stage."""
-    names, pools = (*trunk.stage_names, AVGPOOL), stage_pools(trunk, size)
-    dims = (*pooled_dims(trunk, size, pools), trunk.dim)
+    names, pools = (*backbone.stage_names, AVGPOOL), stage_pools(backbone, size)
+    dims = (*pooled_dims(backbone, size, pools), backbone.dim)
     pools = [*pools, nn.AdaptiveAvgPool2d(1)]
     return dict(zip(names, dims, strict=True)), dict(zip(names, pools, strict=True))
 
 
 @torch.inference_mode()
 def _compute(
-    trunk: Backbone,
+    backbone: Backbone,
     loader: Loader,
     rank: Rank,
     names: Sequence[str],
@@ -198,8 +200,8 @@ def _compute(
     folder: Path,
 ) -> None:
     """Write the arrays of some stages; the main process has the pen."""
-    dims, pools = _pooled(trunk, loader.spec.crop.size)
-    places = {name: trunk.stage_names.index(name) if name != AVGPOOL else -1 for name in names}
+    dims, pools = _pooled(backbone, loader.spec.crop.size)
+    places = {name: backbone.stage_names.index(name) if name != AVGPOOL else -1 for name in names}
     with contextlib.ExitStack() as stack:
         files: dict[str, Append] = {}
         if rank.main:
@@ -214,7 +216,7 @@ def _compute(
         last = -1
         for step, batch in enumerate(loader.epoch(0), start=1):
             with autocast(rank.device, precision):
-                maps = trunk.stages(batch.images)
+                maps = backbone.stages(batch.images)
             gathered = {
                 name: pools[name](maps[place].float()).flatten(1) for name, place in places.items()
             }

@@ -1,8 +1,8 @@
-"""Batches of features that lie on disk, in place of pictures: classifiers without the trunk's work.
+"""Batches of features that lie on disk, in place of images: classifiers without the backbone's work.
 
 Rows are read when their batch is due, in shuffled order: from memory where the system can keep the
 files there, else from the disk in every epoch (`in1k_mhead`: 226 GB as float32). Order, batches,
-masks and resuming are those of pictures (`pipelines.sampling.order`); what is lost is the augmentation,
+masks and resuming are those of images (`pipelines.sampling.order`); what is lost is the augmentation,
 because a sample has the same features in every epoch.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from pipelines.arrays import Int64
 from pipelines.batch import IGNORE, Batch, RawBatch
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.loader import Loader
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
@@ -28,7 +28,7 @@ class _Rows:
     """The rows of several stages side by side, as the bytes that the loader sends to the device."""
 
     def __init__(self, features: Features, names: Sequence[str], order: Order) -> None:
-        self.bad = BadSamples(0)
+        self.bad = DecodeErrors(0)
         self._features, self._names, self._order = features, names, order
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class FeatureLoader(Loader):
             rank: takes its part of each global batch.
         """
         # The features are those of the chosen samples already: none are drawn again.
-        all_of_them = replace(spec, limit=None, per_class=None)
+        all_of_them = replace(spec, max_samples=None, samples_per_class=None)
         order = Order(len(features.labels), all_of_them, Shard(rank.rank, rank.world))
         super().__init__(
             _Rows(features, names, order),

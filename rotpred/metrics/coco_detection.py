@@ -9,13 +9,15 @@ from typing import Any
 
 from pipelines.datasets.annotations import DenseSamples
 from pipelines.datasets.coco import api, decompressed
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 
 _NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
 """The first of what COCOeval.summarize leaves in `stats`."""
 
 
-def coco_metrics(found: Sequence[Found], samples: DenseSamples, *, masks: bool) -> dict[str, float]:
+def coco_metrics(
+    found: Sequence[ImageDetections], samples: DenseSamples, *, masks: bool
+) -> dict[str, float]:
     """COCO's AP of boxes, and of masks where asked for, shares from 0 to 1.
 
     Names are box/AP (mean over ten overlaps), box/AP50, box/AP75, box/AP-small, box/AP-medium and
@@ -25,15 +27,15 @@ def coco_metrics(found: Sequence[Found], samples: DenseSamples, *, masks: bool) 
     objects, which COCO does not have, are ignored as crowds are, but each for one detection only.
 
     Args:
-        found: one per picture, in the order of the data set; all with masks where `masks`.
+        found: one per image, in the order of the data set; all with masks where `masks`.
         samples: the truth; with outlines where `masks`.
 
     Raises:
-        ValueError: another number of pictures, a label that is no class, masks are lacking, no
+        ValueError: another number of images, a label that is no class, masks are lacking, no
             object counts, or pycocotools is not installed.
     """
     if len(found) != len(samples):
-        raise ValueError(f"detections of {len(found)} pictures for a data set of {len(samples)}")
+        raise ValueError(f"detections of {len(found)} images for a data set of {len(samples)}")
     for i, one in enumerate(found):
         if len(one.labels) and not 0 <= one.labels.min() <= one.labels.max() < len(samples.classes):
             raise ValueError(f"{samples.names[i]}: a detection's label is no class")
@@ -50,13 +52,13 @@ def coco_metrics(found: Sequence[Found], samples: DenseSamples, *, masks: bool) 
 
 
 def check_runs(mask: Mapping[str, Any], height: int, width: int) -> None:
-    """Refuse compressed run lengths that are not of a picture: pycocotools hangs on some.
+    """Refuse compressed run lengths that are not of an image: pycocotools hangs on some.
 
     Raises:
         ValueError: another size, or lengths that do not add up to it.
     """
     if list(mask["size"]) != [height, width]:
-        raise ValueError(f"run lengths of size {mask['size']}, the picture has {[height, width]}")
+        raise ValueError(f"run lengths of size {mask['size']}, the image has {[height, width]}")
     counts = mask["counts"].encode() if isinstance(mask["counts"], str) else mask["counts"]
     runs = decompressed(counts)
     # The sixth bit of the last character would make pycocotools read on behind the end.
@@ -66,7 +68,7 @@ def check_runs(mask: Mapping[str, Any], height: int, width: int) -> None:
 
 
 def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
-    """Annotations as pycocotools knows them; picture and class numbers count from 1."""
+    """Annotations as pycocotools knows them; image and class numbers count from 1."""
     rows: list[dict[str, Any]] = []
     for i in range(len(samples)):
         objects = samples.objects(i)
@@ -114,7 +116,7 @@ def _area(outline: Any, runs: Any) -> float:
     return total
 
 
-def _detections(found: Sequence[Found], kind: str) -> list[dict[str, Any]]:
+def _detections(found: Sequence[ImageDetections], kind: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i, one in enumerate(found):
         boxes = one.boxes.astype(float).tolist()

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was detected in one picture, K objects, in pixels of the upright stored picture."""
+class ImageDetections:
+    """What was detected in one image, K objects, in pixels of the upright stored image."""
 
     boxes: npt.NDArray[np.float32]
     """(K, 4): left, top, right, bottom; right - left is the width, as in `Objects`."""

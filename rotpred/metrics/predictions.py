@@ -18,7 +18,7 @@ from pipelines.imaging.decode import ImageError, read_numbers
 from rotpred.distributed import Rank, gather_rows
 from rotpred.files import write_atomic
 from rotpred.metrics.coco_detection import check_runs
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 
 _HIGHEST = float(np.finfo(np.float32).max)
 
@@ -30,22 +30,24 @@ class _Numbered(Protocol):
     category_ids: tuple[int, ...]
 
 
-def gather_found(found: Mapping[int, Found], n: int, rank: Rank) -> list[Found]:
-    """Bring what each process detected together: one per picture, in order, on all ranks.
+def gather_detections(
+    found: Mapping[int, ImageDetections], n: int, rank: Rank
+) -> list[ImageDetections]:
+    """Bring what each process detected together: one per image, in order, on all ranks.
 
     All ranks call. What travels is numbers and JSON text: nothing is unpickled.
 
     Args:
-        found: of this process's pictures, by their position; any number of them.
-        n: pictures in the data set.
+        found: of this process's images, by their position; any number of them.
+        n: images in the data set.
         rank: of this process.
 
     Raises:
-        ValueError: on all ranks: a picture is lacking, comes twice, or is not below n.
+        ValueError: on all ranks: an image is lacking, comes twice, or is not below n.
     """
-    pictures = sorted(found)
-    parts = [found[i] for i in pictures]
-    heads = [[i, len(one.boxes), len(one.masks)] for i, one in zip(pictures, parts, strict=True)]
+    images = sorted(found)
+    parts = [found[i] for i in images]
+    heads = [[i, len(one.boxes), len(one.masks)] for i, one in zip(images, parts, strict=True)]
     boxes = [np.zeros((0, 4), np.float32), *(one.boxes for one in parts)]
     labels = [np.zeros(0, np.int64), *(one.labels for one in parts)]
     scores = [np.zeros(0, np.float32), *(one.scores for one in parts)]
@@ -56,7 +58,7 @@ def gather_found(found: Mapping[int, Found], n: int, rank: Rank) -> list[Found]:
         _ragged(torch.frombuffer(bytearray(masks), dtype=torch.uint8), rank),
         strict=True,
     )
-    everything: dict[int, Found] = {}
+    everything: dict[int, ImageDetections] = {}
     twice: set[int] = set()
     for heads_of, boxes_of, labels_of, scores_of, masks_of in gathered:
         every_mask = json.loads(masks_of.numpy().tobytes())
@@ -64,7 +66,7 @@ def gather_found(found: Mapping[int, Found], n: int, rank: Rank) -> list[Found]:
         for i, k, k_masks in heads_of.tolist():
             if i in everything:
                 twice.add(i)
-            everything[i] = Found(
+            everything[i] = ImageDetections(
                 boxes=boxes_of[at : at + k].numpy(),
                 labels=labels_of[at : at + k].numpy(),
                 scores=scores_of[at : at + k].numpy(),
@@ -73,9 +75,7 @@ def gather_found(found: Mapping[int, Found], n: int, rank: Rank) -> list[Found]:
             at, at_mask = at + k, at_mask + k_masks
     wrong = sorted(twice | set(everything) ^ set(range(n)))
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} pictures lack, come twice or are not below {n}: {wrong[:5]}"
-        )
+        raise ValueError(f"{len(wrong)} images lack, come twice or are not below {n}: {wrong[:5]}")
     return [everything[i] for i in range(n)]
 
 
@@ -90,10 +90,10 @@ def _ragged(tensor: torch.Tensor, rank: Rank) -> list[torch.Tensor]:
     return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
-def write_found(path: Path, found: Sequence[Found], samples: DenseSamples) -> None:
+def write_detections(path: Path, found: Sequence[ImageDetections], samples: DenseSamples) -> None:
     """Write detections as COCO's results are written: a JSON list of objects.
 
-    image_id is the picture's name, a number where it is one without leading zeros; category_id is
+    image_id is the image's name, a number where it is one without leading zeros; category_id is
     COCO's where the data set has such, else counts from 1 in the order of the classes.
 
     Raises:
@@ -118,15 +118,15 @@ def write_found(path: Path, found: Sequence[Found], samples: DenseSamples) -> No
     write_atomic(path, json.dumps(rows).encode())
 
 
-def read_found(path: Path, samples: DenseSamples) -> list[Found]:
-    """Read detections: a JSON file as `write_found` writes, or a folder of VOC's text files.
+def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
+    """Read detections: a JSON file as `write_detections` writes, or a folder of VOC's text files.
 
     The folder has a file [ANYTHING_]CLASS.txt for every class, as comp3_det_test_dog.txt, possibly
     empty, with lines `NAME SCORE XMIN YMIN XMAX YMAX`, corners counted from 1 and both part of the
-    box. A picture without a line or entry has no detections.
+    box. An image without a line or entry has no detections.
 
     Returns:
-        One per picture, in the order of the data set, detections in the order of the file.
+        One per image, in the order of the data set, detections in the order of the file.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -142,9 +142,9 @@ def read_found(path: Path, samples: DenseSamples) -> list[Found]:
     for i, mine in enumerate(rows):
         masks = tuple(mask for *_, mask in mine if mask is not None)
         if len(masks) not in (0, len(mine)):
-            raise ValueError(f"{path}: picture {samples.names[i]}: not all detections have masks")
+            raise ValueError(f"{path}: image {samples.names[i]}: not all detections have masks")
         found.append(
-            Found(
+            ImageDetections(
                 boxes=np.array([box for box, *_ in mine], np.float32).reshape(-1, 4),
                 labels=np.array([label for _, label, *_ in mine], np.int64),
                 scores=np.array([score for _, _, score, _ in mine], np.float32),
@@ -170,14 +170,14 @@ def _results(path: Path, samples: DenseSamples) -> list[list[_Row]]:
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of detections, got a {type(entries).__name__}")
-    pictures = {name: i for i, name in enumerate(samples.names)}
+    images = {name: i for i, name in enumerate(samples.names)}
     labels = {number: label for label, number in enumerate(_categories(samples))}
-    rows: list[list[_Row]] = [[] for _ in pictures]
+    rows: list[list[_Row]] = [[] for _ in images]
     for number, entry in enumerate(entries):
         try:
-            i = pictures.get(str(entry["image_id"]))
+            i = images.get(str(entry["image_id"]))
             if i is None:
-                raise ValueError(f"no picture has image_id {entry['image_id']!r}")
+                raise ValueError(f"no image has image_id {entry['image_id']!r}")
             if entry["category_id"] not in labels:
                 raise ValueError(f"no class has category_id {entry['category_id']!r}")
             left, top, width, height = (float(v) for v in entry["bbox"])
@@ -206,8 +206,8 @@ def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
         if name in files:
             raise ValueError(f"{files[name]} and {file} are both of class {name}: keep one")
         files[name] = file
-    pictures = {name: i for i, name in enumerate(samples.names)}
-    rows: list[list[_Row]] = [[] for _ in pictures]
+    images = {name: i for i, name in enumerate(samples.names)}
+    rows: list[list[_Row]] = [[] for _ in images]
     for label, name in enumerate(samples.classes):
         if name not in files:
             raise ValueError(f"{folder}: no file *_{name}.txt; one without detections is empty")
@@ -217,12 +217,12 @@ def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
                 parts = line.split()
                 if len(parts) != 6:
                     raise ValueError(f"expected NAME SCORE XMIN YMIN XMAX YMAX, got {line[:80]!r}")
-                if parts[0] not in pictures:
-                    raise ValueError(f"no picture is called {parts[0]!r}")
+                if parts[0] not in images:
+                    raise ValueError(f"no image is called {parts[0]!r}")
                 score, left, top, right, bottom = (float(part) for part in parts[1:])
                 _checked(score, left, top, right, bottom)
                 box = left - 1, top - 1, right, bottom
-                rows[pictures[parts[0]]].append((box, label, score, None))
+                rows[images[parts[0]]].append((box, label, score, None))
             except ValueError as error:
                 raise ValueError(f"{files[name]}:{number}: {error}") from error
     return rows
@@ -238,7 +238,7 @@ def _checked(*values: float) -> None:
 def read_masks(
     folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False
 ) -> npt.NDArray[np.uint8]:
-    """Read the predicted classes of a picture's pixels from NAME.png or NAME_ANYTHING.png.
+    """Read the predicted classes of an image's pixels from NAME.png or NAME_ANYTHING.png.
 
     The file lies in the folder or, as Cityscapes' do, in one below it that is called as the name
     begins: NAME up to the first underscore. Palette or grey, 8 bits; the number is the class.
@@ -246,7 +246,7 @@ def read_masks(
     Args:
         folder: of all predictions.
         samples: of which data set.
-        i: position of the picture.
+        i: position of the image.
         label_ids: the numbers are Cityscapes' label ids, as its server takes them, not train ids.
 
     Returns:
@@ -254,7 +254,7 @@ def read_masks(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there are several, or it is no such picture; says which.
+        ValueError: there are several, or it is no such image; says which.
     """
     name = samples.names[i]
     places = [folder, folder / name.split("_")[0]]
@@ -264,14 +264,14 @@ def read_masks(
     if not files:
         raise FileNotFoundError(f"{folder}: no {name}.png or {name}_*.png")
     if len(files) > 1:
-        raise ValueError(f"{files[0]} and {files[1]} are both of picture {name}: keep one")
+        raise ValueError(f"{files[0]} and {files[1]} are both of image {name}: keep one")
     try:
         mask = read_numbers(files[0])
     except ImageError as error:
         raise ValueError(str(error)) from error
     height, width = samples.sizes[i].tolist()
     if mask.shape != (height, width):
-        raise ValueError(f"{files[0]}: size {mask.shape[::-1]}, the picture has {(width, height)}")
+        raise ValueError(f"{files[0]}: size {mask.shape[::-1]}, the image has {(width, height)}")
     if label_ids:
         table = np.full(256, IGNORED, np.uint8)
         table[list(LABEL_IDS)] = np.arange(len(LABEL_IDS))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipelines.datasets.annotations import DenseSamples
 from rotpred.metrics.average_precision import average_precision_of
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -29,14 +29,14 @@ class ClassAps:
     """(C, 10): area under the precision envelope, VOC's since 2010."""
 
 
-def voc_metrics(found: Sequence[Found], samples: DenseSamples) -> dict[str, float]:
+def voc_metrics(found: Sequence[ImageDetections], samples: DenseSamples) -> dict[str, float]:
     """Means over classes of VOC's AP: AP50, AP (over ten overlaps) and AP75, shares from 0 to 1.
 
     Names without an ending are VOC2007's 11-point AP, those that end in /area the area under the
     precision envelope. Classes of which no object counts are left out of the means.
 
     Args:
-        found: one per picture, in the order of the data set.
+        found: one per image, in the order of the data set.
         samples: the truth.
 
     Raises:
@@ -56,26 +56,26 @@ def means(aps: ClassAps) -> dict[str, float]:
     return values
 
 
-def per_class(found: Sequence[Found], samples: DenseSamples) -> ClassAps:
+def per_class(found: Sequence[ImageDetections], samples: DenseSamples) -> ClassAps:
     """VOC's AP of each class, as detectron2 computes it.
 
     Source: detectron2, detectron2/evaluation/pascal_voc_evaluation.py. Scores count with 3 decimals
     and boxes with 1, as they stood in VOC's text files. By falling score each detection takes the
     object of its class that it overlaps most; it is right where the overlap exceeds the threshold
     and nothing took the object before, and it does not count where the object is difficult.
-    Deviations: detections of equal score keep the order of pictures and detections (theirs is any),
+    Deviations: detections of equal score keep the order of images and detections (theirs is any),
     and recall and overlap are compared exactly, where theirs go through rounded sums.
 
     Args:
-        found: one per picture, in the order of the data set.
+        found: one per image, in the order of the data set.
         samples: the truth.
 
     Raises:
-        ValueError: another number of pictures, a label that is no class, or no object that counts.
+        ValueError: another number of images, a label that is no class, or no object that counts.
     """
     n, classes = len(samples), len(samples.classes)
     if len(found) != n:
-        raise ValueError(f"detections of {len(found)} pictures for a data set of {n}")
+        raise ValueError(f"detections of {len(found)} images for a data set of {n}")
     truth = [samples.objects(i) for i in range(n)]
     labels, gt_labels = (
         np.concatenate([part.labels for part in parts]) for parts in (found, truth)
@@ -90,7 +90,7 @@ def per_class(found: Sequence[Found], samples: DenseSamples) -> ClassAps:
     boxes = np.rint(10 * np.concatenate([f.boxes for f in found]).astype(np.float64))
     gt_boxes = 10 * np.concatenate([t.boxes for t in truth]).astype(np.float64)
     scores = np.rint(1000 * np.concatenate([f.scores for f in found]).astype(np.float64))
-    # Only objects of one class and picture meet: one number for both.
+    # Only objects of one class and image meet: one number for both.
     group = labels * n + np.repeat(np.arange(n), [len(f.labels) for f in found])
     gt_group = gt_labels * n + np.repeat(np.arange(n), [len(t.labels) for t in truth])
     target, overlap = _best(boxes, group, gt_boxes, gt_group)

@@ -105,7 +105,7 @@ class Fcn(nn.Module):
         self.auxiliary = FcnHead(res4, 256, classes, convs=1, concat=False, dropout=dropout)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Map pictures (B, 3, H, W) to logits (B, classes, H / 8, W / 8), rounded up.
+        """Map images (B, 3, H, W) to logits (B, classes, H / 8, W / 8), rounded up.
 
         In training a pair: the decode head's and the auxiliary head's.
         """

@@ -44,7 +44,7 @@ class AlexNetHead(nn.Module):
     """Pool 5, fc6, fc7 and the classifier of the RotNet authors (architectures/AlexNet.py).
 
     fc6 and fc7 have BN and ReLU, no bias and no dropout. Needs a conv5 map of 13x13 or 14x14
-    (pictures of 223 to 254 pixels), because fc6 reads all 9216 = 256*6*6 values.
+    (images of 223 to 254 pixels), because fc6 reads all 9216 = 256*6*6 values.
     """
 
     def __init__(self, *, classes: int, dim: int = 256) -> None:
@@ -77,7 +77,7 @@ class RotNet(nn.Module):
         self.head = head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pictures (N, 3, S, S) to logits (N, classes)."""
+        """Map images (N, 3, S, S) to logits (N, classes)."""
         logits: torch.Tensor = self.head(self.backbone(x))
         return logits
 
@@ -108,10 +108,10 @@ def stage_shapes(backbone: Backbone, input_size: int) -> list[tuple[int, int, in
     # A twin without storage: the real one may be frozen, in training mode, compiled or on a GPU.
     with torch.device("meta"):
         twin = build_backbone(backbone.arch).eval()
-        picture = torch.empty(1, 3, input_size, input_size)
+        image = torch.empty(1, 3, input_size, input_size)
     try:
         with torch.no_grad():
-            maps = twin.stages(picture)
+            maps = twin.stages(image)
     except RuntimeError as error:
         raise ValueError(f"{input_size} pixels are too few for {backbone.arch}: {error}") from error
     return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
@@ -147,7 +147,7 @@ def stage_pools(backbone: Backbone, input_size: int, kind: PoolKind = "auto") ->
 
 
 def pooled_dims(backbone: Backbone, input_size: int, pools: Sequence[nn.Module]) -> list[int]:
-    """Return the number of values per picture that each pool leaves: the probes' input lengths."""
+    """Return the number of values per image that each pool leaves: the probes' input lengths."""
     shapes = stage_shapes(backbone, input_size)
     return [
         math.prod(pool(torch.empty(1, *shape, device="meta")).shape)

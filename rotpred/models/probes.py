@@ -1,4 +1,4 @@
-"""Classifiers on the maps of a frozen trunk."""
+"""Classifiers on the maps of a frozen backbone."""
 
 from __future__ import annotations
 

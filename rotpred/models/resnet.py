@@ -43,7 +43,7 @@ class ResNet(Backbone, torchvision.models.ResNet):  # type: ignore[misc]  # torc
         Args:
             block: torchvision's BasicBlock (ResNet-18) or Bottleneck (ResNet-50).
             layers: number of blocks in res2 to res5.
-            stem: "imagenet" is 7x7 stride 2 and a max pool; the small ones, for pictures of about
+            stem: "imagenet" is 7x7 stride 2 and a max pool; the small ones, for images of about
                 32 pixels, are 3x3: stride 1 or 2 without max pool, or stride 2 with it.
         """
         super().__init__(block, list(layers))

@@ -1,4 +1,4 @@
-"""Pictures with what was found in them: boxes and masks of objects, classes of pixels."""
+"""Images with what was found in them: boxes and masks of objects, classes of pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from pipelines.datasets.annotations import IGNORED, Objects
 from pipelines.datasets.coco import rasterised
 from pipelines.dense.batch import Target
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 from rotpred.plots.training import INK, MUTED
 
 Pixels = npt.NDArray[np.uint8]
@@ -31,9 +31,9 @@ CITYSCAPES_PALETTE: Pixels = np.array(
     ],
     np.uint8,
 )  # fmt: skip
-"""(19, 3): colours of the classes, by train id (cityscapesscripts/helpers/labels.py)."""
+"""(19, 3): colors of the classes, by train id (cityscapesscripts/helpers/labels.py)."""
 
-_COLOURS = (
+_COLORS = (
     "#e6194b", "#0b8f3c", "#2f5fd0", "#c85a00", "#8e1fb0", "#007f87", "#b8007a", "#6b7d00",
     "#7a4a1e", "#005c9e", "#a3192e", "#4a6b3a",
 )  # fmt: skip
@@ -43,18 +43,18 @@ _TAG = FontProperties(size=7.5, weight="bold")
 
 
 def voc_palette(n: int = 21) -> Pixels:
-    """VOC's colours, uint8 (n, 3): the bits of the class, three at a time, from the highest."""
-    colours = np.zeros((n, 3), np.uint8)
+    """VOC's colors, uint8 (n, 3): the bits of the class, three at a time, from the highest."""
+    colors = np.zeros((n, 3), np.uint8)
     for number in range(n):
         for bit in range(8):
             for channel in range(3):
-                colours[number, channel] |= (number >> (3 * bit + channel) & 1) << (7 - bit)
-    return colours
+                colors[number, channel] |= (number >> (3 * bit + channel) & 1) << (7 - bit)
+    return colors
 
 
 def boxes_figure(
     images: Sequence[Pixels],
-    found: Sequence[Found | Target],
+    found: Sequence[ImageDetections | Target],
     classes: Sequence[str],
     *,
     truth: Sequence[Objects] | None = None,
@@ -62,7 +62,7 @@ def boxes_figure(
     columns: int = 3,
     title: str = "Detections",
 ) -> Figure:
-    """A grid of pictures with boxes, names and scores; masks as a tint; the truth dashed.
+    """A grid of images with boxes, names and scores; masks as a tint; the truth dashed.
 
     Args:
         images: uint8 (h, w, 3) each.
@@ -70,15 +70,15 @@ def boxes_figure(
         classes: names.
         truth: what is to be found.
         least: detections of a lower score are not drawn.
-        columns: pictures side by side.
+        columns: images side by side.
         title: above all.
 
     Raises:
-        ValueError: no pictures, or another number of results than of pictures.
+        ValueError: no images, or another number of results than of images.
     """
     others = {len(found), len(truth) if truth is not None else len(found)}
     if len(images) == 0 or others != {len(images)}:
-        raise ValueError(f"{len(images)} pictures, but results for {sorted(others)}")
+        raise ValueError(f"{len(images)} images, but results for {sorted(others)}")
     columns = min(columns, len(images))
     fig, axes = _grid([image.shape[:2] for image in images], columns, title, foot=truth is not None)
     for i, (ax, image, one) in enumerate(zip(axes, images, found, strict=True)):
@@ -87,10 +87,10 @@ def boxes_figure(
         if truth is not None:
             for left, top, right, bottom in truth[i].boxes.tolist():
                 # Dark below, so that the dashes show on any ground.
-                for colour, style, width in (("black", "-", 1.8), (_TRUTH, (0, (3, 3)), 1.0)):
-                    ax.add_patch(_frame((left, top, right, bottom), colour, style, width))
+                for color, style, width in (("black", "-", 1.8), (_TRUTH, (0, (3, 3)), 1.0)):
+                    ax.add_patch(_frame((left, top, right, bottom), color, style, width))
         for shape in shapes:
-            ax.add_patch(_frame(shape.box, shape.colour, "-", 1.8))
+            ax.add_patch(_frame(shape.box, shape.color, "-", 1.8))
         _tags(ax, shapes)
     if truth is not None:
         dashes = Line2D([], [], color=INK, ls=(0, (3, 3)), lw=1.0)
@@ -107,25 +107,25 @@ def masks_figure(
     classes: Sequence[str],
     palette: Pixels,
 ) -> Figure:
-    """Rows of a picture, its predicted classes and the true ones; a legend of those that occur.
+    """Rows of an image, its predicted classes and the true ones; a legend of those that occur.
 
     Args:
         images: uint8 (h, w, 3) each.
         predicted: uint8 (h, w) each: classes.
         truth: uint8 (h, w) each: classes, and `IGNORED`, which is drawn white.
         classes: names.
-        palette: uint8 (C, 3): their colours.
+        palette: uint8 (C, 3): their colors.
 
     Raises:
-        ValueError: no pictures, other numbers of masks or colours, or masks of another size.
+        ValueError: no images, other numbers of masks or colors, or masks of another size.
     """
     if len(images) == 0 or not len(images) == len(predicted) == len(truth):
-        raise ValueError(f"{len(images)} pictures, {len(predicted)} and {len(truth)} masks")
+        raise ValueError(f"{len(images)} images, {len(predicted)} and {len(truth)} masks")
     if len(palette) < len(classes):
-        raise ValueError(f"{len(palette)} colours for {len(classes)} classes")
+        raise ValueError(f"{len(palette)} colors for {len(classes)} classes")
     for image, *masks in zip(images, predicted, truth, strict=True):
         if any(mask.shape != image.shape[:2] for mask in masks):
-            raise ValueError(f"masks {[m.shape for m in masks]} of a picture {image.shape}")
+            raise ValueError(f"masks {[m.shape for m in masks]} of an image {image.shape}")
     seen = np.unique(np.concatenate([mask.ravel() for mask in (*predicted, *truth)]))
     table = np.full((256, 3), 255, np.uint8)
     table[: len(classes)] = palette[: len(classes)]
@@ -143,7 +143,7 @@ def masks_figure(
         row = axes[3 * i : 3 * i + 3]
         counted = true != IGNORED
         right = 100 * (mine == true)[counted].mean() if counted.any() else np.nan
-        captions = ("picture", f"predicted: {right:.1f} % right", "truth")
+        captions = ("image", f"predicted: {right:.1f} % right", "truth")
         for ax, pixels, caption in zip(
             row, (image, table[mine], table[true]), captions, strict=True
         ):
@@ -164,16 +164,16 @@ class _Shape(NamedTuple):
 
     box: tuple[float, float, float, float]
     text: str
-    colour: str
+    color: str
     mask: npt.NDArray[np.bool_] | None
 
 
 def _shapes(
-    one: Found | Target, classes: Sequence[str], least: float, size: tuple[int, int]
+    one: ImageDetections | Target, classes: Sequence[str], least: float, size: tuple[int, int]
 ) -> list[_Shape]:
     """What is to be drawn, the surest first."""
     scores: list[float] | None = None
-    if isinstance(one, Found):
+    if isinstance(one, ImageDetections):
         keep = np.flatnonzero(one.scores >= least)
         keep = keep[np.argsort(-one.scores[keep], kind="stable")]
         boxes, labels, scores = one.boxes[keep], one.labels[keep], one.scores[keep].tolist()
@@ -185,32 +185,32 @@ def _shapes(
     for k, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         text = classes[label] + (f" {scores[k]:.2f}" if scores is not None else "")
         mask = masks[k] > 0 if masks is not None else None
-        shapes.append(_Shape(tuple(box), text, _COLOURS[label % len(_COLOURS)], mask))
+        shapes.append(_Shape(tuple(box), text, _COLORS[label % len(_COLORS)], mask))
     return shapes
 
 
 def _tinted(image: Pixels, shapes: Sequence[_Shape]) -> Pixels:
-    """The picture with every mask as a tint of its colour and a clear rim."""
+    """The image with every mask as a tint of its color and a clear rim."""
     result = image.astype(np.float32)
     for shape in shapes:
         if shape.mask is None:
             continue
-        colour = np.array([int(shape.colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
+        color = np.array([int(shape.color[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
         within = np.pad(shape.mask, 1)
         inner = within[:-2, 1:-1] & within[2:, 1:-1] & within[1:-1, :-2] & within[1:-1, 2:]
-        result[shape.mask] += 0.4 * (colour - result[shape.mask])
-        result[shape.mask & ~inner] = colour
+        result[shape.mask] += 0.4 * (color - result[shape.mask])
+        result[shape.mask & ~inner] = color
     return result.round().astype(np.uint8)
 
 
 def _frame(
-    box: tuple[float, float, float, float], colour: str, style: Any, width: float
+    box: tuple[float, float, float, float], color: str, style: Any, width: float
 ) -> Rectangle:
     left, top, right, bottom = box
     # imshow has the middle of the first pixel at 0.
     return Rectangle(
         (left - 0.5, top - 0.5), right - left, bottom - top,
-        fill=False, edgecolor=colour, lw=width, ls=style, joinstyle="miter",
+        fill=False, edgecolor=color, lw=width, ls=style, joinstyle="miter",
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def _tags(ax: Axes, shapes: Sequence[_Shape]) -> None:
         place = min(boxes, key=lambda box: sum(_common(box, other) for other in taken))
         taken.append(place)
         ax.add_patch(
-            Rectangle((place[0] - 0.5, place[1] - 0.5), w, h, color=shape.colour, lw=0, zorder=3)
+            Rectangle((place[0] - 0.5, place[1] - 0.5), w, h, color=shape.color, lw=0, zorder=3)
         )
         ax.text(
             place[0] + w / 2 - 0.5, place[1] + h / 2 - 0.5, shape.text,
@@ -263,7 +263,7 @@ def _grid(
 ) -> tuple[Figure, list[Axes]]:
     """Axes in rows of one height each, which fill the width unless they grew too high.
 
-    Fixed places, in inches: how long a name is in pixels of a picture must be known beforehand.
+    Fixed places, in inches: how long a name is in pixels of an image must be known beforehand.
     """
     cell = 3.6 if columns > 1 else 5.0
     gap, head, line = 0.12, 0.42, 0.24

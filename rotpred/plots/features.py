@@ -74,30 +74,30 @@ def attention(maps: torch.Tensor, *, power: int) -> torch.Tensor:
 
 
 def attention_grid(images: Images, maps: Sequence[torch.Tensor], *, names: Sequence[str]) -> Figure:
-    """Pictures, one a row, and the attention of every stage laid over them.
+    """Images, one a row, and the attention of every stage laid over them.
 
     Args:
         images: (N, S, S, 3).
         maps: of each stage, (N, C, H, W).
         names: of the stages.
     """
-    colours = matplotlib.colormaps["inferno"]
+    colors = matplotlib.colormaps["inferno"]
     side = images.shape[1]
     count, columns = len(images), len(names) + 1
     fig = Figure(figsize=(1.35 * columns, 1.35 * count + 0.5), dpi=120, layout="constrained")
     axes = fig.subplots(count, columns, squeeze=False)
     for column in range(columns):
         shown = images / 255
-        title = "picture"
+        title = "image"
         if column:
             power = POWERS[min(column, len(POWERS)) - 1]
             heat = attention(maps[column - 1], power=power)[:, None]
             large = F.interpolate(heat, size=(side, side), mode="bilinear", align_corners=False)
-            shown = 0.4 * shown + 0.6 * colours(large[:, 0].numpy())[..., :3]
+            shown = 0.4 * shown + 0.6 * colors(large[:, 0].numpy())[..., :3]
             title = f"{names[column - 1]}, p = {power}"
         axes[0, column].set_title(title, fontsize=9, color=INK)
-        for ax, picture in zip(axes[:, column], shown, strict=True):
-            ax.imshow(picture, interpolation="nearest" if side < 100 else "antialiased")
+        for ax, image in zip(axes[:, column], shown, strict=True):
+            ax.imshow(image, interpolation="nearest" if side < 100 else "antialiased")
             ax.set_axis_off()
     return fig
 
@@ -128,7 +128,7 @@ def project(features: Rows) -> tuple[Rows, Rows]:
 
 
 def projection(features: Rows, labels: Ids, *, classes: Sequence[str]) -> Figure:
-    """Features of a data set as points, coloured by class: principal components and t-SNE.
+    """Features of a data set as points, colored by class: principal components and t-SNE.
 
     Args:
         features: (N, D), at least five rows.
@@ -137,16 +137,16 @@ def projection(features: Rows, labels: Ids, *, classes: Sequence[str]) -> Figure
     """
     fig = Figure(figsize=(9.2, 4.6), dpi=120, layout="constrained")
     present = np.unique(labels)
-    colours = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
+    colors = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
     if len(present) > LEGEND:
-        colours = matplotlib.colormaps["hsv"].resampled(len(present) + 1)
+        colors = matplotlib.colormaps["hsv"].resampled(len(present) + 1)
     panels = zip(fig.subplots(1, 2), project(features), ("PCA", "t-SNE"), strict=True)
     for ax, points, title in panels:
         for i, label in enumerate(present):
             member = labels == label
-            colour = MUTED if label < 0 else colours(i)
+            color = MUTED if label < 0 else colors(i)
             name = _name(int(label), classes)
-            ax.scatter(*points[member].T, s=9, color=colour, label=name, linewidths=0)
+            ax.scatter(*points[member].T, s=9, color=color, label=name, linewidths=0)
         ax.set_title(title, fontsize=10, loc="left", color=INK)
         ax.set_xticks([])
         ax.set_yticks([])
@@ -189,7 +189,7 @@ def retrieval(
     classes: Sequence[str],
     k: int = 5,
 ) -> Figure:
-    """Pictures, one a row, and those whose features are nearest, nearest first.
+    """Images, one a row, and those whose features are nearest, nearest first.
 
     Args:
         images: (N, S, S, 3).

@@ -14,10 +14,10 @@ def grid_figure(
     tops: np.ndarray[Any, np.dtype[np.float64]],
     *,
     lrs: tuple[float, ...],
-    head_mults: tuple[float, ...],
+    head_lr_mults: tuple[float, ...],
 ) -> Figure:
-    """A heat map of accuracies in percent: (len(lrs), len(head_mults)); NaN: not finite."""
-    size = (1.8 + 1.2 * len(head_mults), 1.6 + 0.9 * len(lrs))
+    """A heat map of accuracies in percent: (len(lrs), len(head_lr_mults)); NaN: not finite."""
+    size = (1.8 + 1.2 * len(head_lr_mults), 1.6 + 0.9 * len(lrs))
     fig = Figure(figsize=size, dpi=120, layout="constrained")
     ax = fig.subplots()
     image = ax.imshow(tops, cmap="Blues", aspect="auto")
@@ -29,7 +29,7 @@ def grid_figure(
         weight = "bold" if value == high else "normal"
         ink = "white" if dark else INK
         ax.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
-    ax.set_xticks(range(len(head_mults)), [f"x{mult:g}" for mult in head_mults])
+    ax.set_xticks(range(len(head_lr_mults)), [f"x{mult:g}" for mult in head_lr_mults])
     ax.set_yticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
     ax.set_xlabel("head multiple")
     ax.set_ylabel("learning rate")

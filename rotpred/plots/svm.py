@@ -1,4 +1,4 @@
-"""Pictures of results of linear SVMs."""
+"""Images of results of linear SVMs."""
 
 from __future__ import annotations
 

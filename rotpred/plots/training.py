@@ -1,4 +1,4 @@
-"""Pictures for the run folder and TensorBoard. Every function returns a figure that nobody shows.
+"""Images for the run folder and TensorBoard. Every function returns a figure that nobody shows.
 
 They are plain `matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
 `RunLog.figure` draws and saves them.
@@ -53,7 +53,7 @@ def views_grid(
     fig.suptitle("Views and their labels (counter-clockwise)", fontsize=11, color=INK)
     axes = fig.subplots(4, n, squeeze=False)
     for ax, view, label in zip(axes.flat, views_NHWC, labels, strict=True):
-        # Small pictures are shown as the pixels they are, large ones scaled down smoothly.
+        # Small images are shown as the pixels they are, large ones scaled down smoothly.
         ax.imshow(view, interpolation="nearest" if len(view) < 100 else "antialiased")
         masked = label == IGNORE
         title = "masked" if masked else ROTATIONS[label]
@@ -65,7 +65,7 @@ def views_grid(
 def confusion(
     counts: torch.Tensor | npt.NDArray[np.int64], *, names: Sequence[str] = ROTATIONS
 ) -> Figure:
-    """A confusion matrix: colour and large type are the share of a row, small type the count.
+    """A confusion matrix: color and large type are the share of a row, small type the count.
 
     Args:
         counts: (K, K), row = truth, column = prediction.
@@ -108,7 +108,7 @@ def confusion(
 
 
 def filters(weight: torch.Tensor) -> Figure:
-    """The filters of a first convolution, each stretched to its own range of colours.
+    """The filters of a first convolution, each stretched to its own range of colors.
 
     Args:
         weight: float (O, 3, kh, kw); any device and precision.
@@ -184,7 +184,7 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
     """One panel: a line per name, over the step."""
-    for name, colour in zip(names, (ACCENT, "#c8641e"), strict=False):
+    for name, color in zip(names, (ACCENT, "#c8641e"), strict=False):
         points = [
             (row["step"], value if isinstance(value := row.get(name), int | float) else np.nan)
             for row in rows
@@ -196,7 +196,7 @@ def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[st
         # A run of one interval is a point, which a line would not show.
         marker = "o" if len(points) < 30 else ""
         label = name.replace("_per_s", "/s")
-        ax.plot(steps, values, color=colour, lw=1.5, marker=marker, ms=3, label=label)
+        ax.plot(steps, values, color=color, lw=1.5, marker=marker, ms=3, label=label)
     if len(ax.lines) > 1:
         ax.legend(fontsize=8, frameon=False)
         ax.set_ylim(bottom=0)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipelines.loader import Loader
 
 
-class Labelled(NamedTuple):
+class LabeledData(NamedTuple):
     """What a data set says of its classes."""
 
     data: str
@@ -29,11 +29,11 @@ class Labelled(NamedTuple):
 def number_of_classes(train: Loader, val: Loader) -> int:
     """`shared_classes` of what two loaders read."""
     return shared_classes(
-        *(Labelled(part.spec.data, part.classes, *part.label_range) for part in (train, val))
+        *(LabeledData(part.spec.data, part.classes, *part.label_range) for part in (train, val))
     )
 
 
-def shared_classes(train: Labelled, val: Labelled) -> int:
+def shared_classes(train: LabeledData, val: LabeledData) -> int:
     """Number of classes, which training and test data must share by name and order.
 
     Data that have ids only go with any names for them, as many as there are.

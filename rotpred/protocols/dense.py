@@ -29,27 +29,27 @@ from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import steps
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule
-from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import SyncBn, check, synced
-from rotpred.weights.trunk import FromWeights, load_trunk
+from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class DenseResult:
     """What a validation found, the same on all ranks."""
 
     values: Mapping[str, float]
     """Metrics by name, shares from 0 to 1; the first one decides which checkpoint is the best."""
     n: int
-    """Pictures."""
+    """Images."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    """Pictures by name, on the main rank."""
+    """Images by name, on the main rank."""
 
 
-class Recipe(FromWeights, Protocol):
+class DenseRecipe(HasWeights, Protocol):
     """What recipes of dense tasks have."""
 
     @property
@@ -70,18 +70,18 @@ class Recipe(FromWeights, Protocol):
 
     @property
     def sync_bn(self) -> SyncBn:
-        """Batch norm over all processes, or over each process's own pictures."""
+        """Batch norm over all processes, or over each process's own images."""
 
     @property
     def predictions(self) -> str:
         """File or folder to score instead of training."""
 
     @property
-    def eval_every(self) -> int:
+    def eval_every_epochs(self) -> int:
         """Epochs between validations."""
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunSettings:
         """How it is driven."""
 
 
@@ -91,10 +91,10 @@ class Task(Protocol):
     def network(self, backbone: Backbone, classes: int) -> nn.Module:
         """The network around a backbone in training mode, on the CPU."""
 
-    def objective(self, state: TrainState, batch: DenseBatch) -> Outcome:
+    def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
         """Loss and scalars of a batch; calls state.model, under state.autocast()."""
 
-    def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
+    def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
         """Exact metrics over the validation data; all ranks call, in evaluation mode, without
         gradients."""
 
@@ -102,7 +102,7 @@ class Task(Protocol):
         """What decides the weights beside data, optimiser and schedule, as plain JSON."""
 
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=DenseRecipe)
 
 
 def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
@@ -121,12 +121,12 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
         assert job.val is not None
         if job.loader.classes != job.val.classes:
             raise ValueError("training and validation data have different classes")
-        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
-        module = task.network(trunk.cpu().requires_grad_(True).train(), len(job.loader.classes))
+        backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
+        module = task.network(backbone.cpu().requires_grad_(True).train(), len(job.loader.classes))
         module = channels_last(synced(module, recipe.sync_bn, rank, recipe.run), rank.device)
         state = job.train_state(
             module.train(),
-            [Trained(module, recipe.optim, recipe.schedule)],
+            [OptimizedPart(module, recipe.optim, recipe.schedule)],
             backbone=recipe.backbone,
             weights=sha,
             sync_bn=recipe.sync_bn,
@@ -137,7 +137,7 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
         with job.begin(state) as log:
             if log is not None:
                 logger.info(
-                    "%s: %s (%s) on %s x %d, %d pictures, %d steps of %d",
+                    "%s: %s (%s) on %s x %d, %d images, %d steps of %d",
                     recipe.name, recipe.backbone, recipe.weights, rank.device.type, rank.world,
                     len(job.loader.samples), job.total, recipe.train.batch_size * rank.world,
                 )  # fmt: skip
@@ -145,7 +145,7 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     return job.out
 
 
-def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> Path:
+def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], DenseResult]) -> Path:
     """Compare predictions in files with the validation data, and write the run folder.
 
     The page counts them among the results of trained weights, or of those that recipe.weights names
@@ -178,7 +178,7 @@ def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], Evaluation]) -> 
 
 @contextlib.contextmanager
 def any_shape() -> Iterator[None]:
-    """Let cuDNN choose without trials, which it would make anew for nearly every picture."""
+    """Let cuDNN choose without trials, which it would make anew for nearly every image."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -188,12 +188,12 @@ def any_shape() -> Iterator[None]:
 
 
 def scaled(recipe: R, rank: Rank) -> R:
-    """The recipe for this many processes: the same epochs of pictures, the rate by linear scaling.
+    """The recipe for this many processes: the same epochs of images, the rate by linear scaling.
 
-    An epoch of `train.steps_per_epoch` steps belongs to `optim.reference_batch` pictures a step;
+    An epoch of `train.steps_per_epoch` steps belongs to `optim.reference_batch` images a step;
     with a k-th of them it has k times as many steps, and `Optim.lr_for` takes a k-th of the rate
     (Goyal et al. 2017, section 2.1); where `run.accumulate` adds up the gradients of several steps,
-    the rate is that of all their pictures. Milestones and warm-up count epochs, so they follow.
+    the rate is that of all their images. Milestones and warm-up count epochs, so they follow.
     """
     reference, batch = recipe.optim.reference_batch, recipe.train.batch_size * rank.world
     length = recipe.train.steps_per_epoch
@@ -202,23 +202,23 @@ def scaled(recipe: R, rank: Rank) -> R:
     steps_now = max(1, round(length * reference / batch))
     update = batch * recipe.run.accumulate
     logger.info(
-        "%d pictures a step, not %d: rate %g x %d/%d = %g, and %d steps an epoch x %d/%d = %d",
+        "%d images a step, not %d: rate %g x %d/%d = %g, and %d steps an epoch x %d/%d = %d",
         batch, reference, recipe.optim.lr, update, reference, recipe.optim.lr_for(update),
         length, reference, batch, steps_now,
     )  # fmt: skip
     return replace(recipe, train=replace(recipe.train, steps_per_epoch=steps_now))  # type: ignore[type-var]
 
 
-def _open(spec: DenseSpec, rank: Rank, run: Run) -> DenseLoader:
+def _open(spec: DenseSpec, rank: Rank, run: RunSettings) -> DenseLoader:
     shard = Shard(rank.rank, rank.world, rank.local_world)
     return open_dense(spec, shard=shard, device=rank.device, precision=run.precision)
 
 
 def _train(
-    recipe: Recipe, task: Task, state: TrainState, job: Job[DenseLoader], log: RunLog
-) -> Evaluation:
+    recipe: DenseRecipe, task: Task, state: TrainState, job: Job[DenseLoader], log: RunLog
+) -> DenseResult:
     """Train to the end; returns the validation of the final weights."""
-    last: tuple[int, Evaluation] | None = None  # not all: their figures are large pictures
+    last: tuple[int, DenseResult] | None = None  # not all: their figures are large images
 
     def validate(_finished: int) -> float:
         nonlocal last
@@ -230,21 +230,21 @@ def _train(
             log.figure(name, figure)
         return next(iter(found.values.values()))
 
-    def objective(batch: DenseBatch) -> Outcome:
+    def objective(batch: DenseBatch) -> LossAndLogs:
         return task.objective(state, batch)
 
-    data, pace = job.loader, recipe.eval_every
-    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
-        state.learn(objective, batch)
+    data, pace = job.loader, recipe.eval_every_epochs
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
+        state.train_step(objective, batch)
     if last is None or last[0] != state.step:  # max_steps ended it inside an epoch
         validate(0)
     assert last is not None
     return last[1]
 
 
-def evaluate(task: Task, state: TrainState, val: DenseLoader) -> Evaluation:
+def evaluate(task: Task, state: TrainState, val: DenseLoader) -> DenseResult:
     """Validate the weights as they are, on all ranks."""
-    state.agree()
+    state.sync_buffers()
     state.module.eval()
     try:
         with torch.no_grad():
@@ -254,10 +254,10 @@ def evaluate(task: Task, state: TrainState, val: DenseLoader) -> Evaluation:
 
 
 def _finish(
-    recipe: Recipe,
+    recipe: DenseRecipe,
     state: TrainState,
     job: Job[DenseLoader],
-    found: Evaluation,
+    found: DenseResult,
     log: RunLog,
     sha: str,
 ) -> None:
@@ -269,7 +269,7 @@ def _finish(
     rows = read_rows(log.out / "log.jsonl")
     for metric, name, unit in (
         ("training speed", "images_per_s", "images/s"),
-        ("waiting for data", "wait_percent", "% of the time"),
+        ("waiting for data", "data_wait_percent", "% of the time"),
         ("memory of the process", "rss_mib", "MiB"),
         ("memory of the GPU, peak", "cuda_peak_mib", "MiB"),
     ):
@@ -280,6 +280,6 @@ def _finish(
     job.finish(state)
 
 
-def _results(recipe: Recipe, found: Evaluation, log: RunLog, **about: Any) -> None:
+def _results(recipe: DenseRecipe, found: DenseResult, log: RunLog, **about: Any) -> None:
     for metric, value in found.values.items():
         log.result(recipe.name, metric=metric, value=100 * value, unit="%", n=found.n, **about)

@@ -18,22 +18,22 @@ from pipelines.dense.loader import DenseLoader
 from pipelines.imaging.torchvision_decode import decode
 from rotpred.distributed import Rank, broadcast_str
 from rotpred.metrics.coco_detection import coco_metrics
-from rotpred.metrics.detections import Found
-from rotpred.metrics.predictions import gather_found, read_found, write_found
+from rotpred.metrics.detections import ImageDetections
+from rotpred.metrics.predictions import gather_detections, read_detections, write_detections
 from rotpred.metrics.voc_detection import voc_metrics
 from rotpred.models.base import Backbone
 from rotpred.models.detection.rcnn import faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.models.detection.roi_heads import Detections, paste_masks
 from rotpred.plots.detections import boxes_figure
 from rotpred.protocols import dense
-from rotpred.protocols.dense import Evaluation
+from rotpred.protocols.dense import DenseResult
 from rotpred.recipes.detection import Detection
-from rotpred.training.state import Outcome, TrainState
+from rotpred.training.state import LossAndLogs, TrainState
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 6
-"""Validation pictures in the figure."""
+"""Validation images in the figure."""
 
 PREDICTIONS = "predictions.json"
 """What the last validation found, in the run folder, as COCO's JSON results."""
@@ -50,7 +50,7 @@ def run(recipe: Detection, rank: Rank) -> Path:
         return score(recipe, rank)
     if recipe.run.compile:
         raise ValueError(
-            f"{recipe.name} has pictures of many sizes, for each of which torch.compile would "
+            f"{recipe.name} has images of many sizes, for each of which torch.compile would "
             "begin anew: pass --run.no-compile"
         )
     if has_masks(recipe) and not recipe.train.masks:
@@ -82,9 +82,9 @@ class Detect:
             masks=has_masks(recipe),
         )
 
-    def objective(self, state: TrainState, batch: DenseBatch) -> Outcome:
+    def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
         """The sum of all losses, each in float32 and logged."""
-        # The random choice of proposals is a function of seed, step and picture: a run that goes
+        # The random choice of proposals is a function of seed, step and image: a run that goes
         # on draws the same, and so does one of another number of processes.
         seeds = [
             int(
@@ -99,18 +99,18 @@ class Detect:
         loss = torch.stack(list(losses.values())).sum()
         return loss, {"loss": loss, **{f"loss/{name}": part for name, part in losses.items()}}
 
-    def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
-        """Average precision over all pictures; what was found is written into the run folder."""
-        mine: dict[int, Found] = {}
+    def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
+        """Average precision over all images; what was found is written into the run folder."""
+        mine: dict[int, ImageDetections] = {}
         for batch in val.epoch(0):
             with state.autocast():
                 results: list[Detections] = state.module(batch.images, batch.sizes.tolist())
             for k in batch.valid.nonzero().flatten().tolist():
                 size, original = batch.sizes[k].tolist(), batch.originals[k].tolist()
                 mine[int(batch.indices[k])] = stored(results[k], size, original)
-        found = gather_found(mine, len(val.samples), state.rank)
+        found = gather_detections(mine, len(val.samples), state.rank)
         if state.rank.main:
-            write_found(state.folder.parent / PREDICTIONS, found, val.samples)
+            write_detections(state.folder.parent / PREDICTIONS, found, val.samples)
         masks = has_masks(self.recipe)
         return evaluation(val, found, masks=masks, rank=state.rank)
 
@@ -126,13 +126,13 @@ def has_masks(recipe: Detection) -> bool:
     return recipe.model == "mask_rcnn_fpn" and recipe.train.data.startswith("coco:")
 
 
-def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> Found:
-    """Detections in the pixels of the picture as it is stored, masks as run lengths.
+def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> ImageDetections:
+    """Detections in the pixels of the image as it is stored, masks as run lengths.
 
     Args:
-        result: in the pixels of the resized picture.
+        result: in the pixels of the resized image.
         size: its height and width.
-        original: those of the stored picture.
+        original: those of the stored image.
     """
     height, width = original
     down, across = height / size[0], width / size[1]
@@ -145,7 +145,7 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
         for plane in paste_masks(result["masks"], boxes, (height, width)).cpu().numpy():
             lengths = run_lengths.encode(np.asfortranarray(plane, dtype=np.uint8))
             masks.append({"size": [height, width], "counts": lengths["counts"].decode("ascii")})
-    return Found(
+    return ImageDetections(
         boxes.cpu().numpy(),
         result["labels"].cpu().numpy() - 1,
         result["scores"].float().cpu().numpy(),
@@ -153,12 +153,14 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     )
 
 
-def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, rank: Rank) -> Evaluation:
+def evaluation(
+    val: DenseLoader, found: Sequence[ImageDetections], *, masks: bool, rank: Rank
+) -> DenseResult:
     """Average precision by the rules of the data set; all ranks call, the main one has a figure.
 
     Args:
         val: whose data are compared with.
-        found: one per picture.
+        found: one per image.
         masks: of COCO's data, compare masks as well.
         rank: of this process.
     """
@@ -173,14 +175,14 @@ def evaluation(val: DenseLoader, found: Sequence[Found], *, masks: bool, rank: R
     figures = {}
     if rank.main:
         some = range(min(SHOWN, len(samples)))
-        pictures = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
+        images = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
         figures["detections"] = boxes_figure(
-            pictures,
+            images,
             [found[i] for i in some],
             samples.classes,
             truth=[samples.objects(i) for i in some],
         )
-    return Evaluation(values, n=len(samples), figures=figures)
+    return DenseResult(values, n=len(samples), figures=figures)
 
 
 def _by_main(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
@@ -201,11 +203,11 @@ def score(recipe: Detection, rank: Rank) -> Path:
     """Compare a file of detections with the validation data, and write the run folder.
 
     Raises:
-        ValueError: an entry is of an unknown picture or class, or senseless; it says which.
+        ValueError: an entry is of an unknown image or class, or senseless; it says which.
     """
 
-    def count(val: DenseLoader) -> Evaluation:
-        found = read_found(Path(recipe.predictions), val.samples)
+    def count(val: DenseLoader) -> DenseResult:
+        found = read_detections(Path(recipe.predictions), val.samples)
         return evaluation(val, found, masks=any(one.masks for one in found), rank=rank)
 
     return dense.score(recipe, rank, count)

@@ -16,18 +16,18 @@ from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
 from rotpred.features.base import Features, Store
-from rotpred.features.extract import extract, open_pictures
+from rotpred.features.extract import extract, open_images
 from rotpred.files import plain, write_json
 from rotpred.models.base import Backbone
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
-from rotpred.weights.trunk import FromWeights, load_trunk
+from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
 
-class Place(Protocol):
-    """Where and in which type an evaluation works (`recipes.frozen.Place`)."""
+class FeatureRunSettings(Protocol):
+    """Where and in which type an evaluation works (`recipes.frozen.FeatureRunSettings`)."""
 
     @property
     def out(self) -> str:
@@ -42,7 +42,7 @@ class Place(Protocol):
         """Folder of extracted features."""
 
 
-class Recipe(FromWeights, Protocol):
+class FeatureRecipe(HasWeights, Protocol):
     """What these evaluations have in common."""
 
     @property
@@ -54,18 +54,18 @@ class Recipe(FromWeights, Protocol):
         """Data that it is tested on."""
 
     @property
-    def run(self) -> Place:
+    def run(self) -> FeatureRunSettings:
         """Where it works."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class FeatureSession:
     """An open evaluation: its folder is locked, its data are open."""
 
-    recipe: Recipe
+    recipe: FeatureRecipe
     rank: Rank
     out: Path
-    trunk: Backbone
+    backbone: Backbone
     sha: str
     """Checksum of the weights, "" for random ones."""
     data: tuple[Loader, Loader]
@@ -78,9 +78,9 @@ class Evaluation:
         """Training samples after the spec has chosen: at most, as ids may have gaps."""
         part = self.data[0]
         spec = part.spec
-        chosen = spec.limit
-        if spec.per_class is not None:
-            chosen = spec.per_class * (part.label_range[1] + 1)
+        chosen = spec.max_samples
+        if spec.samples_per_class is not None:
+            chosen = spec.samples_per_class * (part.label_range[1] + 1)
         return part.total if chosen is None else min(part.total, chosen)
 
     def features(
@@ -98,7 +98,7 @@ class Evaluation:
         run = self.recipe.run
         found = [
             extract(
-                self.trunk,
+                self.backbone,
                 part,
                 self.rank,
                 names=stages,
@@ -160,7 +160,7 @@ class Evaluation:
 
 
 @contextlib.contextmanager
-def open_evaluation(recipe: Recipe, rank: Rank) -> Iterator[Evaluation]:
+def open_evaluation(recipe: FeatureRecipe, rank: Rank) -> Iterator[FeatureSession]:
     """Lock the run folder, load the weights, open the data.
 
     Args:
@@ -176,13 +176,13 @@ def open_evaluation(recipe: Recipe, rank: Rank) -> Iterator[Evaluation]:
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out, recipe.name))
-        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+        backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
         held = stack.enter_context(contextlib.ExitStack())
         train, val = (
-            held.enter_context(open_pictures(spec, rank, recipe.run.precision))
+            held.enter_context(open_images(spec, rank, recipe.run.precision))
             for spec in (recipe.train, recipe.val)
         )
-        yield Evaluation(recipe, rank, out, trunk, sha, (train, val), held)
+        yield FeatureSession(recipe, rank, out, backbone, sha, (train, val), held)
 
 
 def share(count: int, rank: Rank) -> slice:

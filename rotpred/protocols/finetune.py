@@ -28,9 +28,9 @@ from rotpred.records.folder import read_results
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import NotFiniteError, steps
 from rotpred.training.precision import autocast
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import synced
-from rotpred.weights.trunk import load_trunk
+from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Classifier(RotNet):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pictures (N, 3, S, S) to logits (N, classes)."""
+        """Map images (N, 3, S, S) to logits (N, classes)."""
         maps = self.backbone(x)
         with torch.autocast(maps.device.type, enabled=False):
             logits: torch.Tensor = self.head(maps.float())
@@ -93,19 +93,19 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
     with open_job(recipe, rank, views="plain") as job:
         assert job.val is not None
         model, sha = _network(recipe, number_of_classes(job.loader, job.val), rank)
-        head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_mult)
+        head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_lr_mult)
         state = job.train_state(
             model,
             [
-                Trained(model.backbone, recipe.optim, recipe.schedule),
-                Trained(model.head, head, recipe.schedule),
+                OptimizedPart(model.backbone, recipe.optim, recipe.schedule),
+                OptimizedPart(model.head, head, recipe.schedule),
             ],
             backbone=recipe.backbone,
             weights=sha,
             sync_bn=recipe.sync_bn,
             deterministic=recipe.deterministic,
             optim=asdict(recipe.optim),
-            head_mult=recipe.head_mult,
+            head_lr_mult=recipe.head_lr_mult,
             schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
         )
         with job.begin(state) as log:
@@ -113,7 +113,7 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
                 logger.info(
                     "%s: %s (%s), rate %g, head x%g, engine %s, %d steps",
                     recipe.name, recipe.backbone, recipe.weights, recipe.optim.lr,
-                    recipe.head_mult, job.loader.engine, job.total,
+                    recipe.head_lr_mult, job.loader.engine, job.total,
                 )  # fmt: skip
                 scores = _train(recipe, state, job, log)
                 if scores is None:  # max_steps ended it inside an epoch
@@ -123,9 +123,9 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
 
 
 def _network(recipe: FineTuning, classes: int, rank: Rank) -> tuple[Classifier, str]:
-    trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
+    backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
     head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
-    model = Classifier(trunk.requires_grad_(True), head)
+    model = Classifier(backbone.requires_grad_(True), head)
     return synced(model, recipe.sync_bn, rank, recipe.run).train(), sha
 
 
@@ -133,7 +133,7 @@ def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog)
     """Train to the end; returns the validation of the final weights, where an epoch ended there."""
     results: dict[int, Scores] = {}
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
         with state.autocast():
             logits = state.model(images)
         loss = cross_entropy(logits, targets)
@@ -146,15 +146,15 @@ def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog)
         log.validation(step=state.step, values={"accuracy": 100 * scores[""]["top1"]})
         return scores[""]["top1"]
 
-    data, pace = job.loader, recipe.eval_every
-    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
-        state.learn(objective, batch.images, batch.targets)
+    data, pace = job.loader, recipe.eval_every_epochs
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
+        state.train_step(objective, batch.images, batch.targets)
     return results.get(state.step)
 
 
 def evaluate(recipe: FineTuning, state: TrainState, val: Loader) -> Scores:
     """Top-1, and top-5 where there are more than five classes, of the one classifier, ""."""
-    state.agree()
+    state.sync_buffers()
     model, rank = state.module, state.rank
 
     def logits_of(images: torch.Tensor) -> list[torch.Tensor]:
@@ -184,7 +184,7 @@ def _finish(
                 weights=Path(recipe.weights).name,
                 fraction=recipe.fraction,
                 lr=recipe.optim.lr,
-                head_mult=recipe.head_mult,
+                head_lr_mult=recipe.head_lr_mult,
             )
     if state.rank.main:
         log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
@@ -196,12 +196,12 @@ def _grid(recipe: FineTuning, rank: Rank) -> Path:
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     points: dict[Pair, dict[str, dict[str, Any]]] = {}
     with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
-        for lr, mult in itertools.product(recipe.lrs, recipe.head_mults):
+        for lr, mult in itertools.product(recipe.lrs, recipe.head_lr_mults):
             folder = out / "grid" / f"lr{lr:g}_head{mult:g}"
             point = replace(
                 recipe,
                 grid=False,
-                head_mult=mult,
+                head_lr_mult=mult,
                 optim=replace(recipe.optim, lr=lr),
                 run=replace(recipe.run, out=str(folder)),
             )
@@ -228,7 +228,7 @@ def _grid(recipe: FineTuning, rank: Rank) -> Path:
 
 
 def _report(recipe: FineTuning, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:
-    """The whole table, and the best of it, as rows of results.json and as a picture."""
+    """The whole table, and the best of it, as rows of results.json and as an image."""
     trained = {pair: rows for pair, rows in points.items() if rows}
     if not trained:
         raise ValueError(f"no learning rate of the grid gave a finite loss: {sorted(points)}")
@@ -245,11 +245,11 @@ def _report(recipe: FineTuning, points: dict[Pair, dict[str, dict[str, Any]]], l
         )
     tops = np.array(
         [
-            [points[lr, mult].get("top1", {}).get("value", np.nan) for mult in recipe.head_mults]
+            [points[lr, mult].get("top1", {}).get("value", np.nan) for mult in recipe.head_lr_mults]
             for lr in recipe.lrs
         ]
     )
-    log.figure("grid", grid_figure(tops, lrs=recipe.lrs, head_mults=recipe.head_mults))
+    log.figure("grid", grid_figure(tops, lrs=recipe.lrs, head_lr_mults=recipe.head_lr_mults))
 
 
 def _name(pair: Pair) -> str:

@@ -1,4 +1,4 @@
-"""Classification with a frozen trunk: several kinds of probes, trained in one pass of it."""
+"""Classification with a frozen backbone: several kinds of probes, trained in one pass of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.features.base import AVGPOOL
-from rotpred.features.extract import extract, open_pictures
+from rotpred.features.extract import extract, open_images
 from rotpred.features.loader import FeatureLoader
 from rotpred.models import probes
 from rotpred.models.base import Backbone
@@ -31,8 +31,8 @@ from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.data import check_data
 from rotpred.training.loop import steps
 from rotpred.training.precision import autocast
-from rotpred.training.state import Outcome, Trained, TrainState
-from rotpred.weights.trunk import load_trunk
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,17 @@ CACHED = "features of the validation crop, no augmentation"
 """What results say of probes that were trained on cached features."""
 
 # What chooses samples; all else of the training data's spec is replaced by that of the validation.
-_OF_DATA = ("data", "root", "engine", "limit", "per_class", "seed", "max_bad", "samples", "workers")
+_OF_DATA = (
+    "data",
+    "root",
+    "engine",
+    "max_samples",
+    "samples_per_class",
+    "seed",
+    "max_undecodable",
+    "samples",
+    "workers",
+)
 
 Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 """The images of a batch to what probes read: the maps of all stages, or features."""
@@ -48,14 +58,14 @@ Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Setup:
-    """An open job with its trunk."""
+    """An open job with its backbone."""
 
     job: Job[Loader]
-    trunk: Backbone
+    backbone: Backbone
     sha: str
     """Checksum of the weights, "" for random ones."""
     names: tuple[str, ...] = ()
-    """Stages of which there are features; empty where the trunk reads pictures."""
+    """Stages of which there are features; empty where the backbone reads images."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,10 @@ class _Part:
     lr: float
 
     @property
-    def trained(self) -> Trained:
-        return Trained(self.probes, replace(self.recipe.optim, lr=self.lr), self.recipe.schedule)
+    def trained(self) -> OptimizedPart:
+        return OptimizedPart(
+            self.probes, replace(self.recipe.optim, lr=self.lr), self.recipe.schedule
+        )
 
 
 def run(recipe: Linear, rank: Rank) -> Path:
@@ -117,27 +129,27 @@ def run(recipe: Linear, rank: Rank) -> Path:
     return job.out
 
 
-def build_probes(probe: Probe, trunk: Backbone, classes: int, size: int) -> list[StageProbe]:
+def build_probes(probe: Probe, backbone: Backbone, classes: int, size: int) -> list[StageProbe]:
     """The classifiers that a recipe's entry stands for."""
     match probe.kind:
         case "avgpool":
-            return probes.avgpool(trunk, classes)
+            return probes.avgpool(backbone, classes)
         case "stages":
-            return probes.stages(trunk, classes, size, affine=probe.affine)
+            return probes.stages(backbone, classes, size, affine=probe.affine)
         case "conv":
-            return probes.conv(trunk, classes)
+            return probes.conv(backbone, classes)
         case "nonlinear":
-            return probes.nonlinear(trunk, classes, size)
+            return probes.nonlinear(backbone, classes, size)
 
 
 @contextlib.contextmanager
 def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
-    """The job with its trunk; with `recipe.cache`, on features that are extracted first."""
+    """The job with its backbone; with `recipe.cache`, on features that are extracted first."""
     if not recipe.cache:
         if recipe.cache_store != "float32":
             raise ValueError(f"cache_store {recipe.cache_store} is for a cache: name its folder")
         with open_job(recipe, rank, views="plain") as job:
-            yield _Setup(job, *load_trunk(recipe.backbone, recipe.weights, rank))
+            yield _Setup(job, *load_frozen_backbone(recipe.backbone, recipe.weights, rank))
         return
     kinds = {probe.kind for probe in recipe.probes}
     if not kinds <= {"avgpool", "stages"}:
@@ -145,19 +157,19 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     torch.manual_seed(recipe.train.seed)  # as open_job: of random weights and the probes'
     with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
-        trunk, sha = load_trunk(recipe.backbone, recipe.weights, rank)
-        names = trunk.stage_names if "stages" in kinds else ()
+        backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
+        names = backbone.stage_names if "stages" in kinds else ()
         names = (*names, AVGPOOL) if "avgpool" in kinds else names
         own = {n: getattr(recipe.train, n) for n in _OF_DATA}
         specs = (replace(recipe.val, **own), recipe.val)
         precision = recipe.run.precision
         with contextlib.ExitStack() as stack:
             # Both are opened before the work on either, which may take hours.
-            data = [stack.enter_context(open_pictures(spec, rank, precision)) for spec in specs]
+            data = [stack.enter_context(open_images(spec, rank, precision)) for spec in specs]
             number_of_classes(*data)
             found = [
                 extract(
-                    *(trunk, part, rank),
+                    *(backbone, part, rank),
                     names=names,
                     precision=precision,
                     cache=Path(recipe.cache),
@@ -172,7 +184,7 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
             for features, spec in zip(found, (train, recipe.val), strict=True)
         ]
         check_data(loaders[0], rank)
-        yield _Setup(Job(recipe, rank, out, *loaders), trunk, sha, names)
+        yield _Setup(Job(recipe, rank, out, *loaders), backbone, sha, names)
 
 
 def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
@@ -182,7 +194,7 @@ def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
     parts = []
     for probe in recipe.probes:
         for lr in probe.lrs or (probe.optim.lr,):
-            made = build_probes(probe, setup.trunk, classes, size)
+            made = build_probes(probe, setup.backbone, classes, size)
             if setup.names:
                 places = [setup.names.index(one.name) for one in made]
                 made = [
@@ -198,10 +210,12 @@ def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
 
 def _pooled_shapes(setup: _Setup, size: int) -> list[tuple[int, int, int]]:
     """(channels, height, width) of the features that there are."""
-    trunk = setup.trunk
-    known = {AVGPOOL: (trunk.dim, 1, 1)}
-    dims = pooled_dims(trunk, size, stage_pools(trunk, size))
-    for name, channels, dim in zip(trunk.stage_names, trunk.stage_channels, dims, strict=True):
+    backbone = setup.backbone
+    known = {AVGPOOL: (backbone.dim, 1, 1)}
+    dims = pooled_dims(backbone, size, stage_pools(backbone, size))
+    for name, channels, dim in zip(
+        backbone.stage_names, backbone.stage_channels, dims, strict=True
+    ):
         side = math.isqrt(dim // channels)
         known[name] = (channels, side, side)
     return [known[name] for name in setup.names]
@@ -211,7 +225,7 @@ def _reader(recipe: Linear, setup: _Setup, rank: Rank, *, compiled: bool = False
     if setup.names:
         dims = [math.prod(shape) for shape in _pooled_shapes(setup, recipe.val.crop.size)]
         return lambda images: torch.split(images, dims, dim=1)
-    stages = setup.trunk.stages
+    stages = setup.backbone.stages
     if compiled:
         stages = torch.compile(stages, dynamic=False)
 
@@ -228,7 +242,7 @@ def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Sco
     read = _reader(recipe, setup, state.rank, compiled=recipe.run.compile)
     read_val = _reader(recipe, setup, state.rank)
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
         maps = read(images)
         # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
         losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(maps)])
@@ -242,15 +256,15 @@ def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Sco
         log.validation(step=state.step, values=tops)
         return max(score["top1"] for score in scores.values())
 
-    data, pace = setup.job.loader, recipe.eval_every
-    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every=pace):
-        state.learn(objective, batch.images, batch.targets)
+    data, pace = setup.job.loader, recipe.eval_every_epochs
+    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
+        state.train_step(objective, batch.images, batch.targets)
     return results.get(state.step)
 
 
 def evaluate(state: TrainState, read: Reader, val: Loader) -> Scores:
     """Top-1, and top-5 where there are more than five classes, of every probe by name."""
-    state.agree()
+    state.sync_buffers()
     heads = state.module
     assert isinstance(heads, ProbeSet)
     heads.eval()

@@ -1,4 +1,4 @@
-"""Labels of pictures that may show several classes: 1 present, -1 absent, 0 difficult (VOC)."""
+"""Labels of images that may show several classes: 1 present, -1 absent, 0 difficult (VOC)."""
 
 from __future__ import annotations
 

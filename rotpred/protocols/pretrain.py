@@ -22,7 +22,7 @@ from rotpred.protocols.session import Job, open_job
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import RunLog, read_rows
 from rotpred.training.loop import steps
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import synced
 from rotpred.weights.load import save_backbone
 
@@ -43,7 +43,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
         model = _network(recipe, rank)
         state = job.train_state(
             model,
-            [Trained(model, recipe.optim, recipe.schedule)],
+            [OptimizedPart(model, recipe.optim, recipe.schedule)],
             backbone=recipe.backbone,
             sync_bn=recipe.sync_bn,
             optim=asdict(recipe.optim),
@@ -73,34 +73,34 @@ def _train(
             log.figure("confusion", confusion(torch.tensor(result.matrix)))
         return result.accuracy
 
-    def objective(images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> Outcome:
+    def objective(images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> LossAndLogs:
         with state.autocast():
             logits = state.model(images)
             loss = cross_entropy(logits, targets)
         hits = (logits.argmax(1) == targets).sum() / valid.sum()
         return loss, {"loss": loss, "accuracy": 100 * hits}
 
-    pictured = state.step > 0 or not state.rank.main
+    imaged = state.step > 0 or not state.rank.main
     batches = steps(
         state,
         job.loader,
         recipe.run,
         log=log,
         evaluate=validate if job.val is not None else None,
-        eval_every=recipe.eval_every,
+        eval_every_epochs=recipe.eval_every_epochs,
     )
     for batch in batches:
-        if not pictured:
-            pictured = True
+        if not imaged:
+            imaged = True
             grid = views_grid(batch.images, targets=batch.targets, normalize=recipe.train.normalize)
             log.figure("views", grid)
-        state.learn(objective, batch.images, batch.targets, batch.valid)
+        state.train_step(objective, batch.images, batch.targets, batch.valid)
     return results.get(state.step)
 
 
 def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResult:
     """Count predicted against true rotations over the whole validation set, on any world size."""
-    state.agree()
+    state.sync_buffers()
     state.module.eval()
     try:
         return score_rotations(state.module, val, state.rank, recipe.run.precision)

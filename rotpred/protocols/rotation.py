@@ -18,9 +18,9 @@ from rotpred.recipes.rotation import Rotation
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
 from rotpred.training.data import open_data
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
+from rotpred.weights.frozen_backbone import RANDOM
 from rotpred.weights.load import load_rotnet
-from rotpred.weights.trunk import RANDOM
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _CLOCKWISE = {"file": None, "clockwise": True, "counter-clockwise": False}
 
 
 def run(recipe: Rotation, rank: Rank) -> Path:
-    """Count exact hits over all pictures in all four views, write the run folder.
+    """Count exact hits over all images in all four views, write the run folder.
 
     Returns:
         The run folder.
@@ -40,7 +40,7 @@ def run(recipe: Rotation, rank: Rank) -> Path:
     if not recipe.weights:
         raise ValueError("name the weights to score: --weights FILE, one with its rotation head")
     if recipe.val.views != "rotate4" or recipe.val.drop_last:
-        raise ValueError("all four views of every picture count: views rotate4, no drop_last")
+        raise ValueError("all four views of every image count: views rotate4, no drop_last")
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     torch.manual_seed(recipe.val.seed)  # of the random control's weights
     with contextlib.ExitStack() as stack:
@@ -53,7 +53,7 @@ def run(recipe: Rotation, rank: Rank) -> Path:
             logger.info("%s: %s", recipe.weights, report.words())
         net = channels_last(net, rank.device).eval()
         loader = stack.enter_context(
-            open_data(recipe.val, rank, Run(precision=recipe.run.precision))
+            open_data(recipe.val, rank, RunSettings(precision=recipe.run.precision))
         )
         check_equal(len(loader), rank, what="steps in an epoch")
         log = stack.enter_context(

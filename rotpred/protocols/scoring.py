@@ -54,7 +54,7 @@ def score_rotations(
     *,
     tick: Callable[[int], None] = lambda _done: None,
 ) -> ConfusionResult:
-    """Count predicted against true rotations of every picture, on any number of ranks.
+    """Count predicted against true rotations of every image, on any number of ranks.
 
     Args:
         net: images to logits (N, 4), in evaluation mode.

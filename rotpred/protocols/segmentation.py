@@ -24,14 +24,14 @@ from rotpred.models.base import Backbone
 from rotpred.models.fcn import Fcn, pixel_loss, resized
 from rotpred.plots.detections import CITYSCAPES_PALETTE, masks_figure, voc_palette
 from rotpred.protocols import dense
-from rotpred.protocols.dense import Evaluation
+from rotpred.protocols.dense import DenseResult
 from rotpred.recipes.segmentation import Segmentation
-from rotpred.training.state import Outcome, TrainState
+from rotpred.training.state import LossAndLogs, TrainState
 
 Mask = npt.NDArray[np.uint8]
 
 SHOWN = 4
-"""Validation pictures in the figure."""
+"""Validation images in the figure."""
 
 
 def run(recipe: Segmentation, rank: Rank) -> Path:
@@ -57,7 +57,7 @@ class Segment:
         """The backbone, dilated, with both heads."""
         return Fcn(backbone, classes, dropout=self.recipe.dropout)
 
-    def objective(self, state: TrainState, batch: DenseBatch) -> Outcome:
+    def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
         """Both losses at the size of the masks, in float32, and the share of right pixels."""
         if batch.masks is None:
             raise ValueError(f"{self.recipe.train.data} has no masks to learn from")
@@ -81,12 +81,12 @@ class Segment:
             "accuracy": 100 * right,
         }
 
-    def evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
-        """Mean IoU over all pixels of all pictures, each in its stored size."""
+    def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
+        """Mean IoU over all pixels of all images, each in its stored size."""
         with dense.any_shape():
             return self._evaluate(state, val)
 
-    def _evaluate(self, state: TrainState, val: DenseLoader) -> Evaluation:
+    def _evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
         rank, samples = state.rank, val.samples
         confusion = Confusion(len(val.classes), device=rank.device)
         shown: list[tuple[int, Mask]] = []
@@ -106,7 +106,7 @@ class Segment:
         return evaluation(confusion.compute(rank), val, shown if rank.main else [])
 
     def _logits(self, state: TrainState, val: DenseLoader) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and float32 logits (1, classes, h, w) of this process's pictures, one by one.
+        """Index and float32 logits (1, classes, h, w) of this process's images, one by one.
 
         Without what they are padded with in a batch: results depend on no neighbour.
         """
@@ -128,7 +128,7 @@ class Segment:
                 if self.recipe.test == "slide":
                     yield int(batch.indices[k]), slide(window_of, image, crop, stride)
                 else:
-                    # As published, first to the network's input, then to the stored picture.
+                    # As published, first to the network's input, then to the stored image.
                     yield int(batch.indices[k]), window_of(image)
 
     def identity(self) -> dict[str, object]:
@@ -143,7 +143,7 @@ def slide(
     """The mean of the logits of windows, where they overlap.
 
     Windows begin at multiples of the stride; one that would reach over the edge is moved back until
-    it ends there. A picture smaller than the window is one window along that side. Source: mmseg/
+    it ends there. An image smaller than the window is one window along that side. Source: mmseg/
     models/segmentors/encoder_decoder.py, slide_inference.
 
     Args:
@@ -166,7 +166,7 @@ def slide(
                 total = logits.new_zeros(1, logits.shape[1], height, width)
             total[:, :, rows, columns] += logits
             count[:, :, rows, columns] += 1
-    assert total is not None  # a picture has a pixel
+    assert total is not None  # an image has a pixel
     return total / count
 
 
@@ -179,12 +179,12 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
     """Compare a folder of predicted masks with the validation data, and write the run folder.
 
     Raises:
-        FileNotFoundError: there is none of a picture.
+        FileNotFoundError: there is none of an image.
         ValueError: one has another size or unknown classes; it says which.
     """
     folder = Path(recipe.predictions)
 
-    def count(val: DenseLoader) -> Evaluation:
+    def count(val: DenseLoader) -> DenseResult:
         confusion = Confusion(len(val.classes))
         shown: list[tuple[int, Mask]] = []
         for i in range(rank.rank, len(val.samples), rank.world):
@@ -206,13 +206,13 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
 
 def evaluation(
     result: ConfusionResult, val: DenseLoader, shown: list[tuple[int, Mask]]
-) -> Evaluation:
+) -> DenseResult:
     """Mean IoU first, pixel accuracy, mean recall, and the IoU of each class that occurs.
 
     Args:
         result: over all processes.
-        val: classes, names, pictures and true masks.
-        shown: indices and predicted masks of pictures to draw.
+        val: classes, names, images and true masks.
+        shown: indices and predicted masks of images to draw.
     """
     values = {"mIoU": result.mean_iou, "accuracy": result.accuracy}
     values["mean recall"] = result.mean_recall
@@ -220,22 +220,22 @@ def evaluation(
         if iou is not None:
             values[f"IoU/{name}"] = iou
     figures = {"masks": _figure(val, shown)} if shown else {}
-    return Evaluation(values, n=len(val.samples), figures=figures)
+    return DenseResult(values, n=len(val.samples), figures=figures)
 
 
 def save_mask(path: Path, mask: Mask, palette: Mask) -> None:
-    """Write classes, uint8 (h, w), as a PNG file that viewers show in the colours of a palette.
+    """Write classes, uint8 (h, w), as a PNG file that viewers show in the colors of a palette.
 
     Args:
         path: made whole or not at all, with its folder.
         mask: what is written.
         palette: uint8 (classes, 3).
     """
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette.tobytes())
+    image = Image.fromarray(mask)
+    image.putpalette(palette.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
 def _palette(val: DenseLoader) -> Mask:
@@ -244,9 +244,9 @@ def _palette(val: DenseLoader) -> Mask:
 
 
 def _figure(val: DenseLoader, shown: list[tuple[int, Mask]]) -> Figure:
-    pictures = [decode(val.samples.path(i).read_bytes()) for i, _ in shown]
+    images = [decode(val.samples.path(i).read_bytes()) for i, _ in shown]
     return masks_figure(
-        [picture.permute(1, 2, 0).numpy() for picture in pictures],
+        [image.permute(1, 2, 0).numpy() for image in images],
         [mask for _, mask in shown],
         [val.samples.mask(i) for i, _ in shown],
         val.classes,

@@ -21,23 +21,23 @@ from rotpred.files import plain, write_json
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
 from rotpred.training.data import check_data, open_data
-from rotpred.training.feed import Feed, Stream
-from rotpred.training.settings import Run
-from rotpred.training.state import Trained, TrainState
+from rotpred.training.loader_interface import DataSpec, TrainingLoader
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import OptimizedPart, TrainState
 
 logger = logging.getLogger(__name__)
 
-S = TypeVar("S", bound=Stream)
-S_co = TypeVar("S_co", bound=Stream, covariant=True)
-L = TypeVar("L", bound=Feed[object])
+S = TypeVar("S", bound=DataSpec)
+S_co = TypeVar("S_co", bound=DataSpec, covariant=True)
+L = TypeVar("L", bound=TrainingLoader[object])
 
 _WHY = {
     "rotate4": "pretraining predicts rotations",
-    "plain": "classification reads each picture once",
+    "plain": "classification reads each image once",
 }
 
 
-class Recipe(Protocol[S_co]):
+class TrainingRecipe(Protocol[S_co]):
     """What all recipes that train have."""
 
     @property
@@ -53,7 +53,7 @@ class Recipe(Protocol[S_co]):
         """Validation data, if there are any."""
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunSettings:
         """How it is driven."""
 
 
@@ -61,7 +61,7 @@ class Recipe(Protocol[S_co]):
 class Job(Generic[L]):
     """An open run: its folder is locked and its data are there."""
 
-    recipe: Recipe[Stream]
+    recipe: TrainingRecipe[DataSpec]
     rank: Rank
     out: Path
     loader: L
@@ -74,7 +74,9 @@ class Job(Generic[L]):
         most = self.recipe.run.max_steps
         return total if most is None else min(total, most)
 
-    def train_state(self, module: nn.Module, trained: list[Trained], **own: object) -> TrainState:
+    def train_state(
+        self, module: nn.Module, trained: list[OptimizedPart], **own: object
+    ) -> TrainState:
         """What is trained, with its checkpoints in the run folder.
 
         Args:
@@ -132,7 +134,7 @@ class Job(Generic[L]):
 
 @contextlib.contextmanager
 def open_job(
-    recipe: Recipe[LoaderSpec], rank: Rank, *, views: Literal["rotate4", "plain"]
+    recipe: TrainingRecipe[LoaderSpec], rank: Rank, *, views: Literal["rotate4", "plain"]
 ) -> Iterator[Job[Loader]]:
     """Lock the run folder, seed torch, open the data.
 
@@ -150,7 +152,9 @@ def open_job(
 
 @contextlib.contextmanager
 def open_run(
-    recipe: Recipe[S], rank: Rank, opener: Callable[[S, Rank, Run], AbstractContextManager[L]]
+    recipe: TrainingRecipe[S],
+    rank: Rank,
+    opener: Callable[[S, Rank, RunSettings], AbstractContextManager[L]],
 ) -> Iterator[Job[L]]:
     """Lock the run folder, seed torch, open the data with `opener`; raises as `open_job` does."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
@@ -166,7 +170,9 @@ def open_run(
         yield Job(recipe, rank, out, loader, val)
 
 
-def identity(loader: Feed[object], rank: Rank, run: Run, **own: object) -> dict[str, Any]:
+def identity(
+    loader: TrainingLoader[object], rank: Rank, run: RunSettings, **own: object
+) -> dict[str, Any]:
     """What decides the weights, as plain JSON: a checkpoint is gone on with only where it is equal.
 
     How fast they come (engine, workers, cadences, graphs, number of processes) is not part of it.
@@ -177,15 +183,15 @@ def identity(loader: Feed[object], rank: Rank, run: Run, **own: object) -> dict[
         run: length and precision.
         own: what the protocol adds, dataclasses turned into dictionaries.
     """
-    deciding = {
+    fingerprint_fields = {
         "data": loader.data_id,
         "global_batch": loader.spec.batch_size * rank.world,
         "epochs": run.epochs,
         "precision": run.precision,
         "accumulate": run.accumulate,
-        **loader.spec.deciding(),
+        **loader.spec.fingerprint_fields(),
         **own,
     }
-    result = plain(deciding)
+    result = plain(fingerprint_fields)
     assert isinstance(result, dict)
     return result

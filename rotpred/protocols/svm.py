@@ -15,7 +15,7 @@ from rotpred.distributed import Rank, all_sum
 from rotpred.features.base import Features
 from rotpred.metrics.average_precision import average_precision
 from rotpred.plots import svm
-from rotpred.protocols.feature_session import Evaluation, open_evaluation, share
+from rotpred.protocols.feature_session import FeatureSession, open_evaluation, share
 from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_tables
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.log import RunLog
@@ -218,16 +218,16 @@ def _fit(
 
 
 def _prepare(
-    recipe: Svm | LowShot, evaluation: Evaluation
+    recipe: Svm | LowShot, evaluation: FeatureSession
 ) -> tuple[tuple[Features, Features], tuple[Labels, Labels], tuple[str, ...]]:
     """Features and labels of training and test data, and the names of their classes.
 
-    Files of labels are read first: the work on pictures may take hours.
+    Files of labels are read first: the work on images may take hours.
     """
     if evaluation.samples > MAX_SAMPLES:
         raise ValueError(
             f"{evaluation.samples} training samples are more than {MAX_SAMPLES}: choose some of "
-            "them with --train.limit"
+            "them with --train.max-samples"
         )
     paths = (recipe.train_labels, recipe.val_labels)
     tables, classes = read_tables(paths, evaluation.data)

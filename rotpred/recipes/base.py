@@ -10,11 +10,11 @@ from rotpred.features.base import AVGPOOL
 RESNET_STAGES = ("stem", "res2", "res3", "res4", "res5", AVGPOOL)
 
 PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False)
-"""Every picture once, as it is."""
+"""Every image once, as it is."""
 
 
 @dataclass(frozen=True)
-class Place:
+class FeatureRun:
     """Where and in which type an evaluation without training of a network works."""
 
     out: str = ""
@@ -28,7 +28,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class CachedPlace(Place):
+class CachedFeatureRun(FeatureRun):
     """That, and where features are kept."""
 
     cache: str = "runs/features"

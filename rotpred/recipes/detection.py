@@ -10,7 +10,7 @@ from rotpred.models.detection.rcnn import C4, FPN, BoxHead
 from rotpred.models.detection.rpn import Proposals
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Detection:
     """Of mask_rcnn_fpn. 4conv1fc is mmdetection's, with batch norm in box and mask head; 2fc is
     detectron2's, without."""
     proposals: Proposals = C4
-    """Anchors and numbers of proposals: smaller ones for small pictures."""
+    """Anchors and numbers of proposals: smaller ones for small images."""
     train: DenseSpec = field(
         default_factory=lambda: DenseSpec(
             data="voc:2007/trainval+2012/trainval",
@@ -66,14 +66,14 @@ class Detection:
     predictions: str = ""
     """Score this file of detections against the validation data instead of training: COCO's JSON
     results or, for VOC, a folder of the devkit's text files."""
-    eval_every: int = 1
+    eval_every_epochs: int = 1
     """Epochs between validations; the last epoch is always validated, and is what counts."""
-    run: Run = field(default_factory=lambda: Run(epochs=12, precision="fp32"))
+    run: RunSettings = field(default_factory=lambda: RunSettings(epochs=12, precision="fp32"))
     """Length, precision, logs and checkpoints."""
 
 
 def voc0712_det() -> Detection:
-    """VOC 2007 + 2012: Faster R-CNN of ResNet-50 on C4, 24k iterations, 8 GPUs x 2 pictures.
+    """VOC 2007 + 2012: Faster R-CNN of ResNet-50 on C4, 24k iterations, 8 GPUs x 2 images.
 
     Source: MoCo, detection/configs/pascal_voc_R_50_C4_24k.yaml; mmselfsup, configs/benchmarks/
     mmdetection/voc0712/faster-rcnn_r50-c4_ms-24k_voc0712.py: SGD 0.02, momentum 0.9, decay 1e-4,
@@ -93,7 +93,7 @@ def voc0712_det() -> Detection:
 
 
 def coco_det() -> Detection:
-    """COCO 2017: Mask R-CNN of ResNet-50 on a pyramid, 12 epochs, 8 GPUs x 2 pictures.
+    """COCO 2017: Mask R-CNN of ResNet-50 on a pyramid, 12 epochs, 8 GPUs x 2 images.
 
     Source: mmselfsup, configs/benchmarks/mmdetection/coco/mask-rcnn_r50_fpn_ms-1x_coco.py: SGD
     0.02, momentum 0.9, decay 1e-4 (norms too), x0.1 after 8 and 11 epochs of 7,330 iterations, 500
@@ -117,7 +117,7 @@ def coco_det() -> Detection:
             root=root,
             geometry=ShortSide(tuple(range(640, 801, 32)), 1333),
             steps_per_epoch=7330,
-            max_bad=10,  # train2017 has boxes without area; who cannot read it stops all the same
+            max_undecodable=10,  # train2017 has boxes without area; who cannot read it stops all the same
         ),
         val=replace(base.val, data="coco:val2017", root=root),
         optim=replace(base.optim, decay_rule="all"),

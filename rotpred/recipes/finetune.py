@@ -11,7 +11,7 @@ from rotpred.recipes.linear import Linear
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FineTuning:
     """Labelled validation data."""
     optim: Optim = field(default_factory=lambda: Optim(lr=0.01, weight_decay=5e-4))
     """Optimiser of the backbone."""
-    head_mult: float = 1.0
+    head_lr_mult: float = 1.0
     """Learning rate of the classifier, as a multiple of the backbone's."""
     schedule: Schedule = field(default_factory=lambda: Steps((12, 16), gamma=0.2))
     """Learning rate over time."""
@@ -42,36 +42,38 @@ class FineTuning:
     deterministic: bool = True
     """Use deterministic kernels only: the same command gives the same weights, on a GPU as well."""
     grid: bool = False
-    """Train every pair of `lrs` and `head_mults`, each in a folder of its own below the run folder,
+    """Train every pair of `lrs` and `head_lr_mults`, each in a folder of its own below the run folder,
     and report all of them and the one that is best on the validation data, as published. The same
     command again goes on with what is not finished."""
     lrs: tuple[float, ...] = (0.1, 0.01, 0.001)
     """Learning rates of the grid, in place of optim.lr."""
-    head_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
-    """Multiples of the grid, in place of head_mult."""
-    eval_every: int = 20
+    head_lr_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
+    """Multiples of the grid, in place of head_lr_mult."""
+    eval_every_epochs: int = 20
     """Epochs between validations; the last epoch is always validated, and is what counts."""
-    run: Run = field(default_factory=lambda: Run(epochs=20, precision="fp32"))
+    run: RunSettings = field(default_factory=lambda: RunSettings(epochs=20, precision="fp32"))
     """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
-        for name, values in (("lrs", self.lrs), ("head_mults", self.head_mults)):
+        for name, values in (("lrs", self.lrs), ("head_lr_mults", self.head_lr_mults)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be named, each once, got {values}")
-        for value in (self.head_mult, *self.lrs, *self.head_mults):
+        for value in (self.head_lr_mult, *self.lrs, *self.head_lr_mults):
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"lrs, head_mult and head_mults must be positive, got {value}")
+                raise ValueError(
+                    f"lrs, head_lr_mult and head_lr_mults must be positive, got {value}"
+                )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
 
-def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0) -> FineTuning:
+def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_lr_mult: float = 100.0) -> FineTuning:
     """ImageNet-1k, ResNet-50 fine-tuned on 1 % or 10 % of the labels, 4 GPUs x 64 images.
 
     Args:
         fraction: 0.01 or 0.1, which have their own weight decay.
         lr: of the backbone, for 256 images a step.
-        head_mult: times that for the classifier.
+        head_lr_mult: times that for the classifier.
 
     Raises:
         ValueError: another fraction.
@@ -97,7 +99,7 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_mult: float = 100.0
             drop_last=False,
         ),
         optim=Optim(lr=lr, weight_decay=decay, reference_batch=256),
-        head_mult=head_mult,
+        head_lr_mult=head_lr_mult,
         sync_bn="torch",
     )
 
@@ -135,14 +137,16 @@ def cifar10_data(percent: int, epochs: int, decay: float) -> FineTuning:
         name=f"cifar10_semi_{percent}",
         backbone=pretext.backbone,
         fraction=percent / 100,
-        # CIFAR-10 has 5,000 training pictures of each class.
-        train=replace(plain, batch_size=50, crop=RandomCrop(32, padding=4), per_class=50 * percent),
+        # CIFAR-10 has 5,000 training images of each class.
+        train=replace(
+            plain, batch_size=50, crop=RandomCrop(32, padding=4), samples_per_class=50 * percent
+        ),
         val=replace(pretext.val, views="plain"),
         optim=Optim(lr=0.01, weight_decay=decay),
-        head_mult=10.0,
+        head_lr_mult=10.0,
         schedule=Steps((0.6 * epochs, 0.8 * epochs), gamma=0.2),
-        eval_every=epochs,
-        run=Run(epochs=epochs, precision="fp32", log_every=20, keep=2),
+        eval_every_epochs=epochs,
+        run=RunSettings(epochs=epochs, precision="fp32", log_every_steps=20, keep_checkpoints=2),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.features.base import AVGPOOL, Store
-from rotpred.recipes.base import PLAIN, CachedPlace, cifar10_data
+from rotpred.recipes.base import PLAIN, CachedFeatureRun, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 
 
@@ -35,7 +35,7 @@ class Knn:
     """Cosine similarity; False (VISSL's default, with temperature 0.1) is the dot product."""
     store: Store = "float32"
     """Type of the features on disk; the similarities are float32."""
-    run: CachedPlace = field(default_factory=CachedPlace)
+    run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
     """Where it works."""
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ def in1k_knn() -> Knn:
 
 
 def cifar10_knn() -> Knn:
-    """CIFAR-10: nearest neighbours among all 50,000 training pictures.
+    """CIFAR-10: nearest neighbours among all 50,000 training images.
 
     Source: as `in1k_knn`.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_knn --weights FILE

@@ -1,4 +1,4 @@
-"""Recipes of classification with a frozen trunk: source, command and published result of each."""
+"""Recipes of classification with a frozen backbone: source, command and published result of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
-    NO_COLOUR,
+    NO_COLOR_JITTER,
     CenterCrop,
-    Colour,
+    ColorJitter,
     Crop,
     LoaderSpec,
     RandomCrop,
@@ -20,14 +20,14 @@ from rotpred.features.base import Store
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Classifiers on frozen features, trained side by side in one pass of the trunk."""
+    """Classifiers on frozen features, trained side by side in one pass of the backbone."""
 
     kind: ProbeKind = "avgpool"
     """avgpool: Linear on the globally averaged last map. stages: pool, batch norm without affine
@@ -54,7 +54,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Linear:
-    """Classification with a frozen trunk."""
+    """Classification with a frozen backbone."""
 
     name: str = "linear"
     """Names the run in results and in the default run folder."""
@@ -74,18 +74,18 @@ class Linear:
     probes: tuple[Probe, ...] = (Probe(),)
     """Sets of classifiers; all are trained in the same pass, each set by its own optimiser."""
     cache: str = ""
-    """Folder of features (runs/features, say): those of the training pictures under the crop of the
+    """Folder of features (runs/features, say): those of the training images under the crop of the
     validation are extracted once, and the probes (avgpool and stages) are trained on these. That
     takes seconds where they stay in memory, as those of small data sets; larger ones are read from
     the disk in every epoch (in1k_mhead: 226 GB as float32). Without random crops, flips and
-    colours: numbers differ from the published protocol's. Empty: augmented pictures go through the
-    trunk in every epoch."""
+    colors: numbers differ from the published protocol's. Empty: augmented images go through the
+    backbone in every epoch."""
     cache_store: Store = "float32"
     """Type of the features in the cache: float16 takes half the space, and 11 bits of each value;
     results say so. The probes compute in float32."""
-    eval_every: int = 10
+    eval_every_epochs: int = 10
     """Epochs between validations; the last epoch is always validated, and is what counts."""
-    run: Run = field(default_factory=lambda: Run(epochs=100))
+    run: RunSettings = field(default_factory=lambda: RunSettings(epochs=100))
     """Length, precision, logs and checkpoints."""
 
 
@@ -93,13 +93,15 @@ _MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
 """Of the multi-head probes."""
 
 
-def _large(name: str, data: str, *, crop: Crop, colour: Colour = NO_COLOUR) -> Linear:
+def _large(
+    name: str, data: str, *, crop: Crop, color_jitter: ColorJitter = NO_COLOR_JITTER
+) -> Linear:
     """ResNet-50 at 224 pixels, 256 images a step on 8 GPUs."""
     plain = LoaderSpec(data=f"data/{data}/train.beton", batch_size=32, views="plain")
     return Linear(
         name=name,
         backbone="resnet50",
-        train=replace(plain, crop=crop, colour=colour),
+        train=replace(plain, crop=crop, color_jitter=color_jitter),
         val=replace(
             plain,
             data=f"data/{data}/val.beton",
@@ -116,7 +118,7 @@ def in1k_linear() -> Linear:
     """ImageNet-1k, ResNet-50: a linear classifier on the average pool.
 
     Source: MoCo, main_lincls.py, and mmselfsup, resnet50_linear-8xb32-steplr-100e_in1k.py: rate 30
-    for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip. bf16 trunk
+    for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip. bf16 backbone
     (ours); --run.precision fp32 as published.
     VISSL (optimizers/moco.yaml) has it with nesterov: --probes.0.optim.nesterov
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_linear --weights FILE
@@ -133,7 +135,7 @@ def in1k_linear() -> Linear:
                 Steps((60, 80), gamma=0.1),
             ),
         ),
-        run=Run(epochs=100, precision="bf16"),
+        run=RunSettings(epochs=100, precision="bf16"),
     )
 
 
@@ -142,32 +144,32 @@ def in1k_mhead() -> Linear:
 
     Source: mmselfsup 0.x, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, of which the published
     numbers are: rate 0.01 for 256 images, nesterov, decay 1e-4, x0.1 at 30 and 60, 90 epochs, batch
-    norm without affine parameters, colour jitter 0.4 and PCA lighting 0.1. 1.x inherits steps at 60
-    and 80 and leaves out the stem. bf16 trunk (ours); --run.precision fp32 as published.
+    norm without affine parameters, color jitter 0.4 and PCA lighting 0.1. 1.x inherits steps at 60
+    and 80 and leaves out the stem. bf16 backbone (ours); --run.precision fp32 as published.
     VISSL (eval_resnet_8gpu_transfer_in1k_linear.yaml) has 28 epochs, other decay, affine batch norm
     and no jitter. It has two more heads, on the average of res5 with and without batch norm, and
     draws its linear layers as torch does (ours: N(0, 0.01)): no option brings these two. The rest:
     --run.epochs 28 --probes.0.schedule.milestones 8 16 24 --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
-    --train.colour.brightness 0 --train.colour.contrast 0 --train.colour.saturation 0
-    --train.colour.lighting 0
+    --train.color-jitter.brightness 0 --train.color-jitter.contrast 0 --train.color-jitter.saturation 0
+    --train.color-jitter.lighting 0
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_mhead --weights FILE
     Published (mmselfsup), feature 1-5: 12.15 / 31.99 / 44.57 / 54.20 / 45.94.
     """
-    colour = Colour(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1)
+    color_jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1)
     return replace(
-        _large("in1k_mhead", "imagenet", crop=RandomResizedCrop(224), colour=colour),
+        _large("in1k_mhead", "imagenet", crop=RandomResizedCrop(224), color_jitter=color_jitter),
         probes=(Probe("stages", _MHEAD, Steps((30, 60), gamma=0.1)),),
-        run=Run(epochs=90, precision="bf16"),
+        run=RunSettings(epochs=90, precision="bf16"),
     )
 
 
 def inat18_mhead() -> Linear:
     """iNaturalist 2018, 8,142 classes, ResNet-50: a linear classifier on each of the five stages.
 
-    Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-84e_inat18.py: as `in1k_mhead` without colour
+    Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-84e_inat18.py: as `in1k_mhead` without color
     jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x prints these values, but would run others). bf16
-    trunk (ours); --run.precision fp32 as published.
+    backbone (ours); --run.precision fp32 as published.
     VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml), but for its head on the average of
     res5 and torch's own draw of the linear layers: --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
@@ -178,7 +180,7 @@ def inat18_mhead() -> Linear:
     return replace(
         _large("inat18_mhead", "inat18", crop=RandomResizedCrop(224)),
         probes=(Probe("stages", _MHEAD, Steps((24, 48, 72), gamma=0.1)),),
-        run=Run(epochs=84, precision="bf16"),
+        run=RunSettings(epochs=84, precision="bf16"),
     )
 
 
@@ -186,9 +188,9 @@ def places205_mhead() -> Linear:
     """Places205, ResNet-50: a linear classifier on each of the five stages.
 
     Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-28e_places205.py: as `in1k_mhead` without
-    colour jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs. bf16
-    trunk (ours); --run.precision fp32 as published. Theirs cuts the middle 256 x 256 first, which
-    is all of the picture in the release of that size.
+    color jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs. bf16
+    backbone (ours); --run.precision fp32 as published. Theirs cuts the middle 256 x 256 first, which
+    is all of the image in the release of that size.
     VISSL's, with crops of another kind, is `places205_mhead_vissl`.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead --weights FILE
     (without conversion: --train.data train_places205.csv --train.root FOLDER, and for val)
@@ -197,7 +199,7 @@ def places205_mhead() -> Linear:
     return replace(
         _large("places205_mhead", "places205", crop=RandomCrop(224, padding=0, resize=256)),
         probes=(Probe("stages", _MHEAD, Steps((7, 14, 21), gamma=0.1)),),
-        run=Run(epochs=28, precision="bf16"),
+        run=RunSettings(epochs=28, precision="bf16"),
     )
 
 
@@ -205,7 +207,7 @@ def places205_mhead_vissl() -> Linear:
     """Places205 as VISSL has it: crops of random size, 14 epochs.
 
     Source: VISSL, eval_resnet_8gpu_transfer_places205_linear.yaml: as `places205_mhead`, but
-    x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm. bf16 trunk (ours);
+    x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm. bf16 backbone (ours);
     --run.precision fp32 as published. VISSL draws its linear layers as torch does; ours are
     N(0, 0.01).
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead_vissl --weights FILE
@@ -250,7 +252,7 @@ def cifar10_probes() -> Linear:
     Conv2_feats.py and CIFAR10_MultLayerClassifier_...py: 128 images, nesterov, decay 5e-4, 100
     epochs, 0.1 / 0.02 / 0.004 / 0.0008, changed at 35, 70, 85 (conv) and 20, 40, 45 (non-linear).
     The linear probe shares the conv probe's schedule (ours). Theirs keeps the best test epoch; we
-    report the last one. bf16 trunk (ours); --run.precision fp32 as published.
+    report the last one. bf16 backbone (ours); --run.precision fp32 as published.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_probes --weights FILE
     Published: conv2: 89.06 (non-linear), 91.16 (conv).
     """
@@ -266,7 +268,7 @@ def cifar10_probes() -> Linear:
             Probe("nonlinear", optim, hidden),
             Probe("stages", optim, conv),
         ),
-        run=Run(epochs=100, precision="bf16"),
+        run=RunSettings(epochs=100, precision="bf16"),
     )
 
 
@@ -285,8 +287,8 @@ def cifar10_linear() -> Linear:
             Probe("avgpool", replace(optim, lr=0.2, weight_decay=0.0), Triangle(warmup=0.1)),
             Probe("stages", optim, Triangle(warmup=0.1)),
         ),
-        eval_every=100,
-        run=Run(epochs=4, precision="fp32", log_every=50),
+        eval_every_epochs=100,
+        run=RunSettings(epochs=4, precision="fp32", log_every_steps=50),
     )
 
 
@@ -303,9 +305,9 @@ def quickstart_linear() -> Linear:
         base,
         name="quickstart_linear",
         backbone=pretext.backbone,
-        train=replace(pretext.train, views="plain", batch_size=25, limit=200),
+        train=replace(pretext.train, views="plain", batch_size=25, max_samples=200),
         val=replace(pretext.val, views="plain"),
-        run=Run(epochs=20, precision="fp32", log_every=20),
+        run=RunSettings(epochs=20, precision="fp32", log_every_steps=20),
     )
 
 

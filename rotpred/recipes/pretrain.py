@@ -16,7 +16,7 @@ from pipelines.spec import (
 )
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 
 def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> LoaderSpec:
@@ -54,8 +54,8 @@ def rotnet_in1k_r50() -> Pretrain:
         optim=Optim(lr=0.2, momentum=0.9, weight_decay=1e-4, reference_batch=128),
         schedule=Steps((30, 50), gamma=0.1, warmup_epochs=5, warmup_start_factor=0.1),
         sync_bn="torch",
-        eval_every=10,
-        run=Run(epochs=70, precision="fp32"),
+        eval_every_epochs=10,
+        run=RunSettings(epochs=70, precision="fp32"),
     )
 
 
@@ -76,7 +76,7 @@ def rotnet_in1k_r50_amp() -> Pretrain:
 
 
 def rotnet_in1k_r50_fast() -> Pretrain:
-    """The same within half the epochs, on small pictures first: 8 GPUs x 128 images, 35 epochs.
+    """The same within half the epochs, on small images first: 8 GPUs x 128 images, 35 epochs.
 
     Source: our own. Sides of 128 pixels, then 192 from epoch 14 and 224 from epoch 28 on, as
     libffcv/ffcv-imagenet grows them from 160 to 192: 22 passes' worth of pixels instead of 70. The
@@ -90,11 +90,13 @@ def rotnet_in1k_r50_fast() -> Pretrain:
     return replace(
         base,
         name="rotnet_in1k_r50_fast",
-        train=replace(base.train, batch_size=128, sides=((0, 128), (14, 192), (28, 224))),
+        train=replace(
+            base.train, batch_size=128, resolution_schedule=((0, 128), (14, 192), (28, 224))
+        ),
         schedule=Triangle(warmup=1 / 7),
         sync_bn="off",
-        eval_every=7,
-        run=Run(epochs=35, precision="bf16", compile=True),
+        eval_every_epochs=7,
+        run=RunSettings(epochs=35, precision="bf16", compile=True),
     )
 
 
@@ -116,7 +118,7 @@ def rotnet_in1k_alexnet() -> Pretrain:
         optim=Optim(lr=0.01, nesterov=True, weight_decay=5e-4),
         schedule=Table(((15, 0.01), (30, 1e-3), (45, 1e-4), (50, 1e-5))),
         sync_bn="off",
-        run=Run(epochs=50, precision="fp32"),
+        run=RunSettings(epochs=50, precision="fp32"),
     )
 
 
@@ -148,8 +150,8 @@ def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
         cifar10_data("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4),
         schedule=Table(((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008))),
-        eval_every=5,
-        run=Run(epochs=200, precision="bf16", save_every=100_000),
+        eval_every_epochs=5,
+        run=RunSettings(epochs=200, precision="bf16", save_every_steps=100_000),
     )
 
 
@@ -168,12 +170,12 @@ def rotnet_cifar10_r18() -> Pretrain:
         train=replace(base.train, crop=RandomCrop(32, padding=0)),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4, decay_rule="no_norm_no_bias"),
         schedule=Triangle(warmup=1 / 6),
-        run=Run(epochs=2, precision="fp32", log_every=50, save_every=500),
+        run=RunSettings(epochs=2, precision="fp32", log_every_steps=50, save_every_steps=500),
     )
 
 
 def quickstart() -> Pretrain:
-    """Scanned digits (scikit-learn's, 1,797 real pictures): the demo, two minutes on two cores.
+    """Scanned digits (scikit-learn's, 1,797 real images): the demo, two minutes on two cores.
 
     Source: our own. A digit turned is told from an upright one within a few hundred steps; 0 and 8
     look alike turned by 180 degrees, so no network reaches 100 %. No flip: digits have a side.
@@ -193,8 +195,8 @@ def quickstart() -> Pretrain:
         val=_val(data.format("val"), crop=CenterCrop(32, None), batch_size=60, normalize=CIFAR10),
         optim=Optim(lr=0.03, nesterov=True, weight_decay=5e-4, decay_rule="no_norm_no_bias"),
         schedule=Triangle(warmup=0.2),
-        eval_every=2,
-        run=Run(epochs=3, precision="fp32", log_every=10, save_every=200),
+        eval_every_epochs=2,
+        run=RunSettings(epochs=3, precision="fp32", log_every_steps=10, save_every_steps=200),
     )
 
 
@@ -230,7 +232,7 @@ class Pretrain:
     """Learning rate over time."""
     sync_bn: Literal["off", "torch", "apex"] = "off"
     """Batch norm statistics over all GPUs (torch's or apex's SyncBN) or over each process's own."""
-    eval_every: int = 1
+    eval_every_epochs: int = 1
     """Epochs between validations; the last epoch is always validated."""
-    run: Run = field(default_factory=Run)
+    run: RunSettings = field(default_factory=RunSettings)
     """Length, precision, logs and checkpoints."""

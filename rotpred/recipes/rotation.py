@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.spec import LoaderSpec
-from rotpred.recipes.base import Place
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.pretrain import rotnet_cifar10_nin, rotnet_in1k_r50
 
 
@@ -27,13 +27,13 @@ class Rotation:
     val: LoaderSpec = field(
         default_factory=lambda: LoaderSpec(flip=False, shuffle=False, drop_last=False)
     )
-    """Validation data, four views of each picture."""
-    run: Place = field(default_factory=Place)
+    """Validation data, four views of each image."""
+    run: FeatureRun = field(default_factory=FeatureRun)
     """Where it works."""
 
 
 def in1k_rotation() -> Rotation:
-    """ImageNet-1k: which of four ways was each validation picture turned? ResNet-50.
+    """ImageNet-1k: which of four ways was each validation image turned? ResNet-50.
 
     Source: the validation of `rotnet_in1k_r50`, on anybody's weights.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py in1k_rotation --weights FILE
@@ -46,7 +46,7 @@ def in1k_rotation() -> Rotation:
 
 
 def cifar10_rotation() -> Rotation:
-    """CIFAR-10: which of four ways was each test picture turned? The authors' NIN.
+    """CIFAR-10: which of four ways was each test image turned? The authors' NIN.
 
     Source: the validation of `rotnet_cifar10_nin`, on anybody's weights.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_rotation --weights FILE

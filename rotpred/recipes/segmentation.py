@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pipelines.dense.spec import DenseSpec, RatioCrop, Within
+from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Poly, Schedule
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Segmentation:
     """Training data."""
     val: DenseSpec = field(
         default_factory=lambda: DenseSpec(
-            data="vocseg:2012/val", batch_size=1, geometry=Within(2048, 512), flip=False, divisor=1,
+            data="vocseg:2012/val", batch_size=1, geometry=FitWithin(2048, 512), flip=False, divisor=1,
             train=False,
         )
     )  # fmt: skip
@@ -53,22 +53,22 @@ class Segmentation:
     dropout: float = 0.1
     """Probability that a channel is dropped before either classifier."""
     test: Literal["whole", "slide"] = "whole"
-    """Validate on whole pictures, or average the logits of windows that slide over them."""
+    """Validate on whole images, or average the logits of windows that slide over them."""
     slide_crop: int = 769
     """Side of the window in pixels."""
     slide_stride: int = 513
-    """Pixels between windows; the last one ends where the picture ends."""
+    """Pixels between windows; the last one ends where the image ends."""
     save_predictions: bool = False
-    """Write what was predicted for every validation picture at the last validation into
+    """Write what was predicted for every validation image at the last validation into
     OUT/predictions, as NAME.png of class ids with a palette, for `predictions`."""
     predictions: str = ""
     """Score this folder of PNG files (NAME.png or NAME_ANYTHING.png, class ids, in the size of the
-    pictures) against the validation data instead of training."""
+    images) against the validation data instead of training."""
     label_ids: bool = False
     """Those files have Cityscapes' label ids, as its server takes them, not the 19 train ids."""
-    eval_every: int = 1
+    eval_every_epochs: int = 1
     """Epochs between validations; the last epoch is always validated, and is what counts."""
-    run: Run = field(default_factory=lambda: Run(epochs=10, precision="fp32"))
+    run: RunSettings = field(default_factory=lambda: RunSettings(epochs=10, precision="fp32"))
     """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
@@ -85,12 +85,12 @@ class Segmentation:
 
 
 def voc12aug_seg() -> Segmentation:
-    """VOC 2012 with SBD's masks: FCN of ResNet-50, 512 pixels, 20k iterations, 4 GPUs x 4 pictures.
+    """VOC 2012 with SBD's masks: FCN of ResNet-50, 512 pixels, 20k iterations, 4 GPUs x 4 images.
 
     Source: mmselfsup, configs/benchmarks/mmsegmentation/voc12aug/fcn_r50-d8_4xb4-20k_voc12aug-
     512x512.py: SGD 0.01, momentum 0.9, decay 5e-4, poly 0.9 down to 1e-4, no warm-up, SyncBN,
     nothing frozen; scale 0.5 to 2 of (2048, 512), crop 512 of which one class has 75 % at most,
-    flip, photometric distortion; whole pictures at (2048, 512), validated every 2k iterations.
+    flip, photometric distortion; whole images at (2048, 512), validated every 2k iterations.
     Trap: the 1.x branch inherits a ResNetV1c, whose stem no pretrained backbone here can fill; the
     published number belongs to the plain ResNet of the 0.x branch, as here.
     Command: torchrun --nproc-per-node 4 scripts/evaluate.py voc12aug_seg --weights FILE
@@ -102,7 +102,7 @@ def voc12aug_seg() -> Segmentation:
 
 
 def cityscapes_seg() -> Segmentation:
-    """Cityscapes: FCN of ResNet-50, 769 pixels, 40k iterations, 4 GPUs x 2 pictures.
+    """Cityscapes: FCN of ResNet-50, 769 pixels, 40k iterations, 4 GPUs x 2 images.
 
     Source: mmselfsup, configs/benchmarks/mmsegmentation/cityscapes/fcn_r50-d8_4xb2-40k_cityscapes-
     769x769.py: as `voc12aug_seg`, with scale 0.5 to 2 of (2049, 1025), crop 769, align_corners in
@@ -121,7 +121,7 @@ def cityscapes_seg() -> Segmentation:
             base.train, data="cityscapes:train", root=root, batch_size=2,
             geometry=RatioCrop(769, 2049, 1025), steps_per_epoch=4000,
         ),
-        val=replace(base.val, data="cityscapes:val", root=root, geometry=Within(2049, 1025)),
+        val=replace(base.val, data="cityscapes:val", root=root, geometry=FitWithin(2049, 1025)),
         optim=replace(base.optim, reference_batch=8),
         align_corners=True,
         test="slide",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from pipelines.datasets.voc_classification import VOC_CLASSES
-from pipelines.spec import LoaderSpec, Squash
-from rotpred.recipes.base import PLAIN, RESNET_STAGES, CachedPlace, cifar10_data
+from pipelines.spec import LoaderSpec, Resize
+from rotpred.recipes.base import PLAIN, RESNET_STAGES, CachedFeatureRun, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.svm.dual import COSTS
 
@@ -41,7 +41,7 @@ class _Svms:
     """Costs C."""
     positive_weight: float = 2.0
     """What multiplies the cost of positives."""
-    run: CachedPlace = field(default_factory=CachedPlace)
+    run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
     """Where it works."""
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def _check_svm(costs: tuple[float, ...], weight: float, stages: tuple[str, ...])
 
 
 def _voc07() -> tuple[LoaderSpec, LoaderSpec]:
-    spec = replace(PLAIN, batch_size=64, crop=Squash(224))
+    spec = replace(PLAIN, batch_size=64, crop=Resize(224))
     return (
         replace(spec, data="data/voc2007/trainval.beton"),
         replace(spec, data="data/voc2007/test.beton"),
@@ -106,7 +106,7 @@ def voc07_svm() -> Svm:
 
     Source: mmselfsup, configs/benchmarks/classification/svm_voc07.py and tools/benchmarks/
     classification/svm_voc07 (19 costs; VISSL has 11). Both resize the short side to 256 first and
-    squash that to 224 x 224; here the picture is squashed at once. The README reports the best
+    squash that to 224 x 224; here the image is squashed at once. The README reports the best
     stage; results here have all.
     VISSL's costs: --costs 0.01 0.1 1 2 5 10 15 20 50 100 1000
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_svm --weights FILE
@@ -130,7 +130,7 @@ def voc07_lowshot() -> LowShot:
 
     Source: as `voc07_svm`, and rotpred/svm/low_shot.py. The cost is chosen on the test data, as
     published, and the published draws had no seed: differences of some tenths mean nothing. The
-    sources differ about the picture: mmselfsup as above, VISSL squashes at once, as here.
+    sources differ about the image: mmselfsup as above, VISSL squashes at once, as here.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_lowshot --weights FILE
     Published (mmselfsup): 20.60 / 24.35 / 31.41 / 39.17 / 46.56 / 53.37 / 59.14 / 62.42.
     """
@@ -147,22 +147,22 @@ def voc07_lowshot() -> LowShot:
 
 
 def cifar10_svm() -> Svm:
-    """CIFAR-10, each class against the rest, 5,000 labels: `voc07_svm` for small pictures.
+    """CIFAR-10, each class against the rest, 5,000 labels: `voc07_svm` for small images.
 
-    Source: our own use of the protocol; as many training pictures as VOC07 has.
+    Source: our own use of the protocol; as many training images as VOC07 has.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_svm --weights FILE
     """
     train, val = cifar10_data()
     return Svm(
         name="cifar10_svm",
         backbone=rotnet_cifar10_r18().backbone,
-        train=replace(train, limit=5000),
+        train=replace(train, max_samples=5000),
         val=val,
     )
 
 
 def cifar10_lowshot() -> LowShot:
-    """CIFAR-10, each class against the rest: `voc07_lowshot` for small pictures.
+    """CIFAR-10, each class against the rest: `voc07_lowshot` for small images.
 
     Source: our own use of the protocol; draws from 5,000 labels.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_lowshot --weights FILE

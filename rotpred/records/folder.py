@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from rotpred.records.former_names import translated_row
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +36,7 @@ def read_rows(path: Path) -> list[dict[str, object]]:
         except ValueError:
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows.append(translated_row(row))
         elif line.strip():
             logger.warning("%s line %d is not a JSON object and is skipped", path, number)
     return rows
@@ -60,7 +62,7 @@ def read_results(path: Path) -> list[dict[str, object]]:
         raise ValueError(f"{path} is not JSON ({error}); move it away or mend it") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a list of results; move it away or mend it")
-    return rows
+    return [translated_row(row) for row in rows]
 
 
 DONE = "done.json"

@@ -174,7 +174,9 @@ class RunLog:
             **{k: float(v) if math.isfinite(v) else None for k, v in values.items()},
             "images_per_s": round(images * rate, 2),
             "views_per_s": round(views * rate, 2),
-            "wait_percent": round(100 * min(1.0, wait_seconds / seconds), 2) if seconds > 0 else 0,
+            "data_wait_percent": round(100 * min(1.0, wait_seconds / seconds), 2)
+            if seconds > 0
+            else 0,
             "seconds": round(seconds, 4),
             "seconds_left": None if left is None else round(left, 1),
             "rss_mib": rss_mib(),
@@ -263,19 +265,19 @@ class RunLog:
             write_json(self.out / "results.json", self._results)
 
     def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
-        """Write figures/NAME.png, and the same picture to TensorBoard at `step` (now)."""
+        """Write figures/NAME.png, and the same image to TensorBoard at `step` (now)."""
         if not self._main:
             return
         from PIL import Image
 
         from rotpred.records.tensorboard import pixels
 
-        picture = pixels(fig)
+        image = pixels(fig)
         at = self._step if step is None else step
         with self._keeps_going():
             with replaced(self.out / "figures" / f"{name}.png") as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
-            self._scalars.picture(name, picture, step=at, resumed=self._resumed)
+                Image.fromarray(image).save(temporary, format="PNG")
+            self._scalars.image(name, image, step=at, resumed=self._resumed)
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-LOADER = ("images_per_s", "views_per_s", "wait_percent", "rss_mib", "cuda_peak_mib")
+LOADER = ("images_per_s", "views_per_s", "data_wait_percent", "rss_mib", "cuda_peak_mib")
 """Fields of a row of log.jsonl that are shown under `loader/`."""
 
 
@@ -54,8 +54,8 @@ class Scalars:
 
         self._write(write, resumed=resumed)
 
-    def picture(self, name: str, pixels_HWC: NDArray[np.uint8], *, step: int, resumed: int) -> None:
-        """Add a picture (H, W, 3)."""
+    def image(self, name: str, pixels_HWC: NDArray[np.uint8], *, step: int, resumed: int) -> None:
+        """Add an image (H, W, 3)."""
         self._write(
             lambda writer: writer.add_image(name, pixels_HWC, step, dataformats="HWC"),
             resumed=resumed,

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from rotpred.report import published
-from rotpred.report.departures import departures
-from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, Picture, Text
-from rotpred.report.results import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, Result, Run
-from rotpred.report.tables import Cell, Source, Table
+from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, ImageBlock, Text
+from rotpred.report.recipe_changes import recipe_changes
+from rotpred.report.results import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, FinishedRun, Result
+from rotpred.report.tables import Cell, PublishedSource, Table
 
 TITLE = "Rotation prediction: results"
 MARK = "†"
@@ -25,7 +25,7 @@ NONE = "–"
 
 
 def page(
-    runs: Sequence[Run], *, left_out: Sequence[str] = (), notes: Sequence[str] = ()
+    runs: Sequence[FinishedRun], *, left_out: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> list[Block]:
     """Make the page.
 
@@ -71,7 +71,7 @@ def page(
     return blocks
 
 
-def _collect(runs: Sequence[Run]) -> list[Result]:
+def _collect(runs: Sequence[FinishedRun]) -> list[Result]:
     """All results of evaluations, each once."""
     found: dict[tuple[object, ...], Result] = {}
     for result in (result for run in runs for result in run.results if result.kind is not None):
@@ -149,7 +149,9 @@ def _text(result: Result, cell: Cell | None) -> str:
         text += f" ± {deviation:.2f}"
     if result.unit != "%":
         text += f" {result.unit}"
-    if "protocol" in result.row or departures(result.run.recipe, processes=result.run.processes):
+    if "protocol" in result.row or recipe_changes(
+        result.run.recipe, processes=result.run.processes
+    ):
         text += MARK
     chosen = []
     if cell is not None and len(cell.metrics) > 1:
@@ -161,7 +163,7 @@ def _text(result: Result, cell: Cell | None) -> str:
     return f"{text} ({', '.join(chosen)})" if chosen else text
 
 
-def _theirs(cell: Cell, sources: Sequence[Source]) -> list[str]:
+def _theirs(cell: Cell, sources: Sequence[PublishedSource]) -> list[str]:
     return [cell.published.get(source, NONE) for source in sources]
 
 
@@ -175,11 +177,11 @@ def _config(table: Table, results: Sequence[Result]) -> Text:
     return Text(f"{text}.")
 
 
-def _departures(runs: Iterable[Run]) -> list[Block]:
+def _departures(runs: Iterable[FinishedRun]) -> list[Block]:
     """What runs changed of their recipe, a line for those that changed the same."""
     changed: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
-        if words := departures(run.recipe, processes=run.processes):
+        if words := recipe_changes(run.recipe, processes=run.processes):
             changed.setdefault(words, []).append(run.name)
     return [
         Text(f"{MARK}: {', '.join(names)}: {'; '.join(words)}.", warning=True)
@@ -207,7 +209,7 @@ def _sources() -> list[Block]:
     return [Heading("Sources of the published numbers", 2), Grid(("column", "source"), rows)]
 
 
-def _pretext(runs: Sequence[Run]) -> list[Block]:
+def _pretext(runs: Sequence[FinishedRun]) -> list[Block]:
     """Rotation accuracy of pretraining runs, one a row."""
     blocks: list[Block] = [Heading("Rotation prediction (accuracy on four views)", 2)]
     found = [r for run in runs for r in run.results if r.kind is None]
@@ -232,16 +234,16 @@ def _pretext(runs: Sequence[Run]) -> list[Block]:
     return [*blocks, Grid(head, tuple(rows)), Code("\n".join(commands))]
 
 
-def _figures(runs: Sequence[Run]) -> list[Block]:
-    pictures: list[Block] = [
-        Picture(f"{run.group}: {path.stem}", path.read_bytes(), path)
+def _figures(runs: Sequence[FinishedRun]) -> list[Block]:
+    images: list[Block] = [
+        ImageBlock(f"{run.group}: {path.stem}", path.read_bytes(), path)
         for run in runs
         for path in run.figures
     ]
-    return [Heading("Figures of the runs", 2), *pictures] if pictures else []
+    return [Heading("Figures of the runs", 2), *images] if images else []
 
 
-def _provenance(runs: Sequence[Run]) -> list[Block]:
+def _provenance(runs: Sequence[FinishedRun]) -> list[Block]:
     """Which weights, machine and versions each run had."""
     rows = []
     for run in runs:

@@ -1,4 +1,4 @@
-"""What the features of some weights look like on pictures: blocks of the page."""
+"""What the features of some weights look like on images: blocks of the page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rotpred.distributed import Rank
 from rotpred.plots import features as feature_plots
 from rotpred.recipes.knn import cifar10_knn, in1k_knn
 from rotpred.records.tensorboard import pixels
-from rotpred.report.page import Block, Heading, Picture, Text, png
-from rotpred.weights.trunk import load_trunk
+from rotpred.report.page import Block, Heading, ImageBlock, Text, png
+from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 
 def showcase(
@@ -26,27 +26,27 @@ def showcase(
 
     Args:
         weights: a file, or "random".
-        data: a beton or a folder of pictures, with labels or without.
+        data: a beton or a folder of images, with labels or without.
         backbone: the architecture; empty where the file names it.
         stage: whose averaged map is projected and compared; empty for the last.
-        samples: how many pictures are drawn from the data, the same ones each time.
+        samples: how many images are drawn from the data, the same ones each time.
 
     Raises:
         ValueError: weights, architecture and data do not fit together, or the data have fewer than
-            five pictures; in words.
+            five images; in words.
         FileNotFoundError: there are no such data or weights.
     """
     torch.manual_seed(0)  # of the control's weights
-    trunk, sha = load_trunk(backbone or _architecture(weights), weights, Rank())
-    stage = stage or trunk.stage_names[-1]
-    if stage not in trunk.stage_names:
-        raise ValueError(f"{trunk.arch} has no stage {stage}: {', '.join(trunk.stage_names)}")
-    place = trunk.stage_names.index(stage)
+    network, sha = load_frozen_backbone(backbone or _architecture(weights), weights, Rank())
+    stage = stage or network.stage_names[-1]
+    if stage not in network.stage_names:
+        raise ValueError(f"{network.arch} has no stage {stage}: {', '.join(network.stage_names)}")
+    place = network.stage_names.index(stage)
     spec = in1k_knn().val
-    if trunk.arch.startswith(("nin", "resnet18_")):  # networks for small pictures
+    if network.arch.startswith(("nin", "resnet18_")):  # networks for small images
         spec = replace(cifar10_knn().val, crop=CenterCrop(32, 32))
     # torchvision, which is everywhere: the page does not depend on which engines are installed.
-    spec = replace(spec, data=data, limit=samples, batch_size=50, engine="folder")
+    spec = replace(spec, data=data, max_samples=samples, batch_size=50, engine="folder")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.normalize.mean, spec.normalize.std))
     shown, pooled, ids = [], [], []
     with open_loader(spec) as loader, torch.no_grad():
@@ -54,22 +54,22 @@ def showcase(
             rows = batch.images[batch.valid]
             pixels_NCHW = (rows * std + mean).round().clamp(0, 255).byte()
             shown.append(pixels_NCHW.permute(0, 2, 3, 1).numpy())
-            pooled.append(trunk.stages(rows)[place].double().mean((2, 3)).numpy())
+            pooled.append(network.stages(rows)[place].double().mean((2, 3)).numpy())
             ids.append(batch.labels[batch.valid].numpy())
         images, features, labels = (np.concatenate(part) for part in (shown, pooled, ids))
         if len(images) < 5:
-            raise ValueError(f"{data} has {len(images)} pictures: a gallery needs at least 5")
+            raise ValueError(f"{data} has {len(images)} images: a gallery needs at least 5")
         chosen = feature_plots.examples(labels, 6)
         views = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float()
-        maps = trunk.stages(((views - mean) / std).contiguous(memory_format=torch.channels_last))
+        maps = network.stages(((views - mean) / std).contiguous(memory_format=torch.channels_last))
         # A map of one place has nothing to show.
-        seen = {n: m for n, m in zip(trunk.stage_names, maps, strict=True) if m[0, 0].numel() > 1}
+        seen = {n: m for n, m in zip(network.stage_names, maps, strict=True) if m[0, 0].numel() > 1}
         classes = loader.classes
     figures = {
         "Attention: where each stage is active, sum over channels of |activation|^p": (
             feature_plots.attention_grid(images[chosen], list(seen.values()), names=list(seen))
         ),
-        f"{stage}, averaged, of {len(images)} pictures in two dimensions": (
+        f"{stage}, averaged, of {len(images)} images in two dimensions": (
             feature_plots.projection(features, labels, classes=classes)
         ),
         f"{stage}, averaged: the nearest neighbours by cosine; red: another class": (
@@ -79,8 +79,8 @@ def showcase(
     about = f"Weights: {Path(weights).name} {sha[:12]}".strip()
     return [
         Heading("What the features look like", 2),
-        Text(f"{about} ({trunk.arch}). Pictures: {Path(data).name}."),
-        *(Picture(title, png(pixels(figure))) for title, figure in figures.items()),
+        Text(f"{about} ({network.arch}). Images: {Path(data).name}."),
+        *(ImageBlock(title, png(pixels(figure))) for title, figure in figures.items()),
     ]
 
 

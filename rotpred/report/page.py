@@ -52,7 +52,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageBlock:
     """A PNG file's bytes, and where it lies, if it does."""
 
     title: str
@@ -67,14 +67,14 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-Block = Heading | Text | Code | Grid | Picture
+Block = Heading | Text | Code | Grid | ImageBlock
 
 
 def markdown(blocks: Sequence[Block], *, folder: Path) -> str:
-    """Write GitHub's Markdown; pictures are links, relative to the page's folder.
+    """Write GitHub's Markdown; images are links, relative to the page's folder.
 
     Raises:
-        ValueError: a picture has no file that the page could link to.
+        ValueError: an image has no file that the page could link to.
     """
     return "\n\n".join(_markdown(block, folder) for block in blocks) + "\n"
 
@@ -94,9 +94,9 @@ def _markdown(block: Block, folder: Path) -> str:
             rows = (block.head, ("---",) * len(block.head), *block.rows)
             lines = [[c if c == "---" else _escaped(c) for c in row] for row in rows]
             return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-        case Picture():
+        case ImageBlock():
             if block.path is None:
-                raise ValueError(f"{block.title}: a picture without a file needs an .html page")
+                raise ValueError(f"{block.title}: an image without a file needs an .html page")
             link = os.path.relpath(block.path.resolve(), folder.resolve())
             return f"![{_escaped(block.title)}]({quote(link)})"
 
@@ -107,7 +107,7 @@ def _escaped(text: str) -> str:
 
 
 def html(blocks: Sequence[Block], *, title: str) -> str:
-    """Write one file that needs no other: pictures are data URIs, the style is within."""
+    """Write one file that needs no other: images are data URIs, the style is within."""
     body = "\n".join(_html(block) for block in blocks)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -133,7 +133,7 @@ def _html(block: Block) -> str:
                 f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
                 f"<tbody>\n{rows}\n</tbody>\n</table></div>"
             )
-        case Picture():
+        case ImageBlock():
             data = base64.b64encode(block.png).decode()
             title = escape(block.title)
             return (

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rotpred.report.tables import Cell, Source, Table, cells
+from rotpred.report.tables import Cell, PublishedSource, Table, cells
 
 __all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES", "WARNING"]
 
 _ZOO = "OpenSelfSup, docs/MODEL_ZOO.md, ResNet-50"
-MM = Source(
+MM = PublishedSource(
     "mmselfsup",
     "mmselfsup, configs/selfsup/rotation_pred/README.md, ResNet-50, 70 epochs",
 )
-OSS = Source("OpenSelfSup", f"{_ZOO}, 70 epochs: the same recipe, a checkpoint of its own")
-OSS_RANDOM = Source("OpenSelfSup, random", f"{_ZOO}, random weights")
-OSS_SUPERVISED = Source("OpenSelfSup, supervised", f"{_ZOO}, supervised on ImageNet")
-OSS_C4 = Source("OpenSelfSup, C4 2x", f"{_ZOO}; another detector: Mask R-CNN C4, 2x schedule")
-OSS_C4_RANDOM = Source("OpenSelfSup, C4 2x, random", f"{_ZOO}, random weights; another detector")
-OSS_C4_SUPERVISED = Source(
+OSS = PublishedSource("OpenSelfSup", f"{_ZOO}, 70 epochs: the same recipe, a checkpoint of its own")
+OSS_RANDOM = PublishedSource("OpenSelfSup, random", f"{_ZOO}, random weights")
+OSS_SUPERVISED = PublishedSource("OpenSelfSup, supervised", f"{_ZOO}, supervised on ImageNet")
+OSS_C4 = PublishedSource(
+    "OpenSelfSup, C4 2x", f"{_ZOO}; another detector: Mask R-CNN C4, 2x schedule"
+)
+OSS_C4_RANDOM = PublishedSource(
+    "OpenSelfSup, C4 2x, random", f"{_ZOO}, random weights; another detector"
+)
+OSS_C4_SUPERVISED = PublishedSource(
     "OpenSelfSup, C4 2x, supervised", f"{_ZOO}, supervised on ImageNet; another detector"
 )
-PAPER = Source("paper", "Gidaris et al., ICLR 2018, as later texts quote it (second hand)")
-RERUN = Source(
+PAPER = PublishedSource("paper", "Gidaris et al., ICLR 2018, as later texts quote it (second hand)")
+RERUN = PublishedSource(
     "rerun of the paper's code", "gidariss/FeatureLearningRotNet, issue 6: a user's report"
 )
 
@@ -148,7 +152,7 @@ _PLACES = Table(
 )
 
 
-def _semi(percent: int, published: Mapping[Source, str]) -> tuple[Cell, ...]:
+def _semi(percent: int, published: Mapping[PublishedSource, str]) -> tuple[Cell, ...]:
     names = (f"{percent} %, top-1", f"{percent} %, top-5")
     return cells(names, ("top1", "top5"), published, {"fraction": percent / 100})
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from PIL import Image
 
 from rotpred.records.folder import DONE, read_results
+from rotpred.records.former_names import translated
 
 TRAINED, RANDOM, SUPERVISED = "trained", "random", "supervised"
 KINDS = (TRAINED, RANDOM, SUPERVISED)
 """Of weights; a row of results.json names a file, "random", or "imagenet" for supervised ones."""
 
-SETTINGS = ("fraction", "lr", "head_mult")
+SETTINGS = ("fraction", "lr", "head_lr_mult")
 """Fields that tell rows of one metric apart."""
 
 
 @dataclass(eq=False)
-class Run:
+class FinishedRun:
     """One run."""
 
     path: Path
@@ -78,7 +79,7 @@ class Run:
 class Result:
     """One row of results.json."""
 
-    run: Run
+    run: FinishedRun
     recipe: str
     metric: str
     value: float
@@ -111,7 +112,7 @@ class Result:
         return ", ".join((self.metric, *(f"{n} {self.row[n]}" for n in names if n in self.row)))
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_runs(path: Path) -> list[FinishedRun]:
     """Read a run folder, or a folder of kept copies (NAME.results.json beside NAME.env.json, ...).
 
     Raises:
@@ -136,14 +137,14 @@ def read_runs(path: Path) -> list[Run]:
     return runs
 
 
-def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> Run:
+def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> FinishedRun:
     for figure in figures:
         try:
-            with Image.open(figure, formats=("PNG",)) as picture:
-                picture.load()
+            with Image.open(figure, formats=("PNG",)) as image:
+                image.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{figure} is no whole PNG file ({error})") from error
-    run = Run(
+    run = FinishedRun(
         path=path,
         name=name,
         group=path.resolve().name,
@@ -162,7 +163,7 @@ def _object(path: Path) -> dict[str, object]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = translated(json.loads(path.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -170,7 +171,7 @@ def _object(path: Path) -> dict[str, object]:
     return value
 
 
-def _result(run: Run, row: dict[str, object], file: Path) -> Result:
+def _result(run: FinishedRun, row: dict[str, object], file: Path) -> Result:
     texts = [row.get(key) for key in ("recipe", "metric", "unit")]
     value, n, weights = row.get("value"), row.get("n"), row.get("weights")
     if (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedSource:
     """Where a column of published numbers comes from."""
 
     name: str
@@ -23,7 +23,7 @@ class Cell:
     name: str
     metrics: tuple[str, ...]
     """Metrics of results.json that fill it; of several results, the highest."""
-    published: Mapping[Source, str] = field(default_factory=dict)
+    published: Mapping[PublishedSource, str] = field(default_factory=dict)
     where: Mapping[str, float] = field(default_factory=dict)
     """Further fields that a row of results.json must have, with these values."""
 
@@ -43,7 +43,7 @@ class Table:
     """Of their commands, besides the weights."""
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[PublishedSource, ...]:
         """The columns of published numbers, in the order of their first number."""
         return tuple(dict.fromkeys(source for cell in self.cells for source in cell.published))
 
@@ -51,7 +51,7 @@ class Table:
 def cells(
     names: Iterable[str],
     metrics: Iterable[str],
-    published: Mapping[Source, str],
+    published: Mapping[PublishedSource, str],
     where: Mapping[str, float] | None = None,
 ) -> tuple[Cell, ...]:
     """Cells in a row; a source's numbers are separated by spaces, `-` where it has none."""

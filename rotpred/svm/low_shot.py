@@ -25,7 +25,9 @@ _CHUNK = 1 << 25
 """Values of the kernels that are solved together: 256 MB."""
 
 
-def draw(labels: npt.NDArray[np.int8], k: int, *, classes: int, seed: Sequence[int]) -> Int64:
+def draw_samples(
+    labels: npt.NDArray[np.int8], k: int, *, classes: int, seed: Sequence[int]
+) -> Int64:
     """Draw k positive and (classes - 1) * k negative samples of one class, as published.
 
     Args:
@@ -88,7 +90,10 @@ def scores_of_draw(
     for place, k in enumerate(shots):
         drawn = torch.from_numpy(
             np.stack(
-                [draw(labels[:, c], k, classes=classes, seed=(*seed, k, c)) for c in range(classes)]
+                [
+                    draw_samples(labels[:, c], k, classes=classes, seed=(*seed, k, c))
+                    for c in range(classes)
+                ]
             )
         ).to(device)
         n = classes * k

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, Shard
 from rotpred.distributed import Rank, check_equal
-from rotpred.training.feed import Feed
-from rotpred.training.settings import Run
+from rotpred.training.loader_interface import TrainingLoader
+from rotpred.training.settings import RunSettings
 
 
-def open_data(spec: LoaderSpec, rank: Rank, run: Run) -> Loader:
+def open_data(spec: LoaderSpec, rank: Rank, run: RunSettings) -> Loader:
     """This rank's part of the data, emitted in the type that the network computes in."""
     shard = Shard(rank.rank, rank.world, rank.local_world)
     return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
 
 
-def check_data(loader: Feed[object], rank: Rank) -> None:
+def check_data(loader: TrainingLoader[object], rank: Rank) -> None:
     """Refuse what would let ranks drift apart: other data on another machine, padded training.
 
     Raises:

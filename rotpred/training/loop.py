@@ -8,10 +8,10 @@
         return loss, {"loss": loss}
 
     for batch in steps(state, loader, run, log=log):
-        state.learn(objective, batch.images, batch.targets)
+        state.train_step(objective, batch.images, batch.targets)
 
 The loop reads nothing back from the device in a step; torch's SyncBN does, in every layer, and so
-do detection's proposals. At the log cadence the sums that `state.learn` gathered are read, and all
+do detection's proposals. At the log cadence the sums that `state.train_step` gathered are read, and all
 ranks agree on whether a signal has come or a loss was not finite.
 """
 
@@ -29,9 +29,9 @@ import torch
 
 from rotpred.distributed import Rank, all_sum, any_true
 from rotpred.records.log import RunLog
-from rotpred.training.feed import Feed
+from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.profiler import profiled
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from rotpred.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ class _Signals:
 
 def steps(
     state: TrainState,
-    loader: Feed[B],
-    run: Run,
+    loader: TrainingLoader[B],
+    run: RunSettings,
     *,
     log: RunLog,
     evaluate: Callable[[int], float] | None = None,
-    eval_every: int = 1,
+    eval_every_epochs: int = 1,
 ) -> Iterator[B]:
     """The batches of a run, from where `state` stands to the end.
 
@@ -105,9 +105,9 @@ def steps(
         loader: training data.
         run: length and cadences.
         log: where progress is written.
-        evaluate: called with the number of finished epochs after every eval_every-th and the last
+        evaluate: called with the number of finished epochs after every eval_every_epochs-th and the last
             one; the score it returns decides which checkpoint is the best.
-        eval_every: epochs.
+        eval_every_epochs: epochs.
 
     Raises:
         NotFiniteError: on all ranks together, at the next log line or before the next checkpoint.
@@ -131,7 +131,7 @@ def steps(
             return
         meter.check_finite()
         state.digest = stream_digest(loader, state.rank)
-        state.save(run.keep)
+        state.save(run.keep_checkpoints)
         saved = state.step
 
     def stop_if_asked() -> None:
@@ -149,37 +149,37 @@ def steps(
             save_due = agree_due = False
             with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
                 for batch in batches:
-                    state.begin(state.step / per_epoch, final=state.step + 1 == last)
+                    state.begin_step(state.step / per_epoch, final=state.step + 1 == last)
                     yield batch
                     state.step += 1
                     profile_step()
                     log.tick(state.step)
                     ended = state.step == last or state.step % per_epoch == 0
-                    if ended or state.step % run.log_every == 0:
+                    if ended or state.step % run.log_every_steps == 0:
                         meter.report(epoch)
                     if ended:
                         break
-                    save_due |= state.step % run.save_every == 0
+                    save_due |= state.step % run.save_every_steps == 0
                     agree_due |= state.step % agree_every == 0
                     # Weights with half of an accumulated gradient are no place to go on from.
-                    if state.whole and agree_due:
+                    if state.at_update and agree_due:
                         agree_due = False
                         stop_if_asked()
-                    if state.whole and save_due:
+                    if state.at_update and save_due:
                         save_due = False
                         save()
                 else:
                     raise RuntimeError(f"{loader.engine} ended epoch {epoch} at step {state.step}")
             # Before the validation, which may take longer than a signal leaves.
-            if state.whole:
+            if state.at_update:
                 save()
             finished, rest = divmod(state.step, per_epoch)
-            due = rest == 0 and (finished % eval_every == 0 or finished == run.epochs)
+            due = rest == 0 and (finished % eval_every_epochs == 0 or finished == run.epochs)
             if evaluate is not None and due:
                 score = evaluate(finished)
-                if state.whole:
-                    state.score(score, run.keep)
-            if state.whole and state.step < last:
+                if state.at_update:
+                    state.score(score, run.keep_checkpoints)
+            if state.at_update and state.step < last:
                 stop_if_asked()
             meter.restart()
 
@@ -187,7 +187,9 @@ def steps(
 class _Meter:
     """Throughput and means between two log lines."""
 
-    def __init__(self, state: TrainState, loader: Feed[object], log: RunLog, run: Run) -> None:
+    def __init__(
+        self, state: TrainState, loader: TrainingLoader[object], log: RunLog, run: RunSettings
+    ) -> None:
         self._state, self._loader, self._log, self._run = state, loader, log, run
         self.restart()
 
@@ -214,7 +216,7 @@ class _Meter:
         self.restart()
 
     def check_finite(self) -> None:
-        if any_true(self._state.broken, self._state.rank):
+        if any_true(self._state.has_non_finite, self._state.rank):
             raise NotFiniteError(
                 f"the loss or a weight was not finite at step {self._state.step}: a smaller "
                 "learning rate, a longer warm-up or precision fp32 may help; "
@@ -222,7 +224,7 @@ class _Meter:
             )
 
 
-def stream_digest(loader: Feed[object], rank: Rank) -> str:
+def stream_digest(loader: TrainingLoader[object], rank: Rank) -> str:
     """Hash of all (epoch, index, box) that the run has trained on: equal runs, equal digest."""
     # Two's complement addition wraps exactly as unsigned addition does.
     signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest

@@ -18,25 +18,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
+from rotpred.records.former_names import translated
 from rotpred.training import checkpoint
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
 from rotpred.training.optim import Optim, build, set_lr
 from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+LossAndLogs = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss that is minimised, and scalars whose means are logged, by name."""
 
-Objective = Callable[..., Outcome]
+LossFn = Callable[..., LossAndLogs]
 """What a protocol makes of the tensors of a batch. It reads nothing back from the device, and its
 inputs have the same shapes from step to step (within a side, with progressive resolution)."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class OptimizedPart:
     """A part of the network with an optimiser of its own."""
 
     module: nn.Module
@@ -50,10 +51,10 @@ class TrainState:
     def __init__(
         self,
         module: nn.Module,
-        trained: list[Trained],
+        trained: list[OptimizedPart],
         *,
         rank: Rank,
-        run: Run,
+        run: RunSettings,
         folder: Path,
         global_batch: int,
         identity: dict[str, Any],
@@ -101,7 +102,7 @@ class TrainState:
             self._share(list(module.parameters()))
         elif rank.world > 1:
             self.model = data_parallel(self.model, rank)
-        self._graphs: dict[Objective, Graphs[Outcome]] = {}
+        self._graphs: dict[LossFn, Graphs[LossAndLogs]] = {}
 
     @property
     def lr(self) -> float:
@@ -109,13 +110,13 @@ class TrainState:
         return float(self._optimizers[0].param_groups[0]["lr"])
 
     @property
-    def broken(self) -> bool:
+    def has_non_finite(self) -> bool:
         """Whether a loss or a weight is not finite. Reads the device."""
         sound = [tensor.isfinite().all() for tensor in self.module.parameters()]
         return bool(self._broken | ~torch.stack(sound).all())
 
     @property
-    def whole(self) -> bool:
+    def at_update(self) -> bool:
         """Whether the last step ended an accumulation, so that no gradient is pending."""
         return self._last
 
@@ -123,7 +124,7 @@ class TrainState:
         """Mixed precision, or nothing in fp32."""
         return autocast(self.rank.device, self._run.precision)
 
-    def begin(self, epoch: float, *, final: bool = False) -> None:
+    def begin_step(self, epoch: float, *, final: bool = False) -> None:
         """Set the learning rates of the coming step, and whether it ends an accumulation.
 
         Args:
@@ -137,7 +138,7 @@ class TrainState:
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
-    def learn(self, objective: Objective, *inputs: Any) -> None:
+    def train_step(self, objective: LossFn, *inputs: Any) -> None:
         """Forward, backward, and a step of the optimisers where an accumulation ends.
 
         Nothing here waits for the device, apart from the capture of a graph.
@@ -159,7 +160,7 @@ class TrainState:
             with record_function("optimiser"):
                 self._update()
 
-    def _gradients(self, objective: Objective, *inputs: Any) -> Outcome:
+    def _gradients(self, objective: LossFn, *inputs: Any) -> LossAndLogs:
         with record_function("forward"):
             loss, shown = objective(*inputs)
         with record_function("backward"):
@@ -193,7 +194,7 @@ class TrainState:
         self._sums, self._count = {}, 0
         return means
 
-    def agree(self) -> None:
+    def sync_buffers(self) -> None:
         """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
         self._share(list(self.module.buffers()))
 
@@ -213,7 +214,7 @@ class TrainState:
 
     def save(self, keep: int) -> None:
         """Write a checkpoint, by rank 0, while the others wait."""
-        self.agree()
+        self.sync_buffers()
         if self.rank.main:
             state = {
                 "arch": self._identity["backbone"],
@@ -255,7 +256,9 @@ class TrainState:
         if not found:
             return False
         loaded = checkpoint.load(Path(found), map_location="cpu")
-        self._refuse_other(found, json.loads(loaded.state["identity"]))
+        identity = translated(json.loads(loaded.state["identity"]))
+        assert isinstance(identity, dict)
+        self._refuse_other(found, identity)
         self.module.load_state_dict(loaded.state["model"])
         for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -8,14 +8,14 @@ from torch import nn
 
 from rotpred.distributed import Rank
 from rotpred.training.optim import APEX_INSTALL
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 SyncBn = Literal["off", "torch", "apex"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def synced(model: M, kind: SyncBn, rank: Rank, run: Run) -> M:
+def synced(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
     """Let batch norm take its statistics over all processes, or leave it as it is ("off").
 
     Raises:
@@ -30,7 +30,7 @@ def synced(model: M, kind: SyncBn, rank: Rank, run: Run) -> M:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def check(kind: SyncBn, rank: Rank, run: Run) -> None:
+def check(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
     """Refuse what `synced` will, but for apex: before data are opened that take minutes.
 
     Raises:

@@ -99,7 +99,7 @@ def export_backbone(
 
 
 def reading(form: Format) -> str:
-    """How the other project must read pictures and file, by the names of its own options, one line.
+    """How the other project must read images and file, by the names of its own options, one line.
 
     Its defaults need not be these (detectron2's are BGR, standard deviation 1 and the stride in the
     1 x 1 convolution), and would degrade results without a word. A file of weights does not say

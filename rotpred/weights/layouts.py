@@ -55,7 +55,7 @@ class _Nothing:
 
 
 @dataclass(frozen=True)
-class Layout:
+class KeyLayout:
     """How a project names things; keys of tables are prefixes in the file, the longest one wins."""
 
     name: str
@@ -70,7 +70,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Found:
+class StateDictFile:
     """What a file holds."""
 
     layout: str
@@ -91,7 +91,7 @@ class Found:
     """Whether the head's class 1 is a quarter turn clockwise (ours: counter-clockwise, False)."""
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> StateDictFile:
     """Read a file of any known layout.
 
     Known are: our safetensors and training checkpoints, flat state dicts of torchvision, timm and
@@ -135,12 +135,12 @@ def some(keys: list[str] | tuple[str, ...]) -> str:
 
 
 # torchvision/models/resnet.py; timm/models/resnet.py has the same names for the same networks.
-_FLAT = Layout("flat keys (torchvision, timm)", {"": ""}, {}, ("fc.", "head."), None)
+_FLAT = KeyLayout("flat keys (torchvision, timm)", {"": ""}, {}, ("fc.", "head."), None)
 
-_OURS = Layout("rotpred checkpoint", {"backbone.": ""}, {"head.": ""})
+_OURS = KeyLayout("rotpred checkpoint", {"backbone.": ""}, {"head.": ""})
 
 # mmselfsup: models/algorithms/base.py, models/heads/cls_head.py.
-_OPENMMLAB = Layout(
+_OPENMMLAB = KeyLayout(
     "backbone and head (mmselfsup)",
     {"backbone.": ""},
     {"head.fc_cls.": "fc."},
@@ -151,7 +151,7 @@ _OPENMMLAB = Layout(
 # moco/builder.py of MoCo and of MoCo v3, simsiam/builder.py: an encoder among other networks, whose
 # fc is a projection and no rotation head.
 _ENCODERS = tuple(
-    Layout(name, {stem: ""}, {}, (f"{stem}fc.", *others))
+    KeyLayout(name, {stem: ""}, {}, (f"{stem}fc.", *others))
     for name, stem, *others in (
         ("MoCo", "encoder_q.", "encoder_k.", "queue"),
         ("MoCo v3", "base_encoder.", "momentum_encoder.", "predictor."),
@@ -160,9 +160,9 @@ _ENCODERS = tuple(
 )
 
 
-def _alexnet(stem: str) -> Layout:
+def _alexnet(stem: str) -> KeyLayout:
     """architectures/AlexNet.py of the authors, vissl/models/trunks/alexnet_rotnet.py."""
-    return Layout(
+    return KeyLayout(
         "RotNet authors' AlexNet",
         {
             f"{stem}{block}.{k}.": f"{part}{stage}."
@@ -180,13 +180,13 @@ def _alexnet(stem: str) -> Layout:
     )
 
 
-def _nin(stem: str) -> Layout:
+def _nin(stem: str) -> KeyLayout:
     """architectures/NetworkInNetwork.py of the authors, whose files have as many blocks as stages.
 
     The keys do not show whether block 3 ends in a pool (`use_avg_on_conv3`); it does not here, nor
     in the authors' rotation configuration.
     """
-    return Layout(
+    return KeyLayout(
         "RotNet authors' NIN",
         {
             f"{stem}{k - 1}.Block{k}_ConvB{j}.layers.{theirs}.": f"block{k}.{part}{j}."
@@ -198,12 +198,12 @@ def _nin(stem: str) -> Layout:
     )
 
 
-def _vissl(stem: str) -> Layout:
+def _vissl(stem: str) -> KeyLayout:
     """vissl/models/trunks/resnext.py, and its heads as `_classy` names them."""
-    return Layout("VISSL", {stem: ""}, {"heads.0.clf.0.": "fc."}, ("heads.",))
+    return KeyLayout("VISSL", {stem: ""}, {"heads.0.clf.0.": "fc."}, ("heads.",))
 
 
-def _recognise(tensors: Tensors, *, ours: bool) -> Layout:
+def _recognise(tensors: Tensors, *, ours: bool) -> KeyLayout:
     """The layout, with the prefix that torch's DistributedDataParallel gives to all keys if any.
 
     Most keys decide on it, so that a message names the stray one, which `_sort` finds unknown.
@@ -219,7 +219,7 @@ def _recognise(tensors: Tensors, *, ours: bool) -> Layout:
     return replace(layout, backbone=backbone, head=head, others=others)
 
 
-def _layout(keys: list[str], *, ours: bool) -> Layout:
+def _layout(keys: list[str], *, ours: bool) -> KeyLayout:
     for stem in ("_feature_blocks.", "trunk._feature_blocks.", "trunk.base_model._feature_blocks."):
         inner = [key.removeprefix(stem) for key in keys if key.startswith(stem)]
         if any(key.startswith("0.Block1_ConvB1.") for key in inner):
@@ -236,7 +236,9 @@ def _layout(keys: list[str], *, ours: bool) -> Layout:
     return _FLAT
 
 
-def _sort(layout: Layout, tensors: Tensors, arch: str | None, *, clockwise: bool | None) -> Found:
+def _sort(
+    layout: KeyLayout, tensors: Tensors, arch: str | None, *, clockwise: bool | None
+) -> StateDictFile:
     kinds = dict.fromkeys(layout.others, ("others", ""))
     kinds |= {prefix: ("head", name) for prefix, name in layout.head.items()}
     kinds |= {prefix: ("backbone", name) for prefix, name in layout.backbone.items()}
@@ -251,7 +253,7 @@ def _sort(layout: Layout, tensors: Tensors, arch: str | None, *, clockwise: bool
             raise CheckpointError(f"{key} is a second {name} of the {part}")
         keys[part].append(key)
         parts[part][name] = tensor
-    return Found(
+    return StateDictFile(
         layout.name,
         arch,
         parts["backbone"],

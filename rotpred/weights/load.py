@@ -18,7 +18,7 @@ from rotpred.files import CheckpointError, check_space, replace, sha256_file, wr
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet
-from rotpred.weights.layouts import Found, Tensors, read, some
+from rotpred.weights.layouts import StateDictFile, Tensors, read, some
 
 __all__ = [
     "LoadReport",
@@ -220,13 +220,18 @@ def _reverse(path: Path, classes: torch.Tensor) -> torch.Tensor:
     return classes[[0, 3, 2, 1]]
 
 
-def _fill_backbone(backbone: Backbone, path: Path, found: Found) -> LoadReport:
+def _fill_backbone(backbone: Backbone, path: Path, found: StateDictFile) -> LoadReport:
     ignored = found.head_keys + found.ignored
     return _fill(backbone, backbone.arch, path, found, found.backbone, ignored)
 
 
 def _fill(
-    net: nn.Module, arch: str, path: Path, found: Found, given: Tensors, ignored: tuple[str, ...]
+    net: nn.Module,
+    arch: str,
+    path: Path,
+    found: StateDictFile,
+    given: Tensors,
+    ignored: tuple[str, ...],
 ) -> LoadReport:
     """Load `given` into a network if nothing is wrong with any of it."""
     if found.arch is not None and found.arch != arch:

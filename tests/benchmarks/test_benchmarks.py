@@ -18,7 +18,7 @@ from contestants import stages
 from contestants.stages import Options, Stage
 from data.photographs import Containers, containers
 from harness import timing
-from harness.arena import Contestant, ContestantError
+from harness.runner import Contestant, ContestantError
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.timeout(200)
@@ -174,7 +174,7 @@ def test_rotate4_measures_against_copying(tmp_path: Path) -> None:
 
 
 def test_resize_is_compared_with_pillow(tmp_path: Path) -> None:
-    arguments = ("--pictures", "4", "--size", "32", "--repeats", "1")
+    arguments = ("--images", "4", "--size", "32", "--repeats", "1")
     ours, area, torchvision, *ratios, difference = rows_of("resize", tmp_path, *arguments)
     assert ours["pixel_difference"] == difference["median"] <= difference["target"] == 1.0
     assert difference["met"]
@@ -227,7 +227,7 @@ def test_splice_compares_all_bytes(made: Containers, tmp_path: Path) -> None:
     rows = rows_of(
         "splice",
         tmp_path,
-        *("--data", made.small(markers=True), "--pictures", "8", "--crops", "1", "--repeats", "1"),
+        *("--data", made.small(markers=True), "--images", "8", "--crops", "1", "--repeats", "1"),
     )
     whole, spliced, ratio, exact = rows
     cost = "cpu_seconds_per_1k_images"

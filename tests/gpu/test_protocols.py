@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.device.color_jitter import coloured_views, draw
-from pipelines.spec import IMAGENET, Colour
+from pipelines.device.color_jitter import draw_jitter, jitter_views
+from pipelines.spec import IMAGENET, ColorJitter
 from rotpred.distributed import Rank
 from rotpred.protocols import detection, finetune, segmentation
 from rotpred.protocols.knn import neighbours
@@ -92,14 +92,14 @@ def test_svms_are_those_of_a_cpu() -> None:
     torch.testing.assert_close(*decisions, rtol=1e-6, atol=1e-6)
 
 
-def test_colours_are_those_of_a_cpu() -> None:
+def test_colors_are_those_of_a_cpu() -> None:
     crops = torch.randint(0, 256, (6, 24, 24, 3), generator=torch.Generator().manual_seed(0))
     crops = crops.to(torch.uint8)
-    colour = Colour(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, lighting=0.1)
+    color = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, lighting=0.1)
     here, there = (
-        coloured_views(
+        jitter_views(
             crops.to(device),
-            draw(colour, seed=0, epoch=1, indices=np.arange(6)),
+            draw_jitter(color, seed=0, epoch=1, indices=np.arange(6)),
             normalize=IMAGENET,
             dtype=torch.float32,
         ).cpu()
@@ -118,7 +118,7 @@ def test_batch_norm_over_a_group_of_one(beton: Path, tmp_path: Path) -> None:
         *("--backbone", "resnet18_tiny", "--train.data", str(beton), "--val.data", str(beton)),
         *("--train.batch-size", "8", "--val.batch-size", "8", "--train.crop.size", "32"),
         *("--val.crop.size", "32", "--val.crop.resize", "36", "--run.epochs", "1"),
-        *("--run.log-every", "1", "--run.out", str(tmp_path / "run")),
+        *("--run.log-every-steps", "1", "--run.out", str(tmp_path / "run")),
     ]
     subprocess.run(words, check=True, timeout=240)
     check(tmp_path / "run")

@@ -21,8 +21,8 @@ from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -48,7 +48,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(beton: Path, name: str) -> No
         engine=engine,  # type: ignore[arg-type]
         batch_size=4,
         crop=RandomResizedCrop(32),
-        sides=((0, 24), (1, 32)),
+        resolution_schedule=((0, 24), (1, 32)),
         workers=2,
     )
     busy = torch.randn(2048, 2048, device="cuda")
@@ -94,11 +94,11 @@ def test_crops_lie_in_two_buffers_in_turn() -> None:
 def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> None:
     spec = LoaderSpec(data="synthetic", samples=64, batch_size=8, crop=RandomCrop(32, 0))
     rank = Rank(device=torch.device("cuda:0"))
-    run = Run(epochs=1, precision=precision)  # type: ignore[arg-type]
+    run = RunSettings(epochs=1, precision=precision)  # type: ignore[arg-type]
     model = channels_last(make_rotnet("resnet18_small"), rank.device).train()
     state = TrainState(
         model,
-        [Trained(model, Optim(lr=0.01), Steps())],
+        [OptimizedPart(model, Optim(lr=0.01), Steps())],
         rank=rank,
         run=run,
         folder=tmp_path,
@@ -106,7 +106,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
         identity={"backbone": "resnet18_small"},
     )
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
         with state.autocast():
             loss = cross_entropy(state.model(images), targets)
         return loss, {"loss": loss}
@@ -116,11 +116,11 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
             if number == 2:  # the first steps allocate, tune and make constants
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                state.begin(0.0)
-                state.learn(objective, batch.images, batch.targets)
+                state.begin_step(0.0)
+                state.train_step(objective, batch.images, batch.targets)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    assert state.means()["loss"] < 10 and not state.broken
+    assert state.means()["loss"] < 10 and not state.has_non_finite
 
 
 def test_a_run_on_the_gpu_resumes(tmp_path: Path) -> None:
@@ -133,7 +133,9 @@ def test_a_run_on_the_gpu_resumes(tmp_path: Path) -> None:
             spec, samples=19, crop=CenterCrop(32, None), flip=False, shuffle=False, drop_last=False
         ),
         optim=Optim(lr=0.01),
-        run=Run(out=str(tmp_path / "run"), epochs=2, max_steps=5, log_every=2, save_every=2),
+        run=RunSettings(
+            out=str(tmp_path / "run"), epochs=2, max_steps=5, log_every_steps=2, save_every_steps=2
+        ),
     )
     rank = Rank(device=torch.device("cuda:0"))
     pretrain.run(recipe, rank)
@@ -153,9 +155,9 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
         model = channels_last(make_rotnet("resnet18_small"), rank.device).train()
         state = TrainState(
             model,
-            [Trained(model, Optim(lr=0.01), Steps())],
+            [OptimizedPart(model, Optim(lr=0.01), Steps())],
             rank=rank,
-            run=Run(epochs=1, precision=precision, compile=compiled, cuda_graph=graphs),  # type: ignore[arg-type]
+            run=RunSettings(epochs=1, precision=precision, compile=compiled, cuda_graph=graphs),  # type: ignore[arg-type]
             folder=tmp_path,
             global_batch=8,
             identity={"backbone": "resnet18_small"},
@@ -163,7 +165,7 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
 
         def objective(
             images: torch.Tensor, targets: torch.Tensor, state: TrainState = state
-        ) -> Outcome:
+        ) -> LossAndLogs:
             with state.autocast():
                 loss = cross_entropy(state.model(images), targets)
             return loss, {"loss": loss}
@@ -171,8 +173,8 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
         draw = torch.Generator().manual_seed(1)
         for side in (32,) * 5 + (48,) * 5:
             images = torch.randn(8, 3, side, side, generator=draw).to(rank.device)
-            state.begin(0.0)
-            state.learn(
+            state.begin_step(0.0)
+            state.train_step(
                 objective,
                 images.to(memory_format=torch.channels_last),
                 torch.arange(8, device=rank.device) % 4,

@@ -22,7 +22,7 @@ PROGRAM = """
 import json, os, pathlib, sys, torch
 from rotpred import distributed as d
 
-with d.session("cpu", timeout_seconds=30) as rank:
+with d.process_group("cpu", timeout_seconds=30) as rank:
     base = torch.tensor([1.0, 10.0]) * (rank.rank + 1)
     got = {
         "rank": rank.rank,
@@ -87,10 +87,10 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 def test_an_absent_peer_is_noticed(tmp_path: Path) -> None:
     program = (
         "import time\nfrom rotpred import distributed as d\n"
-        'with d.session("cpu", timeout_seconds=3) as rank:\n'
+        'with d.process_group("cpu", timeout_seconds=3) as rank:\n'
         "    time.sleep(60) if rank.rank else d.barrier(rank)\n"
     )
-    done = torchrun(tmp_path, program, limit=50)
+    done = torchrun(tmp_path, program, max_samples=50)
     assert done.returncode != 0
     assert "imed out" in done.stderr or "imeout" in done.stderr
 
@@ -106,7 +106,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_world_of_one_needs_no_group() -> None:
     before = torch.get_num_threads()
     try:
-        with distributed.session("cpu") as rank:
+        with distributed.process_group("cpu") as rank:
             assert rank == Rank() and rank.main
             assert not torch.distributed.is_initialized()
             tensor = torch.ones(2)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.conftest import save_jpeg, smooth_picture
+from tests.conftest import save_jpeg, smooth_image
 
 SYNSETS = ("n01440764", "n02119789", "n15075141", "n03000134")
 PER_CLASS = 6
@@ -21,7 +21,7 @@ class Tree(NamedTuple):
     val: str
     val_root: str
     truth: list[int]
-    """Class ids of the validation pictures, in order."""
+    """Class ids of the validation images, in order."""
 
 
 Trees = dict[str, Tree]
@@ -29,7 +29,7 @@ Trees = dict[str, Tree]
 
 
 def plant(base: Path) -> Trees:
-    """Four classes, whose pictures have one of four colour patterns with noise, as four layouts."""
+    """Four classes, whose images have one of four color patterns with noise, as four layouts."""
     truth = [(7 * i + 1) % 4 for i in range(VAL)]
     folders, lists = _imagenet(base / "imagenet", truth)
     places = _places(base / "places", truth)
@@ -45,9 +45,9 @@ def plant(base: Path) -> Trees:
     }
 
 
-def _picture(path: Path, label: int, number: int) -> None:
-    picture = smooth_picture(label, 40 + number % 5, 44 + number % 7)
-    save_jpeg(path, picture.point(lambda v: (v * (8 + number % 5)) // 14))
+def _image(path: Path, label: int, number: int) -> None:
+    image = smooth_image(label, 40 + number % 5, 44 + number % 7)
+    save_jpeg(path, image.point(lambda v: (v * (8 + number % 5)) // 14))
 
 
 def _write(path: Path, lines: list[str]) -> str:
@@ -61,11 +61,11 @@ def _imagenet(base: Path, truth: list[int]) -> tuple[Tree, Tree]:
     for label, synset in enumerate(sorted(SYNSETS)):
         for i in range(PER_CLASS):
             name = f"{synset}/{synset}_{i}.JPEG"
-            _picture(base / "train" / name, label, i)
+            _image(base / "train" / name, label, i)
             listed.append(f"{name} {label}")
     names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, VAL + 1)]
     for i, (name, label) in enumerate(zip(names, truth, strict=True)):
-        _picture(base / "val" / name, label, i + 3)
+        _image(base / "val" / name, label, i + 3)
     synsets = _write(base / "truth.txt", [sorted(SYNSETS)[label] for label in truth])
     train, val = str(base / "train"), str(base / "val")
     pairs = [f"{name} {label}" for name, label in zip(names, truth, strict=True)]
@@ -80,7 +80,7 @@ def _imagenet(base: Path, truth: list[int]) -> tuple[Tree, Tree]:
 
 
 def _subset(base: Path) -> str:
-    """Two pictures of each class, by their names alone, as SimCLR's lists have them."""
+    """Two images of each class, by their names alone, as SimCLR's lists have them."""
     names = [f"{synset}_{i}.JPEG" for i in (4, 1) for synset in SYNSETS]
     return _write(base / "percent.txt", names)
 
@@ -89,7 +89,7 @@ def _inat(base: Path, truth: list[int]) -> Tree:
     def split(part: str, labels: list[int]) -> str:
         names = [f"train_val2018/Aves/{label}/{part}{i}.jpg" for i, label in enumerate(labels)]
         for i, (name, label) in enumerate(zip(names, labels, strict=True)):
-            _picture(base / name, label, i)
+            _image(base / name, label, i)
         content = {
             "images": [{"id": 90 + i, "file_name": name} for i, name in enumerate(names)],
             "annotations": [
@@ -113,7 +113,7 @@ def _places(base: Path, truth: list[int]) -> Tree:
         lines = []
         for i, label in enumerate(labels):
             name = f"{scenes[label]}/gsun_{part}{i}.jpg"
-            _picture(root / name, label, i)
+            _image(root / name, label, i)
             lines.append(f"{name} {label}")
         return _write(base / f"trainvalsplit_places205/{part}_places205.csv", lines)
 

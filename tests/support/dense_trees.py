@@ -1,6 +1,6 @@
 """Tiny data sets for detection and segmentation, in the layouts of the large ones.
 
-Pictures are grey noise with rectangles of one colour per class, which do not overlap, so that tests
+Images are grey noise with rectangles of one color per class, which do not overlap, so that tests
 find the objects again in the pixels.
 """
 
@@ -20,12 +20,12 @@ from tests.conftest import save_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 
-COLOURS = ((230, 30, 30), (30, 200, 40), (40, 60, 240), (235, 220, 30))
+COLORS = ((230, 30, 30), (30, 200, 40), (40, 60, 240), (235, 220, 30))
 """Of the objects, by their place among the classes in use."""
 VOC_USED = ("dog", "person", "aeroplane")
-"""The classes that the VOC trees show, COLOURS[0] the first."""
+"""The classes that the VOC trees show, COLORS[0] the first."""
 COCO_CATEGORIES = ((3, "car"), (1, "person"), (18, "dog"))
-"""Ids, not contiguous nor in order, and names; COLOURS[0] the first."""
+"""Ids, not contiguous nor in order, and names; COLORS[0] the first."""
 ROAD, SKY, CAR, EGO, POLE_GROUP = 7, 23, 26, 1, 18
 """Raw label ids of Cityscapes; the last two count nowhere."""
 
@@ -34,7 +34,7 @@ class Box(NamedTuple):
     """One object: right and bottom lie behind its last pixel."""
 
     kind: int
-    """Place among the classes in use, and of its colour."""
+    """Place among the classes in use, and of its color."""
     left: int
     top: int
     right: int
@@ -56,16 +56,16 @@ def scene(seed: int, height: int, width: int, count: int = 2) -> tuple[Pixels, l
         h, w = (int(draw.integers(side * 2 // 5, side * 4 // 5)) for side in cell)
         top, left = (int(draw.integers(1, side - n)) for side, n in zip(cell, (h, w), strict=True))
         top, left = (top + i * part, left) if height > width else (top, left + i * part)
-        kind = int(draw.integers(len(COLOURS) - 1))
+        kind = int(draw.integers(len(COLORS) - 1))
         boxes.append(Box(kind, left, top, left + w, top + h))
-        pixels[top : top + h, left : left + w] = COLOURS[kind]
+        pixels[top : top + h, left : left + w] = COLORS[kind]
     return pixels, boxes
 
 
 def voc(base: Path, n: int = 8, side: int = 96) -> Path:
-    """VOCdevkit with VOC2007 (trainval, test) and VOC2012 (trainval), n pictures in each list.
+    """VOCdevkit with VOC2007 (trainval, test) and VOC2012 (trainval), n images in each list.
 
-    Every third picture stands upright; the second object of every fourth is difficult.
+    Every third image stands upright; the second object of every fourth is difficult.
 
     Returns:
         The folder VOCdevkit.
@@ -110,10 +110,10 @@ def voc_xml(
 
 
 def voc_masks(base: Path, n: int = 8, side: int = 96) -> Path:
-    """VOCdevkit with VOC2012's segmentation (train, val) and SBD's aug, n pictures in each list.
+    """VOCdevkit with VOC2012's segmentation (train, val) and SBD's aug, n images in each list.
 
     Objects have a border of one ignored pixel, inside their rectangles. Masks of aug and of
-    train_aug (train and aug together) are grey pictures in SegmentationClassAug, without borders;
+    train_aug (train and aug together) are grey images in SegmentationClassAug, without borders;
     those of train and val have VOC's palette.
 
     Returns:
@@ -153,10 +153,10 @@ def voc_mask(shape: tuple[int, int], boxes: Iterable[Box], border: int = 1) -> P
 
 
 def coco(base: Path, n: int = 8, side: int = 96) -> Path:
-    """COCO 2017 with train2017 and val2017, n pictures in each and one more without annotation.
+    """COCO 2017 with train2017 and val2017, n images in each and one more without annotation.
 
-    The first object of each picture is a polygon, the second one a polygon of two parts (the left
-    and the right third of its rectangle). The second picture has a crowd as well, in run lengths.
+    The first object of each image is a polygon, the second one a polygon of two parts (the left
+    and the right third of its rectangle). The second image has a crowd as well, in run lengths.
 
     Returns:
         The folder that holds annotations, train2017 and val2017.
@@ -229,7 +229,7 @@ def _thirds(box: Box) -> list[list[int]]:
 
 
 def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Path:
-    """Cityscapes with train and val, n pictures in two cities each, masks of raw label ids.
+    """Cityscapes with train and val, n images in two cities each, masks of raw label ids.
 
     Sky above, road below, cars, and as ids without a class: the own bonnet in the lowest rows and a
     group of poles in the upper left corner.
@@ -250,7 +250,7 @@ def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Pa
             pixels[: height // 2, :, 2] += 120
             for box in boxes:
                 mask[box.top : box.bottom, box.left : box.right] = CAR
-                pixels[box.top : box.bottom, box.left : box.right] = COLOURS[0]
+                pixels[box.top : box.bottom, box.left : box.right] = COLORS[0]
             mask[-3:], mask[:4, :4] = EGO, POLE_GROUP
             stem = f"{city}_{i:06}_000019"
             _png(root / f"leftImg8bit/{part}/{city}/{stem}_leftImg8bit.png", pixels)
@@ -258,14 +258,14 @@ def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Pa
     return root
 
 
-def coloured(path: Path, kind: int) -> npt.NDArray[np.bool_]:
-    """Where a picture has the colour of a kind of objects."""
+def colored(path: Path, kind: int) -> npt.NDArray[np.bool_]:
+    """Where an image has the color of a kind of objects."""
     pixels = np.asarray(Image.open(path)).astype(int)
-    return (abs(pixels - COLOURS[kind]) < 60).all(axis=2)
+    return (abs(pixels - COLORS[kind]) < 60).all(axis=2)
 
 
 def check_box(there: npt.NDArray[np.bool_], box: npt.NDArray[np.float32]) -> None:
-    """The box holds the colour to its last pixel and none of the pixels around."""
+    """The box holds the color to its last pixel and none of the pixels around."""
     left, top, right, bottom = map(int, box)
     assert there[top:bottom, left:right].all()
     around = there[top - 1 : bottom + 1, left - 1 : right + 1].sum()
@@ -280,7 +280,7 @@ def write(path: Path, lines: Iterable[str]) -> None:
 
 def _png(path: Path, pixels: Pixels, *, palette: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if palette:
-        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
-    picture.save(path)
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    image.save(path)

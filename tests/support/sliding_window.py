@@ -10,7 +10,7 @@ import torch
 def naive_slide(
     logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
 ) -> torch.Tensor:
-    """As mmsegmentation describes it: a grid of windows, each moved back inside the picture."""
+    """As mmsegmentation describes it: a grid of windows, each moved back inside the image."""
     height, width = image.shape[2:]
     rows = max(height - crop + stride - 1, 0) // stride + 1
     columns = max(width - crop + stride - 1, 0) // stride + 1

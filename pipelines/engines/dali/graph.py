@@ -1,4 +1,4 @@
-"""DALI's graph: where pictures are decoded, what is decoded of them, and who resizes it.
+"""DALI's graph: where images are decoded, what is decoded of them, and who resizes it.
 
 On a CPU the graph delivers the cut regions, and `pipelines.imaging.resize` shrinks them straight into the
 batch: DALI's own antialiased resize takes ten times as long there, longer than its decoder. On a
@@ -23,8 +23,8 @@ from torch.utils.dlpack import from_dlpack
 from pipelines.arrays import Int32
 from pipelines.beton.reader import Beton
 from pipelines.engines.samples import Samples
-from pipelines.imaging.resize import resample, scratch_size
-from pipelines.native.threads import Crew, Runner
+from pipelines.imaging.resize import resize_region, scratch_size
+from pipelines.native.threads import DaemonWorker, LaneThreads
 from pipelines.sampling.crops import may_stick_out
 from pipelines.spec import LoaderSpec
 
@@ -40,11 +40,11 @@ _AHEAD = 1  # batches resized ahead of the consumer, beside those that DALI has 
 IN_FLIGHT = 2 * PREFETCH + _AHEAD + 1
 """No more batches than these are between the feed and the consumer."""
 
-_ENGINE_SHARE = 0.65  # of the pictures, to the GPU's JPEG engine: DALI's own default
+_ENGINE_SHARE = 0.65  # of the images, to the GPU's JPEG engine: DALI's own default
 STUCK_SECONDS = 0.2
 """To wait for the end of what has been waited for in vain."""
 
-_LARGEST_HINT = 4096  # pixels; few pictures have more, and the memory is taken at once
+_LARGEST_HINT = 4096  # pixels; few images have more, and the memory is taken at once
 
 
 class Crops(NamedTuple):
@@ -59,7 +59,7 @@ class Crops(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What the graph does with a picture."""
+    """What the graph does with an image."""
 
     decoder: dict[str, Any]
     """Options of the decoder."""
@@ -96,13 +96,13 @@ class Graph:
         self._pipe.build()
         self._here, self._workers, self._timeout = not plan.resize, workers, spec.timeout
         # DALI waits without a clock: so does a thread that may be left behind.
-        self._runner = Runner("regions")
+        self._runner = DaemonWorker("regions")
         if self._here:
             # One of them is the consumer's.
             shape = (_AHEAD + 1, spec.batch_size * spec.crop.size**2 * 3)
             self._buffers, self._turn = torch.empty(shape, dtype=torch.uint8), 0
             self._ready: deque[Future[Crops]] = deque()
-            self._crew = Crew(workers, "resize")
+            self._crew = LaneThreads(workers, "resize")
 
     def next(self) -> Crops:
         """The batch that the feed gave next.
@@ -174,7 +174,7 @@ def _resize(
         pixels, heights, widths, flips.tolist(), out, strict=True
     ):
         begin, target = region.ctypes.data, square.ctypes.data
-        resample(begin, 3 * width, height, width, target, side, flip, scratch)
+        resize_region(begin, 3 * width, height, width, target, side, flip, scratch)
 
 
 def _gpu(device: torch.device) -> int:
@@ -198,7 +198,7 @@ def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
     if mixed:
         options["hw_decoder_load"] = share
     if engine and beton is not None:
-        # Else its buffers grow, and the device waits, whenever a larger picture comes.
+        # Else its buffers grow, and the device waits, whenever a larger image comes.
         options["preallocate_width_hint"] = min(int(beton.widths.max()), _LARGEST_HINT)
         options["preallocate_height_hint"] = min(int(beton.heights.max()), _LARGEST_HINT)
     # Region decoding refuses boxes that stick out, and keeps the GPU's JPEG engine from working.

@@ -1,12 +1,12 @@
-"""Engine: NVIDIA DALI. Decodes only the region of the crop on the CPU, or pictures with nvJPEG.
+"""Engine: NVIDIA DALI. Decodes only the region of the crop on the CPU, or images with nvJPEG.
 
 Where the beton has a side file of segments, the decoder is given the segments under the crop only,
-as a small JPEG. So nvJPEG and the GPU's JPEG engine, which decode whole pictures, do regions, too.
+as a small JPEG. So nvJPEG and the GPU's JPEG engine, which decode whole images, do regions, too.
 
 Order and boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs, padding
 and seeds, which differ between ranks and policies, play no part. The feed runs on from epoch to
 epoch and every batch carries its (epoch, step); a consumer that left early, or resumes elsewhere,
-just discards what was prefetched. DALI cannot go on after a picture that it cannot decode: such a
+just discards what was prefetched. DALI cannot go on after an image that it cannot decode: such a
 sample ends the run by name.
 """
 
@@ -31,12 +31,12 @@ from pipelines.beton.splicing import splice_batch
 from pipelines.engines import samples as data_sets
 from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
 from pipelines.engines.samples import RAW, Samples
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.jpeg.markers import JpegError, read_header
-from pipelines.native.threads import Runner
-from pipelines.sampling.crops import boxes
+from pipelines.native.threads import DaemonWorker
+from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
@@ -55,7 +55,7 @@ class _Feed:
 
     def __init__(self, samples: Samples, spec: LoaderSpec, batches: Batches) -> None:
         self._samples, self._spec, self._batches = samples, spec, batches
-        self._runner = Runner("feed")
+        self._runner = DaemonWorker("feed")
         self._ready: deque[Future[tuple[Any, ...]]] = deque()
         self._lock = threading.Lock()  # on a CPU DALI asks from a thread of its own
         self.move(0, 0)
@@ -95,14 +95,16 @@ class _Feed:
         samples, spec = self._samples, self._spec
         if isinstance(samples, Beton):
             heights, widths = samples.heights[indices], samples.widths[indices]
-            where = boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+            where = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
             payloads, cut = splice_batch(samples, indices, where)
         else:
             payloads = [self._payload(int(i)) for i in indices]
             names = (data_sets.name(samples, int(i)) for i in indices)
             sizes = [_upright(*pair) for pair in zip(payloads, names, strict=True)]
             heights, widths = np.array(sizes, np.int32).T
-            where = cut = boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+            where = cut = crop_boxes(
+                spec, epoch=epoch, indices=indices, heights=heights, widths=widths
+            )
         # An input: it may change with the epoch, and batches are prepared ahead.
         side = np.full(2, spec.side(epoch), np.float32)
         tag = np.array([epoch, step], np.int64)
@@ -122,10 +124,10 @@ def _upright(payload: Any, name: str) -> tuple[int, int]:
     try:
         if data[:2] == b"\xff\xd8":
             return read_header(data).upright
-        picture = decode(data)
+        image = decode(data)
     except (JpegError, ImageError) as error:
         raise ImageError(f"{name}: {error}") from error
-    return picture.shape[1], picture.shape[2]
+    return image.shape[1], image.shape[2]
 
 
 class DaliSource:
@@ -140,8 +142,10 @@ class DaliSource:
         workers: int,
         device: torch.device,
     ) -> None:
-        if spec.max_bad:
-            raise ValueError("engine=dali cannot mask undecodable samples: max_bad must be 0")
+        if spec.max_undecodable:
+            raise ValueError(
+                "engine=dali cannot mask undecodable samples: max_undecodable must be 0"
+            )
         if isinstance(samples, Beton) and (samples.modes == RAW).any():
             raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
         self._samples, self._spec = samples, spec
@@ -150,7 +154,7 @@ class DaliSource:
         self._batches: Batches = functools.lru_cache(maxsize=2)(self._order.batches)
         self._feed = _Feed(samples, spec, self._batches)
         self._next: tuple[int, int] | None = None
-        self.bad = BadSamples(0)
+        self.bad = DecodeErrors(0)
         self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
 
     def __len__(self) -> int:
@@ -196,7 +200,7 @@ class DaliSource:
         raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
 
     def _blame(self, epoch: int, step: int, error: BaseException) -> Exception:
-        """DALI often does not say which picture it refused: find it among those in flight."""
+        """DALI often does not say which image it refused: find it among those in flight."""
         if isinstance(error.__cause__, TimeoutError):
             limit = self._spec.timeout
             return TimeoutError(f"the files of a batch could not be read for {limit:.0f} s")

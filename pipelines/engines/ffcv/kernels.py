@@ -2,7 +2,7 @@
 
 Module-level functions, whose machine code is kept on disk, which numba cannot do for the code that
 FFCV generates around them. FFCV's decoder is called by symbol name; `pipelines.engines.ffcv.loader` gives
-the name its address before the first call. Pictures are addresses: every layout of an array would
+the name its address before the first call. Images are addresses: every layout of an array would
 be compiled anew.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from pipelines.imaging.resize import resample
+from pipelines.imaging.resize import resize_region
 from pipelines.jpeg.splice import splice
 from pipelines.native.jit import njit
 from pipelines.native.llvm import clear_bytes, copy_bytes
@@ -21,7 +21,7 @@ from pipelines.native.llvm import clear_bytes, copy_bytes
 IMDECODE = "rotpred_ffcv_imdecode"
 
 # Its crop arguments stay unused: with them it first transcodes the crop (tjTransform), which takes
-# 1.4 times as long as decoding the whole picture. Where a picture cannot be cut, setting its height
+# 1.4 times as long as decoding the whole image. Where an image cannot be cut, setting its height
 # to the crop's lower edge would save a sixth; but then libjpeg always warns of the bytes behind,
 # and damage could no longer be told from health.
 _imdecode: Any = types.ExternalFunction(
@@ -29,7 +29,7 @@ _imdecode: Any = types.ExternalFunction(
     types.int32(
         types.uintp,  # JPEG bytes
         types.uint64,  # their number
-        types.uint32,  # height and width of the picture
+        types.uint32,  # height and width of the image
         types.uint32,
         types.uintp,  # output pixels
         types.uint32,  # height and width of the output
@@ -71,12 +71,12 @@ class State(NamedTuple):
     """uint8 (B,): written."""
     spliced: Any
     """uint8 (lanes, bytes): the JPEG that is decoded, where it is cut out of the stored one."""
-    pictures: Any
+    images: Any
     """uint8 (lanes, bytes): its pixels."""
     patches: Any
-    """uint8 (lanes, bytes): boxes that stick out of their pictures."""
+    """uint8 (lanes, bytes): boxes that stick out of their images."""
     scratch: Any
-    """uint32 (lanes, words): for `resample`."""
+    """uint32 (lanes, words): for `resize_region`."""
 
 
 @njit
@@ -86,7 +86,7 @@ def _turn(n: Any, lane: Any, lanes: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit
-def _picture(
+def _image(
     sample: Any, box: Any, state: State, lane: Any
 ) -> tuple[int, Any, Any, Any, Any, Any]:  # pragma: no cover - compiled
     """Status, address of pixels that hold the box, their first row and column, height and width."""
@@ -103,19 +103,19 @@ def _picture(
         return DAMAGED, address, y0, x0, height, width
     if written > 0:
         address, size = np.int64(spliced.ctypes.data), written
-    pixels = np.int64(state.pictures[lane].ctypes.data)
+    pixels = np.int64(state.images[lane].ctypes.data)
     code = _imdecode(address, size, height, width, pixels, height, width, 0, 0, 1, 1, 0, 0)
     return OK if code == 0 else UNDECODABLE, pixels, y0, x0, height, width
 
 
 @njit
 def cut(
-    picture: Any, height: Any, width: Any, top: Any, left: Any, out: Any, rows: Any, columns: Any
+    image: Any, height: Any, width: Any, top: Any, left: Any, out: Any, rows: Any, columns: Any
 ) -> None:  # pragma: no cover - compiled
-    """Copy a box of a picture, black where it sticks out.
+    """Copy a box of an image, black where it sticks out.
 
     Args:
-        picture: address of uint8 (height, width, 3).
+        image: address of uint8 (height, width, 3).
         height, width: of it.
         top, left: of the box.
         out: address of uint8 (rows, columns, 3), to be written.
@@ -128,7 +128,7 @@ def cut(
     if x1 > x0:
         for y in range(y0, y1):
             to = out + 3 * ((y - top) * columns + x0 - left)
-            copy_bytes(to, picture + 3 * (y * width + x0), 3 * (x1 - x0))
+            copy_bytes(to, image + 3 * (y * width + x0), 3 * (x1 - x0))
 
 
 @njit
@@ -156,22 +156,22 @@ def decode_lane(
             continue
         i = state.turns[place]
         box = state.boxes[i]
-        status, picture, y0, x0, height, width = _picture(indices[i], box, state, lane)
+        status, image, y0, x0, height, width = _image(indices[i], box, state, lane)
         state.status[i] = status
         top, left = np.int64(box[0]) - y0, np.int64(box[1]) - x0
         rows, columns = np.int64(box[2]), np.int64(box[3])
         target = base + offsets[i]
         if status != OK:
-            # The buffer still holds an earlier picture: it must not pass for this sample.
+            # The buffer still holds an earlier image: it must not pass for this sample.
             clear_bytes(target, 3 * (side * side if side else rows * columns))
             continue
         if side == 0:
-            cut(picture, height, width, top, left, target, rows, columns)
+            cut(image, height, width, top, left, target, rows, columns)
             continue
         if top < 0 or left < 0 or top + rows > height or left + columns > width:
             patch = np.int64(state.patches[lane].ctypes.data)
-            cut(picture, height, width, top, left, patch, rows, columns)
-            picture, top, left, width = patch, np.int64(0), np.int64(0), columns
-        first, stride = picture + 3 * (top * width + left), 3 * width
+            cut(image, height, width, top, left, patch, rows, columns)
+            image, top, left, width = patch, np.int64(0), np.int64(0), columns
+        first, stride = image + 3 * (top * width + left), 3 * width
         flip = box[4] != 0
-        resample(first, stride, rows, columns, target, side, flip, state.scratch[lane])
+        resize_region(first, stride, rows, columns, target, side, flip, state.scratch[lane])

@@ -3,7 +3,7 @@
 Stock FFCV has faults that a long run meets; the parts concerned are subclassed here, its thread in
 `pipelines.engines.ffcv.source`:
 
-- the decoder's return code is dropped, so a broken JPEG shows the buffer's earlier picture under
+- the decoder's return code is dropped, so a broken JPEG shows the buffer's earlier image under
   this sample's label: `_CropDecoder` writes a status, and the sample is blank and not valid;
 - crops are drawn from per-thread generators: boxes come from `pipelines.sampling.crops`, by sample;
 - every epoch allocates a ring of its own: `RingLoader` has one for its life;
@@ -30,8 +30,8 @@ from pipelines.beton.reader import Beton
 from pipelines.beton.segments import RECORD
 from pipelines.engines.ffcv import kernels
 from pipelines.imaging.resize import scratch_size
-from pipelines.native.threads import Crew
-from pipelines.sampling.crops import boxes, patch_side
+from pipelines.native.threads import LaneThreads
+from pipelines.sampling.crops import crop_boxes, patch_side
 from pipelines.spec import LoaderSpec
 
 __all__ = ["AHEAD", "Decoded", "RingLoader", "Step", "StockEpochIterator"]
@@ -139,7 +139,7 @@ class _Tables:
 
     def __init__(self, beton: Beton, spec: LoaderSpec, lanes: int) -> None:
         self.spec, self.lanes, self.side = spec, lanes, spec.crop.size
-        self.crew = Crew(lanes)
+        self.crew = LaneThreads(lanes)
         self._regions = [torch.empty(0, dtype=torch.uint8)] * _SLOTS
         self._slot = 0
         sizes, heights, widths = beton.sizes, beton.heights, beton.widths
@@ -170,17 +170,17 @@ class _Tables:
             turns=np.zeros(spec.batch_size, np.int64),
             status=np.zeros(spec.batch_size, np.uint8),
             spliced=buffers(int(sizes.max())),
-            pictures=buffers(int((heights.astype(np.int64) * widths).max()) * 3),
+            images=buffers(int((heights.astype(np.int64) * widths).max()) * 3),
             patches=buffers(patch * patch * 3),
             scratch=buffers(scratch_size(*region, spec.crop.size), np.uint32),
         )
 
     def begin(self, step: Step, slot: int) -> None:
-        """Draw the boxes of a step, and give each lane pictures that cost about the same."""
+        """Draw the boxes of a step, and give each lane images that cost about the same."""
         self.side, self._slot = self.spec.side(step.epoch), slot
         state, indices = self.state, step.indices
         heights, widths = state.heights[indices], state.widths[indices]
-        state.boxes[:] = boxes(
+        state.boxes[:] = crop_boxes(
             self.spec, epoch=step.epoch, indices=indices, heights=heights, widths=widths
         )
         share = state.boxes[:, 2] / heights * (state.boxes[:, 3] / widths)

@@ -27,7 +27,7 @@ from pipelines.beton.reader import Beton
 from pipelines.engines import samples as data_sets
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import AHEAD, Decoded, RingLoader, Step, StockEpochIterator
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.imaging.decode import ImageError
 from pipelines.jpeg.splice import MISMATCH_REASON
 from pipelines.sampling.order import Order
@@ -117,7 +117,7 @@ class FfcvSource:
         self._running: DecodingThread | None = None
         self._ahead: tuple[int, int] | None = None
         self._end: weakref.finalize[..., Any] | None = None
-        self.bad = BadSamples(spec.max_bad)
+        self.bad = DecodeErrors(spec.max_undecodable)
 
     def __len__(self) -> int:
         return self._order.steps
@@ -203,19 +203,19 @@ class FfcvSource:
         try:
             if item.status[i] == kernels.DAMAGED:
                 raise ImageError(MISMATCH_REASON)
-            picture = decode(self._beton.payload(sample))
+            image = decode(self._beton.payload(sample))
         except ImageError as error:
             self.bad.report(data_sets.name(self._beton, sample), str(error))
             return False
         if isinstance(item.images, Regions):
             h, w = item.images.shapes[i].tolist()
             region = item.images.pixels[item.images.offsets[i] :][: h * w * 3]
-            pixels = picture.permute(1, 2, 0).contiguous()
+            pixels = image.permute(1, 2, 0).contiguous()
             kernels.cut(
                 pixels.data_ptr(), pixels.shape[0], pixels.shape[1], int(box[0]), int(box[1]),
                 region.data_ptr(), h, w,
             )  # fmt: skip
         else:
             size = item.images.shape[1]
-            item.images[i].copy_(crop(picture, box, size).permute(1, 2, 0))
+            item.images[i].copy_(crop(image, box, size).permute(1, 2, 0))
         return True

@@ -55,14 +55,14 @@ class Rcnn(nn.Module):
         targets: list[Target] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor] | list[Detections]:
-        """Losses by name in training, else what is found in each picture.
+        """Losses by name in training, else what is found in each image.
 
         Args:
-            images: (B, 3, H, W), normalised; each picture at the top left, 0 beside it.
+            images: (B, 3, H, W), normalised; each image at the top left, 0 beside it.
             sizes: height and width of each, to which boxes are clipped. No tensor: data parallelism
                 would move it to the GPU, and to read it would wait for all that is queued there.
             targets: the truth, in training.
-            seeds: of the random choice of anchors and proposals, for each picture; None: torch's.
+            seeds: of the random choice of anchors and proposals, for each image; None: torch's.
         """
         if self.training and targets is None:
             raise ValueError("targets are needed in training mode")

@@ -20,10 +20,10 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class Detections(TypedDict, total=False):
-    """What was found in a picture, K objects, best first."""
+    """What was found in an image, K objects, best first."""
 
     boxes: torch.Tensor
-    """float32 (K, 4): left, top, right, bottom in pixels of the resized picture."""
+    """float32 (K, 4): left, top, right, bottom in pixels of the resized image."""
     labels: torch.Tensor
     """int64 (K,): from 1."""
     scores: torch.Tensor
@@ -48,7 +48,7 @@ class Pooler(nn.Module):
         self._level = LevelMapper(levels[0], levels[-1])
 
     def forward(self, maps: dict[str, torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
-        """Pooled maps (sum of K, C, size, size) of the boxes (K, 4) of every picture."""
+        """Pooled maps (sum of K, C, size, size) of the boxes (K, 4) of every image."""
         which = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         rois = torch.cat((which, torch.cat(boxes)), 1)
         if len(self.strides) == 1:
@@ -113,7 +113,7 @@ class MaskPredictor(nn.Module):
 class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's heads with L1, a box for each class but the background, and aligned masks.
 
-    512 proposals of each picture, a quarter of them positive from an overlap of 0.5 on, boxes of
+    512 proposals of each image, a quarter of them positive from an overlap of 0.5 on, boxes of
     the truth among them; scores above 0.05, suppression per class at 0.5, the best 100 (detectron2,
     config/defaults.py; mmdetection, faster-rcnn models).
     """
@@ -135,7 +135,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
             pool: from proposals to maps.
             box_head: from pooled maps to vectors.
             predictor: from vectors to scores and boxes.
-            rois: proposals per picture in training.
+            rois: proposals per image in training.
             mask_pool: as `pool`, for masks.
             mask_head: from pooled maps to maps.
             mask_predictor: from maps to masks.
@@ -158,12 +158,12 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         *,
         shared: nn.Module | None = None,
     ) -> tuple[list[Detections], dict[str, torch.Tensor]]:
-        """Detections of each picture in evaluation, losses in training.
+        """Detections of each image in evaluation, losses in training.
 
         Args:
             maps: of the whole batch, by name.
-            proposals: float32 (P, 4) of each picture.
-            sizes: height and width of each picture, without padding.
+            proposals: float32 (P, 4) of each image.
+            sizes: height and width of each image, without padding.
             targets: the truth, in training.
             shared: applied to the pooled maps first; belongs to the backbone, not to the heads.
         """
@@ -239,7 +239,7 @@ def mask_targets(
     """What lies of some objects' masks within boxes: 0 or 1, float32 (K, size, size).
 
     Args:
-        masks: uint8 (N, h, w), 0 or 1, of the objects of a picture.
+        masks: uint8 (N, h, w), 0 or 1, of the objects of an image.
         boxes: float32 (K, 4), in its pixels.
         which: int64 (K,), the object that each box stands for.
         size: bins on a side; one is inside where half of its samples are.
@@ -270,13 +270,13 @@ def mask_loss(logits: torch.Tensor, labels: torch.Tensor, goals: torch.Tensor) -
 def paste_masks(
     masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
 ) -> torch.Tensor:
-    """Masks within boxes as masks of a picture: bool (K, h, w), on the masks' device.
+    """Masks within boxes as masks of an image: bool (K, h, w), on the masks' device.
 
     Bilinear, at the middle of each pixel; outside of the box there is nothing.
 
     Args:
         masks: (K, s, s), probabilities.
-        boxes: (K, 4), in pixels of the picture.
+        boxes: (K, 4), in pixels of the image.
         size: its height and width.
         threshold: probability from which on a pixel belongs to the object.
     """

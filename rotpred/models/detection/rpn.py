@@ -25,9 +25,9 @@ class Proposals:
     before: tuple[int, int] = (12000, 6000)
     """Best boxes of each map that go into the suppression of overlaps."""
     after: tuple[int, int] = (2000, 1000)
-    """Best boxes of a picture that come out of it."""
+    """Best boxes of an image that come out of it."""
     rois: int = 512
-    """Of these, how many the box head is trained on, per picture."""
+    """Of these, how many the box head is trained on, per image."""
     pooled: int = 14
     """Side of the map that becomes of a proposal before res5, or before the mask head; half of it
     before the box head of a pyramid. Masks are twice as fine."""
@@ -45,22 +45,22 @@ class Proposals:
 
 
 class Draws(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision is untyped
-    """A random choice of positives and negatives that depends on the pictures' seeds alone.
+    """A random choice of positives and negatives that depends on the images' seeds alone.
 
     Neither what was drawn before nor the number of processes matters, so a run that goes on from a
     checkpoint draws as if it had never stopped.
     """
 
     def __init__(self, count: int, positive: float) -> None:
-        """Choose up to `count` of each picture, up to the share `positive` of it positives."""
+        """Choose up to `count` of each image, up to the share `positive` of it positives."""
         super().__init__(count, positive)
         self.seeds: Sequence[int] | None = None
-        """One for each picture of the coming batch; None: torch's own state decides."""
+        """One for each image of the coming batch; None: torch's own state decides."""
 
     def __call__(
         self, matched: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Masks of the chosen positives (label above 0) and negatives (label 0), per picture."""
+        """Masks of the chosen positives (label above 0) and negatives (label 0), per image."""
         chosen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for i, labels in enumerate(matched):
             generator = None
@@ -80,7 +80,7 @@ class Draws(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvisi
 class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
     """Anchors as detectron2 and mmdetection place them.
 
-    Sides are not rounded, and the strides are the network's own: torchvision divides the picture's
+    Sides are not rounded, and the strides are the network's own: torchvision divides the image's
     side by the map's, which is too little where a map was rounded up.
     """
 
@@ -103,7 +103,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
         return torch.stack((-widths, -heights, widths, heights), 1) / 2
 
     def forward(self, images: ImageList, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The anchors of all maps, float32 (A, 4), the same for each picture."""
+        """The anchors of all maps, float32 (A, 4), the same for each image."""
         device = maps[0].device
         self.set_cell_anchors(torch.float32, device)
         # Numbers, where torchvision has tensors: those would be copied to the GPU, and waited for.
@@ -131,7 +131,7 @@ class Rpn(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untype
     """torchvision's network with L1 in place of smooth L1.
 
     Positives from an overlap of 0.7 on (and the best anchor of every box), negatives below 0.3, 256
-    anchors of each picture, half of them positive; suppression at 0.7 (Ren et al. 2015; the common
+    anchors of each image, half of them positive; suppression at 0.7 (Ren et al. 2015; the common
     values of detectron2's config/defaults.py and mmdetection's faster-rcnn models).
     """
 
@@ -165,7 +165,7 @@ class Rpn(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy of the chosen anchors, and L1 of the positive ones over their number.
 
-        The number is that of all chosen ones: 256 for each picture that has so many.
+        The number is that of all chosen ones: 256 for each image that has so many.
         """
         positive, negative = (
             torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels)

@@ -17,23 +17,23 @@ from pipelines.datasets.images import MemoryImages
 from pipelines.imaging.decode import decode_rgb
 from tests.pipelines.beton.test_reader import ffcv_parts
 from tests.pipelines.conversion.test_convert import assert_nothing_left, rejected, stored
-from tests.pipelines.jpeg.test_markers import encode, exif, picture
+from tests.pipelines.jpeg.test_markers import encode, exif, make_image
 from tests.pipelines.jpeg.test_restart_markers import noise, photographs
 
 pytestmark = pytest.mark.timeout(120)
 
-PICTURES = (
+IMAGES = (
     encode(photographs()[0], quality=90),
-    encode(picture(), progressive=True),
+    encode(make_image(), progressive=True),
     encode(noise(90, 77).convert("L")),
-    encode(picture(60, 90), exif=exif(6)),
+    encode(make_image(60, 90), exif=exif(6)),
     encode(noise(90, 77), "PNG"),
     encode(photographs()[1], quality=80, subsampling=0, restart_marker_rows=1),
 )
 
 
 def make(path: Path, **options: object) -> Manifest:
-    source = MemoryImages(lambda i: PICTURES[i], np.arange(len(PICTURES)), tuple("abcdef"))
+    source = MemoryImages(lambda i: IMAGES[i], np.arange(len(IMAGES)), tuple("abcdef"))
     options = {"workers": 1, "overwrite": True, **options}
     return write_beton(source, path, **options)  # type: ignore[arg-type]
 
@@ -67,9 +67,9 @@ def test_every_sample_has_its_record(good: Path) -> None:
         kept = [i for i in range(6) if i not in (3, 4)]
         for i in kept:
             np.testing.assert_array_equal(
-                decode_rgb(beton.payload(i).tobytes()), decode_rgb(PICTURES[i])
+                decode_rgb(beton.payload(i).tobytes()), decode_rgb(IMAGES[i])
             )
-        added = sum(int(beton.sizes[i]) - len(PICTURES[i]) for i in kept)
+        added = sum(int(beton.sizes[i]) - len(IMAGES[i]) for i in kept)
         assert 0 < added <= marks.added < added + 2000
     assert verify(good).checksums
 
@@ -77,7 +77,7 @@ def test_every_sample_has_its_record(good: Path) -> None:
 def test_without_markers_there_is_no_side_file_and_bytes_pass(tmp_path: Path) -> None:
     made = make(tmp_path / "out.beton", restart_markers=False)
     assert made.restarts is None and not segments_path(tmp_path / "out.beton").exists()
-    assert stored(tmp_path / "out.beton")[0] == PICTURES[0]
+    assert stored(tmp_path / "out.beton")[0] == IMAGES[0]
 
 
 def test_rebuilding_without_markers_removes_the_side_file(copy: Path) -> None:
@@ -92,7 +92,7 @@ def test_rebuilding_without_markers_removes_the_side_file(copy: Path) -> None:
 def test_stale_temporary_files_are_swept_and_failures_leave_none(tmp_path: Path) -> None:
     stale = tmp_path / "out.beton.tmp.123.segments"
     stale.write_bytes(b"x")
-    bad = MemoryImages(lambda _: PICTURES[0][:-9], np.zeros(3, np.int64), ("c",))
+    bad = MemoryImages(lambda _: IMAGES[0][:-9], np.zeros(3, np.int64), ("c",))
     with pytest.raises(ConversionError, match="budget"):
         write_beton(bad, tmp_path / "out.beton", workers=1, budget=1)
     assert_nothing_left(tmp_path, but=("out.beton.failed.jsonl",))
@@ -124,7 +124,7 @@ def test_a_run_that_dies_between_its_renames_is_noticed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the old side file nor the old manifest passes for the new beton's."""
-    other = MemoryImages(lambda _: PICTURES[0], np.zeros(6, np.int64), ("c",))
+    other = MemoryImages(lambda _: IMAGES[0], np.zeros(6, np.int64), ("c",))
 
     def publish(self: BetonWriter) -> None:
         self.temporary.replace(self.output)
@@ -214,8 +214,8 @@ def test_stock_ffcv_sees_the_same_pixels_with_and_without_markers(tmp_path: Path
     found = []
     for marks in (False, True):
         path = tmp_path / f"{marks}.beton"
-        pictures = [encode(noise(96, 160), quality=q) for q in (50, 75, 90)]
-        source = MemoryImages(lambda i, pictures=pictures: pictures[i], np.arange(3), tuple("abc"))
+        streams = [encode(noise(96, 160), quality=q) for q in (50, 75, 90)]
+        source = MemoryImages(lambda i, streams=streams: streams[i], np.arange(3), tuple("abc"))
         write_beton(source, path, workers=1, restart_markers=marks)
         loader = ffcv.Loader(
             str(path),

@@ -32,7 +32,7 @@ from pipelines.datasets.images import MemoryImages
 from pipelines.datasets.index import SampleIndex
 from pipelines.durable import exclusive
 from pipelines.imaging.decode import decode_rgb
-from tests.pipelines.jpeg.test_markers import encode, exif, frame_at, picture, png_of, with_size
+from tests.pipelines.jpeg.test_markers import encode, exif, frame_at, make_image, png_of, with_size
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -79,12 +79,12 @@ def assert_nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> None:
 
 def test_plain_jpegs_pass_unchanged(tmp_path: Path) -> None:
     files = {
-        "a.jpg": encode(picture()),
-        "b.jpg": encode(picture(), progressive=True),
-        "c.jpg": encode(picture(mode="L")),
-        "d.jpg": encode(picture(64, 64), restart_marker_rows=1),
-        "e.jpg": encode(picture(1, 1)),
-        "f.jpg": encode(picture(), exif=exif(1)),
+        "a.jpg": encode(make_image()),
+        "b.jpg": encode(make_image(), progressive=True),
+        "c.jpg": encode(make_image(mode="L")),
+        "d.jpg": encode(make_image(64, 64), restart_marker_rows=1),
+        "e.jpg": encode(make_image(1, 1)),
+        "f.jpg": encode(make_image(), exif=exif(1)),
     }
     manifest = convert(tmp_path, files)
     assert stored(tmp_path / "out.beton") == list(files.values())
@@ -93,14 +93,14 @@ def test_plain_jpegs_pass_unchanged(tmp_path: Path) -> None:
 
 
 def test_bytes_behind_the_end_are_dropped(tmp_path: Path) -> None:
-    data = encode(picture())
+    data = encode(make_image())
     assert convert(tmp_path, {"a.jpg": data + bytes(5000)}).passed == 1
     assert stored(tmp_path / "out.beton") == [data]
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_turned_pictures_are_stored_upright(tmp_path: Path, orientation: int) -> None:
-    data = encode(picture(), exif=exif(orientation), quality=95)
+def test_turned_images_are_stored_upright(tmp_path: Path, orientation: int) -> None:
+    data = encode(make_image(), exif=exif(orientation), quality=95)
     assert convert(tmp_path, {"a.jpg": data}).reencoded == {"orientation": 1}
     upright = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(data))))
     found = Image.open(BytesIO(stored(tmp_path / "out.beton")[0]))
@@ -111,17 +111,17 @@ def test_turned_pictures_are_stored_upright(tmp_path: Path, orientation: int) ->
 GREY16 = Image.fromarray(np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32))
 
 ODD: dict[str, tuple[bytes, str]] = {
-    "cmyk": (encode(picture(mode="CMYK")), "cmyk"),
-    "palette PNG": (encode(picture(mode="P"), "PNG"), "format"),
-    "RGBA PNG": (encode(picture(mode="RGBA"), "PNG"), "format"),
-    "LA PNG": (encode(picture(mode="LA"), "PNG"), "format"),
+    "cmyk": (encode(make_image(mode="CMYK")), "cmyk"),
+    "palette PNG": (encode(make_image(mode="P"), "PNG"), "format"),
+    "RGBA PNG": (encode(make_image(mode="RGBA"), "PNG"), "format"),
+    "LA PNG": (encode(make_image(mode="LA"), "PNG"), "format"),
     "16-bit PNG": (encode(GREY16, "PNG"), "format"),
-    "WebP": (encode(picture(), "WEBP", lossless=True), "format"),
-    "BMP": (encode(picture(), "BMP"), "format"),
-    "GIF": (encode(picture(mode="P"), "GIF"), "format"),
-    "TIFF": (encode(picture(), "TIFF"), "format"),
+    "WebP": (encode(make_image(), "WEBP", lossless=True), "format"),
+    "BMP": (encode(make_image(), "BMP"), "format"),
+    "GIF": (encode(make_image(mode="P"), "GIF"), "format"),
+    "TIFF": (encode(make_image(), "TIFF"), "format"),
     "stray bytes": (
-        (data := encode(picture()))[: frame_at(data)] + b"abc" + data[frame_at(data) :],
+        (data := encode(make_image()))[: frame_at(data)] + b"abc" + data[frame_at(data) :],
         "cleaned",
     ),
 }
@@ -136,7 +136,7 @@ def test_what_engines_read_differently_is_encoded_anew(tmp_path: Path, name: str
     verify(tmp_path / "out.beton")
 
 
-JPEG = encode(picture(200, 200))
+JPEG = encode(make_image(200, 200))
 
 BAD: dict[str, tuple[bytes, str]] = {
     "half": (JPEG[: len(JPEG) // 2], "truncated"),
@@ -187,7 +187,7 @@ def test_budget_stops_and_leaves_only_the_list(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="no usable picture"):
+    with pytest.raises(ConversionError, match="no usable image"):
         convert(tmp_path, {"a.jpg": b""})
     assert_nothing_left(tmp_path)
 
@@ -253,10 +253,10 @@ def test_silent_workers_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"short_side": 30}, (24, 40), (24, 40)),
     ],
 )
-def test_larger_pictures_are_shrunk_and_no_other(
+def test_larger_images_are_shrunk_and_no_other(
     tmp_path: Path, options: dict[str, int], size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    manifest = convert(tmp_path, {"a.jpg": encode(picture(*size))}, **options)
+    manifest = convert(tmp_path, {"a.jpg": encode(make_image(*size))}, **options)
     with Beton.open(tmp_path / "out.beton") as beton:
         assert (beton.heights[0], beton.widths[0]) == expected
     assert manifest.reencoded == ({"resized": 1} if size != expected else {})
@@ -367,7 +367,7 @@ def test_failed_rebuilds_leave_the_old_file(
 def test_a_reader_keeps_its_file_while_it_is_rebuilt(tmp_path: Path) -> None:
     convert(tmp_path, {"a.jpg": JPEG})
     with Beton.open(tmp_path / "out.beton") as beton:
-        convert(tmp_path, {"a.jpg": encode(picture())}, overwrite=True)
+        convert(tmp_path, {"a.jpg": encode(make_image())}, overwrite=True)
         assert beton.payload(0).tobytes() == JPEG
 
 

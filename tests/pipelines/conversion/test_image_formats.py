@@ -1,4 +1,4 @@
-"""Pictures as people have them: every engine sees the same one, from files or after conversion."""
+"""Images as people have them: every engine sees the same one, from files or after conversion."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
 from pipelines.engines.choice import missing_engines
 from pipelines.loader import open_loader
-from pipelines.spec import LoaderSpec, Normalize, Squash
-from tests.conftest import smooth_picture
+from pipelines.spec import LoaderSpec, Normalize, Resize
+from tests.conftest import smooth_image
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,11 +27,11 @@ TOLERANCE = 8.0
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """The folder, and what Pillow makes of each file: uint8 (6, 32, 32, 3)."""
     root = tmp_path_factory.mktemp("formats") / "data"
     (root / "a").mkdir(parents=True)
-    base = smooth_picture(3, 64, 64)
+    base = smooth_image(3, 64, 64)
     base.convert("CMYK").save(root / "a/0_cmyk.jpg", quality=95)
     base.convert("L").save(root / "a/1_grey.jpg", quality=95)
     base.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(root / "a/2_palette.png")
@@ -39,17 +39,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tens
     grey = np.asarray(base.convert("L"), np.uint16) * 257
     Image.fromarray(grey).save(root / "a/4_sixteen.png")
     base.save(root / "a/5_webp.jpg", "WEBP", quality=95)
-    colour = np.asarray(base.resize((32, 32), Image.Resampling.BOX))
+    color = np.asarray(base.resize((32, 32), Image.Resampling.BOX))
     light = np.asarray(base.convert("L").convert("RGB").resize((32, 32), Image.Resampling.BOX))
-    expected = [light if name in ("grey", "sixteen") else colour for name in NAMES]
+    expected = [light if name in ("grey", "sixteen") else color for name in NAMES]
     return root, torch.from_numpy(np.stack(expected))
 
 
 @pytest.fixture(scope="module")
-def converted(pictures: tuple[Path, torch.Tensor]) -> Path:
-    """The same pictures as a beton."""
-    made = pictures[0].parent / "data.beton"
-    manifest = write_beton(SampleIndex.from_folder(pictures[0]), made, workers=1)
+def converted(images: tuple[Path, torch.Tensor]) -> Path:
+    """The same images as a beton."""
+    made = images[0].parent / "data.beton"
+    manifest = write_beton(SampleIndex.from_folder(images[0]), made, workers=1)
     assert (manifest.passed, manifest.quarantined) == (1, 0)  # the grey JPEG stays as it is
     return made
 
@@ -58,13 +58,13 @@ def converted(pictures: tuple[Path, torch.Tensor]) -> Path:
     ("engine", "beton"),
     [("folder", False), ("dali", False), ("folder", True), ("dali", True), ("ffcv", True)],
 )
-def test_odd_pictures_look_alike(
-    pictures: tuple[Path, torch.Tensor], converted: Path, engine: str, beton: bool
+def test_odd_images_look_alike(
+    images: tuple[Path, torch.Tensor], converted: Path, engine: str, beton: bool
 ) -> None:
     if engine in (missing := missing_engines()):
         pytest.skip(missing[engine])
-    data, expected = (converted if beton else pictures[0]), pictures[1]
-    spec = LoaderSpec(data=str(data), batch_size=6, crop=Squash(32), flip=False, shuffle=False)
+    data, expected = (converted if beton else images[0]), images[1]
+    spec = LoaderSpec(data=str(data), batch_size=6, crop=Resize(32), flip=False, shuffle=False)
     plain = replace(
         spec, engine=engine, views="plain", drop_last=False, normalize=Normalize((0,) * 3, (1,) * 3)
     )  # type: ignore[arg-type]
@@ -72,6 +72,6 @@ def test_odd_pictures_look_alike(
         batch = next(loader.epoch(0))
     found = batch.images.permute(0, 2, 3, 1)
     assert batch.valid.all() and batch.labels.tolist() == [0] * 6
-    for name, picture, reference in zip(NAMES, found, expected, strict=True):
-        difference = (picture - reference).abs().mean().item()
+    for name, image, reference in zip(NAMES, found, expected, strict=True):
+        difference = (image - reference).abs().mean().item()
         assert difference < TOLERANCE, (name, difference)

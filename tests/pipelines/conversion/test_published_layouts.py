@@ -34,7 +34,7 @@ def convert(data: str, root: str, output: Path) -> Any:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path: Path) -> None:
-    """The script's beton has the pictures, labels and classes that training reads from files."""
+    """The script's beton has the images, labels and classes that training reads from files."""
     tree = trees[name]
     for part, data, root in (
         ("train", tree.train, tree.train_root),
@@ -57,10 +57,10 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
         ("in1k_mhead", r"meta/train\.txt:5: '.*' does not exist"),
         ("places205_mhead", r"train_places205\.csv:5: '.*' does not exist"),
         ("inat18_mhead", r"train2018\.json: image id 94: '.*' does not exist"),
-        ("in1k_semi_1", r"percent\.txt:5: no picture '.*' below"),
+        ("in1k_semi_1", r"percent\.txt:5: no image '.*' below"),
     ],
 )
-def test_a_missing_picture_is_no_bad_one(name: str, words: str, tmp_path: Path) -> None:
+def test_a_missing_image_is_no_bad_one(name: str, words: str, tmp_path: Path) -> None:
     """It is an error that names where it is listed, whatever may be left out or masked."""
     tree: Tree = plant(tmp_path)[name]
     files = open_samples(tree.train, tree.train_root)

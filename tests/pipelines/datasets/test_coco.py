@@ -14,7 +14,7 @@ from pipelines.datasets.annotations import Problems
 from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import DenseSpec
 from tests.support import dense_trees
-from tests.support.dense_trees import COCO_CATEGORIES, check_box, coloured
+from tests.support.dense_trees import COCO_CATEGORIES, check_box, colored
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,7 +35,7 @@ def test_coco_objects_lie_on_the_pixels(tmp_path: Path) -> None:
         height, width = map(int, samples.sizes[i])
         masks = coco.rasterised(objects.outlines, height, width)
         for k in np.flatnonzero(~objects.crowd):
-            there = coloured(samples.path(i), kinds.index(samples.classes[objects.labels[k]]))
+            there = colored(samples.path(i), kinds.index(samples.classes[objects.labels[k]]))
             check_box(there, objects.boxes[k])
             assert there[masks[k] == 1].all()
             rows, columns = np.nonzero(masks[k])
@@ -104,12 +104,12 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
     problems = Problems(8)
     samples = coco.objects("val2017", root, problems=problems)
     assert len(samples) == 3
-    assert problems.found[0].startswith(f"{source}: image id {missing['id']}: no picture ")
+    assert problems.found[0].startswith(f"{source}: image id {missing['id']}: no image ")
     for number, (line, what) in enumerate(
         zip(
             problems.found[1:],
             (
-                "leaves the picture", "has no area", "no category id 2", "no image id 5",
+                "leaves the image", "has no area", "no category id 2", "no image id 5",
                 "less than three points", "it has no 'category_id'", "run lengths of [1, 2]",
             ),
             strict=True,
@@ -117,7 +117,9 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
         1,
     ):  # fmt: skip
         assert line.startswith(f"{source}: annotation id {number}: ") and what in line
-    with pytest.raises(ValueError, match=r"8 wrong annotations, max_bad is 7: .*; and 3 more"):
+    with pytest.raises(
+        ValueError, match=r"8 wrong annotations, max_undecodable is 7: .*; and 3 more"
+    ):
         coco.objects("val2017", root, problems=Problems(7))
     for text, what in (("{", "no JSON"), ('{"images": []}', "expected images, annotations and")):
         source.write_text(text)

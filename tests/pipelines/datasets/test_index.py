@@ -154,7 +154,7 @@ def test_bad_lists_name_the_line(tmp_path: Path, text: bytes, words: str) -> Non
 
 
 @pytest.mark.parametrize("gone", ["a/1.jpg", "c/2.jpg"])
-def test_a_list_that_names_a_missing_picture_names_the_line(tmp_path: Path, gone: str) -> None:
+def test_a_list_that_names_a_missing_image_names_the_line(tmp_path: Path, gone: str) -> None:
     """Of several the first, though folders are looked at one after the other."""
     for name in ("a/0.jpg", "b/1.jpg"):
         put(tmp_path / name)
@@ -190,7 +190,7 @@ def test_a_million_paths_take_their_own_length_and_little_more(tmp_path: Path) -
     assert index.name(count - 1) == "n01440764/n01440764_00999.JPEG"
 
 
-def test_other_pictures_under_the_same_names_are_other_data(tmp_path: Path) -> None:
+def test_other_images_under_the_same_names_are_other_data(tmp_path: Path) -> None:
     """Whatever their times and their folder; labels count as well."""
     for root, when in (("a", 1e9), ("b", 2e9)):
         for k in range(5):

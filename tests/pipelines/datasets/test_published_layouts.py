@@ -25,16 +25,16 @@ from pipelines.engines.folder import FolderSource
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.spec import CenterCrop, LoaderSpec, Shard
 from rotpred.protocols.multilabel import read_labels
-from tests.conftest import save_jpeg, smooth_picture
+from tests.conftest import save_jpeg, smooth_image
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def pictures(root: Path, *names: str) -> None:
+def images(root: Path, *names: str) -> None:
     """JPEG files whose brightness tells which name they were written under."""
     for i, name in enumerate(names):
-        picture = smooth_picture(0, 8, 8).point(lambda _, level=20 * i + 10: level)
-        save_jpeg(root / name, picture)
+        image = smooth_image(0, 8, 8).point(lambda _, level=20 * i + 10: level)
+        save_jpeg(root / name, image)
 
 
 def text(path: Path, content: str) -> Path:
@@ -62,7 +62,7 @@ def kit(root: Path, truth: str) -> Path:
 
 def test_imagenet_lists(tmp_path: Path) -> None:
     for folder, files in (("train/n01440764", ["n01440764_10026.JPEG"]), ("val", VAL[:2])):
-        pictures(tmp_path / folder, *files)
+        images(tmp_path / folder, *files)
     train = text(tmp_path / "meta/train.txt", "n01440764/n01440764_10026.JPEG 0\n")
     val = text(tmp_path / "meta/val.txt", f"{VAL[0]} 65\n{VAL[1]} 970\n")
     index = open_images(str(train), root=tmp_path / "train")
@@ -72,8 +72,8 @@ def test_imagenet_lists(tmp_path: Path) -> None:
 
 
 def test_imagenet_val_by_synsets_and_by_the_development_kit(tmp_path: Path) -> None:
-    pictures(tmp_path / "val", *VAL)
-    text(tmp_path / "val/readme.txt", "no picture")
+    images(tmp_path / "val", *VAL)
+    text(tmp_path / "val/readme.txt", "no image")
     synsets = ["n15075141", "n01440764", "n02119789", "n01440764"]
     listed = imagenet_val(tmp_path / "val", truth=text(tmp_path / "s.txt", "\n".join(synsets)))
     by_id = imagenet_val(tmp_path / "val", truth=kit(tmp_path, "3\n2\n1\n2\n"))
@@ -92,13 +92,13 @@ def test_imagenet_val_by_synsets_and_by_the_development_kit(tmp_path: Path) -> N
     ],
 )
 def test_a_wrong_truth_is_named(tmp_path: Path, truth: str, words: str) -> None:
-    pictures(tmp_path / "val", *VAL)
+    images(tmp_path / "val", *VAL)
     with pytest.raises(IndexFormatError, match=words):
         imagenet_val(tmp_path / "val", truth=text(tmp_path / "s.txt", truth))
 
 
 def test_missing_pieces_of_imagenet_val_are_named(tmp_path: Path) -> None:
-    pictures(tmp_path / "val", *VAL)
+    images(tmp_path / "val", *VAL)
     with pytest.raises(IndexFormatError, match=r"truth\.txt:2: .*found '4'"):
         imagenet_val(tmp_path / "val", truth=kit(tmp_path, "3\n4\n1\n2\n"))  # a group, no class
     (tmp_path / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no matrix" * 30)
@@ -117,7 +117,7 @@ def test_missing_pieces_of_imagenet_val_are_named(tmp_path: Path) -> None:
 
 def test_imagenet_subset(tmp_path: Path) -> None:
     files = [f"{s}/{s}_{i}.JPEG" for s in ("n01440764", "n02119789") for i in (3, 10026, 7)]
-    pictures(tmp_path / "train", *files)
+    images(tmp_path / "train", *files)
     index = SampleIndex.from_folder(tmp_path / "train")
     listing = text(tmp_path / "1percent.txt", "n02119789_7.JPEG\nn01440764_10026.JPEG\n")
     part = imagenet_subset(listing, index)
@@ -126,12 +126,12 @@ def test_imagenet_subset(tmp_path: Path) -> None:
     again = open_images(f"imagenet-subset:{listing}", root=tmp_path / "train")
     assert again.labels.tolist() == [1, 0]
     for content, words in (
-        ("n01440764_3.JPEG\nn01440764_4.JPEG\n", r"p\.txt:2: no picture 'n01440764_4\.JPEG'"),
+        ("n01440764_3.JPEG\nn01440764_4.JPEG\n", r"p\.txt:2: no image 'n01440764_4\.JPEG'"),
         ("n01440764_3.JPEG\n\nn01440764_3.JPEG\n", r"p\.txt:3: .* comes twice"),
     ):
         with pytest.raises(IndexFormatError, match=words):
             imagenet_subset(text(tmp_path / "p.txt", content), index)
-    pictures(tmp_path / "train", "n02119789/n01440764_3.JPEG")
+    images(tmp_path / "train", "n02119789/n01440764_3.JPEG")
     with pytest.raises(IndexFormatError, match="have the same name"):
         listing = text(tmp_path / "p.txt", "n01440764_3.JPEG\n")
         imagenet_subset(listing, SampleIndex.from_folder(tmp_path / "train"))
@@ -157,7 +157,7 @@ def coco(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("root", ["", "train_val2018"])
 def test_inaturalist_whichever_folder_is_given(tmp_path: Path, place: str, root: str) -> None:
     files = ["Plantae/1/b.jpg", "Aves/0/a.jpg", "Plantae/1/c.jpg"]
-    pictures(tmp_path / place / "train_val2018", *files)
+    images(tmp_path / place / "train_val2018", *files)
     source = text(tmp_path / "train2018.json", json.dumps(coco()))
     index = inaturalist(source, root=tmp_path / root)
     assert index.labels.tolist() == [1, 0, 1] and index.classes == ("0", "1")
@@ -193,7 +193,7 @@ def test_missing_inaturalist_is_named(tmp_path: Path) -> None:
         inaturalist(text(source, "{"), root=tmp_path)
     escape = coco(images=[{"id": 90, "file_name": "../secret.jpg"}])
     escape["annotations"] = [{"image_id": 90, "category_id": 0}]
-    pictures(tmp_path, "secret.jpg")
+    images(tmp_path, "secret.jpg")
     (tmp_path / "data").mkdir()
     with pytest.raises(IndexFormatError, match="leads outside"):
         inaturalist(text(source, json.dumps(escape)), root=tmp_path / "data")
@@ -201,7 +201,7 @@ def test_missing_inaturalist_is_named(tmp_path: Path) -> None:
 
 def test_places205(tmp_path: Path) -> None:
     base = tmp_path / "data/vision/torralba/deeplearning/images256"
-    pictures(base, "a/abbey/gsun_1.jpg", "y/yard/two words.jpg")
+    images(base, "a/abbey/gsun_1.jpg", "y/yard/two words.jpg")
     split = text(
         tmp_path / "trainvalsplit_places205/val_places205.csv",
         "a/abbey/gsun_1.jpg 0\ny/yard/two words.jpg 204\n",
@@ -212,9 +212,9 @@ def test_places205(tmp_path: Path) -> None:
 
 
 def voc(root: Path) -> Path:
-    """Three pictures; person: present, difficult, absent; car: absent, present, present."""
+    """Three images; person: present, difficult, absent; car: absent, present, present."""
     base = root / "VOCdevkit/VOC2007"
-    pictures(base / "JPEGImages", "000005.jpg", "000007.jpg", "000009.jpg")
+    images(base / "JPEGImages", "000005.jpg", "000007.jpg", "000009.jpg")
     for name in VOC_CLASSES:
         values = {"person": (1, 0, -1), "car": (-1, 1, 1)}.get(name, (-1, -1, -1))
         lines = [
@@ -245,8 +245,8 @@ def test_missing_pieces_of_voc2007_are_named(tmp_path: Path) -> None:
     good = cat.read_text()
     for content, words in (
         (good.replace("000007 -1", "000007  2"), r"cat_trainval\.txt:2: expected"),
-        (good.replace("000007", "000008"), r"cat_trainval\.txt:2: '000008' is not the picture"),
-        (good + "000010 -1\n", r"cat_trainval\.txt:4: '000010' is not the picture"),
+        (good.replace("000007", "000008"), r"cat_trainval\.txt:2: '000008' is not the image"),
+        (good + "000010 -1\n", r"cat_trainval\.txt:4: '000010' is not the image"),
         ("000005 -1\n", r"cat_trainval\.txt: 1 lines, expected 3"),
     ):
         with pytest.raises(IndexFormatError, match=words):
@@ -259,7 +259,7 @@ def test_missing_pieces_of_voc2007_are_named(tmp_path: Path) -> None:
 
 
 def test_a_catalogue_feeds_the_folder_engine_and_a_beton(tmp_path: Path) -> None:
-    pictures(tmp_path / "val", *VAL)
+    images(tmp_path / "val", *VAL)
     truth = text(tmp_path / "s.txt", "n02119789\nn01440764\nn01440764\nn02119789\n")
     source = open_images(f"imagenet-val:{truth}", root=tmp_path / "val")
     assert isinstance(source, SampleIndex)
@@ -307,9 +307,9 @@ def test_voc2007_is_converted_with_its_labels(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_voc2007_is_converted_whole_or_not_at_all(tmp_path: Path) -> None:
-    """An unusable picture would shift the rows of all later ones: neither file is written."""
+    """An unusable image would shift the rows of all later ones: neither file is written."""
     base, out = voc(tmp_path), tmp_path / "out" / "trainval.beton"
-    (base / voc2007(base, split="trainval").images.name(1)).write_bytes(b"no picture")
+    (base / voc2007(base, split="trainval").images.name(1)).write_bytes(b"no image")
     script = Path(__file__).parents[3] / "scripts/to_beton.py"
     command = [sys.executable, script, "--input", "voc2007:trainval", "--output", out]
     for options, words in (

@@ -12,12 +12,12 @@ from PIL import Image
 from pipelines.datasets import cityscapes, voc
 from pipelines.datasets.annotations import Problems
 from pipelines.datasets.voc_classification import VOC_CLASSES
-from pipelines.dense.load import open_samples
+from pipelines.dense.samples import open_dense_samples
 from pipelines.dense.spec import DenseSpec
-from pipelines.imaging.decode import ImageError, picture_size
-from tests.conftest import save_jpeg, smooth_picture
+from pipelines.imaging.decode import ImageError, image_size
+from tests.conftest import save_jpeg, smooth_image
 from tests.support import dense_trees
-from tests.support.dense_trees import VOC_USED, check_box, coloured
+from tests.support.dense_trees import VOC_USED, check_box, colored
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_voc_boxes_lie_on_the_objects(base: Path) -> None:
     root = base / "VOCdevkit"
     spec = DenseSpec(root=str(root))
-    samples = open_samples(spec)
+    samples = open_dense_samples(spec)
     assert len(samples) == 2 * N and samples.classes == VOC_CLASSES
     assert samples.names[0] == "000000" and samples.names[N] == "2008_000000"
     flags = []
@@ -46,23 +46,26 @@ def test_voc_boxes_lie_on_the_objects(base: Path) -> None:
         with Image.open(samples.path(i)) as image:
             assert tuple(samples.sizes[i]) == image.size[::-1]
         for box, label in zip(objects.boxes, objects.labels, strict=True):
-            check_box(coloured(samples.path(i), VOC_USED.index(VOC_CLASSES[label])), box)
+            check_box(colored(samples.path(i), VOC_USED.index(VOC_CLASSES[label])), box)
         flags += objects.difficult.tolist()
     assert flags == [i % 4 == 3 and k == 1 for i in [*range(N)] * 2 for k in range(2)]
     with pytest.raises(ValueError, match="no mask"):
         samples.mask(0)
-    assert len(open_samples(DenseSpec(root=str(root), limit=N + 1))) == N + 1
-    ids = {open_samples(DenseSpec(root=str(root), limit=n)).data_id for n in (None, 3, 4, 3)}
+    assert len(open_dense_samples(DenseSpec(root=str(root), max_samples=N + 1))) == N + 1
+    ids = {
+        open_dense_samples(DenseSpec(root=str(root), max_samples=n)).data_id
+        for n in (None, 3, 4, 3)
+    }
     assert len(ids) == 3
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A data set of other classes in the layout of VOC, without a year: two good pictures."""
+    """A data set of other classes in the layout of VOC, without a year: two good images."""
     for stem in "ab":
-        save_jpeg(tmp_path / f"zoo/JPEGImages/{stem}.jpeg", smooth_picture(3, 40, 60))
+        save_jpeg(tmp_path / f"zoo/JPEGImages/{stem}.jpeg", smooth_image(3, 40, 60))
         boxes, flags = [dense_trees.Box(0, 5, 6, 60, 40)], [False]
-        lines = dense_trees.voc_xml(stem, (1, 1), boxes, flags)  # a size that is not the picture's
+        lines = dense_trees.voc_xml(stem, (1, 1), boxes, flags)  # a size that is not the image's
         dense_trees.write(tmp_path / f"zoo/Annotations/{stem}.xml", lines)
     dense_trees.write(tmp_path / "zoo/ImageSets/Main/all.txt", ["a", "b"])
     return tmp_path
@@ -81,9 +84,9 @@ def read(root: Path, budget: int) -> tuple[object, list[str]]:
     return samples, problems.found
 
 
-def test_voc_own_classes_and_the_pictures_own_size(own: Path) -> None:
+def test_voc_own_classes_and_the_images_own_size(own: Path) -> None:
     spec = DenseSpec(data="voc:zoo/all", root=str(own), classes=("cat", "dog"))
-    samples = open_samples(spec)
+    samples = open_dense_samples(spec)
     assert samples.names == ("a", "b") and samples.sizes.tolist() == [[40, 60], [40, 60]]
     assert samples.objects(1).labels.tolist() == [1]
     assert samples.objects(1).boxes.tolist() == [[5, 6, 60, 40]]
@@ -93,8 +96,8 @@ def test_voc_own_classes_and_the_pictures_own_size(own: Path) -> None:
     ("old", "new", "line", "what"),
     [
         ("<name>dog", "<name>emu", 5, "class 'emu' is none of the 2 classes"),
-        ("<xmax>60", "<xmax>62", 8, "the box 5,6 to 62,40 leaves the picture of 60x40 pixels"),
-        ("<xmin>6", "<xmin>-1", 8, "leaves the picture"),
+        ("<xmax>60", "<xmax>62", 8, "the box 5,6 to 62,40 leaves the image of 60x40 pixels"),
+        ("<xmin>6", "<xmin>-1", 8, "leaves the image"),
         ("<xmax>60", "<xmax>5", 8, "the box 5,6 to 5,40 has no area"),
         ("<ymax>40", "<ymax>forty", 9, "expected a number in <ymax>, found 'forty'"),
         ("<ymax>40", "<ymax>nan", 8, "is not finite"),
@@ -111,7 +114,7 @@ def test_a_wrong_object_is_left_out_and_named(
     assert len(found) == 1 and found[0].startswith(f"{path}:{line}: ") and what in found[0]
     assert len(samples.objects(1).labels) == 0 and len(samples.objects(0).labels) == 1  # type: ignore[attr-defined]
     with pytest.raises(
-        ValueError, match=f"1 wrong annotations, max_bad is 0: {re.escape(found[0])}"
+        ValueError, match=f"1 wrong annotations, max_undecodable is 0: {re.escape(found[0])}"
     ):
         read(own, 0)
 
@@ -147,13 +150,13 @@ def test_missing_and_broken_files(own: Path) -> None:
     samples, found = read(own, 2)
     assert samples.names == ("b",)  # type: ignore[attr-defined]
     assert found[0] == f"{own / 'zoo/Annotations/a.xml'}:0: No such file or directory"
-    assert found[1] == f"{listed}:3: {own / 'zoo/JPEGImages/c'}: no such picture"
-    (own / "zoo/JPEGImages/b.jpeg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="zoo/all: no picture is left"):
+    assert found[1] == f"{listed}:3: {own / 'zoo/JPEGImages/c'}: no such image"
+    (own / "zoo/JPEGImages/b.jpeg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="zoo/all: no image is left"):
         read(own, 3)
     for lines, what in (
-        (["a", "../b"], r"all.txt:2: expected a picture's name, found '../b'"),
-        (["a", "b  1"], r"all.txt:2: expected a picture's name, found 'b  1'"),
+        (["a", "../b"], r"all.txt:2: expected an image's name, found '../b'"),
+        (["a", "b  1"], r"all.txt:2: expected an image's name, found 'b  1'"),
         (["a", "", "a"], r"all.txt:3: 'a' comes twice, also in .*all.txt:1"),
     ):
         dense_trees.write(listed, lines)
@@ -165,38 +168,38 @@ def test_missing_and_broken_files(own: Path) -> None:
         ("zip:zoo", "data 'zip:zoo': expected voc:DIR/LIST"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=what):
-            open_samples(DenseSpec(data=data, root=str(own)))
+            open_dense_samples(DenseSpec(data=data, root=str(own)))
 
 
-def test_sizes_of_headers_are_those_of_upright_pictures(tmp_path: Path) -> None:
+def test_sizes_of_headers_are_those_of_upright_images(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     # Metadata that push the frame's header behind the part that is read first.
-    save_jpeg(tmp_path / "a.jpg", smooth_picture(1, 30, 50), exif=exif, comment=b"c" * 60_000)
-    save_jpeg(tmp_path / "b.jpg", smooth_picture(1, 30, 50), exif=exif, icc_profile=bytes(150_000))
-    assert [picture_size(str(tmp_path / name)) for name in ("a.jpg", "b.jpg")] == [(50, 30)] * 2
+    save_jpeg(tmp_path / "a.jpg", smooth_image(1, 30, 50), exif=exif, comment=b"c" * 60_000)
+    save_jpeg(tmp_path / "b.jpg", smooth_image(1, 30, 50), exif=exif, icc_profile=bytes(150_000))
+    assert [image_size(str(tmp_path / name)) for name in ("a.jpg", "b.jpg")] == [(50, 30)] * 2
     for name in ("c.png", "d.webp", "e.bmp"):
-        smooth_picture(1, 30, 50).save(tmp_path / name)
-        assert picture_size(str(tmp_path / name)) == (30, 50)
+        smooth_image(1, 30, 50).save(tmp_path / name)
+        assert image_size(str(tmp_path / name)) == (30, 50)
     (tmp_path / "f.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ImageError):
-        picture_size(str(tmp_path / "f.jpg"))
+        image_size(str(tmp_path / "f.jpg"))
 
 
 def test_voc_masks(base: Path) -> None:
     root = str(base / "VOCdevkit")
-    plain = open_samples(DenseSpec(data="vocseg:2012/train", root=root))
+    plain = open_dense_samples(DenseSpec(data="vocseg:2012/train", root=root))
     assert plain.classes[:2] == ("background", "aeroplane") and len(plain.classes) == 21
-    both = open_samples(DenseSpec(data="vocseg:2012/train+2012/aug", root=root))
-    lone = open_samples(DenseSpec(data="vocseg:2012/train_aug", root=root))
+    both = open_dense_samples(DenseSpec(data="vocseg:2012/train+2012/aug", root=root))
+    lone = open_dense_samples(DenseSpec(data="vocseg:2012/train_aug", root=root))
     assert both.names == lone.names and len(both) == 2 * N
     for i in range(len(both)):
         mask = both.mask(i)
         assert mask.dtype == np.uint8 and mask.shape == tuple(both.sizes[i])
         ids = set(np.unique(mask)) - {0, 255}
         assert ids and (i >= N or 255 in mask) and (i < N or 255 not in mask)
-        for number in ids:  # nearly all pixels of a class have its colour, and the reverse
-            there = coloured(both.path(i), VOC_USED.index(both.classes[number]))
+        for number in ids:  # nearly all pixels of a class have its color, and the reverse
+            there = colored(both.path(i), VOC_USED.index(both.classes[number]))
             assert there[mask == number].all() and (mask[there] == number).mean() > 0.8
         assert np.array_equal(lone.mask(i) == 255, mask == 255) is (i >= N)
     with pytest.raises(ValueError, match="no objects"):
@@ -205,28 +208,28 @@ def test_voc_masks(base: Path) -> None:
 
 def test_damaged_masks_are_named(tmp_path: Path) -> None:
     root = dense_trees.voc_masks(tmp_path, 2)
-    spec = DenseSpec(data="vocseg:2012/val", root=str(root), max_bad=1)
+    spec = DenseSpec(data="vocseg:2012/val", root=str(root), max_undecodable=1)
     folder = root / "VOC2012/SegmentationClass"
-    first, second = (folder / f"{name}.png" for name in open_samples(spec).names)
+    first, second = (folder / f"{name}.png" for name in open_dense_samples(spec).names)
     for mask, what in (
         (np.full((96, 128), 21, np.uint8), "pixels of the number 21, which is none of the 21"),
-        (np.zeros((96, 127), np.uint8), "127x96 pixels, the picture has 128x96"),
+        (np.zeros((96, 127), np.uint8), "127x96 pixels, the image has 128x96"),
         (np.zeros((96, 128, 3), np.uint8), "pixels of mode RGB"),
     ):
         Image.fromarray(mask).save(first)
         with pytest.raises(ImageError, match=f"^{re.escape(str(first))}: .*{what}"):
-            open_samples(spec).mask(0)
+            open_dense_samples(spec).mask(0)
     first.write_bytes(second.read_bytes()[:60])
     with pytest.raises(ImageError, match=f"^{re.escape(str(first))}: "):
-        open_samples(spec).mask(0)
+        open_dense_samples(spec).mask(0)
     second.unlink()
-    assert len(open_samples(spec)) == 1
+    assert len(open_dense_samples(spec)) == 1
     with pytest.raises(ValueError, match=r"val.txt:2: .*does not exist"):
-        open_samples(DenseSpec(data=spec.data, root=spec.root))
+        open_dense_samples(DenseSpec(data=spec.data, root=spec.root))
 
 
 def test_cityscapes_train_ids(base: Path) -> None:
-    samples = open_samples(DenseSpec(data="cityscapes:val", root=str(base / "cityscapes")))
+    samples = open_dense_samples(DenseSpec(data="cityscapes:val", root=str(base / "cityscapes")))
     assert len(samples) == N and samples.names[0] == "frankfurt_000000_000019"
     for i in range(N):
         raw_path = next((base / "cityscapes/gtFine/val").glob(f"*/{samples.names[i]}*"))

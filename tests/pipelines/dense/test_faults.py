@@ -1,4 +1,4 @@
-"""The loader of detection and segmentation: odd, damaged and stuck pictures, and its threads."""
+"""The loader of detection and segmentation: odd, damaged and stuck images, and its threads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.dense import load
+from pipelines.dense import samples
 from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import DenseSpec, ShortSide
 from pipelines.imaging.decode import ImageError
 from pipelines.spec import Normalize
-from tests.conftest import save_jpeg, smooth_picture
+from tests.conftest import save_jpeg, smooth_image
 from tests.support import dense_trees
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def single(tmp_path: Path, size: tuple[int, int] = (40, 60)) -> tuple[DenseSpec, Path]:
-    """A data set of one picture."""
+    """A data set of one image."""
     path = tmp_path / "zoo/JPEGImages/a.jpg"
-    save_jpeg(path, smooth_picture(3, *size))
+    save_jpeg(path, smooth_image(3, *size))
     lines = dense_trees.voc_xml("a", size, [dense_trees.Box(0, 5, 6, 30, 31)], [True])
     dense_trees.write(tmp_path / "zoo/Annotations/a.xml", lines)
     dense_trees.write(tmp_path / "zoo/ImageSets/Main/all.txt", ["a"])
@@ -36,18 +36,18 @@ def single(tmp_path: Path, size: tuple[int, int] = (40, 60)) -> tuple[DenseSpec,
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     spec, _ = single(tmp_path)
-    with pytest.raises(ValueError, match="voc:zoo/all: no picture has a box to train on"):
+    with pytest.raises(ValueError, match="voc:zoo/all: no image has a box to train on"):
         open_dense(replace(spec, keep_difficult=False))
 
 
-def test_damaged_pictures_stop_the_run_by_name(tmp_path: Path) -> None:
+def test_damaged_images_stop_the_run_by_name(tmp_path: Path) -> None:
     spec, path = single(tmp_path)
     with open_dense(spec) as loader:
         path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(ImageError, match=rf"^{path}: ") as failure:
             next(loader.epoch(0))
         assert "\n" not in str(failure.value)
-        save_jpeg(path, smooth_picture(3, 41, 60))
+        save_jpeg(path, smooth_image(3, 41, 60))
         with pytest.raises(ImageError, match=rf"^{path}: 60x41 pixels, .* says 60x40"):
             next(loader.epoch(0, start_step=0))
         path.unlink()
@@ -55,26 +55,26 @@ def test_damaged_pictures_stop_the_run_by_name(tmp_path: Path) -> None:
             next(loader.epoch(0))
 
 
-def test_pictures_stand_upright(tmp_path: Path) -> None:
+def test_images_stand_upright(tmp_path: Path) -> None:
     spec, path = single(tmp_path)
     plain = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    save_jpeg(path, smooth_picture(3, 60, 40).rotate(90, expand=True), exif=exif)
+    save_jpeg(path, smooth_image(3, 60, 40).rotate(90, expand=True), exif=exif)
     whole = replace(spec, train=False, geometry=ShortSide((40,), 100), normalize=plain)
     with open_dense(replace(whole, batch_size=1)) as loader:
         (batch,) = loader.epoch(0)
     assert batch.originals.tolist() == [[60, 40]]
-    want = torch.from_numpy(np.array(smooth_picture(3, 60, 40))).permute(2, 0, 1)
+    want = torch.from_numpy(np.array(smooth_image(3, 60, 40))).permute(2, 0, 1)
     assert abs(batch.images[0, :, :60, :40] - want).mean() < 3
 
 
-def test_a_stuck_picture_is_named_and_left_behind(
+def test_a_stuck_image_is_named_and_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec, path = single(tmp_path)
     free = threading.Event()
-    monkeypatch.setattr(load, "_picture", lambda *_: free.wait(30))
+    monkeypatch.setattr(samples, "_image", lambda *_: free.wait(30))
     monkeypatch.setattr("pipelines.dense.loader._PATIENCE", 0.2)
     loader = open_dense(replace(spec, timeout=0.3, workers=1))
     with pytest.raises(TimeoutError, match=rf"^{path}: not loaded within 0.3 s"):
@@ -86,13 +86,13 @@ def test_a_stuck_picture_is_named_and_left_behind(
 
 def test_threads_end_and_use_one_core_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores: list[int] = []
-    picture = load._picture
+    image = samples._image
 
     def counted(*args: object) -> object:
         cores.append(torch.get_num_threads())
-        return picture(*args)  # type: ignore[arg-type]
+        return image(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(load, "_picture", counted)
+    monkeypatch.setattr(samples, "_image", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

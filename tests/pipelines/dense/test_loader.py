@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.batch import DenseBatch, Target
-from pipelines.dense.load import kept, open_samples
 from pipelines.dense.loader import DenseLoader, open_dense
-from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide, Within
+from pipelines.dense.samples import kept, open_dense_samples
+from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.spec import Normalize, Shard
 from tests.support import dense_trees
 
@@ -121,7 +121,7 @@ def test_objects_without_their_masks(base: Path) -> None:
     """All but the masks is the same, and so is what a run is told apart by."""
     spec = objects(base, steps_per_epoch=4)
     bare = replace(spec, masks=False)
-    assert bare.deciding() == spec.deciding()
+    assert bare.fingerprint_fields() == spec.fingerprint_fields()
     (whole, one), (found, other) = batches(spec), batches(bare)
     assert one.digest == other.digest and one.data_id == other.data_id
     for batch in whole:
@@ -188,9 +188,9 @@ def test_epochs_do_not_depend_on_what_came_before(base: Path, kind: type) -> Non
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("data", ["voc:2007/test", "vocseg:2012/val", "coco:val2017"])
-def test_evaluation_reads_every_picture_once(base: Path, data: str, world: int) -> None:
+def test_evaluation_reads_every_image_once(base: Path, data: str, world: int) -> None:
     root = base / ("coco" if data.startswith("coco") else "VOCdevkit")
-    spec = boxes(base, data=data, root=str(root), train=False, geometry=Within(96, 48))
+    spec = boxes(base, data=data, root=str(root), train=False, geometry=FitWithin(96, 48))
     seen: list[int] = []
     steps = set()
     for rank in range(world):
@@ -209,7 +209,7 @@ def test_evaluation_reads_every_picture_once(base: Path, data: str, world: int) 
 
 def test_what_is_trained_on(base: Path) -> None:
     spec = boxes(base, data="voc:2007/trainval", keep_difficult=False)
-    samples = open_samples(spec)
+    samples = open_dense_samples(spec)
     counts = [len(kept(samples.objects(i), spec).labels) for i in range(N)]
     assert counts == [2, 2, 2, 1, 2]
     coco_spec = objects(base, steps_per_epoch=30)
@@ -229,7 +229,7 @@ def test_what_is_trained_on(base: Path) -> None:
 def test_steps_of_an_epoch(base: Path) -> None:
     assert len(batches(boxes(base))[1]) == 2 * N // 2
     assert len(batches(boxes(base, batch_size=64))[1]) == 1
-    assert len(batches(boxes(base, limit=4), shard=Shard(1, 2))[1]) == 1
+    assert len(batches(boxes(base, max_samples=4), shard=Shard(1, 2))[1]) == 1
     with pytest.raises(ValueError, match="RatioCrop is for training on masks only"):
         open_dense(boxes(base, geometry=RatioCrop()))
     with pytest.raises(ValueError, match="RatioCrop is for training on masks only"):

@@ -1,11 +1,11 @@
-"""Order of pictures of variable size: groups, equal shares, independence of ranks."""
+"""Order of images of variable size: groups, equal shares, independence of ranks."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from pipelines.dense.order import Endless, Once, by_shape
+from pipelines.dense.order import EndlessOrder, SinglePassOrder, by_shape
 from pipelines.spec import Shard
 
 pytestmark = pytest.mark.timeout(60)
@@ -14,8 +14,8 @@ SIZES = np.random.default_rng(0).integers(50, 60, (41, 2))
 GROUPS = by_shape(SIZES)
 
 
-def endless(rank: int = 0, world: int = 1, batch: int = 4, seed: int = 0) -> Endless:
-    return Endless(GROUPS, batch, Shard(rank, world), seed)
+def endless(rank: int = 0, world: int = 1, batch: int = 4, seed: int = 0) -> EndlessOrder:
+    return EndlessOrder(GROUPS, batch, Shard(rank, world), seed)
 
 
 def test_groups_are_by_shape() -> None:
@@ -26,13 +26,13 @@ def test_groups_are_by_shape() -> None:
     assert len(by_shape(SIZES[lying])) == 1
 
 
-def test_every_picture_comes_equally_often_and_groups_do_not_mix() -> None:
+def test_every_image_comes_equally_often_and_groups_do_not_mix() -> None:
     counts = np.zeros(41, int)
     order, standing = endless(), set(GROUPS[1].tolist())
     for step in range(300):
         places = order.at(step)
         assert len({int(i) in standing for i in places.indices}) == 1 and places.valid.all()
-        # A picture's pass is the number of times that it has come before.
+        # An image's pass is the number of times that it has come before.
         for i, number in zip(places.indices, places.passes, strict=True):
             assert number == counts[i]
             counts[i] += 1
@@ -59,13 +59,13 @@ def test_the_seed_decides_and_groups_have_permutations_of_their_own() -> None:
 
 
 def test_a_batch_larger_than_its_group() -> None:
-    places = Endless((np.array([5, 9]),), 5, Shard(), 0).at(1)
+    places = EndlessOrder((np.array([5, 9]),), 5, Shard(), 0).at(1)
     assert places.passes.tolist() == [2, 3, 3, 4, 4] and set(places.indices) == {5, 9}
 
 
 @pytest.mark.parametrize(("n", "world", "batch"), [(7, 2, 2), (8, 2, 2), (1, 3, 2), (10, 3, 1)])
-def test_evaluation_sees_every_picture_once(n: int, world: int, batch: int) -> None:
-    orders = [Once(n, batch, Shard(rank, world)) for rank in range(world)]
+def test_evaluation_sees_every_image_once(n: int, world: int, batch: int) -> None:
+    orders = [SinglePassOrder(n, batch, Shard(rank, world)) for rank in range(world)]
     assert len({order.steps for order in orders}) == 1
     seen = [
         int(i)

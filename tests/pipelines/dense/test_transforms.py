@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 
 from pipelines.arrays import Float64
 from pipelines.dense import transforms
-from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide, Within
+from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.dense.transforms import Scene
 from tests.support import dense_trees
 
@@ -40,14 +40,14 @@ def scene(seed: int, height: int, width: int) -> tuple[Scene, list[dense_trees.B
 def test_boxes_and_masks_follow_the_pixels(flip: bool, size: tuple[int, int]) -> None:
     for seed in range(5):
         before, boxes = scene(seed, 120, 160)
-        after = transforms.resized(before, transforms.Place(*size, flip, size))
+        after = transforms.resized(before, transforms.ResizePlan(*size, flip, size))
         assert after.image.shape == (3, *size) and after.image.dtype == torch.uint8
         assert after.boxes is not None and after.masks is not None
         assert after.boxes.canvas_size == size and after.boxes.dtype == torch.float32
         for k, box in enumerate(boxes):
-            colour = torch.tensor(dense_trees.COLOURS[box.kind]).view(3, 1, 1)
-            there = (after.image.int() - colour).abs().amax(0) < 50
-            there &= _near(after.boxes[k], size)  # the other object may have the same colour
+            color = torch.tensor(dense_trees.COLORS[box.kind]).view(3, 1, 1)
+            there = (after.image.int() - color).abs().amax(0) < 50
+            there &= _near(after.boxes[k], size)  # the other object may have the same color
             rows, columns = torch.where(there)
             ends = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             # Half a pixel of the coarser grid, and what interpolation blurs.
@@ -69,7 +69,7 @@ def test_masks_stay_aligned_when_halved() -> None:
     mask[:, :, 4:] = 7
     image = tv_tensors.Image(torch.zeros((3, 9, 9), dtype=torch.uint8))
     after = transforms.resized(
-        Scene(image, None, tv_tensors.Mask(mask)), transforms.Place(3, 3, False, (3, 3))
+        Scene(image, None, tv_tensors.Mask(mask)), transforms.ResizePlan(3, 3, False, (3, 3))
     )
     assert after.masks is not None and after.masks[0, 0].tolist() == [0, 7, 7]
 
@@ -124,7 +124,7 @@ def test_ratios_of_frames() -> None:
     assert heights.min() >= 256 and heights.max() <= 1024 and heights.min() < 265
     assert abs(heights.mean() - 640) < 35 and heights.max() > 1010
     assert all(p.size == (min(p.height, 512), min(p.width, 512)) for p in places)
-    frame = replace(spec, train=False, geometry=Within(2048, 512))
+    frame = replace(spec, train=False, geometry=FitWithin(2048, 512))
     assert transforms.place(frame, draws(1)[0], 375, 500)[:2] == (512, 683)
     assert transforms.place(frame, draws(1)[0], 100, 1000)[:2] == (205, 2048)
 
@@ -152,7 +152,7 @@ def test_crops_of_nothing_that_counts_end_with_the_last_place() -> None:
     assert transforms.corner(mask, RatioCrop(size=100), draw) == (0, 0)
 
 
-def test_a_cut_is_the_same_of_picture_and_mask() -> None:
+def test_a_cut_is_the_same_of_image_and_mask() -> None:
     before, _ = scene(0, 60, 80)
     after = transforms.cut(before, 20, 10, 50)
     assert torch.equal(after.image, before.image[:, 20:70, 10:60])
@@ -167,7 +167,7 @@ TINT |= {"saturate": 7, "more": 8, "hue": 9, "turn": 10}
 
 @pytest.mark.parametrize("late", [0.2, 0.7])
 @pytest.mark.parametrize("used", ["", "b", "c", "s", "h", "bcsh", "sh"])
-def test_colours_against_colorsys(used: str, late: float) -> None:
+def test_colors_against_colorsys(used: str, late: float) -> None:
     draw = np.full(40, 0.9)
     on = {"b": "brighter", "c": "contrast", "s": "saturate", "h": "hue"}
     for letter in used:
@@ -195,7 +195,7 @@ def test_colours_against_colorsys(used: str, late: float) -> None:
     assert abs(got.numpy() - np.array(want)).max() < 0.51
 
 
-def test_each_colour_is_changed_half_of_the_time() -> None:
+def test_each_color_is_changed_half_of_the_time() -> None:
     pixels = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1)
     changed = [not torch.equal(transforms.distort(pixels, draw), pixels) for draw in draws(2000)]
     assert np.mean(changed) == pytest.approx(1 - 1 / 16, abs=0.03)

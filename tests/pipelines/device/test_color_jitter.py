@@ -1,4 +1,4 @@
-"""Colour jitter and lighting, against torchvision's own operations and plain numpy."""
+"""Color jitter and lighting, against torchvision's own operations and plain numpy."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ import torch
 import torchvision.transforms.functional as tv
 
 from pipelines.batch import Batch, check_batch
-from pipelines.device.color_jitter import Tints, coloured_views, draw, jitter
+from pipelines.device.color_jitter import JitterParams, draw_jitter, jitter, jitter_views
 from pipelines.loader import open_loader
-from pipelines.spec import IMAGENET, Colour, LoaderSpec, RandomResizedCrop
+from pipelines.spec import IMAGENET, ColorJitter, LoaderSpec, RandomResizedCrop
 
 pytestmark = pytest.mark.timeout(120)
 
-ALL = Colour(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.3, lighting=0.1)
+ALL = ColorJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.3, lighting=0.1)
 OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
-def straight(picture: torch.Tensor, tints: Tints, i: int) -> torch.Tensor:
-    """One uint8 (3, S, S) picture through torchvision's functions, one after the other."""
+def straight(image: torch.Tensor, tints: JitterParams, i: int) -> torch.Tensor:
+    """One uint8 (3, S, S) image through torchvision's functions, one after the other."""
     for operation in tints.order[i]:
-        picture = OPERATIONS[operation](picture, float(tints.factors[i, operation]))
-    return picture
+        image = OPERATIONS[operation](image, float(tints.factors[i, operation]))
+    return image
 
 
 def test_bit_equal_to_torchvision() -> None:
-    """All orders of four operations; noise, grey, black, white and even colours."""
+    """All orders of four operations; noise, grey, black, white and even colors."""
     generator = torch.Generator().manual_seed(0)
-    tints = draw(ALL, seed=3, epoch=5, indices=np.arange(60))
+    tints = draw_jitter(ALL, seed=3, epoch=5, indices=np.arange(60))
     assert len({tuple(order) for order in tints.order}) > 15
-    pictures = torch.randint(0, 256, (60, 3, 24, 24), dtype=torch.uint8, generator=generator)
-    pictures[:, :, :4] = pictures[:, :1, :4]
-    pictures[:, :, 4:6], pictures[:, :, 6:8] = 0, 255
-    pictures[:, :, 8:12] = pictures[:, :, 8:9, :1]
-    found = jitter(pictures.float(), tints)
-    for i, picture in enumerate(pictures):
-        assert torch.equal(found[i], straight(picture, tints, i).float()), i
+    images = torch.randint(0, 256, (60, 3, 24, 24), dtype=torch.uint8, generator=generator)
+    images[:, :, :4] = images[:, :1, :4]
+    images[:, :, 4:6], images[:, :, 6:8] = 0, 255
+    images[:, :, 8:12] = images[:, :, 8:9, :1]
+    found = jitter(images.float(), tints)
+    for i, image in enumerate(images):
+        assert torch.equal(found[i], straight(image, tints, i).float()), i
 
 
 def test_draws_do_not_depend_on_company_and_fill_their_ranges() -> None:
     indices = np.random.default_rng(0).permutation(4000)
-    tints = draw(ALL, seed=0, epoch=2, indices=indices)
-    alone = draw(ALL, seed=0, epoch=2, indices=indices[1234:1235])
+    tints = draw_jitter(ALL, seed=0, epoch=2, indices=indices)
+    alone = draw_jitter(ALL, seed=0, epoch=2, indices=indices[1234:1235])
     for whole, one in zip(tints, alone, strict=True):
         np.testing.assert_array_equal(whole[1234:1235], one)
     for seed, epoch in ((1, 2), (0, 3)):
-        other = draw(ALL, seed=seed, epoch=epoch, indices=indices)
+        other = draw_jitter(ALL, seed=seed, epoch=epoch, indices=indices)
         assert abs(np.corrcoef(tints.factors[:, 0], other.factors[:, 0])[0, 1]) < 0.06
     low, high = [0.6, 0.5, 0.4, -0.3], [1.4, 1.5, 1.6, 0.3]
     np.testing.assert_allclose(tints.factors.min(0), low, atol=0.01)
@@ -58,7 +58,7 @@ def test_draws_do_not_depend_on_company_and_fill_their_ranges() -> None:
     orders, counts = np.unique(tints.order, axis=0, return_counts=True)
     assert sorted(map(tuple, orders)) == sorted(itertools.permutations(range(4)))
     assert counts.min() > 4000 / 24 * 0.7
-    # Three independent normal numbers along the principal colours give this covariance.
+    # Three independent normal numbers along the principal colors give this covariance.
     directions = np.array(
         [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
     )
@@ -68,24 +68,26 @@ def test_draws_do_not_depend_on_company_and_fill_their_ranges() -> None:
 
 
 def test_what_is_not_asked_for_is_left_out() -> None:
-    assert draw(replace(ALL, hue=0.0), seed=0, epoch=0, indices=np.arange(9)).order.shape == (9, 3)
-    still = draw(Colour(contrast=0.1), seed=0, epoch=0, indices=np.arange(9))
+    assert draw_jitter(
+        replace(ALL, hue=0.0), seed=0, epoch=0, indices=np.arange(9)
+    ).order.shape == (9, 3)
+    still = draw_jitter(ColorJitter(contrast=0.1), seed=0, epoch=0, indices=np.arange(9))
     assert (still.order == 1).all() and (still.shifts == 0).all()
     assert (still.factors[:, [0, 2]] == 1).all() and (still.factors[:, 3] == 0).all()
     for senseless in ({"brightness": -0.1}, {"hue": 0.6}):
-        with pytest.raises(ValueError, match="colour"):
-            Colour(**senseless)
+        with pytest.raises(ValueError, match="color"):
+            ColorJitter(**senseless)
     with pytest.raises(ValueError, match="plain views"):
-        LoaderSpec(colour=ALL)
+        LoaderSpec(color_jitter=ALL)
 
 
 def test_lighting_is_added_last_and_not_rounded() -> None:
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    tints = draw(ALL, seed=0, epoch=0, indices=np.arange(5))
-    found = coloured_views(pictures, tints, normalize=IMAGENET, dtype=torch.float32)
-    for i, picture in enumerate(pictures):
-        jittered = straight(picture.permute(2, 0, 1), tints, i).double().numpy()
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    tints = draw_jitter(ALL, seed=0, epoch=0, indices=np.arange(5))
+    found = jitter_views(images, tints, normalize=IMAGENET, dtype=torch.float32)
+    for i, image in enumerate(images):
+        jittered = straight(image.permute(2, 0, 1), tints, i).double().numpy()
         lit = jittered + tints.shifts[i, :, None, None]
         mean, std = np.array(IMAGENET.mean), np.array(IMAGENET.std)
         expected = (lit - mean[:, None, None]) / std[:, None, None]
@@ -98,19 +100,19 @@ def batches(spec: LoaderSpec, epoch: int, start: int = 0) -> list[Batch]:
 
 
 def test_through_the_loader(folder: Path, beton: Path) -> None:
-    """Same colours for the same sample: from files or a beton, resumed, in another batch size."""
+    """Same colors for the same sample: from files or a beton, resumed, in another batch size."""
     spec = LoaderSpec(
         data=str(folder), engine="folder", batch_size=6, crop=RandomResizedCrop(20), views="plain",
-        workers=1, colour=ALL, seed=4,
+        workers=1, color_jitter=ALL, seed=4,
     )  # fmt: skip
     found = batches(spec, 1)
-    plain = batches(replace(spec, colour=Colour()), 1)
+    plain = batches(replace(spec, color_jitter=ColorJitter()), 1)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET.mean, IMAGENET.std))
     images = {}
     for batch, before in zip(found, plain, strict=True):
         check_batch(batch, views=1, batch_size=6, size=20)
         assert torch.equal(batch.targets, before.targets)
-        tints = draw(ALL, seed=4, epoch=1, indices=batch.indices.numpy())
+        tints = draw_jitter(ALL, seed=4, epoch=1, indices=batch.indices.numpy())
         crops = (before.images * std + mean).round().to(torch.uint8)
         for i in range(6):
             lit = straight(crops[i], tints, i) + torch.from_numpy(tints.shifts[i])[:, None, None]
@@ -124,6 +126,6 @@ def test_through_the_loader(folder: Path, beton: Path) -> None:
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             if index in images:  # the last samples of one order are dropped in the other
                 assert torch.equal(image, images[index])
-    half = replace(spec, colour=replace(ALL, lighting=0.0))
+    half = replace(spec, color_jitter=replace(ALL, lighting=0.0))
     assert not torch.equal(batches(half, 1)[0].images, found[0].images)
     assert not torch.equal(batches(spec, 2)[0].images, found[0].images)

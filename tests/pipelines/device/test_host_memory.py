@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.device.host_memory import Recycler
+from pipelines.device.host_memory import BufferPool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layout(dtype: torch.dtype) -> None:
-    images = Recycler().images(8, 5, dtype)
+    images = BufferPool().images(8, 5, dtype)
     assert images.shape == (8, 3, 5, 5) and images.dtype == dtype
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_memory_that_is_held_is_not_handed_out() -> None:
-    recycler = Recycler()
+    recycler = BufferPool()
     held = [recycler.images(4, 3, torch.float32).fill_(k) for k in range(6)]
     assert len({images.data_ptr() for images in held}) == 6
     assert [float(images.mean()) for images in held] == list(range(6))
 
 
 def test_memory_comes_back_when_the_last_view_is_gone() -> None:
-    recycler = Recycler()
+    recycler = BufferPool()
     images = recycler.images(4, 3, torch.float32)
     place, part = images.data_ptr(), images[1:2]
     del images
@@ -34,7 +34,7 @@ def test_memory_comes_back_when_the_last_view_is_gone() -> None:
 
 
 def test_autograd_keeps_what_it_saved() -> None:
-    recycler = Recycler()
+    recycler = BufferPool()
     weight = torch.ones(3, requires_grad=True)
     loss = (recycler.images(2, 1, torch.float32).fill_(2.0) * weight.view(1, 3, 1, 1)).sum()
     recycler.images(2, 1, torch.float32).fill_(7.0)
@@ -43,6 +43,6 @@ def test_autograd_keeps_what_it_saved() -> None:
 
 
 def test_another_size_replaces_what_was_kept() -> None:
-    recycler = Recycler()
+    recycler = BufferPool()
     recycler.images(4, 3, torch.float32).zero_()
     assert recycler.images(4, 5, torch.float32).shape == (4, 3, 5, 5)

@@ -41,10 +41,10 @@ def check_against_pillow(size: int, device: str) -> None:
     assert images.shape == (12, 3, size, size) and images.dtype == torch.float32
     assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     for row, label in enumerate(labels.tolist()):
-        picture = Image.fromarray(crops[row % 3].cpu().numpy())
+        image = Image.fromarray(crops[row % 3].cpu().numpy())
         turn = TURNS[label]
-        turned = picture if turn is None else picture.transpose(turn)
-        assert turned.tobytes() == picture.rotate(90 * label).tobytes()
+        turned = image if turn is None else image.transpose(turn)
+        assert turned.tobytes() == image.rotate(90 * label).tobytes()
         got = images[row].permute(1, 2, 0).to(torch.uint8).cpu()
         assert np.array_equal(got.numpy(), np.asarray(turned))
         straight = crops[row % 3].permute(2, 0, 1).float()
@@ -71,7 +71,7 @@ def test_gpu_and_cpu_agree_bit_for_bit(dtype: torch.dtype) -> None:
     assert there.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_directions_on_a_picture_that_one_can_read() -> None:
+def test_directions_on_a_image_that_one_can_read() -> None:
     """Counter-clockwise: the top right corner goes to the top left at 90 degrees."""
     corners = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     corners[0, :, :, 0] = torch.tensor([[1, 2], [3, 4]])
@@ -233,7 +233,7 @@ def test_flip_then_rotate_keeps_the_label_and_the_reverse_does_not() -> None:
     straight, _ = rotate4(crops, normalize=PIXELS)
     for k in labels.tolist():
         unturned = torch.rot90(flipped[k], -k, (1, 2))
-        assert torch.equal(unturned, straight[0].flip(2))  # one picture, mirrored, for every label
+        assert torch.equal(unturned, straight[0].flip(2))  # one image, mirrored, for every label
         mirrored_late = straight[k].flip(2)
         assert torch.equal(mirrored_late, flipped[-k % 4])
 

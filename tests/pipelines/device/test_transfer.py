@@ -12,7 +12,7 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.device.transfer import Transfer
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.loader import Loader
 from pipelines.spec import CenterCrop, LoaderSpec
 
@@ -24,7 +24,7 @@ class _Engine:
     """Takes two seconds for a batch, and writes down what is asked of it."""
 
     def __init__(self, log: list[str]) -> None:
-        self.bad, self.now, self._log = BadSamples(0), 0.0, log
+        self.bad, self.now, self._log = DecodeErrors(0), 0.0, log
 
     def __len__(self) -> int:
         return STEPS

@@ -12,7 +12,7 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.engines import autotune
-from pipelines.engines.source import BadSamples
+from pipelines.engines.source import DecodeErrors
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
 from tests.pipelines.engines.test_contract import engines, epoch_of
@@ -52,7 +52,7 @@ class _Clocked:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float], *, batch: int = 100
     ) -> None:
-        self.bad, self.workers, self.now, self.open = BadSamples(0), 16, 0.0, 0
+        self.bad, self.workers, self.now, self.open = DecodeErrors(0), 16, 0.0, 0
         self.tried: list[int] = []
         self._rate, self._batch = rate, batch
         monkeypatch.setattr("pipelines.engines.autotune.time.perf_counter", lambda: self.now)
@@ -67,7 +67,7 @@ class _Clocked:
         none = torch.zeros(0)
         try:
             for _ in range(start_step, len(self)):
-                self.bad.report("picture", "broken")  # neither counted nor an error in a trial
+                self.bad.report("image", "broken")  # neither counted nor an error in a trial
                 self.now += self._batch / self._rate(self.workers)
                 yield RawBatch(none, none, none, none, none)
         finally:

@@ -26,7 +26,7 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.engines.choice import choose_engine
 from pipelines.imaging.decode import ImageError
 from pipelines.loader import Loader, open_loader
-from pipelines.sampling.crops import boxes
+from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import permutation
 from pipelines.spec import (
     CenterCrop,
@@ -35,10 +35,10 @@ from pipelines.spec import (
     Normalize,
     RandomCrop,
     RandomResizedCrop,
+    Resize,
     Shard,
-    Squash,
 )
-from tests.conftest import COUNT, save_jpeg, smooth_picture
+from tests.conftest import COUNT, save_jpeg, smooth_image
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -49,7 +49,7 @@ MEASURED = {"folder": (0.0, 0), "dali": (0.4, 1), "ffcv": (2.0, 8)}
 """Difference to the folder engine that is allowed, in levels of 256: of an image's mean, and of any
 pixel.
 
-Measured on these pictures: DALI 0.26 and 1, the same decoder and filter with other rounding. FFCV
+Measured on these images: DALI 0.26 and 1, the same decoder and filter with other rounding. FFCV
 1.3 and 5: it decodes with the fast DCT."""
 
 MISSING = {
@@ -267,10 +267,10 @@ def test_the_next_epoch_is_begun_before_it_is_asked_for(
 
     def noted(*args: object, epoch: int, **options: object) -> object:
         begun.add(epoch)
-        return boxes(*args, epoch=epoch, **options)  # type: ignore[arg-type]
+        return crop_boxes(*args, epoch=epoch, **options)  # type: ignore[arg-type]
 
     loader = make(name, shuffle=shuffle)
-    monkeypatch.setattr(f"pipelines.engines.{engine}{source}.boxes", noted)
+    monkeypatch.setattr(f"pipelines.engines.{engine}{source}.crop_boxes", noted)
     epoch = loader.epoch(0)
     for _ in range(len(loader)):
         next(epoch)
@@ -286,7 +286,7 @@ def test_the_next_epoch_is_begun_before_it_is_asked_for(
 @pytest.mark.parametrize("name", engines("folder-beton", "ffcv-beton", "dali-beton"))
 def test_memory_does_not_grow_with_epochs(make, name: str) -> None:
     """Finished and abandoned epochs; a batch of 1.8 MB kept in each would be 36 MB."""
-    loader = make(name, batch_size=12, limit=24, crop=RandomResizedCrop(224), workers=2)
+    loader = make(name, batch_size=12, max_samples=24, crop=RandomResizedCrop(224), workers=2)
     resident = []
     for epoch in range(30):
         batches = loader.epoch(epoch)
@@ -305,9 +305,9 @@ def _resident_mb() -> float:
 
 @pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_is_given_what_a_crop_needs(make, tmp_path: Path) -> None:
-    """And decodes the same pixels from it as from the whole picture."""
-    for i, picture in enumerate(load_sample_images().images):
-        save_jpeg(tmp_path / "d" / "x" / f"{i}.jpg", Image.fromarray(picture), subsampling=2)
+    """And decodes the same pixels from it as from the whole image."""
+    for i, image in enumerate(load_sample_images().images):
+        save_jpeg(tmp_path / "d" / "x" / f"{i}.jpg", Image.fromarray(image), subsampling=2)
     write_beton(SampleIndex.from_folder(tmp_path / "d"), tmp_path / "d.beton", workers=1)
     options = {"batch_size": 2, "crop": RandomResizedCrop(64, scale=(0.08, 0.3))}
     part = make(f"dali-{tmp_path / 'd.beton'}", **options)
@@ -375,9 +375,9 @@ CROPS: dict[str, Crop] = {
     "random-resized-first": RandomCrop(24, padding=0, resize=30),
     "center-resized": CenterCrop(24, resize=28),
     "center-as-is": CenterCrop(24, resize=None),
-    "center-larger-than-the-picture": CenterCrop(90, resize=None),
+    "center-larger-than-the-image": CenterCrop(90, resize=None),
     "center-larger-than-resized": CenterCrop(40, resize=32),
-    "squash": Squash(24),
+    "squash": Resize(24),
 }
 
 
@@ -409,17 +409,17 @@ def test_the_number_of_workers_changes_no_pixel(make, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of 32x32 as a beton, like CIFAR-10."""
+    """Twelve images of 32x32 as a beton, like CIFAR-10."""
     root = tmp_path_factory.mktemp("squares")
     for i in range(12):
-        save_jpeg(root / "data" / "x" / f"{i:02}.jpg", smooth_picture(100 + i, 32, 32))
+        save_jpeg(root / "data" / "x" / f"{i:02}.jpg", smooth_image(100 + i, 32, 32))
     write_beton(SampleIndex.from_folder(root / "data"), root / "s.beton", workers=1)
     return root / "s.beton"
 
 
 @pytest.mark.parametrize("name", engines("folder", "ffcv", "dali"))
 def test_padded_crop_is_pillows(make, squares: Path, name: str) -> None:
-    """The black border lies where Pillow puts it, and pixels inside are the picture's own."""
+    """The black border lies where Pillow puts it, and pixels inside are the image's own."""
     crop = RandomCrop(32, padding=4)
     loader = make(f"{name}-{squares}", crop=crop)
     with Beton.open(squares) as beton:
@@ -427,7 +427,7 @@ def test_padded_crop_is_pillows(make, squares: Path, name: str) -> None:
     side = np.full(5, 32, np.int32)
     corners = set()
     for batch in epoch_of(loader):
-        where = boxes(
+        where = crop_boxes(
             loader.spec, epoch=0, indices=batch.indices.numpy(), heights=side, widths=side
         )
         for image, sample, box in zip(batch.images, batch.indices.tolist(), where, strict=True):
@@ -454,7 +454,7 @@ def _jpeg(data: bytes) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_crop_larger_than_the_picture_is_refused(make, name: str) -> None:
+def test_a_crop_larger_than_the_image_is_refused(make, name: str) -> None:
     with pytest.raises(Exception, match="too small for a crop of 500"):
         epoch_of(make(name, crop=RandomCrop(500, padding=4)))
 
@@ -469,7 +469,7 @@ def test_a_batch_larger_than_the_data_is_refused(make, name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_limit_takes_the_same_samples_everywhere(make, name: str) -> None:
-    loader = make(name, limit=9, shuffle=False)
+    loader = make(name, max_samples=9, shuffle=False)
     expected = np.sort(permutation(COUNT, seed=0, epoch=-0x11317)[:9])
     assert served(epoch_of(loader)) == expected.tolist()
 
@@ -488,8 +488,10 @@ def test_engine_and_data_must_fit(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_cannot_mask_and_says_so(folder: Path) -> None:
-    with pytest.raises(ValueError, match="cannot mask undecodable samples: max_bad must be 0"):
-        open_loader(LoaderSpec(data=str(folder), engine="dali", max_bad=1))
+    with pytest.raises(
+        ValueError, match="cannot mask undecodable samples: max_undecodable must be 0"
+    ):
+        open_loader(LoaderSpec(data=str(folder), engine="dali", max_undecodable=1))
 
 
 def test_auto_takes_the_best_present(
@@ -503,7 +505,7 @@ def test_auto_takes_the_best_present(
     assert "engine ffcv for x.beton: the fastest for a .beton file" in caplog.text
     assert choose_engine(LoaderSpec(data=str(folder))) == "dali"
     assert f"engine dali for {folder}: not ffcv: it reads .beton files only" in caplog.text
-    assert choose_engine(LoaderSpec(data=str(folder), max_bad=1)) == "folder"
+    assert choose_engine(LoaderSpec(data=str(folder), max_undecodable=1)) == "folder"
     assert choose_engine(LoaderSpec(data="x.beton"), raw=True) == "ffcv"
     missing["ffcv"] = "ffcv cannot be imported (no compiler)"
     assert choose_engine(LoaderSpec(data="x.beton"), raw=True) == "folder"
@@ -517,7 +519,7 @@ def test_auto_takes_the_best_present(
 
 def test_auto_opens_what_it_chose(folder: Path, beton: Path) -> None:
     for data in (folder, beton):
-        spec = LoaderSpec(data=str(data), batch_size=4, crop=Squash(8))
+        spec = LoaderSpec(data=str(data), batch_size=4, crop=Resize(8))
         with open_loader(spec) as loader:
             assert loader.engine == choose_engine(spec)
             check_batch(next(loader.epoch(0)), views=4, batch_size=4, size=8)
@@ -529,7 +531,7 @@ def test_a_list_file_is_a_data_set(make, folder: Path, name: str) -> None:
     source = folder / f"list-{name}.txt"
     source.write_text("".join(f"{path} {5 + i}\n" for i, path in enumerate(names)))
     try:
-        loader = make(f"{name}-{source}", shuffle=False, crop=Squash(16))
+        loader = make(f"{name}-{source}", shuffle=False, crop=Resize(16))
         batches = epoch_of(loader)
         labels = torch.cat([b.labels[b.valid] for b in batches]).tolist()
         assert labels == list(range(5, 12))
@@ -546,14 +548,14 @@ ORIENTED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How a camera stores an upright picture under each orientation: the inverse of the repair."""
+"""How a camera stores an upright image under each orientation: the inverse of the repair."""
 
 
 @pytest.fixture(scope="module")
 def oriented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Image.Image]:
-    """One upright picture, stored under every EXIF orientation, as a folder and as a beton."""
+    """One upright image, stored under every EXIF orientation, as a folder and as a beton."""
     root = tmp_path_factory.mktemp("oriented")
-    upright = smooth_picture(5, 40, 64)
+    upright = smooth_image(5, 40, 64)
     for tag in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = tag
@@ -564,7 +566,7 @@ def oriented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Imag
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_every_engine_serves_upright_pictures(
+def test_every_engine_serves_upright_images(
     make, oriented: tuple[Path, Path, Image.Image], name: str
 ) -> None:
     data, beton, upright = oriented
@@ -581,10 +583,10 @@ def test_every_engine_serves_upright_pictures(
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """Seven pictures, one PNG among them, and one JPEG cut in half."""
+    """Seven images, one PNG among them, and one JPEG cut in half."""
     for i in range(7):
-        save_jpeg(tmp_path / "d" / "x" / f"{i}.jpg", smooth_picture(i, 60, 50))
-    smooth_picture(9, 33, 44).save(tmp_path / "d" / "x" / "8.png")
+        save_jpeg(tmp_path / "d" / "x" / f"{i}.jpg", smooth_image(i, 60, 50))
+    smooth_image(9, 33, 44).save(tmp_path / "d" / "x" / "8.png")
     broken = tmp_path / "d" / "x" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     return tmp_path / "d"
@@ -606,18 +608,20 @@ def test_a_vanished_file_stops_the_run_by_name(make, damaged: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", engines("folder", "dali"))
-def test_png_files_are_pictures_too(make, damaged: Path, name: str) -> None:
+def test_png_files_are_images_too(make, damaged: Path, name: str) -> None:
     (damaged / "x" / "3.jpg").unlink()
     loader = make(
         f"{name}-{damaged}", batch_size=7, shuffle=False, flip=False, crop=CenterCrop(30, None)
     )
     (batch,) = epoch_of(loader)
-    expected = np.array(smooth_picture(9, 33, 44).crop((7, 1, 37, 31)))
+    expected = np.array(smooth_image(9, 33, 44).crop((7, 1, 37, 31)))
     assert np.array_equal(batch.images[6].permute(1, 2, 0).numpy(), expected)
 
 
 def test_max_bad_masks_and_counts(make, damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loader = make(f"folder-{damaged}", batch_size=5, max_bad=1, views="rotate4", shuffle=False)
+    loader = make(
+        f"folder-{damaged}", batch_size=5, max_undecodable=1, views="rotate4", shuffle=False
+    )
     for epoch in (1, 2):  # the budget is for one epoch
         batches = epoch_of(loader, epoch)
         assert served(batches) == [0, 1, 2, 4, 5, 6, 7] and loader.bad == epoch
@@ -625,8 +629,10 @@ def test_max_bad_masks_and_counts(make, damaged: Path, caplog: pytest.LogCapture
         assert masked.valid.tolist() == [True, True, True, False, True] * 4
         assert (masked.targets == IGNORE).tolist() == (~masked.valid).tolist()
     assert "x/3.jpg" in caplog.text
-    (damaged / "x" / "5.jpg").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"x/5\.jpg: .*2 undecodable this epoch, max_bad is 1"):
+    (damaged / "x" / "5.jpg").write_bytes(b"no image")
+    with pytest.raises(
+        ImageError, match=r"x/5\.jpg: .*2 undecodable this epoch, max_undecodable is 1"
+    ):
         epoch_of(loader, 3)
 
 
@@ -634,13 +640,13 @@ def test_padding_does_not_count_as_bad(make, damaged: Path) -> None:
     """The last sample, repeated to fill the batch, is undecodable: that is one, not six."""
     (damaged / "x" / "8.png").rename(damaged / "x" / "0.png")
     (damaged / "x" / "3.jpg").rename(damaged / "x" / "9.jpg")
-    loader = make(f"folder-{damaged}", batch_size=13, max_bad=1, shuffle=False)
+    loader = make(f"folder-{damaged}", batch_size=13, max_undecodable=1, shuffle=False)
     (batch,) = epoch_of(loader)
     assert loader.bad == 1 and batch.valid.sum() == 7
 
 
 def test_where_dali_decodes_is_an_option_of_dali_only(beton: Path) -> None:
-    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Squash(8))
+    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Resize(8))
     with pytest.raises(ValueError, match="decoder=cpu is for engine=dali"):
         open_loader(replace(spec, decoder="cpu"))
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -663,7 +669,7 @@ def test_where_dali_decodes_is_an_option_of_dali_only(beton: Path) -> None:
 def test_an_option_that_would_not_be_read_is_refused(
     beton: Path, options: dict[str, object], words: str
 ) -> None:
-    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Squash(8))
+    spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Resize(8))
     with pytest.raises(ValueError, match=words):
         open_loader(replace(spec, **options))
 
@@ -675,6 +681,6 @@ def test_resizing_on_the_device_is_for_ffcv(make, name: str) -> None:
 
 
 def test_synthetic_needs_none_of_the_files_that_a_recipe_names() -> None:
-    spec = LoaderSpec(data="nowhere/train.beton", engine="synthetic", batch_size=4, crop=Squash(8))
+    spec = LoaderSpec(data="nowhere/train.beton", engine="synthetic", batch_size=4, crop=Resize(8))
     with open_loader(spec) as loader:
         check_batch(next(loader.epoch(0)), views=4, batch_size=4, size=8)

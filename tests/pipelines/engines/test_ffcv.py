@@ -44,9 +44,9 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "x").mkdir(parents=True)
     for i in range(COUNT):
         whole = Image.fromarray(load_sample_images().images[i % 2])
-        picture = whole.resize((150 + 7 * i, 190 - 5 * i), Image.Resampling.BICUBIC)
-        picture = picture.convert("L") if i == 5 else picture
-        picture.save(root / "data" / "x" / f"{i:02}.jpg", quality=90, subsampling=i % 3)
+        image = whole.resize((150 + 7 * i, 190 - 5 * i), Image.Resampling.BICUBIC)
+        image = image.convert("L") if i == 5 else image
+        image.save(root / "data" / "x" / f"{i:02}.jpg", quality=90, subsampling=i % 3)
     write_beton(SampleIndex.from_folder(root / "data"), root / "p.beton", workers=1)
     return root / "p.beton"
 
@@ -87,7 +87,7 @@ def threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if isinstance(t, engine.DecodingThread)]
 
 
-def test_spliced_crops_equal_those_of_whole_pictures(beton: Path) -> None:
+def test_spliced_crops_equal_those_of_whole_images(beton: Path) -> None:
     opened = Beton.open(beton)
     assert opened.segments is not None and (opened.segments.records["interval"] > 0).all()
     spliced = epochs(source_of(opened), 0, 1, 2)
@@ -107,19 +107,19 @@ def test_a_side_file_that_lies_about_a_sample_is_named(
     side = bytearray(segments_path(beton).read_bytes())
     side[48 + 2 * first] ^= 1  # its first segment's length
     segments_path(copy).write_bytes(side)
-    source = source_of(copy, max_bad=1, shuffle=False)
+    source = source_of(copy, max_undecodable=1, shuffle=False)
     for number, batch in enumerate(epochs(source, 0)):
         assert (~batch.valid).nonzero().flatten().tolist() == ([2] if number == 1 else [])
         assert isinstance(batch.images, torch.Tensor)
         assert not batch.images[~batch.valid].any()
     assert "p.beton: sample 6: its bytes do not fit the side file" in caplog.text
-    with pytest.raises(ImageError, match=r"sample 6: .*max_bad is 0"):
+    with pytest.raises(ImageError, match=r"sample 6: .*max_undecodable is 0"):
         epochs(source_of(copy, shuffle=False), 0)
 
 
 def test_each_epoch_has_its_side_in_the_same_buffers(beton: Path) -> None:
     sides = ((0, 16), (1, 24), (3, 32))
-    source = source_of(beton, sides=sides)
+    source = source_of(beton, resolution_schedule=sides)
     compiled, places = len(kernels.decode_lane.signatures), set()
     for number, side in ((0, 16), (1, 24), (2, 24), (3, 32), (0, 16)):
         expected = epochs(source_of(beton, crop=RandomResizedCrop(side)), number)
@@ -153,7 +153,7 @@ def test_regions_are_what_the_cpu_would_have_resized(beton: Path) -> None:
         assert used == len(regions.pixels)
 
 
-def test_regions_are_black_outside_the_picture(beton: Path) -> None:
+def test_regions_are_black_outside_the_image(beton: Path) -> None:
     options = {"crop": RandomCrop(120, padding=20), "flip": False}
     crops = epochs(source_of(beton, **options), 0)
     for cut, whole in zip(
@@ -180,7 +180,12 @@ def test_a_refused_sample_is_looked_at_again_as_a_region(
         size = int(opened.sizes[2])
         file.seek(int(opened.offsets[2]))
         file.write(bytes(size))
-    options = {"shuffle": False, "max_bad": 1, "flip": False, "crop": RandomCrop(100, padding=0)}
+    options = {
+        "shuffle": False,
+        "max_undecodable": 1,
+        "flip": False,
+        "crop": RandomCrop(100, padding=0),
+    }
     regions = epochs(source_of(copy, resize="device", **options), 0)
     crops = epochs(source_of(copy, **options), 0)
     assert regions[0].valid.tolist() == crops[0].valid.tolist() == [True, True, False, True]

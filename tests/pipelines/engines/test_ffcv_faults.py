@@ -27,7 +27,7 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Normalize, RandomResizedCrop
-from tests.conftest import save_jpeg, smooth_picture
+from tests.conftest import save_jpeg, smooth_image
 
 pytest.importorskip(
     "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
@@ -115,16 +115,16 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def square_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of one size, so that a stale buffer shows a whole other picture."""
+    """24 images of one size, so that a stale buffer shows a whole other image."""
     root = tmp_path_factory.mktemp("faults")
     for i in range(COUNT):
-        save_jpeg(root / "data" / "x" / f"{i:02}.jpg", smooth_picture(i, 48, 48))
+        save_jpeg(root / "data" / "x" / f"{i:02}.jpg", smooth_image(i, 48, 48))
     write_beton(SampleIndex.from_folder(root / "data"), root / "good.beton", workers=1)
     return root / "good.beton"
 
 
 def zeroed(beton: Path, sample: int, name: str) -> Path:
-    """A copy with one picture's bytes zeroed, and without the manifest that would tell."""
+    """A copy with one image's bytes zeroed, and without the manifest that would tell."""
     copy = beton.with_name(name)
     shutil.copy(beton, copy)
     with Beton.open(beton) as opened, copy.open("r+b") as file:
@@ -247,15 +247,15 @@ def test_a_stuck_thread_runs_into_the_timeout(
     assert not ffcv_threads()
 
 
-def test_stock_shows_another_picture_for_a_damaged_one(stock: dict[str, Any]) -> None:
+def test_stock_shows_another_image_for_a_damaged_one(stock: dict[str, Any]) -> None:
     assert stock["damaged_equals_earlier"] and not stock["damaged_is_blank"]
 
 
-def test_a_damaged_picture_is_blank_and_not_valid(
+def test_a_damaged_image_is_blank_and_not_valid(
     loader: Loader, damaged_beton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = list(loader.epoch(0))
-    with open_loader(spec_of(damaged_beton, max_bad=1)) as damaged:
+    with open_loader(spec_of(damaged_beton, max_undecodable=1)) as damaged:
         for epoch in (1, 2):
             batches = list(damaged.epoch(epoch))
             assert damaged.bad == epoch
@@ -270,10 +270,12 @@ def test_a_damaged_picture_is_blank_and_not_valid(
     assert f"masked {damaged_beton}: sample {DAMAGED}" in caplog.text
 
 
-def test_a_damaged_picture_over_the_budget_is_named(damaged_beton: Path) -> None:
+def test_a_damaged_image_over_the_budget_is_named(damaged_beton: Path) -> None:
     with (
         open_loader(spec_of(damaged_beton)) as loader,
-        pytest.raises(ImageError, match=rf"damaged\.beton: sample {DAMAGED}: .*max_bad is 0"),
+        pytest.raises(
+            ImageError, match=rf"damaged\.beton: sample {DAMAGED}: .*max_undecodable is 0"
+        ),
     ):
         list(loader.epoch(0))
     assert not ffcv_threads()
@@ -282,7 +284,7 @@ def test_a_damaged_picture_over_the_budget_is_named(damaged_beton: Path) -> None
 def test_padding_does_not_count_as_bad(square_beton: Path) -> None:
     """The last sample, repeated to fill the batch, is undecodable: that is one, not twelve."""
     copy = zeroed(square_beton, COUNT - 1, "last.beton")
-    with open_loader(spec_of(copy, max_bad=1, batch_size=35, drop_last=False)) as loader:
+    with open_loader(spec_of(copy, max_undecodable=1, batch_size=35, drop_last=False)) as loader:
         (batch,) = loader.epoch(0)
         assert loader.bad == 1 and batch.valid.sum() == COUNT - 1
 

@@ -33,8 +33,8 @@ def opened(engine: str, beton: Path, **options: object) -> Loader:
 @pytest.mark.parametrize("engine", ALL)
 def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -> None:
     with (
-        opened(engine, beton, sides=SIDES) as growing,
-        opened(engine, beton, sides=SIDES) as jumping,
+        opened(engine, beton, resolution_schedule=SIDES) as growing,
+        opened(engine, beton, resolution_schedule=SIDES) as jumping,
         opened(engine, beton) as constant,
     ):
         for epoch, side in enumerate(BY_EPOCH):  # one after the other: prefetching crosses epochs
@@ -47,7 +47,7 @@ def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -
                     continue
                 if side == 32:
                     assert torch.equal(one.images, other.images)
-                # The same region at another scale: smooth pictures keep their mean colour.
+                # The same region at another scale: smooth images keep their mean color.
                 far = (one.images.mean((2, 3)) - other.images.mean((2, 3))).abs().max()
                 assert far < 2.5, (epoch, far)
             assert growing.digest == constant.digest != 0
@@ -60,7 +60,7 @@ def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -
 def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> None:
     """As if the loader had been opened for it: nothing is resized twice."""
     with (
-        opened(engine, beton, sides=((0, 32), (1, 16))) as progressive,
+        opened(engine, beton, resolution_schedule=((0, 32), (1, 16))) as progressive,
         opened(engine, beton, crop=RandomResizedCrop(16)) as small,
     ):
         epoch_of(progressive, 0)
@@ -72,8 +72,8 @@ def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> No
 def test_regions_are_resized_by_the_loader(beton: Path, engine: str) -> None:
     """As if the engine had done it: same crops of the same side in every epoch, views and all."""
     with (
-        opened(engine, beton, sides=SIDES, views="rotate4") as here,
-        opened(engine, beton, sides=SIDES, views="rotate4", resize="device") as there,
+        opened(engine, beton, resolution_schedule=SIDES, views="rotate4") as here,
+        opened(engine, beton, resolution_schedule=SIDES, views="rotate4", resize="device") as there,
     ):
         for epoch, side in enumerate(BY_EPOCH[:4]):
             for ours, theirs in zip(epoch_of(here, epoch), epoch_of(there, epoch), strict=True):

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.imaging.resize import resample, scratch_size
+from pipelines.imaging.resize import resize_region, scratch_size
 
 pytestmark = pytest.mark.timeout(120)  # the first call compiles
 
@@ -25,17 +25,17 @@ GUARD = 64
 def resize_into(
     source: Pixels, box: Box, out: Pixels, flip: bool, scratch: npt.NDArray[np.uint32]
 ) -> None:
-    """`resample` of arrays: a box of (H, W, 3), pixels of a row adjacent, into (S, S, 3)."""
+    """`resize_region` of arrays: a box of (H, W, 3), pixels of a row adjacent, into (S, S, 3)."""
     top, left, height, width = box
     assert source.strides[1:] == (3, 1) and out.flags.c_contiguous
     assert 0 <= top <= top + height <= source.shape[0]
     assert 0 <= left <= left + width <= source.shape[1]
     first, stride = source.ctypes.data + top * source.strides[0] + 3 * left, source.strides[0]
-    resample(first, stride, height, width, out.ctypes.data, out.shape[0], flip, scratch)
+    resize_region(first, stride, height, width, out.ctypes.data, out.shape[0], flip, scratch)
 
 
 def ours(source: Pixels, box: Box, side: int, flip: bool = False) -> Pixels:
-    """`resample`, with a guard behind the output and behind the scratch."""
+    """`resize_region`, with a guard behind the output and behind the scratch."""
     needed = scratch_size(box[2], box[3], side)
     scratch = np.full(needed + GUARD, 0xA5, np.uint32)
     memory = np.full(side * side * 3 + GUARD, 0x5A, np.uint8)
@@ -150,19 +150,19 @@ draw = np.random.default_rng(5)
 for height, width in [(20, 6), (20, 7), (20, 8), (20, 9), (17, 33), (4, 3), (1, 64), (32, 2)]:
     size = height * width * 3
     for place in (middle[:size], middle[page - size :]):
-        picture = place.reshape(height, width, 3)
-        picture[:] = draw.integers(0, 256, picture.shape, np.uint8)
+        image = place.reshape(height, width, 3)
+        image[:] = draw.integers(0, 256, image.shape, np.uint8)
         for side in (3, 16, 40):
             out = np.empty((side, side, 3), np.uint8)
             scratch = np.empty(scratch_size(height, width, side), np.uint32)
-            start, end = picture.ctypes.data, out.ctypes.data
+            start, end = image.ctypes.data, out.ctypes.data
             resample(start, 3 * width, height, width, end, side, False, scratch)
 print("read nothing else")
 """
 
 
 def test_nothing_is_read_outside_the_source() -> None:
-    """A picture at either end of its page, with pages beside it that nobody may read."""
+    """An image at either end of its page, with pages beside it that nobody may read."""
     done = subprocess.run(
         [sys.executable, "-c", _GUARDED], capture_output=True, text=True, timeout=100, check=False
     )

@@ -13,7 +13,7 @@ from pipelines.conversion.encode import Options, Prepared, prepare
 from pipelines.imaging.decode import inspect
 from pipelines.jpeg.markers import JpegError, read_header
 from pipelines.jpeg.scan import Scan, walk_scan
-from tests.pipelines.jpeg.test_markers import encode, picture
+from tests.pipelines.jpeg.test_markers import encode, make_image
 from tests.pipelines.jpeg.test_restart_markers import noise, photographs
 
 pytestmark = pytest.mark.timeout(120)
@@ -45,7 +45,7 @@ def test_dc_differences_add_up_to_the_mean_of_each_block() -> None:
     assert np.abs(dc * table[0] / 8 + 128 - means).max() < 1.0
 
 
-def test_extra_bytes_before_the_end_are_counted_and_such_pictures_cleaned() -> None:
+def test_extra_bytes_before_the_end_are_counted_and_such_images_cleaned() -> None:
     data = NOISE[:-2] + b"\x12\x34\x56" + NOISE[-2:]
     assert walk(data).spare == 3
     made = prepare(data, options=Options())
@@ -105,7 +105,7 @@ def test_walk_finds_what_a_decoder_papers_over() -> None:
     assert inspect(data) is None
 
 
-@pytest.mark.parametrize("base", [NOISE, MARKED, PHOTOGRAPH, encode(picture(40, 40))])
+@pytest.mark.parametrize("base", [NOISE, MARKED, PHOTOGRAPH, encode(make_image(40, 40))])
 def test_whatever_bits_flip_the_walk_ends_in_words(base: bytes) -> None:
     """Never a crash, never a read outside; most flips in the coded data are found."""
     draw = np.random.default_rng(len(base))
@@ -137,6 +137,6 @@ def test_streams_that_the_walk_does_not_know_are_left_to_the_decoder() -> None:
         at = data.index(b"\xff\xc4")
         data = remove(data, at, 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
     assert walk_scan(data, read_header(data)) is None
-    progressive = encode(picture(), progressive=True)
+    progressive = encode(make_image(), progressive=True)
     made = prepare(progressive, options=Options())
     assert made == Prepared(progressive, 24, 40, "passed", uncut="progressive")

@@ -16,8 +16,8 @@ from pipelines.jpeg.markers import JpegError, read_header
 pytestmark = pytest.mark.timeout(60)
 
 
-def picture(height: int = 24, width: int = 40, mode: str = "RGB") -> Image.Image:
-    """A smooth picture in which every corner has another colour."""
+def make_image(height: int = 24, width: int = 40, mode: str = "RGB") -> Image.Image:
+    """A smooth image in which every corner has another color."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = np.stack([255 * y / height, 255 * x / width, 0 * x + 60], axis=2)
     return Image.fromarray(rgb.astype(np.uint8)).convert(mode)
@@ -49,7 +49,7 @@ def with_size(data: bytes, *, height: int, width: int) -> bytes:
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize(("mode", "components"), [("RGB", 3), ("L", 1), ("CMYK", 4)])
 def test_header_is_what_pillow_reads(mode: str, components: int, progressive: bool) -> None:
-    data = encode(picture(mode=mode), progressive=progressive)
+    data = encode(make_image(mode=mode), progressive=progressive)
     header = read_header(data, whole=True)
     assert (header.height, header.width, header.components) == (24, 40, components)
     assert header.progressive is progressive
@@ -61,7 +61,7 @@ def test_header_is_what_pillow_reads(mode: str, components: int, progressive: bo
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_read_and_applied_as_pillow_does(orientation: int) -> None:
-    data = encode(picture(), exif=exif(orientation), quality=95)
+    data = encode(make_image(), exif=exif(orientation), quality=95)
     header = read_header(data)
     assert header.orientation == orientation
     expected = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(data))))
@@ -71,29 +71,29 @@ def test_orientation_is_read_and_applied_as_pillow_does(orientation: int) -> Non
 
 def test_big_endian_exif_and_nonsense_in_it() -> None:
     block = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    data = encode(picture(), exif=b"Exif\0\0" + block)
+    data = encode(make_image(), exif=b"Exif\0\0" + block)
     assert read_header(data).orientation == 6
     for bad in (b"", b"II*\0\xff\xff\xff\xff", block.replace(b"\0\x06\0", b"\0\x63\0")):
-        cut = encode(picture(), exif=b"Exif\0\0" + bad)
+        cut = encode(make_image(), exif=b"Exif\0\0" + bad)
         assert read_header(cut).orientation == 1
 
 
 def test_every_truncation_is_found() -> None:
-    data = encode(picture())
+    data = encode(make_image())
     for length in range(len(data)):
         with pytest.raises(JpegError):
             read_header(data[:length], whole=True)
 
 
 def test_junk_behind_the_end_is_tolerated() -> None:
-    data = encode(picture())
+    data = encode(make_image())
     header = read_header(data + b"junk" * 1250, whole=True)
     assert header.end == len(data) and header.odd is None
     assert inspect(data + b"junk") is None
 
 
 def test_oddities_that_strict_decoders_reject_are_noted() -> None:
-    data = encode(picture())
+    data = encode(make_image())
     at = frame_at(data)
     assert "stray" in str(read_header(data[:at] + b"abc" + data[at:], whole=True).odd)
     jfif = data.index(b"JFIF\0") + 5
@@ -104,7 +104,7 @@ def test_oddities_that_strict_decoders_reject_are_noted() -> None:
 
 
 def test_restart_markers_are_not_odd() -> None:
-    data = encode(picture(64, 64), restart_marker_rows=1)
+    data = encode(make_image(64, 64), restart_marker_rows=1)
     assert b"\xff\xd0" in data
     assert read_header(data, whole=True).odd is None
 
@@ -115,11 +115,11 @@ def test_restart_markers_are_not_odd() -> None:
         (b"", "no JPEG start marker"),
         (b"\xff\xd8", "ends at byte 2"),
         (b"<!DOCTYPE html>", "no JPEG start marker"),
-        (b"\xff\xd8\xff\xd9", "without a picture"),
+        (b"\xff\xd8\xff\xd9", "without an image"),
         (b"\xff\xd8\xff\xe0\x00\x01", "length 1"),
         (b"\xff\xd8\xff\xe0\xff\xff", "wants 65535 bytes"),
         (b"\xff\xd8\xff\xda\x00\x02", "before any frame"),
-        (with_size(encode(picture()), height=0, width=40), "0 x 40 pixels"),
+        (with_size(encode(make_image()), height=0, width=40), "0 x 40 pixels"),
     ],
 )
 def test_broken_streams_are_refused_in_words(data: bytes, words: str) -> None:
@@ -128,7 +128,7 @@ def test_broken_streams_are_refused_in_words(data: bytes, words: str) -> None:
 
 
 def test_random_damage_never_raises_anything_else() -> None:
-    clean = bytearray(encode(picture(), exif=exif(6)))
+    clean = bytearray(encode(make_image(), exif=exif(6)))
     rng = np.random.default_rng(0)
     for _ in range(500):
         data = clean.copy()
@@ -156,7 +156,7 @@ def test_random_damage_never_raises_anything_else() -> None:
     ],
 )
 def test_lossless_formats_decode_exactly(form: str, mode: str) -> None:
-    image = picture(mode=mode)
+    image = make_image(mode=mode)
     reference = Image.open(BytesIO(encode(image, form))).convert("RGB")
     np.testing.assert_array_equal(decode_rgb(encode(image, form)), np.asarray(reference))
 
@@ -186,11 +186,11 @@ def png_of(width: int, height: int) -> bytes:
     [
         (b"", "empty"),
         (b"<html>hello</html>", "not a JPEG"),
-        (encode(picture())[:-40], "end marker"),
-        (encode(picture(), "PNG")[:-60], "."),
+        (encode(make_image())[:-40], "end marker"),
+        (encode(make_image(), "PNG")[:-60], "."),
         (png_of(15_000, 15_000), "limit"),
         (png_of(9_600, 10_000), "."),
-        (with_size(encode(picture()), height=65_500, width=65_500), "limit"),
+        (with_size(encode(make_image()), height=65_500, width=65_500), "limit"),
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "no fixed range"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG"),
     ],

@@ -15,14 +15,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.beton.segments import find_fault
 from pipelines.jpeg.markers import read_header
-from pipelines.jpeg.restart_markers import SHARE, Cuts, with_restarts
+from pipelines.jpeg.restart_markers import SHARE, RestartLayout, with_restarts
 from pipelines.jpeg.scan import walk_scan
-from tests.pipelines.jpeg.test_markers import encode, exif, picture
+from tests.pipelines.jpeg.test_markers import encode, exif, make_image
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def cut(data: bytes) -> tuple[bytes, Cuts]:
+def cut(data: bytes) -> tuple[bytes, RestartLayout]:
     scan = walk_scan(data, read_header(data))
     assert scan is not None
     found = with_restarts(data, scan)
@@ -31,7 +31,7 @@ def cut(data: bytes) -> tuple[bytes, Cuts]:
 
 
 def pixels(data: bytes) -> npt.NDArray[np.uint8]:
-    """As Pillow decodes them, without conversion of colours."""
+    """As Pillow decodes them, without conversion of colors."""
     image = Image.open(BytesIO(data))
     image.draft("YCbCr" if image.mode == "RGB" else None, None)
     return np.asarray(image)
@@ -62,7 +62,7 @@ STREAMS: dict[str, bytes] = {
         for subsampling in (0, 1, 2)
     },
     "grey": encode(noise(70, 99).convert("L")),
-    "optimised": encode(picture(100, 150), optimize=True),
+    "optimised": encode(make_image(100, 150), optimize=True),
     "optimised noise": encode(noise(90, 150), optimize=True, quality=100),
     "flat": encode(Image.new("RGB", (300, 40), (255, 0, 9)), optimize=True),
     "marked rows": encode(noise(90, 150), restart_marker_rows=1),
@@ -71,7 +71,7 @@ STREAMS: dict[str, bytes] = {
     "marked, finer than cut": encode(photographs()[0], restart_marker_blocks=3),
     "quality 1": encode(noise(90, 150), quality=1),
     "application data": encode(
-        picture(), exif=exif(1), icc_profile=b"\xff\xd0\xff\xda" * 900, comment=b"\xff\xd9"
+        make_image(), exif=exif(1), icc_profile=b"\xff\xd0\xff\xda" * 900, comment=b"\xff\xd9"
     ),
     **{
         f"photograph {n}, {name}": encode(image, **options)
@@ -108,8 +108,8 @@ def test_pixels_stay_and_segments_are_where_they_should_be(name: str) -> None:
 def test_each_segment_decodes_alone() -> None:
     """The independence that a crop relies on: the others replaced by nothing but a frame for one.
 
-    A picture made of one segment's MCUs has the same pixels as that part of the whole. Without
-    subsampling, so that no pixel depends on its neighbours' colours.
+    An image made of one segment's MCUs has the same pixels as that part of the whole. Without
+    subsampling, so that no pixel depends on its neighbours' colors.
     """
     data = encode(photographs()[0], subsampling=0, quality=90)
     out, cuts = cut(data)
@@ -164,7 +164,7 @@ def test_segments_never_exceed_what_a_length_can_say() -> None:
 
 
 def crafted(values: list[int], sizes: list[int], columns: int) -> bytes:
-    """A grey picture of flat blocks: these DC differences, in codes of 1, 2, 3 ... bits."""
+    """A grey image of flat blocks: these DC differences, in codes of 1, 2, 3 ... bits."""
     words = {size: "1" * n + "0" for n, size in enumerate(sizes)}
     bits = ""
     for value in values:
@@ -208,8 +208,8 @@ def test_short_codes_may_become_long_ones(seed: int) -> None:
 
 
 OTHERS: dict[str, Any] = {
-    "progressive": encode(picture(), progressive=True),
-    "CMYK": encode(picture(mode="CMYK")),
+    "progressive": encode(make_image(), progressive=True),
+    "CMYK": encode(make_image(mode="CMYK")),
 }
 
 

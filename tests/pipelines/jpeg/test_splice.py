@@ -1,4 +1,4 @@
-"""The small JPEG of a crop decodes to the whole picture's pixels; damage is reported, not read."""
+"""The small JPEG of a crop decodes to the whole image's pixels; damage is reported, not read."""
 
 from __future__ import annotations
 
@@ -30,18 +30,16 @@ def photograph(height: int, width: int, which: int = 0) -> Image.Image:
     return whole.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def pillow_jpeg(picture: Image.Image, subsampling: int | str, interval: int) -> bytes:
+def pillow_jpeg(image: Image.Image, subsampling: int | str, interval: int) -> bytes:
     buffer = BytesIO()
-    picture.save(
-        buffer, "JPEG", quality=85, subsampling=subsampling, restart_marker_blocks=interval
-    )
+    image.save(buffer, "JPEG", quality=85, subsampling=subsampling, restart_marker_blocks=interval)
     return buffer.getvalue()
 
 
-def opencv_jpeg(picture: Image.Image, factors: int, interval: int) -> bytes:
+def opencv_jpeg(image: Image.Image, factors: int, interval: int) -> bytes:
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
     options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factors, cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
-    done, data = cv2.imencode(".jpg", np.asarray(picture)[:, :, ::-1], options)
+    done, data = cv2.imencode(".jpg", np.asarray(image)[:, :, ::-1], options)
     assert done
     stream: bytes = data.tobytes()
     return stream
@@ -102,7 +100,7 @@ def by_ffcv(data: bytes) -> Pixels:
 
 
 def cut(pixels: Pixels, box: Any, y0: int = 0, x0: int = 0) -> Pixels:
-    """The part of a box that lies inside the picture whose corner is at (y0, x0)."""
+    """The part of a box that lies inside the image whose corner is at (y0, x0)."""
     top, left, bottom, right = box[0] - y0, box[1] - x0, box[0] + box[2] - y0, box[1] + box[3] - x0
     return pixels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
 
@@ -119,7 +117,7 @@ def some_boxes(draw: np.random.Generator, height: int, width: int, count: int) -
 
 @pytest.mark.parametrize("decoder", [by_pillow, by_ffcv])
 @pytest.mark.parametrize("form", FORMATS)
-def test_inside_the_crop_every_pixel_is_the_whole_pictures(
+def test_inside_the_crop_every_pixel_is_the_whole_images(
     form: str, decoder: Callable[[bytes], Pixels]
 ) -> None:
     draw = np.random.default_rng(3)
@@ -159,7 +157,7 @@ def test_only_the_segments_under_the_crop_are_kept() -> None:
     assert place == [32, 32, 32, 32]
 
 
-def test_all_of_a_picture_is_not_copied() -> None:
+def test_all_of_a_image_is_not_copied() -> None:
     data = pillow_jpeg(photograph(33, 47), 2, 1)
     record, lengths = index(data, 16, 16)
     stored, out = np.frombuffer(data, np.uint8), np.zeros(len(data), np.uint8)
@@ -239,8 +237,8 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("splice")
     (root / "data" / "x").mkdir(parents=True)
     for i in range(4):
-        picture = photograph(120 + i, 160 - i, i % 2)
-        picture.save(root / "data" / "x" / f"{i}.jpg", quality=90)
+        image = photograph(120 + i, 160 - i, i % 2)
+        image.save(root / "data" / "x" / f"{i}.jpg", quality=90)
     write_beton(SampleIndex.from_folder(root / "data"), root / "s.beton", workers=1)
     return root / "s.beton"
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipelines.native import jit
-from pipelines.native.threads import Crew, Runner
+from pipelines.native.threads import DaemonWorker, LaneThreads
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -124,7 +124,7 @@ def test_a_second_process_compiles_nothing() -> None:
 
 
 def test_lanes_run_at_the_same_time_and_all_of_them() -> None:
-    crew, meeting, seen = Crew(3), threading.Barrier(3, timeout=20), list[int]()
+    crew, meeting, seen = LaneThreads(3), threading.Barrier(3, timeout=20), list[int]()
 
     def work(lane: int) -> None:
         meeting.wait()
@@ -140,7 +140,7 @@ def test_lanes_run_at_the_same_time_and_all_of_them() -> None:
 
 @pytest.mark.parametrize("broken", [0, 2])
 def test_an_error_of_a_lane_is_raised_when_all_have_ended(broken: int) -> None:
-    crew, ended = Crew(3), list[int]()
+    crew, ended = LaneThreads(3), list[int]()
     gate = threading.Event()
 
     def work(lane: int) -> None:
@@ -159,7 +159,7 @@ def test_an_error_of_a_lane_is_raised_when_all_have_ended(broken: int) -> None:
 def test_lanes_that_run_are_waited_for_where_another_cannot_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    crew, gate, ended = Crew(3), threading.Event(), list[int]()
+    crew, gate, ended = LaneThreads(3), threading.Event(), list[int]()
     crew.run(int, 3)
     pool = crew._pool
     assert pool is not None
@@ -186,7 +186,7 @@ def test_lanes_that_run_are_waited_for_where_another_cannot_be_started(
 
 
 def test_a_runner_does_one_thing_after_the_other_and_hands_errors_over() -> None:
-    runner, seen = Runner("steady"), list[int]()
+    runner, seen = DaemonWorker("steady"), list[int]()
     calls = [runner.submit(partial(seen.append, number)) for number in range(5)]
     wrong = runner.submit(partial(int, "x"))
     assert runner.submit(lambda: len(seen)).result(20) == 5 and seen == list(range(5))
@@ -198,7 +198,7 @@ def test_a_runner_does_one_thing_after_the_other_and_hands_errors_over() -> None
 
 
 def test_a_runner_that_is_stuck_is_left_behind() -> None:
-    runner, gate = Runner("stuck"), threading.Event()
+    runner, gate = DaemonWorker("stuck"), threading.Event()
     call, waiting = runner.submit(partial(gate.wait, 60)), runner.submit(int)
     assert waiting.cancel()
     assert not runner.close(0.05)
@@ -211,14 +211,14 @@ def test_a_runner_that_is_stuck_is_left_behind() -> None:
 
 
 def test_a_runner_that_is_dropped_ends() -> None:
-    runner = Runner("dropped")
+    runner = DaemonWorker("dropped")
     (thread,) = [t for t in threading.enumerate() if t.name == "dropped"]
     del runner
     thread.join(20)
     assert not thread.is_alive()
 
 
-def _child(crew: Crew, results: object) -> None:
+def _child(crew: LaneThreads, results: object) -> None:
     seen = list[int]()
     crew.run(seen.append, 3)
     crew.close()
@@ -228,7 +228,7 @@ def _child(crew: Crew, results: object) -> None:
 # The child runs threads of its own only: what Python warns of is what is tested.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_makes_threads_of_its_own() -> None:
-    crew, seen = Crew(3), list[int]()
+    crew, seen = LaneThreads(3), list[int]()
     crew.run(seen.append, 3)
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_child, args=(crew, sender))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop as TorchvisionCrop
 
-from pipelines.sampling.crops import boxes, may_stick_out, patch_side
+from pipelines.sampling.crops import crop_boxes, may_stick_out, patch_side
 from pipelines.sampling.random_bits import digest64, uniforms
 from pipelines.spec import (
     CenterCrop,
@@ -16,7 +16,7 @@ from pipelines.spec import (
     LoaderSpec,
     RandomCrop,
     RandomResizedCrop,
-    Squash,
+    Resize,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -36,7 +36,7 @@ def draw(
     h, w = np.atleast_1d(np.array(heights, np.int32)), np.atleast_1d(np.array(widths, np.int32))
     spec = LoaderSpec(crop=crop, **options)  # type: ignore[arg-type]
     indices = np.arange(start, start + len(h), dtype=np.int64)
-    return boxes(spec, epoch=epoch, indices=indices, heights=h, widths=w)
+    return crop_boxes(spec, epoch=epoch, indices=indices, heights=h, widths=w)
 
 
 def sizes(n: int) -> tuple[Int32, Int32]:
@@ -65,11 +65,11 @@ def inside(b: Int32, h: Int32, w: Int32) -> npt.NDArray[np.bool_]:
         CenterCrop(224, 256),
         CenterCrop(224, 224),
         RandomCrop(224, padding=0, resize=256),
-        Squash(),
+        Resize(),
     ],
     ids=str,
 )
-def test_boxes_lie_inside_the_picture(crop: Crop) -> None:
+def test_boxes_lie_inside_the_image(crop: Crop) -> None:
     assert not may_stick_out(crop)
     h, w = sizes(5000)
     for epoch in range(3):
@@ -115,7 +115,7 @@ def test_random_resized_crop_is_torchvisions(height: int, width: int) -> None:
 
 
 def test_the_fallback_is_torchvisions() -> None:
-    """No draw fits so long a picture: the largest centred box of allowed shape, without chance."""
+    """No draw fits so long an image: the largest centred box of allowed shape, without chance."""
     for height, width in ((10, 1000), (1000, 10), (2, 5000), (33, 3001)):
         transform = TorchvisionCrop(224, scale=(0.9999, 1.0))
         p = transform.make_params([torch.empty(3, height, width)])
@@ -132,7 +132,7 @@ def test_flips_are_half_and_independent_of_the_crop() -> None:
         assert abs(np.corrcoef(flip, column)[0, 1]) < 0.03
     again = draw(RandomResizedCrop(), np.full(n, 300), np.full(n, 400), epoch=1)[:, 4]
     assert abs((flip == again).mean() - 0.5) < 0.015
-    assert not draw(Squash(), np.full(99, 3), np.full(99, 3), flip=False)[:, 4].any()
+    assert not draw(Resize(), np.full(99, 3), np.full(99, 3), flip=False)[:, 4].any()
 
 
 def test_places_of_a_padded_crop_are_uniform() -> None:
@@ -159,16 +159,16 @@ def test_a_box_belongs_to_its_sample(crop: Crop) -> None:
     h, w = np.random.default_rng(2).integers(8, 400, (2, 300), np.int32)
     spec = LoaderSpec(crop=crop)
     every = np.arange(300, dtype=np.int64)
-    whole = boxes(spec, epoch=2, indices=every, heights=h, widths=w)
+    whole = crop_boxes(spec, epoch=2, indices=every, heights=h, widths=w)
     for some in (
         np.array([7]),
         np.array([299, 0, 5, 5]),
         np.random.default_rng(1).permutation(300),
     ):
-        part = boxes(spec, epoch=2, indices=every[some], heights=h[some], widths=w[some])
+        part = crop_boxes(spec, epoch=2, indices=every[some], heights=h[some], widths=w[some])
         assert np.array_equal(part, whole[some])
-    other = boxes(spec, epoch=3, indices=every, heights=h, widths=w)
-    seeded = boxes(LoaderSpec(crop=crop, seed=1), epoch=2, indices=every, heights=h, widths=w)
+    other = crop_boxes(spec, epoch=3, indices=every, heights=h, widths=w)
+    seeded = crop_boxes(LoaderSpec(crop=crop, seed=1), epoch=2, indices=every, heights=h, widths=w)
     assert (other != whole).any(1).mean() > 0.8 and (seeded != whole).any(1).mean() > 0.8
 
 
@@ -187,11 +187,11 @@ def test_center_crop_is_the_middle() -> None:
     assert draw(CenterCrop(224, 256), 512, 1024, flip=False).tolist() == [[32, 288, 448, 448, 0]]
     assert draw(CenterCrop(10, None), 20, 30, flip=False).tolist() == [[5, 10, 10, 10, 0]]
     assert draw(CenterCrop(10, None), 6, 30, flip=False).tolist() == [[-2, 10, 10, 10, 0]]
-    assert draw(Squash(5), 6, 30, flip=False).tolist() == [[0, 0, 6, 30, 0]]
+    assert draw(Resize(5), 6, 30, flip=False).tolist() == [[0, 0, 6, 30, 0]]
 
 
 def test_a_crop_that_does_not_fit_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="a picture of 30x20 pixels with 4 pixels of padding"):
+    with pytest.raises(ValueError, match="an image of 30x20 pixels with 4 pixels of padding"):
         draw(RandomCrop(32, 4), [40, 20], [40, 30])
 
 

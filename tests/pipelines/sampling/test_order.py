@@ -106,7 +106,7 @@ COMPUTED = [8104842, 13210767, 11735393, 11610817, 113559]
 
 def test_a_rank_of_a_large_data_set_takes_its_slice_of_the_order() -> None:
     for limit in (None, LARGE - 1_000_000):
-        alone = order(LARGE, batch=240_000, limit=limit, drop_last=False)
+        alone = order(LARGE, batch=240_000, max_samples=limit, drop_last=False)
         indices, valid = alone.batches(3, alone.steps - 2)
         size = LARGE if limit is None else limit
         whole = alone.samples(3)
@@ -114,7 +114,7 @@ def test_a_rank_of_a_large_data_set_takes_its_slice_of_the_order() -> None:
         assert (indices[~valid] == whole[-1]).all() and valid.sum() == 240_000 + size % 240_000
         for rank in range(3):
             one = order(
-                LARGE, world=3, rank=rank, batch=80_000, limit=limit, drop_last=False
+                LARGE, world=3, rank=rank, batch=80_000, max_samples=limit, drop_last=False
             ).batches(3, alone.steps - 2)
             mine = slice(rank * 80_000, (rank + 1) * 80_000)
             assert np.array_equal(one[0], indices[:, mine])
@@ -170,14 +170,14 @@ def test_without_shuffle_the_index_order_is_kept() -> None:
 
 
 def test_limit_is_one_subset_for_the_whole_run() -> None:
-    limited = order(1000, limit=20)
+    limited = order(1000, max_samples=20)
     first = np.sort(limited.samples(0))
     assert len(np.unique(first)) == 20 and first.max() > 500  # drawn, not the head
     assert np.array_equal(np.sort(limited.samples(1)), first)
     assert not np.array_equal(limited.samples(1), limited.samples(0))
-    assert np.array_equal(order(1000, limit=20, shuffle=False).samples(0), first)
-    assert not np.array_equal(np.sort(order(1000, limit=20, seed=1).samples(0)), first)
-    assert np.array_equal(order(20, limit=99).samples(3), order(20).samples(3))
+    assert np.array_equal(order(1000, max_samples=20, shuffle=False).samples(0), first)
+    assert not np.array_equal(np.sort(order(1000, max_samples=20, seed=1).samples(0)), first)
+    assert np.array_equal(order(20, max_samples=99).samples(3), order(20).samples(3))
 
 
 def test_no_data_and_bad_shards_are_refused() -> None:

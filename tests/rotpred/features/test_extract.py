@@ -24,12 +24,12 @@ from rotpred.distributed import Rank
 from rotpred.features import extract as extraction
 from rotpred.features import npy_writer
 from rotpred.features.base import AVGPOOL, Features
-from rotpred.features.extract import extract, open_pictures
+from rotpred.features.extract import extract, open_images
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
 from rotpred.protocols.feature_session import share
 from rotpred.protocols.multilabel import labels_of, read_labels
-from rotpred.weights.trunk import load_trunk
+from rotpred.weights.frozen_backbone import load_frozen_backbone
 from tests.rotpred.test_distributed import torchrun
 from tests.support import processes
 
@@ -46,28 +46,28 @@ def spec(beton: Path, **changes: object) -> LoaderSpec:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def trunk_of(seed: int) -> Backbone:
+def backbone_of(seed: int) -> Backbone:
     torch.manual_seed(seed)
-    return load_trunk("resnet18_tiny", "random", Rank())[0]
+    return load_frozen_backbone("resnet18_tiny", "random", Rank())[0]
 
 
 def of(beton: Path, cache: Path, names: tuple[str, ...] = NAMES, **changes: object) -> Features:
-    with open_pictures(spec(beton, **changes), Rank(), "fp32") as loader:
-        return extract(trunk_of(0), loader, Rank(), names=names, precision="fp32", cache=cache)
+    with open_images(spec(beton, **changes), Rank(), "fp32") as loader:
+        return extract(backbone_of(0), loader, Rank(), names=names, precision="fp32", cache=cache)
 
 
 def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
     """Every stage of every sample, one at a time through the network and torch's own pools."""
     found = of(beton, tmp_path)
-    trunk = trunk_of(0)
-    pools = stage_pools(trunk, 32)
+    backbone = backbone_of(0)
+    pools = stage_pools(backbone, 32)
     assert found.indices.tolist() == list(range(37))
     with open_loader(spec(beton, batch_size=1)) as loader, torch.no_grad():
         for i, batch in enumerate(loader.epoch(0)):
-            maps = trunk.stages(batch.images)
+            maps = backbone.stages(batch.images)
             assert found.labels[i] == batch.labels[0]
             for stage in NAMES[:-1]:
-                place = trunk.stage_names.index(stage)
+                place = backbone.stage_names.index(stage)
                 expected = pools[place](maps[place]).flatten().numpy()
                 np.testing.assert_allclose(found.stages[stage][i], expected, rtol=1e-4, atol=1e-5)
             expected = maps[-1].mean((2, 3))[0].numpy()
@@ -93,10 +93,10 @@ def test_files_are_found_again(
     np.testing.assert_array_equal(first.stages["res5"], again.stages["res5"])
     assert isinstance(again.stages["res5"], np.memmap) and not again.stages["res5"].flags.writeable
     of(beton, tmp_path, ("res5",), crop=CenterCrop(32, 40))
-    of(beton, tmp_path, ("res5",), limit=9)
-    with open_pictures(spec(beton), Rank(), "fp32") as loader:
+    of(beton, tmp_path, ("res5",), max_samples=9)
+    with open_images(spec(beton), Rank(), "fp32") as loader:
         extract(
-            trunk_of(1), loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path,
+            backbone_of(1), loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path,
             store="float16",
         )  # fmt: skip
     assert len(computed) == 5
@@ -107,8 +107,8 @@ def test_files_are_found_again(
 def test_an_interrupted_extraction_leaves_no_array(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk, calls = trunk_of(0), 0
-    stages = trunk.stages
+    backbone, calls = backbone_of(0), 0
+    stages = backbone.stages
 
     def failing(images: torch.Tensor) -> list[torch.Tensor]:
         nonlocal calls
@@ -117,12 +117,12 @@ def test_an_interrupted_extraction_leaves_no_array(
             raise RuntimeError("the power went")
         return stages(images)
 
-    monkeypatch.setattr(trunk, "stages", failing)
+    monkeypatch.setattr(backbone, "stages", failing)
     with (
-        open_pictures(spec(beton), Rank(), "fp32") as loader,
+        open_images(spec(beton), Rank(), "fp32") as loader,
         pytest.raises(RuntimeError, match="the power went"),
     ):
-        extract(trunk, loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path)
+        extract(backbone, loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
 
 
@@ -143,9 +143,7 @@ def test_arrays_that_would_not_fit_are_not_begun(
     enough = 40 * row + 40 * row // 50 + 2**20
     disk = types.SimpleNamespace(free=enough - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
-    words = (
-        r"^no space for res5, res3 of 40 pictures as float32 in \S+: needs \d MB, \d MB are free$"
-    )
+    words = r"^no space for res5, res3 of 40 images as float32 in \S+: needs \d MB, \d MB are free$"
     with pytest.raises(ValueError, match=words):
         of(beton, tmp_path / "b", names)
     assert [path.name for path in (tmp_path / "b").glob("*/*")] == [".lock"]
@@ -197,12 +195,12 @@ def refuse(beton: Path, folder: Path) -> int:
         looked.append(path.name)
         return exists(path, **options)
 
-    with distributed.session("cpu", timeout_seconds=60) as rank:
+    with distributed.process_group("cpu", timeout_seconds=60) as rank:
         Path.exists = spy  # type: ignore[assignment,method-assign]
         try:
-            with open_pictures(spec(beton), rank, "fp32") as pictures:
+            with open_images(spec(beton), rank, "fp32") as images:
                 extract(
-                    trunk_of(0), pictures, rank, names=("res5",), precision="fp32", cache=folder
+                    backbone_of(0), images, rank, names=("res5",), precision="fp32", cache=folder
                 )
         except ValueError as error:
             said = {"error": str(error), "looked": "res5.npy" in looked}
@@ -228,7 +226,7 @@ def test_a_second_job_of_several_processes_is_refused(
 
 def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> None:
     for change in ({"flip": True}, {"shuffle": True}, {"drop_last": True}, {"views": "rotate4"}):
-        with pytest.raises(ValueError, match="every picture once"):
+        with pytest.raises(ValueError, match="every image once"):
             of(beton, tmp_path, **change)
     with pytest.raises(ValueError, match=r"has no stage .*layer4.*: it has stem, res2"):
         of(beton, tmp_path, ("layer4",))
@@ -253,31 +251,31 @@ def test_supervised_weights_come_from_torchvision(
 ) -> None:
     kept = tmp_path / "home" / "hub" / "checkpoints" / published.name
     for _ in range(2):
-        trunk, sha = load_trunk("resnet18", "imagenet", Rank())
+        backbone, sha = load_frozen_backbone("resnet18", "imagenet", Rank())
         assert sha == hashlib.sha256(kept.read_bytes()).hexdigest()
         theirs = torch.load(published, weights_only=True)
-        assert all(torch.equal(v, theirs[k]) for k, v in trunk.state_dict().items())
-        assert not trunk.training
+        assert all(torch.equal(v, theirs[k]) for k, v in backbone.state_dict().items())
+        assert not backbone.training
         monkeypatch.delattr(torch.hub, "download_url_to_file", raising=False)  # it is kept
     kept.write_bytes(kept.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged: remove it"):
-        load_trunk("resnet18", "imagenet", Rank())
+        load_frozen_backbone("resnet18", "imagenet", Rank())
 
 
 def test_supervised_weights_that_cannot_be_had(published: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no supervised weights for nin3 \(only resnet18, resnet50\)"
     ):
-        load_trunk("nin3", "imagenet", Rank())
+        load_frozen_backbone("nin3", "imagenet", Rank())
     content = published.read_bytes()
     published.write_bytes(content[1:])
     with pytest.raises(
         ValueError, match=r"invalid hash value.* give --weights FILE or --weights r"
     ):
-        load_trunk("resnet18", "imagenet", Rank())
+        load_frozen_backbone("resnet18", "imagenet", Rank())
     published.unlink()
     with pytest.raises(ValueError, match=rf"No such file.*put file://.*{published.name} to .*home"):
-        load_trunk("resnet18", "imagenet", Rank())
+        load_frozen_backbone("resnet18", "imagenet", Rank())
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
@@ -286,7 +284,7 @@ def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
     table = np.random.default_rng(0).integers(-1, 2, (37, 4)).astype(np.int8)
     path = tmp_path / "labels.npy"
     np.save(path, table)
-    found = of(beton, tmp_path, (AVGPOOL,), limit=9)
+    found = of(beton, tmp_path, (AVGPOOL,), max_samples=9)
     assert len(found.indices) == 9 and found.indices[-1] > 8
     read = read_labels(str(path), total=37)
     np.testing.assert_array_equal(labels_of(found, read, 4), table[found.indices])
@@ -326,7 +324,7 @@ spec = LoaderSpec(
     data=str(out / "data.beton"), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
     shuffle=False, drop_last=False, workers=1, engine="folder",
 )
-with distributed.session("cpu", timeout_seconds=60) as rank:
+with distributed.process_group("cpu", timeout_seconds=60) as rank:
     common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
     def place(name):
         return CachedPlace(
@@ -347,7 +345,7 @@ with distributed.session("cpu", timeout_seconds=60) as rank:
 def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
     """37 samples in batches of 2 x 8: padding on the last rank; arrays and results are the same."""
     (tmp_path / "data.beton").write_bytes(beton.read_bytes())
-    done = torchrun(tmp_path, PROGRAM, limit=200)
+    done = torchrun(tmp_path, PROGRAM, max_samples=200)
     assert done.returncode == 0, done.stderr
     alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
     exec(compile(alone, "alone", "exec"), {})

@@ -17,7 +17,7 @@ import pytest
 from pipelines.datasets import coco
 from pipelines.datasets.annotations import Objects, Problems
 from rotpred.metrics.coco_detection import check_runs, coco_metrics
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 
 tools: Any = pytest.importorskip("pycocotools.mask")
 
@@ -98,8 +98,8 @@ def straight(truth: Path, results: Path, kind: str) -> list[float]:
     return [float(v) for v in run.stats]
 
 
-def as_found(results: Path, samples: coco.CocoSamples) -> list[Found]:
-    """Results by picture, by a way of its own."""
+def as_found(results: Path, samples: coco.CocoSamples) -> list[ImageDetections]:
+    """Results by image, by a way of its own."""
     rows = json.loads(results.read_text())
     found = []
     for name in samples.names:
@@ -107,7 +107,7 @@ def as_found(results: Path, samples: coco.CocoSamples) -> list[Found]:
         box = np.array([row["bbox"] for row in mine], np.float64).reshape(-1, 4)
         box[:, 2:] += box[:, :2]
         found.append(
-            Found(
+            ImageDetections(
                 boxes=box.astype(np.float32),
                 labels=np.array([IDS.index(row["category_id"]) for row in mine], np.int64),
                 scores=np.array([row["score"] for row in mine], np.float32),
@@ -158,7 +158,9 @@ class Changed:
 def test_a_difficult_object_counts_neither_way(tmp_path: Path) -> None:
     samples = coco.objects("val", _tree(tmp_path), problems=Problems(0))
     found = [
-        Found(one.boxes, one.labels, np.linspace(0.9, 0.5, len(one.boxes), dtype=np.float32))
+        ImageDetections(
+            one.boxes, one.labels, np.linspace(0.9, 0.5, len(one.boxes), dtype=np.float32)
+        )
         for one in map(samples.objects, range(len(samples)))
     ]
     assert coco_metrics(found, samples, masks=False)["box/AP"] == pytest.approx(1)
@@ -177,7 +179,7 @@ def _tree(base: Path) -> Path:
     return base
 
 
-def _columns(one: Objects | Found) -> list[tuple[str, Any]]:
+def _columns(one: Objects | ImageDetections) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(one).items() if len(value)]
 
 
@@ -187,7 +189,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = as_found(results, samples)
     first = next(i for i, one in enumerate(found) if len(one.labels))
     name = samples.names[first]
-    with pytest.raises(ValueError, match="11 pictures for a data set of 12"):
+    with pytest.raises(ValueError, match="11 images for a data set of 12"):
         coco_metrics(found[1:], samples, masks=False)
     bare = [replace(one, masks=()) for one in found]
     with pytest.raises(ValueError, match=f"{name}: detections without masks"):
@@ -210,7 +212,9 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nothing_found_is_zero(tmp_path: Path) -> None:
     samples = coco.objects("val", _tree(tmp_path), problems=Problems(0))
-    none = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    none = ImageDetections(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    )
     values = coco_metrics([none] * len(samples), samples, masks=True)
     assert set(values.values()) == {0.0}
 

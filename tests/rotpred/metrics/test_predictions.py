@@ -18,24 +18,29 @@ from pipelines.datasets.annotations import DenseSamples, ObjectSamples, Problems
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.metrics.coco_detection import coco_metrics
-from rotpred.metrics.detections import Found
-from rotpred.metrics.predictions import gather_found, read_found, read_masks, write_found
+from rotpred.metrics.detections import ImageDetections
+from rotpred.metrics.predictions import (
+    gather_detections,
+    read_detections,
+    read_masks,
+    write_detections,
+)
 from rotpred.metrics.voc_detection import voc_metrics
 from tests.support import dense_trees, processes
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def random_found(seed: int, k: int, *, masks: bool) -> Found:
+def random_found(seed: int, k: int, *, masks: bool) -> ImageDetections:
     draw = np.random.default_rng(seed)
     corner = draw.uniform(0, 50, (k, 2))
     boxes = np.hstack([corner, corner + draw.uniform(1, 40, (k, 2))]).astype(np.float32)
     runs = [{"size": [96, 128], "counts": f"run lengths {seed} {j}"} for j in range(k)]
     scores = draw.random(k).astype(np.float32)
-    return Found(boxes, draw.integers(0, 3, k), scores, tuple(runs) if masks else ())
+    return ImageDetections(boxes, draw.integers(0, 3, k), scores, tuple(runs) if masks else ())
 
 
-def same(a: Sequence[Found], b: Sequence[Found]) -> bool:
+def same(a: Sequence[ImageDetections], b: Sequence[ImageDetections]) -> bool:
     return len(a) == len(b) and all(
         x.masks == y.masks
         and x.boxes.dtype == y.boxes.dtype
@@ -44,18 +49,18 @@ def same(a: Sequence[Found], b: Sequence[Found]) -> bool:
     )
 
 
-def cases(n: int) -> list[Found]:
+def cases(n: int) -> list[ImageDetections]:
     return [random_found(i, (5 * i) % 4, masks=i % 2 == 0) for i in range(n)]
 
 
 def gather(folder: Path) -> int:
-    """One of several processes: pictures are shared out unevenly."""
-    with distributed.session("cpu", timeout_seconds=60) as rank:
+    """One of several processes: images are shared out unevenly."""
+    with distributed.process_group("cpu", timeout_seconds=60) as rank:
         everything = cases(7)
         mine = {0: (6, 2, 5, 0, 4), 1: (3, 1)}[rank.rank]
-        got = gather_found({i: everything[i] for i in mine}, 7, rank)
-        none = gather_found({0: everything[3]} if rank.main else {}, 1, rank)
-        empty = gather_found({rank.rank: random_found(0, 0, masks=False)}, 2, rank)
+        got = gather_detections({i: everything[i] for i in mine}, 7, rank)
+        none = gather_detections({0: everything[3]} if rank.main else {}, 1, rank)
+        empty = gather_detections({rank.rank: random_found(0, 0, masks=False)}, 2, rank)
         said = {
             "same": same(got, everything),
             "none": same(none, everything[3:4]),
@@ -64,7 +69,7 @@ def gather(folder: Path) -> int:
         wrong = {"twice": {0: everything[0]}, "alien": {rank.rank: everything[1]}}
         for name, shared in wrong.items():
             try:
-                gather_found(shared, 1, rank)
+                gather_detections(shared, 1, rank)
             except ValueError as error:
                 said[name] = str(error)
     (folder / f"{rank.rank}.json").write_text(json.dumps(said))
@@ -84,9 +89,9 @@ def test_two_processes_gather_the_same(tmp_path: Path) -> None:
 def test_one_process_gathers_its_own() -> None:
     everything = cases(7)
     shuffled = {i: everything[i] for i in (3, 1, 6, 0, 2, 5, 4)}
-    assert same(gather_found(shuffled, 7, Rank()), everything)
-    with pytest.raises(ValueError, match=r"1 pictures lack.*\[2\]"):
-        gather_found({i: everything[i] for i in (0, 1)}, 3, Rank())
+    assert same(gather_detections(shuffled, 7, Rank()), everything)
+    with pytest.raises(ValueError, match=r"1 images lack.*\[2\]"):
+        gather_detections({i: everything[i] for i in (0, 1)}, 3, Rank())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> ObjectSamples:
     return voc.boxes("2007/test", root, problems=Problems(0))
 
 
-def perfect(samples: DenseSamples, *, masks: bool) -> list[Found]:
+def perfect(samples: DenseSamples, *, masks: bool) -> list[ImageDetections]:
     """What is there, with falling scores, and a second guess of half the width."""
     tools: Any = pytest.importorskip("pycocotools.mask") if masks else None
     found = []
@@ -118,13 +123,13 @@ def perfect(samples: DenseSamples, *, masks: bool) -> list[Found]:
             runs = tuple(tools.encode(np.asfortranarray(one)) for one in pixels) * 2
         scores = np.linspace(0.9, 0.1, 2 * len(half), dtype=np.float32)
         labels = np.tile(truth.labels[keep], 2)
-        found.append(Found(np.vstack([truth.boxes[keep], half]), labels, scores, runs))
+        found.append(ImageDetections(np.vstack([truth.boxes[keep], half]), labels, scores, runs))
     return found
 
 
 def test_results_of_coco_come_back(objects: coco.CocoSamples, tmp_path: Path) -> None:
     found, path = perfect(objects, masks=True), tmp_path / "found.json"
-    write_found(path, found, objects)
+    write_detections(path, found, objects)
     rows = json.loads(path.read_text())
     assert {row["category_id"] for row in rows} <= {i for i, _ in dense_trees.COCO_CATEGORIES}
     assert {row["image_id"] for row in rows} <= {int(name) for name in objects.names}
@@ -133,7 +138,7 @@ def test_results_of_coco_come_back(objects: coco.CocoSamples, tmp_path: Path) ->
     assert first["bbox"] == [left, top, right - left, bottom - top]
     kinds = dict(dense_trees.COCO_CATEGORIES)
     assert kinds[first["category_id"]] == objects.classes[found[where].labels[0]]
-    back = read_found(path, objects)
+    back = read_detections(path, objects)
     assert same(back, found)
     values = coco_metrics(back, objects, masks=True)
     assert values == coco_metrics(found, objects, masks=True)
@@ -143,12 +148,12 @@ def test_results_of_coco_come_back(objects: coco.CocoSamples, tmp_path: Path) ->
 
 def test_results_of_voc_come_back(boxes: ObjectSamples, tmp_path: Path) -> None:
     found, path = perfect(boxes, masks=False), tmp_path / "found.json"
-    write_found(path, found, boxes)
+    write_detections(path, found, boxes)
     rows = json.loads(path.read_text())
     # Leading zeros are part of a VOC name; class numbers count from 1.
     assert {row["image_id"] for row in rows} == set(boxes.names)
     assert rows[0]["category_id"] == found[0].labels[0] + 1
-    assert same(read_found(path, boxes), found)
+    assert same(read_detections(path, boxes), found)
 
 
 @pytest.mark.parametrize("before", [None, "[]"])
@@ -163,13 +168,15 @@ def test_a_full_disk_leaves_nothing_half(
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # writes fail in the middle
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_found(path, found, boxes)
+            write_detections(path, found, boxes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.read_text() for file in tmp_path.iterdir()] == ([before] if before else [])
 
 
-def devkit(folder: Path, found: Sequence[Found], samples: DenseSamples, prefix: str) -> Path:
+def devkit(
+    folder: Path, found: Sequence[ImageDetections], samples: DenseSamples, prefix: str
+) -> Path:
     """VOC's text files of detections."""
     folder.mkdir()
     for label, name in enumerate(samples.classes):
@@ -190,7 +197,7 @@ def test_text_files_of_voc_score_the_same(
     boxes: ObjectSamples, tmp_path: Path, prefix: str
 ) -> None:
     found = perfect(boxes, masks=False)
-    back = read_found(devkit(tmp_path / "dets", found, boxes, prefix), boxes)
+    back = read_detections(devkit(tmp_path / "dets", found, boxes, prefix), boxes)
     assert voc_metrics(back, boxes) == voc_metrics(found, boxes)
     assert [len(one.boxes) for one in back] == [len(one.boxes) for one in found]
 
@@ -205,31 +212,31 @@ def test_mistakes_in_text_files_are_named(boxes: ObjectSamples, tmp_path: Path) 
         f"{name} 0.5 1 2 3 x": "could not convert",
         f"{name} 0.5 1 2 nan 4": "nan is not finite",
         f"{name} 0.5 1 2 1e60 4": "1e+60 is not finite",
-        "999999 0.5 1 2 3 4": "no picture is called '999999'",
+        "999999 0.5 1 2 3 4": "no image is called '999999'",
     }.items():
         dog.write_text(good + line + "\n")
         where = re.escape(f"{dog}:{count + 1}: ")
         with pytest.raises(ValueError, match=f"{where}.*{re.escape(words)}"):
-            read_found(folder, boxes)
+            read_detections(folder, boxes)
     dog.unlink()
     with pytest.raises(ValueError, match=r"no file \*_dog.txt"):
-        read_found(folder, boxes)
+        read_detections(folder, boxes)
     dog.write_text(good)
     (folder / "comp3_det_test_dog.txt").write_text("")
     with pytest.raises(ValueError, match="both of class dog"):
-        read_found(folder, boxes)
+        read_detections(folder, boxes)
     (folder / "comp3_det_test_dog.txt").unlink()
     (folder / "comp4_det_test_unicorn.txt").write_text("")
     with pytest.raises(ValueError, match=r"unicorn\.txt: no class"):
-        read_found(folder, boxes)
+        read_detections(folder, boxes)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_found(tmp_path / "absent", boxes)
+        read_detections(tmp_path / "absent", boxes)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": 1}, "no picture has image_id 1"),
+        ({"image_id": 1}, "no image has image_id 1"),
         ({"category_id": 2}, "no class has category_id 2"),
         ({"category_id": [1]}, "TypeError"),
         ({"bbox": [0, 0, 1]}, "not enough values"),
@@ -244,12 +251,12 @@ def test_mistakes_in_results_are_named(
     objects: coco.CocoSamples, tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     path = tmp_path / "found.json"
-    write_found(path, perfect(objects, masks=False), objects)
+    write_detections(path, perfect(objects, masks=False), objects)
     rows = json.loads(path.read_text())
     rows[3] |= change
     path.write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=re.escape(f"{path}: entry 3: ") + f".*{words}"):
-        read_found(path, objects)
+        read_detections(path, objects)
 
 
 def test_results_that_are_none_are_refused(objects: coco.CocoSamples, tmp_path: Path) -> None:
@@ -262,21 +269,21 @@ def test_results_that_are_none_are_refused(objects: coco.CocoSamples, tmp_path: 
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
-            read_found(path, objects)
-    write_found(path, perfect(objects, masks=True), objects)
+            read_detections(path, objects)
+    write_detections(path, perfect(objects, masks=True), objects)
     rows = json.loads(path.read_text())
     del rows[0]["segmentation"]
     path.write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="not all detections have masks"):
-        read_found(path, objects)
+        read_detections(path, objects)
 
 
 def save(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], *, palette: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if palette:
-        picture.putpalette(list(range(256)) * 3)
-    picture.save(path)
+        image.putpalette(list(range(256)) * 3)
+    image.save(path)
 
 
 def test_masks_of_cityscapes(tmp_path: Path) -> None:
@@ -309,7 +316,7 @@ def test_mistakes_in_masks_are_named(tmp_path: Path) -> None:
     save(file, np.zeros((height, width, 3), np.uint8))
     with pytest.raises(ValueError, match=f"{name}.png: .*mode RGB"):
         read_masks(folder, samples, 0)
-    file.write_bytes(b"no picture")
+    file.write_bytes(b"no image")
     with pytest.raises(ValueError, match=f"{name}.png: "):
         read_masks(folder, samples, 0)
     file.unlink()

@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.datasets.annotations import Objects
 from rotpred.metrics.average_precision import average_precision_of
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 from rotpred.metrics.voc_detection import OVERLAPS, means, per_class, voc_metrics
 
 pytestmark = pytest.mark.timeout(60)
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @dataclass
 class Samples:
-    """A data set without pictures."""
+    """A data set without images."""
 
     truth: Sequence[Objects]
     classes: tuple[str, ...] = ("a", "b", "c", "d")
@@ -60,10 +60,10 @@ def objects(*rows: tuple[int, int, int, int, int, int]) -> Objects:
     )
 
 
-def found(*rows: tuple[float, float, float, float, int, float]) -> Found:
+def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetections:
     """Of (left, top, right, bottom, label, score) each."""
     table = np.array(rows, np.float64).reshape(-1, 6)
-    return Found(
+    return ImageDetections(
         boxes=table[:, :4].astype(np.float32),
         labels=table[:, 4].astype(np.int64),
         scores=table[:, 5].astype(np.float32),
@@ -71,12 +71,12 @@ def found(*rows: tuple[float, float, float, float, int, float]) -> Found:
 
 
 def random_case(
-    seed: int, pictures: int, classes: int, *, many: int = 6
-) -> tuple[list[Found], Samples]:
+    seed: int, images: int, classes: int, *, many: int = 6
+) -> tuple[list[ImageDetections], Samples]:
     """Objects, and detections that shake some of them, miss some, repeat some and invent some."""
     draw = np.random.default_rng(seed)
     truth, results = [], []
-    for _ in range(pictures):
+    for _ in range(images):
         k = int(draw.integers(0, many))
         corner, side = draw.integers(0, 60, (k, 2)), draw.integers(5, 40, (k, 2))
         boxes = np.hstack([corner, corner + side])
@@ -93,7 +93,7 @@ def random_case(
         names = np.hstack([labels[chosen], draw.integers(0, classes, 3)]).astype(np.int64)
         # Three decimals leave equal scores.
         scores = draw.random(len(mine)).astype(np.float32) * np.float32(0.05)
-        results.append(Found(mine, names, scores))
+        results.append(ImageDetections(mine, names, scores))
     names = tuple(f"class {i}" for i in range(classes + 1))
     return results, Samples(truth, classes=names)
 
@@ -115,7 +115,7 @@ def overlap(a: Sequence[Fraction], b: Sequence[Fraction]) -> Fraction:
 
 
 def straight(
-    results: Sequence[Found], samples: Samples, label: int, least: Fraction
+    results: Sequence[ImageDetections], samples: Samples, label: int, least: Fraction
 ) -> tuple[float, float] | None:
     """11-point AP and area of one class, from the definition."""
     truth = {
@@ -167,7 +167,7 @@ def straight(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_boxes_follow_the_definition(seed: int) -> None:
-    results, samples = random_case(seed, pictures=25, classes=3)
+    results, samples = random_case(seed, images=25, classes=3)
     aps = per_class(results, samples)
     assert np.isnan(aps.eleven[3]).all() and np.isnan(aps.area[3]).all(), "a class without objects"
     expected: list[list[tuple[float, float]]] = []
@@ -188,7 +188,7 @@ def test_random_boxes_follow_the_definition(seed: int) -> None:
 
 
 def test_by_hand() -> None:
-    # Two objects of class 0, one of them difficult in the second picture; one of class 1.
+    # Two objects of class 0, one of them difficult in the second image; one of class 1.
     samples = Samples(
         [objects((0, 0, 10, 10, 0, 0), (50, 50, 60, 60, 1, 0)),
          objects((0, 0, 10, 10, 0, 1), (20, 20, 30, 30, 0, 0))]
@@ -221,7 +221,7 @@ def test_a_detection_takes_its_best_object_only() -> None:
 
 def test_rounding_and_equal_scores() -> None:
     samples = Samples([objects((0, 0, 10, 10, 0, 0)), objects((0, 0, 10, 10, 0, 0))])
-    # 0.9004 and 0.9001 are both 0.900: the first picture's wrong one comes first.
+    # 0.9004 and 0.9001 are both 0.900: the first image's wrong one comes first.
     results = [found((40, 40, 50, 50, 0, 0.9001)), found((0, 0, 10, 10, 0, 0.9004))]
     assert per_class(results, samples).area[0, 0] == pytest.approx(0.25, abs=1e-12)
     assert per_class(
@@ -238,7 +238,7 @@ def test_nothing_found_and_nothing_to_find() -> None:
     assert set(voc_metrics([found(), found()], samples).values()) == {0.0}
     with pytest.raises(ValueError, match="not difficult"):
         voc_metrics([found()], Samples([objects((0, 0, 10, 10, 0, 1))]))
-    with pytest.raises(ValueError, match="1 pictures for a data set of 2"):
+    with pytest.raises(ValueError, match="1 images for a data set of 2"):
         voc_metrics([found()], samples)
     with pytest.raises(ValueError, match="not among the 4 classes"):
         voc_metrics([found(), found((0, 0, 1, 1, 4, 0.5))], samples)
@@ -270,7 +270,7 @@ def test_voc2007_test_takes_seconds() -> None:
         truth.append(Objects(boxes, labels, draw.random(3) < 0.2, np.zeros(3, bool)))
         near = np.repeat(boxes, 33, axis=0) + draw.normal(0, 8, (99, 4)).astype(np.float32)
         scores = draw.random(99).astype(np.float32)
-        results.append(Found(near, np.repeat(labels, 33), scores))
+        results.append(ImageDetections(near, np.repeat(labels, 33), scores))
     samples = Samples(truth, classes=tuple(str(i) for i in range(20)))
     start = perf_counter()
     values = voc_metrics(results, samples)

@@ -23,7 +23,7 @@ SIZES = [[64, 48], [50, 64]]
 
 
 def truth() -> list[Target]:
-    """Three objects in two pictures of SIZES."""
+    """Three objects in two images of SIZES."""
     targets: list[Target] = [
         {"boxes": torch.tensor([[4.0, 4, 30, 40]]), "labels": torch.tensor([1])},
         {
@@ -152,7 +152,7 @@ def test_anchors_lie_where_a_loop_puts_them(stride: int) -> None:
     """At every place of the map from the corner on, without rounding, row by row."""
     sizes, rows, columns = (32, 64), 2, 3
     made = Anchors((sizes,), (stride,))
-    # The picture is lower than the map's rows times the stride, as above P5 of odd height.
+    # The image is lower than the map's rows times the stride, as above P5 of odd height.
     images = ImageList(torch.zeros(1, 3, stride * rows - stride // 2, stride * columns), [(9, 9)])
     (found,) = made(images, [torch.zeros(1, 8, rows, columns)])
     expected = []
@@ -187,7 +187,7 @@ def test_losses_of_the_proposals_by_hand() -> None:
 
 
 def test_the_choice_is_a_function_of_the_seed() -> None:
-    """Numbers as asked for, and the same whatever the picture's neighbours and torch's state."""
+    """Numbers as asked for, and the same whatever the image's neighbours and torch's state."""
     labels = torch.cat((torch.ones(40), torch.zeros(100), -torch.ones(20)))[torch.randperm(160)]
     few = torch.tensor([1.0, 0, 0, -1])
     draws = Draws(64, 0.25)
@@ -240,7 +240,7 @@ def test_training_reaches_every_weight(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4 in bf16"])
-def test_detections_lie_in_the_picture_and_are_float32(kind: str) -> None:
+def test_detections_lie_in_the_image_and_are_float32(kind: str) -> None:
     torch.manual_seed(0)
     few = replace(FEW_FPN if kind == "fpn" else FEW, after=(30, 3))
     build = mask_rcnn_fpn if kind == "fpn" else faster_rcnn_c4
@@ -260,7 +260,7 @@ def test_detections_lie_in_the_picture_and_are_float32(kind: str) -> None:
             assert one["masks"].min() >= 0 and one["masks"].max() <= 1
 
 
-def test_a_picture_without_objects_has_losses() -> None:
+def test_a_image_without_objects_has_losses() -> None:
     model = mask_rcnn_fpn(build_backbone("resnet18"), 3, FEW_FPN)
     nothing: Target = {
         "boxes": torch.zeros(0, 4),

@@ -72,7 +72,7 @@ def test_losses_of_the_heads_by_hand() -> None:
 
 
 def test_every_class_has_its_own_box() -> None:
-    """Deltas in tenths and fifths of the proposal's sides; clipped to the picture."""
+    """Deltas in tenths and fifths of the proposal's sides; clipped to the image."""
     heads = Heads(Pooler(7, {"res4": 16}), nn.Flatten(), BoxPredictor(8, 3), rois=8).eval()
     proposals = [torch.tensor([[20.0, 20, 40, 60], [60, 10, 80, 30]])]
     logits = torch.tensor([[0.0, 0, 9, 0], [9.0, 0, 0, 8]])
@@ -100,7 +100,7 @@ def test_goals_of_masks() -> None:
 
 
 def test_masks_are_pasted_as_a_loop_does() -> None:
-    """Bilinear at the middle of every pixel, nothing outside of the box or of the picture."""
+    """Bilinear at the middle of every pixel, nothing outside of the box or of the image."""
     draw = np.random.default_rng(2)
     masks = draw.random((4, 5, 5)).astype(np.float32)
     boxes = np.array([[3.3, 2.1, 17.8, 12.4], [-4, -3, 6, 9.5], [12, 8, 30, 25], [5, 5, 5, 9]])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.batch import DenseBatch
-from pipelines.dense.spec import RatioCrop, Within
+from pipelines.dense.spec import FitWithin, RatioCrop
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.protocols.segmentation import Segment, slide
@@ -45,7 +45,7 @@ def test_sliding_windows(size: tuple[int, int], crop: int, stride: int) -> None:
 
 
 def test_windows_of_cityscapes() -> None:
-    """Eight windows of 769 in a picture of 1025 x 2049, the first and last at its corners."""
+    """Eight windows of 769 in an image of 1025 x 2049, the first and last at its corners."""
     corners = []
 
     def logits_of(x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_the_published_settings() -> None:
     ):
         assert RECIPES[made.name]() == made and made.backbone == "resnet50"
         assert made.train.geometry == RatioCrop(crop, *frame, ratio=(0.5, 2.0), most=0.75)
-        assert made.val.geometry == Within(*frame)
+        assert made.val.geometry == FitWithin(*frame)
         assert made.train.photometric and made.train.flip
         assert not (made.val.photometric or made.val.flip or made.val.train)
         assert made.train.divisor == made.val.divisor == made.val.batch_size == 1

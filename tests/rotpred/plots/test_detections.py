@@ -1,4 +1,4 @@
-"""Drawings of detections and masks: where colours and names are, not only that some are."""
+"""Drawings of detections and masks: where colors and names are, not only that some are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from pipelines.datasets.annotations import Objects
 from pipelines.dense.batch import Target
-from rotpred.metrics.detections import Found
+from rotpred.metrics.detections import ImageDetections
 from rotpred.plots.detections import CITYSCAPES_PALETTE, boxes_figure, masks_figure, voc_palette
 from rotpred.records.tensorboard import pixels as pixels_of
 
@@ -22,9 +22,9 @@ CLASSES = ("cat", "dog", "hot dog")
 GREY = np.full((120, 160, 3), 128, np.uint8)
 
 
-def found(*rows: tuple[float, float, float, float, int, float]) -> Found:
+def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetections:
     table = np.array(rows, np.float64).reshape(-1, 6)
-    return Found(
+    return ImageDetections(
         boxes=table[:, :4].astype(np.float32),
         labels=table[:, 4].astype(np.int64),
         scores=table[:, 5].astype(np.float32),
@@ -69,8 +69,8 @@ def test_boxes_lie_where_they_were_found() -> None:
     assert boxes_figure([GREY], [one], CLASSES).legends == []
 
 
-def test_names_hide_neither_each_other_nor_leave_the_picture() -> None:
-    # Eight boxes in one corner, and one that fills the picture.
+def test_names_hide_neither_each_other_nor_leave_the_image() -> None:
+    # Eight boxes in one corner, and one that fills the image.
     rows = [(100.0 + k, 2.0 + k, 158.0, 60.0 + k, k % 3, 0.9 - k / 50) for k in range(8)]
     fig = boxes_figure([GREY], [found(*rows, (0, 0, 160, 120, 2, 0.95))], CLASSES)
     pixels = pixels_of(fig)
@@ -96,7 +96,7 @@ def test_masks_tint_their_pixels_only() -> None:
     mask[30:60, 20:80] = 1
     box = found((20, 30, 80, 60, 1, 0.9))
     runs = tools.encode(mask)
-    tinted = Found(box.boxes, box.labels, box.scores, (runs,))
+    tinted = ImageDetections(box.boxes, box.labels, box.scores, (runs,))
     target: Target = {
         "boxes": torch.from_numpy(box.boxes),
         "labels": torch.tensor([2]),
@@ -113,7 +113,7 @@ def test_masks_tint_their_pixels_only() -> None:
     assert (shown[0][30, 20:80] != shown[0][45, 50]).any(), "no rim"
 
 
-def test_masks_in_the_colours_of_their_classes() -> None:
+def test_masks_in_the_colors_of_their_classes() -> None:
     palette = voc_palette(4)
     truth = np.zeros((40, 60), np.uint8)
     truth[10:20, 10:30] = 2
@@ -121,16 +121,16 @@ def test_masks_in_the_colours_of_their_classes() -> None:
     mine: npt.NDArray[np.uint8] = truth.copy()
     mine[:5], mine[10:20, 10:20] = 0, 3
     names = ("background", *CLASSES)
-    picture = np.zeros((40, 60, 3), np.uint8)
-    fig = masks_figure([picture], [mine], [truth], names, palette)
+    image = np.zeros((40, 60, 3), np.uint8)
+    fig = masks_figure([image], [mine], [truth], names, palette)
     images = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes]
-    np.testing.assert_array_equal(images[0], picture)
+    np.testing.assert_array_equal(images[0], image)
     np.testing.assert_array_equal(images[1], palette[mine])
     np.testing.assert_array_equal(images[2][5:], palette[truth[5:]])
     assert (images[2][:5] == 255).all()
     right = 100 * (1 - 100 / (35 * 60))
     titles = [ax.get_title() for ax in fig.axes]
-    assert titles == ["picture", f"predicted: {right:.1f} % right", "truth"]
+    assert titles == ["image", f"predicted: {right:.1f} % right", "truth"]
     legend = [text.get_text() for text in fig.legends[0].get_texts()]
     assert legend == ["background", "dog", "hot dog", "not counted"]
     assert pixels_of(fig).shape[2] == 3
@@ -148,13 +148,13 @@ def test_palettes_are_the_published_ones() -> None:
 
 def test_mistakes_are_named() -> None:
     mask = np.zeros((120, 160), np.uint8)
-    with pytest.raises(ValueError, match="1 pictures, but results for"):
+    with pytest.raises(ValueError, match="1 images, but results for"):
         boxes_figure([GREY], [found(), found()], CLASSES)
-    with pytest.raises(ValueError, match="0 pictures"):
+    with pytest.raises(ValueError, match="0 images"):
         boxes_figure([], [], CLASSES)
-    with pytest.raises(ValueError, match="1 pictures, 0 and 1 masks"):
+    with pytest.raises(ValueError, match="1 images, 0 and 1 masks"):
         masks_figure([GREY], [], [mask], CLASSES, voc_palette())
-    with pytest.raises(ValueError, match="2 colours for 3 classes"):
+    with pytest.raises(ValueError, match="2 colors for 3 classes"):
         masks_figure([GREY], [mask], [mask], CLASSES, voc_palette(2))
-    with pytest.raises(ValueError, match="of a picture"):
+    with pytest.raises(ValueError, match="of an image"):
         masks_figure([GREY], [mask], [mask[1:]], CLASSES, voc_palette())

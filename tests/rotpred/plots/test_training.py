@@ -51,13 +51,13 @@ def test_views_grid_shows_each_view_under_its_label(dtype: torch.dtype) -> None:
         *("180°", "180°", "180°"),
         *("270°", "270°", "270°"),
     ]
-    pictures = list(shown(fig))
-    upright = pictures[1]
+    panels = list(shown(fig))
+    upright = panels[1]
     mean, std = (np.array(v) for v in (CIFAR10.mean, CIFAR10.std))
     expected = (images[1].float().permute(1, 2, 0).numpy() * std + mean) / 255
     np.testing.assert_allclose(upright, expected.clip(0, 1), atol=1e-5)
     for k in range(4):
-        np.testing.assert_allclose(pictures[3 * k + 1], np.rot90(upright, k), atol=1e-2)
+        np.testing.assert_allclose(panels[3 * k + 1], np.rot90(upright, k), atol=1e-2)
 
 
 def test_views_grid_takes_a_batch_smaller_than_its_columns() -> None:
@@ -138,9 +138,9 @@ def test_curves_of_real_rows(tmp_path: Path) -> None:
     both = {str(line.get_label()): line for line in drawn["Throughput (1/s)"].lines}
     assert set(np.asarray(both["views/s"].get_ydata())) == {64.0}
     assert set(np.asarray(both["images/s"].get_ydata())) == {16.0}
-    with Image.open(tmp_path / "figures" / "curves.png") as picture:
-        assert picture.size == (1104, 696)
-        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+    with Image.open(tmp_path / "figures" / "curves.png") as image:
+        assert image.size == (1104, 696)
+        assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "epoch": 0, "loss": None}]])
@@ -149,7 +149,7 @@ def test_curves_of_nothing_are_refused(rows: list[dict[str, object]]) -> None:
         curves(rows)
 
 
-def test_every_figure_makes_a_picture_with_something_on_it() -> None:
+def test_every_figure_makes_a_image_with_something_on_it() -> None:
     images, targets = views(8)
     for fig in (
         views_grid(images, targets=targets, normalize=CIFAR10),
@@ -157,7 +157,7 @@ def test_every_figure_makes_a_picture_with_something_on_it() -> None:
         filters(torch.randn(64, 3, 7, 7)),
         curves([{"step": 1, "loss": 1.0}]),
     ):
-        picture = pixels_of(fig)
-        height, width, channels = picture.shape
+        image = pixels_of(fig)
+        height, width, channels = image.shape
         assert channels == 3 and height > 250 and width > 350
-        assert picture.std() > 5
+        assert image.std() > 5

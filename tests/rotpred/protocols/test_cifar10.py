@@ -23,7 +23,7 @@ from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.recipes.every import EVALUATION
 from rotpred.weights.load import save_backbone
-from tests.conftest import save_jpeg, smooth_picture
+from tests.conftest import save_jpeg, smooth_image
 from tests.rotpred.protocols.test_features import COSTS, few, full
 from tests.rotpred.protocols.test_knn import straight
 from tests.rotpred.protocols.test_svm import unit
@@ -35,18 +35,18 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 TRAIN, TEST = 60, 37
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 BLOCKS = ("conv1", "conv2", "conv3", "conv4")
-SHORT = ["--run.epochs", "1", "--run.precision", "fp32", "--run.keep", "2"]
+SHORT = ["--run.epochs", "1", "--run.precision", "fp32", "--run.keep-checkpoints", "2"]
 LOW = ["--costs", *map(str, COSTS)]
 """The costs that scikit-learn solves to the last digits in a moment."""
 
 OPTIONS = {
     "cifar10_linear": ["--train.batch-size", "20", *SHORT],
-    "cifar10_probes": ["--train.batch-size", "10", "--train.limit", "20", *SHORT],
+    "cifar10_probes": ["--train.batch-size", "10", "--train.max-samples", "20", *SHORT],
     "cifar10_knn": ["--neighbours", "1", "5"],
     "cifar10_svm": LOW,
     "cifar10_lowshot": ["--shots", "1", "2", "--draws", "2", *LOW],
-    "cifar10_semi_1": ["--train.per-class", "4", "--train.batch-size", "10", *SHORT],
-    "cifar10_semi_10": ["--train.per-class", "6", "--train.batch-size", "10", *SHORT],
+    "cifar10_semi_1": ["--train.samples-per-class", "4", "--train.batch-size", "10", *SHORT],
+    "cifar10_semi_10": ["--train.samples-per-class", "6", "--train.batch-size", "10", *SHORT],
 }
 METRICS = {
     "cifar10_linear": {f"top{k}/{name}" for k in (1, 5) for name in (*STAGES, "avgpool")},
@@ -69,11 +69,11 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Pictures of 32 pixels: what is common to a class, and as much of each one's own."""
+    """Images of 32 pixels: what is common to a class, and as much of each one's own."""
     base = tmp_path_factory.mktemp("cifar10")
     for part, count in (("train", TRAIN), ("test", TEST)):
         for i in range(count):
-            shared, own = smooth_picture(i % 10, 32, 32), smooth_picture(100 + count + i, 32, 32)
+            shared, own = smooth_image(i % 10, 32, 32), smooth_image(100 + count + i, 32, 32)
             path = base / part / CLASSES[i % 10] / f"{i:03}.jpg"
             save_jpeg(path, Image.blend(shared, own, 0.7))
         write_beton(SampleIndex.from_folder(base / part), base / f"{part}.beton", workers=1)
@@ -81,7 +81,7 @@ def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def trunks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone, str]]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone, str]]:
     """Random weights by name of the network, and their files."""
     base, found = tmp_path_factory.mktemp("weights"), {}
     for arch in ("resnet18_tiny", "nin4"):
@@ -93,21 +93,21 @@ def trunks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone
     return found
 
 
-def features(trunk: Backbone, spec: LoaderSpec) -> tuple[list[list[torch.Tensor]], list[int]]:
-    """All stages' maps of the pictures one by one, and the labels."""
+def features(backbone: Backbone, spec: LoaderSpec) -> tuple[list[list[torch.Tensor]], list[int]]:
+    """All stages' maps of the images one by one, and the labels."""
     maps, labels = [], []
     with open_loader(spec) as loader, torch.no_grad():
         for batch in loader.epoch(0):
             for image, label, valid in zip(batch.images, batch.labels, batch.valid, strict=True):
                 if valid:
-                    maps.append(list(trunk.stages(image[None])))
+                    maps.append(list(backbone.stages(image[None])))
                     labels.append(int(label))
     return maps, labels
 
 
-def last(trunk: Backbone, spec: LoaderSpec, *, averaged: bool) -> tuple[Rows, list[int]]:
+def last(backbone: Backbone, spec: LoaderSpec, *, averaged: bool) -> tuple[Rows, list[int]]:
     """The last stage's map, flat or averaged: nothing else is pooled, as small as it is."""
-    maps, labels = features(trunk, spec)
+    maps, labels = features(backbone, spec)
     tops = [of_one[-1].mean((2, 3)) if averaged else of_one[-1] for of_one in maps]
     return np.stack([top.numpy().ravel() for top in tops]), labels
 
@@ -121,9 +121,9 @@ def tops(logits: list[torch.Tensor], truth: list[int]) -> list[float]:
     ]
 
 
-def check_linear(recipe: Any, trunk: Backbone, found: Found, out: Path) -> None:
+def check_linear(recipe: Any, backbone: Backbone, found: Found, out: Path) -> None:
     model = saved(out)
-    maps, truth = features(trunk, recipe.val)
+    maps, truth = features(backbone, recipe.val)
     logits = [
         F.linear(of_one[-1].mean((2, 3)), model["0.layers.2.weight"], model["0.layers.2.bias"])
         for of_one in maps
@@ -132,10 +132,10 @@ def check_linear(recipe: Any, trunk: Backbone, found: Found, out: Path) -> None:
         assert found[f"top{k}/avgpool"]["value"] == pytest.approx(value)
 
 
-def check_probes(recipe: Any, trunk: Backbone, found: Found, out: Path) -> None:
+def check_probes(recipe: Any, backbone: Backbone, found: Found, out: Path) -> None:
     """The non-linear probe of the last block: the eighth of twelve classifiers."""
     own = {k.removeprefix("7.layers."): v for k, v in saved(out).items() if k.startswith("7.")}
-    maps, truth = features(trunk, recipe.val)
+    maps, truth = features(backbone, recipe.val)
     logits = []
     for of_one in maps:
         x = of_one[-1].flatten(1)
@@ -148,9 +148,9 @@ def check_probes(recipe: Any, trunk: Backbone, found: Found, out: Path) -> None:
         assert found[f"top{k}/conv4/nonlinear"]["value"] == pytest.approx(value)
 
 
-def check_knn(recipe: Any, trunk: Backbone, found: Found, _out: Path) -> None:
-    bank, ids = last(trunk, recipe.train, averaged=True)
-    queries, truth = last(trunk, recipe.val, averaged=True)
+def check_knn(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None:
+    bank, ids = last(backbone, recipe.train, averaged=True)
+    queries, truth = last(backbone, recipe.val, averaged=True)
     assert (recipe.temperature, recipe.normalize) == (0.07, True)
     for k in (1, 5):
         hits = straight(bank, queries, np.array(ids), np.array(truth), k, 0.07, cosine=True)
@@ -158,24 +158,24 @@ def check_knn(recipe: Any, trunk: Backbone, found: Found, _out: Path) -> None:
             assert found[f"top{top}/k={k}"]["value"] == pytest.approx(100 * count / TEST)
 
 
-def check_svm(recipe: Any, trunk: Backbone, found: Found, _out: Path) -> None:
+def check_svm(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None:
     row = found["mAP/avgpool"]
     assert row["classes"] == list(CLASSES)
-    expected = full(*tables(recipe, trunk, averaged=True))
+    expected = full(*tables(recipe, backbone, averaged=True))
     assert row["per_class"] == pytest.approx(expected, abs=1e-6)
     assert row["value"] == pytest.approx(100 * np.mean(expected), abs=1e-6)
 
 
-def check_lowshot(recipe: Any, trunk: Backbone, found: Found, _out: Path) -> None:
-    expected = few(*tables(recipe, trunk, averaged=False), shots=2, draws=2)
+def check_lowshot(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None:
+    expected = few(*tables(recipe, backbone, averaged=False), shots=2, draws=2)
     row = found["mAP/res5/k=2"]
     assert row["value"] == pytest.approx(100 * expected.mean(), abs=1e-6)
     assert row["deviation"] == pytest.approx(100 * expected.std(), abs=1e-6)
 
 
-def tables(recipe: Any, trunk: Backbone, *, averaged: bool) -> tuple[Any, ...]:
+def tables(recipe: Any, backbone: Backbone, *, averaged: bool) -> tuple[Any, ...]:
     """Features of training and test data, and each class against the rest of both."""
-    parts = [last(trunk, spec, averaged=averaged) for spec in (recipe.train, recipe.val)]
+    parts = [last(backbone, spec, averaged=averaged) for spec in (recipe.train, recipe.val)]
     signs = [
         np.where(np.array(labels)[:, None] == np.arange(10), 1, -1).astype(np.int8)
         for _, labels in parts
@@ -183,11 +183,11 @@ def tables(recipe: Any, trunk: Backbone, *, averaged: bool) -> tuple[Any, ...]:
     return *(unit(rows) for rows, _ in parts), *signs
 
 
-def check_semi(recipe: Any, trunk: Backbone, found: Found, out: Path) -> None:
+def check_semi(recipe: Any, backbone: Backbone, found: Found, out: Path) -> None:
     """Of the whole network as it was saved, all layers of which have moved."""
-    model, state = make_rotnet(trunk.arch, 10).eval(), saved(out)
+    model, state = make_rotnet(backbone.arch, 10).eval(), saved(out)
     model.load_state_dict(state)
-    for name, parameter in trunk.named_parameters():
+    for name, parameter in backbone.named_parameters():
         assert not torch.equal(parameter, state[f"backbone.{name}"]), name
     maps, truth = features(model.backbone, recipe.val)
     with torch.no_grad():
@@ -212,12 +212,12 @@ CHECKS: dict[str, Callable[[Any, Backbone, Found, Path], None]] = {
 def test_end_to_end(
     name: str,
     betons: dict[str, str],
-    trunks: dict[str, tuple[Backbone, str]],
+    backbones: dict[str, tuple[Backbone, str]],
     tmp_path: Path,
 ) -> None:
-    """Every metric with the right n; one of each recipe from the weights, picture by picture."""
+    """Every metric with the right n; one of each recipe from the weights, image by image."""
     arch = "nin4" if name == "cifar10_probes" else "resnet18_tiny"
-    trunk, weights = trunks[arch]
+    backbone, weights = backbones[arch]
     args = [name, "--weights", weights, "--backbone", arch, *OPTIONS[name]]
     args += ["--run.device", "cpu", "--run.out", str(tmp_path / "run")]
     for part, data in (("train", betons["train"]), ("val", betons["test"])):
@@ -232,7 +232,7 @@ def test_end_to_end(
         assert 0 <= row["value"] <= 100
     recipe = cli.choose(EVALUATION, args, "")
     assert recipe.val.normalize == recipe.train.normalize == CIFAR10
-    CHECKS[name](recipe, trunk, found, tmp_path / "run")
+    CHECKS[name](recipe, backbone, found, tmp_path / "run")
 
 
 def test_every_recipe_is_here() -> None:

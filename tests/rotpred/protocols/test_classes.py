@@ -11,11 +11,11 @@ import pytest
 from pipelines.spec import CenterCrop, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import finetune, knn, svm
-from rotpred.protocols.classes import Labelled, shared_classes
+from rotpred.protocols.classes import LabeledData, shared_classes
 from rotpred.recipes.finetune import RECIPES, in1k_semi
 from rotpred.recipes.svm import RECIPES as FROZEN
-from rotpred.training.settings import Run
-from tests.conftest import save_jpeg, smooth_picture
+from rotpred.training.settings import RunSettings
+from tests.conftest import save_jpeg, smooth_image
 from tests.support.classification_trees import plant
 from tests.support.run_outputs import results
 
@@ -35,7 +35,7 @@ NAMES = ("abbey", "bar", "yard")
     ],
 )
 def test_ids_go_with_any_names(train: Any, val: Any, count: int) -> None:
-    one, other = Labelled("a", train[0], 0, train[1]), Labelled("b", val[0], 0, val[1])
+    one, other = LabeledData("a", train[0], 0, train[1]), LabeledData("b", val[0], 0, val[1])
     assert shared_classes(one, other) == count
 
 
@@ -50,7 +50,10 @@ def test_ids_go_with_any_names(train: Any, val: Any, count: int) -> None:
     ],
 )
 def test_other_classes_are_refused(train: Any, val: Any, words: str) -> None:
-    one, other = Labelled("a", train[0], 0, train[1]), Labelled("b", val[0], min(0, val[1]), val[1])
+    one, other = (
+        LabeledData("a", train[0], 0, train[1]),
+        LabeledData("b", val[0], min(0, val[1]), val[1]),
+    )
     with pytest.raises(ValueError, match=words):
         shared_classes(one, other)
 
@@ -68,13 +71,13 @@ def test_a_list_with_labels_is_tested_on_the_official_archive(tmp_path: Path) ->
             backbone="nin3",
             sync_bn="off",
             train=replace(
-                made.train, data=lists.train, root=lists.train_root, limit=8,
+                made.train, data=lists.train, root=lists.train_root, max_samples=8,
                 crop=RandomResizedCrop(32), **common,
             ),
             val=replace(
                 made.val, data=folders.val, root=folders.val_root, crop=CenterCrop(32, 36), **common
             ),
-            run=Run(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu"),
+            run=RunSettings(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu"),
         ),
         Rank(),
     )  # fmt: skip
@@ -87,7 +90,7 @@ def test_features_of_other_classes_are_refused(name: str, tmp_path: Path) -> Non
     for split, classes in (("train", ("ant", "cat")), ("val", ("ant", "dog"))):
         for label, one in enumerate(classes):
             for i in range(2):
-                save_jpeg(tmp_path / split / one / f"{i}.jpg", smooth_picture(label, 40, 40))
+                save_jpeg(tmp_path / split / one / f"{i}.jpg", smooth_image(label, 40, 40))
     made: Any = FROZEN[name]()
     common: dict[str, Any] = {"engine": "folder", "workers": 1, "batch_size": 2, "limit": None}
     made = replace(

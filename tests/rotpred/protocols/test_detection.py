@@ -20,18 +20,18 @@ from pycocotools import mask as run_lengths
 from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import ShortSide
 from rotpred.distributed import Rank
-from rotpred.metrics.predictions import read_found
+from rotpred.metrics.predictions import read_detections
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.roi_heads import paste_masks
 from rotpred.models.detection.rpn import Proposals
 from rotpred.protocols import dense, detection
-from rotpred.protocols.dense import Evaluation, scaled
+from rotpred.protocols.dense import DenseResult, scaled
 from rotpred.protocols.detection import Detect
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.report.results import read_runs
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from tests.support import processes
 from tests.support.dense_trees import coco, voc
 from tests.support.run_outputs import results, saved
@@ -41,13 +41,13 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny trees: three pictures in each list of VOC, three of COCO and one without objects."""
+    """Tiny trees: three images in each list of VOC, three of COCO and one without objects."""
     base = tmp_path_factory.mktemp("trees")
     return {"voc0712_det": voc(base, n=3), "coco_det": coco(base, n=3)}
 
 
 def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Detection:
-    """A published recipe at toy size: short side 32, an epoch of three steps of two pictures."""
+    """A published recipe at toy size: short side 32, an epoch of three steps of two images."""
     made, root = RECIPES[name](), str(roots[name])
     sides = (16, 32) if made.model == "faster_rcnn_c4" else (8, 16, 32, 64, 128)
     base = replace(
@@ -60,10 +60,10 @@ def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Detec
             made.train, root=root, batch_size=2, geometry=ShortSide((32, 40), 64),
             steps_per_epoch=3, workers=1,
         ),
-        val=replace(made.val, root=root, geometry=ShortSide((32,), 64), workers=1, limit=3),
+        val=replace(made.val, root=root, geometry=ShortSide((32,), 64), workers=1, max_samples=3),
         # So slow that three steps leave every class of COCO's three probable enough.
         optim=Optim(lr=0.001 if made.model == "mask_rcnn_fpn" else 0.01, weight_decay=1e-4),
-        run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=1, keep=2),
+        run=RunSettings(out=str(out), epochs=1, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -79,11 +79,11 @@ def finished(
 
 
 def test_the_run_folder(finished: Detection) -> None:
-    """Losses by name that add up, a validation, pictures, and results by name."""
+    """Losses by name that add up, a validation, images, and results by name."""
     out, masks = Path(finished.run.out), finished.model == "mask_rcnn_fpn"
     for name in ("detections", "curves"):
-        with Image.open(out / f"figures/{name}.png") as picture:
-            assert picture.width > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 20
+        with Image.open(out / f"figures/{name}.png") as image:
+            assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
@@ -102,13 +102,13 @@ def test_the_run_folder(finished: Detection) -> None:
 
 
 def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None:
-    """The file of the run, and the network that it saved on the pictures one by one."""
+    """The file of the run, and the network that it saved on the images one by one."""
     out = Path(finished.run.out)
     masks = finished.model == "mask_rcnn_fpn"
     with open_dense(finished.val) as val, torch.no_grad():
         model = Detect(finished).network(build_backbone("resnet18_tiny"), len(val.classes)).eval()
         model.load_state_dict(saved(out))
-        found = read_found(out / "predictions.json", val.samples)
+        found = read_detections(out / "predictions.json", val.samples)
         count = 0
         for batch in val.epoch(0):
             i = int(batch.indices[0])
@@ -161,7 +161,7 @@ def test_of_many_validations_the_last_is_kept(
 ) -> None:
     """Each holds figures of megabytes; the one returned is that of the final weights."""
     state: Any = types.SimpleNamespace(step=0, learn=lambda *_: None)
-    made: list[weakref.ref[Evaluation]] = []
+    made: list[weakref.ref[DenseResult]] = []
 
     def steps(*_: object, evaluate: Callable[[int], float], **__: object) -> Iterator[None]:
         for state.step in range(1, last_step + 1):
@@ -169,9 +169,9 @@ def test_of_many_validations_the_last_is_kept(
             if state.step % 2 == 0:
                 assert evaluate(state.step) == state.step
 
-    def validated(*_: object) -> Evaluation:
+    def validated(*_: object) -> DenseResult:
         assert sum(ref() is not None for ref in made) <= 1
-        found = Evaluation({"AP": float(state.step)}, n=1)
+        found = DenseResult({"AP": float(state.step)}, n=1)
         made.append(weakref.ref(found))
         return found
 
@@ -186,7 +186,7 @@ def test_of_many_validations_the_last_is_kept(
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """At the command line: three steps of one picture each, and every picture validated once."""
+    """At the command line: three steps of one image each, and every image validated once."""
     made = small(name, roots, tmp_path)
     args = [
         name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
@@ -195,9 +195,9 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
         "--train.root", str(roots[name]), "--train.batch-size", "1", "--train.workers", "1",
         "--train.geometry.lengths", "32", "--train.geometry.longest", "64",
         "--train.steps-per-epoch", "3", "--optim.reference-batch", "2", "--optim.lr", "0.01",
-        "--val.root", str(roots[name]), "--val.geometry.lengths", "32", "--val.limit", "3",
+        "--val.root", str(roots[name]), "--val.geometry.lengths", "32", "--val.max-samples", "3",
         "--val.workers", "1", "--run.out", str(tmp_path / "run"), "--run.epochs", "1",
-        "--run.device", "cpu", "--run.log-every", "1", "--run.timeout", "90",
+        "--run.device", "cpu", "--run.log-every-steps", "1", "--run.timeout", "90",
     ]  # fmt: skip
     console = tmp_path / "console.txt"
     assert processes.run(processes.evaluate, args, console=console, world=2) == [0, 0], (
@@ -206,16 +206,16 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
     found = results(tmp_path / "run")
     assert found["box/AP" if name == "coco_det" else "AP50"]["n"] == 3
     with open_dense(made.val) as val:
-        # read_found refuses pictures that are no part of the data; each came from one process.
-        assert len(read_found(tmp_path / "run/predictions.json", val.samples)) == 3
+        # read_found refuses images that are no part of the data; each came from one process.
+        assert len(read_detections(tmp_path / "run/predictions.json", val.samples)) == 3
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
 
 
-def test_the_rate_follows_the_number_of_pictures(
+def test_the_rate_follows_the_number_of_images(
     roots: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """2 pictures a step where 16 are meant: an eighth of the rate, eight times the steps."""
+    """2 images a step where 16 are meant: an eighth of the rate, eight times the steps."""
     made = small("voc0712_det", roots, tmp_path)
     made = replace(
         made,
@@ -228,12 +228,12 @@ def test_the_rate_follows_the_number_of_pictures(
     assert "0.02 x 2/16 = 0.0025, and 1 steps an epoch x 16/2 = 8" in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[0]["lr"] == pytest.approx(0.0025 * 0.001)
-    with caplog.at_level("INFO"):  # two steps an update: the rate of four pictures
+    with caplog.at_level("INFO"):  # two steps an update: the rate of four images
         scaled(replace(made, run=replace(made.run, accumulate=2)), Rank())
     assert "0.02 x 4/16 = 0.005, and 1 steps an epoch x 16/2 = 8" in caplog.text
 
 
-def test_what_pictures_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_what_images_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_path: Path) -> None:
     made = small("voc0712_det", roots, tmp_path)
     for name, words in (("compile", "no-compile"), ("cuda_graph", "no-cuda-graph")):
         with pytest.raises(ValueError, match=words):
@@ -258,7 +258,7 @@ def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
     """Text files of the devkit: the truth is perfect, and a shifted box is not."""
     made = small("voc0712_det", roots, tmp_path / "run")
     lines: dict[str, list[str]] = {}
-    with open_dense(replace(made.val, limit=None)) as val:
+    with open_dense(replace(made.val, max_samples=None)) as val:
         for i, name in enumerate(val.samples.names):
             objects = val.samples.objects(i)
             for box, label in zip(objects.boxes.tolist(), objects.labels.tolist(), strict=True):
@@ -271,7 +271,7 @@ def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
     folder.mkdir()
     for name in classes:
         (folder / f"comp3_det_test_{name}.txt").write_text("\n".join(lines.get(name, [])))
-    made = replace(made, predictions=str(folder), val=replace(made.val, limit=None))
+    made = replace(made, predictions=str(folder), val=replace(made.val, max_samples=None))
     assert detection.run(made, Rank()) == tmp_path / "run"
     found = results(tmp_path / "run")
     assert found["AP50"]["value"] == found["AP75"]["value"] == pytest.approx(100)

@@ -15,15 +15,15 @@ from sklearn.model_selection import StratifiedKFold
 
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.loader import open_loader
-from pipelines.spec import CenterCrop, LoaderSpec, Squash
+from pipelines.spec import CenterCrop, LoaderSpec, Resize
 from rotpred.distributed import Rank
 from rotpred.protocols import knn, svm
-from rotpred.recipes.base import CachedPlace
+from rotpred.recipes.base import CachedFeatureRun
 from rotpred.recipes.knn import in1k_knn
 from rotpred.recipes.svm import voc07_lowshot, voc07_svm
-from rotpred.svm.low_shot import draw
-from rotpred.weights.trunk import load_trunk
-from tests.conftest import save_jpeg, smooth_picture
+from rotpred.svm.low_shot import draw_samples
+from rotpred.weights.frozen_backbone import load_frozen_backbone
+from tests.conftest import save_jpeg, smooth_image
 from tests.rotpred.protocols.test_svm import straight_ap, svc, unit
 from tests.support.classification_trees import plant
 from tests.support.run_outputs import results
@@ -48,8 +48,8 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Label
     for split, count in SPLITS.items():
         names = [f"{len(split)}{i:05}" for i in range(count)]
         for i, name in enumerate(names):
-            picture = smooth_picture(i, 40 + i % 5, 44 + i % 7)
-            save_jpeg(base / "JPEGImages" / f"{name}.jpg", picture)
+            image = smooth_image(i, 40 + i % 5, 44 + i % 7)
+            save_jpeg(base / "JPEGImages" / f"{name}.jpg", image)
         draws = chance.random((count, len(VOC_CLASSES)))
         table = np.where(draws < 0.3, 1, np.where(draws < 0.4, 0, -1)).astype(np.int8)
         tables[split] = table
@@ -60,16 +60,16 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Label
 
 
 def averaged(spec: LoaderSpec, stage: str = "avgpool") -> tuple[Rows, list[int]]:
-    """The average pool of pictures one by one, through random weights, and their labels.
+    """The average pool of images one by one, through random weights, and their labels.
 
-    Or a stage's map, which is so small for pictures of 32 pixels that nothing is pooled.
+    Or a stage's map, which is so small for images of 32 pixels that nothing is pooled.
     """
     torch.manual_seed(spec.seed)
-    trunk = load_trunk("resnet18_tiny", "random", Rank())[0]
+    backbone = load_frozen_backbone("resnet18_tiny", "random", Rank())[0]
     rows, labels = [], []
     with open_loader(replace(spec, batch_size=1)) as loader, torch.no_grad():
         for batch in loader.epoch(0):
-            maps = dict(zip(trunk.stage_names, trunk.stages(batch.images), strict=True))
+            maps = dict(zip(backbone.stage_names, backbone.stages(batch.images), strict=True))
             last = maps["res5"].mean((2, 3))
             rows.append((last if stage == "avgpool" else maps[stage]).numpy().ravel())
             labels.append(int(batch.labels))
@@ -103,7 +103,7 @@ def few(
     signs = np.repeat([1, -1], [shots, shots * (classes - 1)])
     aps = np.zeros((draws, classes, len(COSTS)))
     for number, c, j in np.ndindex(aps.shape):
-        chosen = draw(table[:, c], shots, classes=classes, seed=(0, number, shots, c))
+        chosen = draw_samples(table[:, c], shots, classes=classes, seed=(0, number, shots, c))
         model = svc(COSTS[j]).fit(rows[chosen], signs)
         keep = truths[:, c] != 0
         scores = model.decision_function(others[keep])
@@ -114,13 +114,13 @@ def few(
 
 def small(base: Path, out: Path) -> dict[str, Any]:
     """The changes that bring a VOC07 recipe to the tree, straight from its folder."""
-    common: dict[str, Any] = {"root": str(base), "crop": Squash(32), "engine": "folder"}
+    common: dict[str, Any] = {"root": str(base), "crop": Resize(32), "engine": "folder"}
     spec = replace(voc07_svm().train, batch_size=8, workers=1, **common)
     return {
         "weights": "random", "backbone": "resnet18_tiny", "costs": COSTS,
         "train": replace(spec, data="voc2007:trainval"), "train_labels": "voc2007:trainval",
         "val": replace(spec, data="voc2007:test"), "val_labels": "voc2007:test",
-        "run": CachedPlace(str(out / "run"), "cpu", cache=str(out / "cache")),
+        "run": CachedFeatureRun(str(out / "run"), "cpu", cache=str(out / "cache")),
     }  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_in1k_knn(tmp_path: Path) -> None:
         store="float32",
         train=replace(made.train, data=tree.train, root=tree.train_root, **common),
         val=replace(made.val, data=tree.val, root=tree.val_root, **common),
-        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+        run=CachedFeatureRun(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
     )
     found = results(knn.run(recipe, Rank()))
     (bank, labels), (queries, truth) = averaged(recipe.train), averaged(recipe.val)

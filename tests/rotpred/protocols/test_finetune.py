@@ -25,7 +25,7 @@ from rotpred.protocols import finetune
 from rotpred.recipes.finetune import RECIPES, FineTuning, in1k_semi
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import lr_at
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from rotpred.training.state import TrainState
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Trees, plant
@@ -40,7 +40,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
 
 
 def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> FineTuning:
-    """in1k_semi_1 on two pictures of each class: 32 pixels, 4 pictures a step, two epochs."""
+    """in1k_semi_1 on two images of each class: 32 pixels, 4 images a step, two epochs."""
     tree, made = trees["in1k_semi_1"], RECIPES["in1k_semi_1"]()
     common: dict[str, Any] = {"engine": "folder", "workers": 1, "batch_size": 4}
     base = replace(
@@ -55,13 +55,13 @@ def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> Fi
             made.val, data=tree.val, root=tree.val_root, crop=CenterCrop(32, 36), **common
         ),
         optim=Optim(lr=0.01, weight_decay=5e-4),
-        run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
+        run=RunSettings(out=str(out), epochs=2, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
     )  # fmt: skip
     return replace(base, **changes)
 
 
 def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
-    """All layers move, and top-1 is that of the saved network on the pictures one by one."""
+    """All layers move, and top-1 is that of the saved network on the images one by one."""
     torch.manual_seed(3)
     source = build_backbone("resnet18_tiny")
     weights = tmp_path / "backbone.safetensors"
@@ -80,7 +80,7 @@ def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
             hits += int(model(batch.images).argmax()) == label
     row = results(out)["top1"]
     assert (row["value"], row["n"]) == (pytest.approx(10 * hits), 10)
-    assert (row["fraction"], row["lr"], row["head_mult"]) == (0.01, 0.01, 100.0)
+    assert (row["fraction"], row["lr"], row["head_lr_mult"]) == (0.01, 0.01, 100.0)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -134,14 +134,14 @@ def test_one_step_is_plain_sgd_with_two_rates(trees: Trees, tmp_path: Path) -> N
 def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole table and the best; finished points are kept; a rate that diverges is a result."""
     learned: list[Path] = []
-    learn = TrainState.learn
+    train_step = TrainState.train_step
 
     def spy(state: TrainState, *args: Any) -> None:
         learned.append(state.folder.parent)
-        learn(state, *args)
+        train_step(state, *args)
 
-    monkeypatch.setattr(TrainState, "learn", spy)
-    made = small(trees, tmp_path, grid=True, lrs=(0.01, 1e30), head_mults=(1.0, 10.0))
+    monkeypatch.setattr(TrainState, "train_step", spy)
+    made = small(trees, tmp_path, grid=True, lrs=(0.01, 1e30), head_lr_mults=(1.0, 10.0))
     assert finetune.run(made, Rank()) == tmp_path
     rows = results(tmp_path)
     names = {"top1/lr=0.01,head=1", "top1/lr=0.01,head=10"}
@@ -149,14 +149,14 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     best = max((rows[name] for name in sorted(names)), key=lambda row: row["value"])
     assert rows["top1"]["value"] == best["value"] and best["best"]
     assert [rows[name]["best"] for name in names].count(True) == 1
-    assert rows["top1"]["head_mult"] == best["head_mult"]
+    assert rows["top1"]["head_lr_mult"] == best["head_lr_mult"]
     assert rows["top1"]["not_finite"] == ["lr=1e+30,head=1", "lr=1e+30,head=10"]
     assert (rows["top1"]["chosen_on"], rows["top1"]["chosen_from"]) == ("val", 4)
     for mult in (1, 10):
         inner = results(tmp_path / f"grid/lr0.01_head{mult}")["top1"]
         assert inner["value"] == rows[f"top1/lr=0.01,head={mult}"]["value"]
-    with Image.open(tmp_path / "figures/grid.png") as picture:
-        assert picture.width > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 9
+    with Image.open(tmp_path / "figures/grid.png") as image:
+        assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 9
     assert len(set(learned)) == 4
 
     learned.clear()
@@ -169,13 +169,13 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert results(tmp_path)["top1"]["value"] == rows["top1"]["value"]
 
     # A smaller grid leaves nothing of the larger one behind.
-    finetune.run(replace(again, head_mults=(10.0,)), Rank())
+    finetune.run(replace(again, head_lr_mults=(10.0,)), Rank())
     rows = results(tmp_path)
     assert set(rows) == {"top1/lr=0.01,head=10", "top1"} and rows["top1"]["chosen_from"] == 1
 
 
 def test_a_grid_without_any_result_is_an_error(trees: Trees, tmp_path: Path) -> None:
-    made = small(trees, tmp_path, grid=True, lrs=(1e30,), head_mults=(1.0,))
+    made = small(trees, tmp_path, grid=True, lrs=(1e30,), head_lr_mults=(1.0,))
     with pytest.raises(ValueError, match="finite loss"):
         finetune.run(made, Rank())
 
@@ -226,14 +226,14 @@ def test_balanced_draws() -> None:
     with pytest.raises(ValueError, match="a label for every sample"):
         balanced(np.array([0, -1]), 1, seed=0)
     with pytest.raises(ValueError, match="per_class"):
-        LoaderSpec(per_class=3, limit=7)
+        LoaderSpec(samples_per_class=3, max_samples=7)
 
 
 def test_a_balanced_draw_is_the_same_for_files_and_betons(folder: Path, beton: Path) -> None:
-    """37 pictures of three classes: five of each, met once an epoch, in every epoch the same."""
+    """37 images of three classes: five of each, met once an epoch, in every epoch the same."""
     spec = LoaderSpec(
         data=str(folder), engine="folder", batch_size=4, crop=CenterCrop(16, 16), views="plain",
-        workers=1, per_class=5, drop_last=False,
+        workers=1, samples_per_class=5, drop_last=False,
     )  # fmt: skip
     met = []
     for data in (folder, beton):
@@ -267,14 +267,14 @@ def test_what_needs_a_root_and_what_has_none(trees: Trees, beton: Path, tmp_path
 def test_the_published_settings() -> None:
     """protocols, section 6: 4 x 64 images, 20 epochs, x0.2 at 12 and 16, decay by fraction."""
     for fraction, decay in ((0.01, 5e-4), (0.1, 1e-4)):
-        made = in1k_semi(fraction, lr=0.1, head_mult=10)
+        made = in1k_semi(fraction, lr=0.1, head_lr_mult=10)
         assert RECIPES[made.name]() == in1k_semi(fraction)
         assert (made.optim.weight_decay, made.optim.momentum) == (decay, 0.9)
         assert not made.optim.nesterov and made.optim.decay_rule == "all"
         assert made.train.batch_size * 4 == 256 and made.optim.lr_for(256) == 0.1
         assert (made.sync_bn, made.deterministic, made.run.epochs) == ("torch", True, 20)
-        assert made.head_mult == 10 and in1k_semi(fraction).head_mult == 100
-        assert (made.lrs, made.head_mults) == ((0.1, 0.01, 0.001), (1, 10, 100))
+        assert made.head_lr_mult == 10 and in1k_semi(fraction).head_lr_mult == 100
+        assert (made.lrs, made.head_lr_mults) == ((0.1, 0.01, 0.001), (1, 10, 100))
         rates = [lr_at(made.schedule, 1.0, epoch, 20) for epoch in (11.9, 12, 16)]
         assert rates == pytest.approx([1, 0.2, 0.04])
         assert made.train.crop == RandomResizedCrop(224) and made.val.crop == CenterCrop(224, 256)
@@ -287,7 +287,7 @@ def test_every_recipe(name: str) -> None:
     assert not (made.val.flip or made.val.shuffle or made.val.drop_last)
     assert made.train.views == made.val.views == "plain" and made.train.flip
     if name.startswith("cifar10"):
-        assert made.train.per_class == 5000 * made.fraction
+        assert made.train.samples_per_class == 5000 * made.fraction
         assert made.train.crop == RandomCrop(32, padding=4)
 
 
@@ -295,9 +295,9 @@ def test_every_recipe(name: str) -> None:
     ("changes", "words"),
     [
         ({"lrs": ()}, "lrs"),
-        ({"head_mults": (1.0, 1.0)}, "head_mults"),
+        ({"head_lr_mults": (1.0, 1.0)}, "head_lr_mults"),
         ({"fraction": 0}, "fraction"),
-        ({"head_mult": -1.0}, "positive"),
+        ({"head_lr_mult": -1.0}, "positive"),
     ],
 )
 def test_senseless_values_are_refused(changes: dict[str, Any], words: str) -> None:

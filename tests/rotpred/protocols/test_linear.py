@@ -1,4 +1,4 @@
-"""Probes: shapes and sources, the proof that the trunk is frozen, and every recipe on tiny data."""
+"""Probes: shapes and sources, the proof that the backbone is frozen, and every recipe on tiny data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipelines.loader import open_loader
-from pipelines.spec import CenterCrop, Colour, LoaderSpec, RandomCrop
+from pipelines.spec import CenterCrop, ColorJitter, LoaderSpec, RandomCrop
 from rotpred.distributed import Rank
 from rotpred.features import extract
 from rotpred.models import probes
@@ -25,7 +25,7 @@ from rotpred.recipes.linear import RECIPES, Linear, Probe, ProbeKind, cifar10_pr
 from rotpred.training.checkpoint import CheckpointError
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Tree, Trees, plant
 from tests.support.run_outputs import results, saved
@@ -44,11 +44,13 @@ def recipe(out: Path, weights: str) -> Linear:
         train=spec,
         val=replace(spec, samples=19, crop=CenterCrop(32, None), shuffle=False, drop_last=False),
         probes=tuple(Probe(kind) for kind in ("avgpool", "stages", "conv", "nonlinear")),
-        run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=2),
+        run=RunSettings(out=str(out), epochs=1, precision="fp32", device="cpu", log_every_steps=2),
     )
 
 
-def test_not_one_tensor_of_the_trunk_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_one_tensor_of_the_backbone_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights, batch norm statistics and counters are bit-equal after a run; the probes moved."""
     weights = tmp_path / "backbone.safetensors"
     source = build_backbone("nin3")
@@ -58,22 +60,22 @@ def test_not_one_tensor_of_the_trunk_moves(tmp_path: Path, monkeypatch: pytest.M
             nn.init.uniform_(module.running_var, 0.5, 2)
     save_backbone(weights, source, {})
     seen: list[nn.Module] = []
-    load = linear.load_trunk
+    load = linear.load_frozen_backbone
 
     def spy(name: str, path: str, rank: Rank) -> tuple[nn.Module, str]:
-        trunk, sha = load(name, path, rank)
-        seen.append(trunk)
-        return trunk, sha
+        backbone, sha = load(name, path, rank)
+        seen.append(backbone)
+        return backbone, sha
 
-    monkeypatch.setattr(linear, "load_trunk", spy)
+    monkeypatch.setattr(linear, "load_frozen_backbone", spy)
     out = linear.run(recipe(tmp_path / "run", str(weights)), Rank())
-    (trunk,) = seen
-    expected, found = source.state_dict(), trunk.state_dict()
+    (backbone,) = seen
+    expected, found = source.state_dict(), backbone.state_dict()
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
-    assert not any(p.requires_grad or p.grad is not None for p in trunk.parameters())
-    assert not any(m.training for m in trunk.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
+    assert not any(m.training for m in backbone.modules())
     assert (out / "results.json").exists()
 
 
@@ -85,8 +87,8 @@ def test_weights_must_be_named(tmp_path: Path) -> None:
 def test_resnet50_stage_probes_have_the_published_lengths() -> None:
     """protocols: 9216, 9216, 8192, 9216, 8192 (mmselfsup multi_pooling.py)."""
     with torch.device("meta"):
-        trunk = build_backbone("resnet50")
-    heads = probes.stages(trunk, 1000, 224)
+        backbone = build_backbone("resnet50")
+    heads = probes.stages(backbone, 1000, 224)
     lengths = [m.in_features for h in heads for m in h.modules() if isinstance(m, nn.Linear)]
     assert lengths == [9216, 9216, 8192, 9216, 8192]
     norms = [m for h in heads for m in h.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -96,11 +98,11 @@ def test_resnet50_stage_probes_have_the_published_lengths() -> None:
 
 def test_the_authors_probes() -> None:
     """conv2 of NIN: 12,288 flat inputs; 200-200-10; 192-192-192-10."""
-    trunk = build_backbone("nin4")
-    flat = probes.nonlinear(trunk, 10, 32)[1]
+    backbone = build_backbone("nin4")
+    flat = probes.nonlinear(backbone, 10, 32)[1]
     shapes = [tuple(m.weight.shape) for m in flat.modules() if isinstance(m, nn.Linear)]
     assert shapes == [(200, 12288), (200, 200), (10, 200)]
-    conv = probes.conv(trunk, 10)[1]
+    conv = probes.conv(backbone, 10)[1]
     shapes = [tuple(m.weight.shape) for m in conv.modules() if isinstance(m, nn.Conv2d)]
     assert shapes == [(192, 192, 3, 3), (192, 192, 1, 1), (192, 192, 1, 1)]
 
@@ -113,11 +115,11 @@ def rate(recipe: Linear, epoch: float) -> float:
 def test_the_authors_probes_begin_as_theirs() -> None:
     """By what a layer puts out, not by what it reads: their `initilize`, worked out by hand."""
     torch.manual_seed(0)
-    trunk = build_backbone("nin4")
+    backbone = build_backbone("nin4")
     for probe, expected in (
-        (probes.nonlinear(trunk, 10, 32)[1], [(200, 0.1), (200, 0.1), (10, 0.4472)]),
+        (probes.nonlinear(backbone, 10, 32)[1], [(200, 0.1), (200, 0.1), (10, 0.4472)]),
         (
-            probes.conv(trunk, 10)[1],
+            probes.conv(backbone, 10)[1],
             [(192, 0.03402), (192, 0.10206), (192, 0.10206), (10, 0.4472)],
         ),
     ):
@@ -149,9 +151,9 @@ def test_the_published_settings() -> None:
         vissl = name.endswith("vissl")
         assert probe.optim.weight_decay == (0.0 if pooled else 5e-4 if vissl else 1e-4)
         assert probe.affine == vissl == (probe.optim.decay_rule == "no_norm")
-        assert made.train.colour.active == (name == "in1k_mhead")
-    colour = RECIPES["in1k_mhead"]().train.colour
-    assert colour == Colour(0.4, 0.4, 0.4, 0.0, 0.1)
+        assert made.train.color_jitter.active == (name == "in1k_mhead")
+    color = RECIPES["in1k_mhead"]().train.color_jitter
+    assert color == ColorJitter(0.4, 0.4, 0.4, 0.0, 0.1)
     assert RECIPES["places205_mhead"]().train.crop == RandomCrop(224, 0, 256)
     assert cifar10_probes().run.epochs == 100
 
@@ -173,14 +175,14 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Backbone]:
     """A file of random weights, and the same network."""
     torch.manual_seed(5)
-    trunk = build_backbone("resnet18_tiny").eval()
+    backbone = build_backbone("resnet18_tiny").eval()
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
-    save_backbone(path, trunk, {})
-    return str(path), trunk
+    save_backbone(path, backbone, {})
+    return str(path), backbone
 
 
 def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
-    """A recipe on the tree of its data: 32 pixels, 6 pictures a step, one epoch."""
+    """A recipe on the tree of its data: 32 pixels, 6 images a step, one epoch."""
     crop = replace(made.train.crop, size=32)
     if isinstance(crop, RandomCrop):
         crop = replace(crop, resize=36)
@@ -193,7 +195,7 @@ def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
         weights=weights,
         train=replace(train, batch_size=6),
         val=replace(val, batch_size=4),
-        run=Run(out=str(out), epochs=1, precision="fp32", device="cpu", log_every=1),
+        run=RunSettings(out=str(out), epochs=1, precision="fp32", device="cpu", log_every_steps=1),
     )
 
 
@@ -208,14 +210,14 @@ def test_recipes_end_to_end(
     tree = trees[name]
     made = small(RECIPES[name](), tmp_path, weights[0], tree)
     out = linear.run(made, Rank())
-    rows, model, trunk = results(out), saved(out), weights[1]
-    pools = stage_pools(trunk, 32)
+    rows, model, backbone = results(out), saved(out), weights[1]
+    pools = stage_pools(backbone, 32)
     affine = made.probes[0].affine
-    stages = ["avgpool"] if name == "in1k_linear" else list(trunk.stage_names)
+    stages = ["avgpool"] if name == "in1k_linear" else list(backbone.stage_names)
     hits = dict.fromkeys(stages, 0)
     with open_loader(replace(made.val, batch_size=1)) as loader, torch.no_grad():
         for batch, truth in zip(loader.epoch(0), tree.truth, strict=True):
-            maps = trunk.stages(batch.images)
+            maps = backbone.stages(batch.images)
             for i, stage in enumerate(stages):
                 if stage == "avgpool":
                     logits = F.linear(
@@ -244,16 +246,16 @@ def cached(out: Path, weights: str, trees: Trees, **changes: Any) -> Linear:
     optim = Optim(lr=0.1, weight_decay=1e-3)
     made = small(RECIPES["in1k_linear"](), out, weights, trees["in1k_linear"])
     made = replace(made, probes=tuple(Probe(kind, optim, Steps((1,))) for kind in KINDS))
-    return replace(made, run=replace(made.run, epochs=2), eval_every=2, **changes)
+    return replace(made, run=replace(made.run, epochs=2), eval_every_epochs=2, **changes)
 
 
-def test_cached_features_train_what_plain_pictures_train(
+def test_cached_features_train_what_plain_images_train(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same order, start and steps as a run whose training pictures are not augmented."""
-    on_pictures = cached(tmp_path / "a", weights[0], trees)
-    still = replace(on_pictures.train, crop=on_pictures.val.crop, flip=False)
-    plain = linear.run(replace(on_pictures, train=still), Rank())
+    """The same order, start and steps as a run whose training images are not augmented."""
+    on_images = cached(tmp_path / "a", weights[0], trees)
+    still = replace(on_images.train, crop=on_images.val.crop, flip=False)
+    plain = linear.run(replace(on_images, train=still), Rank())
     cache = str(tmp_path / "features")
     fast = linear.run(cached(tmp_path / "b", weights[0], trees, cache=cache), Rank())
     one, other = saved(plain), saved(fast)
@@ -334,10 +336,10 @@ def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
             Probe("avgpool", **senseless)
 
 
-def test_a_run_with_colours_goes_on_exactly(
+def test_a_run_with_colors_goes_on_exactly(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
-    """Stopped inside an epoch and gone on: the same bits; with other colours: refused."""
+    """Stopped inside an epoch and gone on: the same bits; with other colors: refused."""
     name = "in1k_mhead"
     made = small(RECIPES[name](), tmp_path / "a", weights[0], trees[name])
     made = replace(made, run=replace(made.run, epochs=2))
@@ -345,8 +347,8 @@ def test_a_run_with_colours_goes_on_exactly(
     first = replace(made, run=replace(made.run, out=str(tmp_path / "b"), max_steps=3))
     assert any(not torch.equal(t, whole[n]) for n, t in saved(linear.run(first, Rank())).items())
     rest = replace(first, run=replace(first.run, max_steps=None))
-    dull = replace(rest, train=replace(rest.train, colour=Colour(brightness=0.4)))
-    with pytest.raises(CheckpointError, match="colour"):
+    dull = replace(rest, train=replace(rest.train, color_jitter=ColorJitter(brightness=0.4)))
+    with pytest.raises(CheckpointError, match="color"):
         linear.run(dull, Rank())
     for key, tensor in saved(linear.run(rest, Rank())).items():
         assert torch.equal(tensor, whole[key]), key

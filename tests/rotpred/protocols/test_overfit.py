@@ -1,4 +1,4 @@
-"""Detection learns: eight pictures by heart, each recipe at reduced size."""
+"""Detection learns: eight images by heart, each recipe at reduced size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotpred.models.detection.rpn import Proposals
 from rotpred.protocols import detection
 from rotpred.recipes.detection import RECIPES
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from tests.support.dense_trees import coco, voc
 
 
@@ -27,7 +27,7 @@ from tests.support.dense_trees import coco, voc
         ("coco_det", 64, (8, 16, 32, 64, 128), 160, ("box/AP50", "mask/AP50")),
     ],
 )
-def test_eight_pictures_by_heart(
+def test_eight_images_by_heart(
     name: str,
     side: int,
     anchors: tuple[int, ...],
@@ -35,7 +35,7 @@ def test_eight_pictures_by_heart(
     metrics: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    """AP50 on the training pictures, from random weights, with recipe overrides only."""
+    """AP50 on the training images, from random weights, with recipe overrides only."""
     made = RECIPES[name]()
     root = str(voc(tmp_path, n=4) if name == "voc0712_det" else coco(tmp_path, n=8))
     seen = {"root": root, "geometry": ShortSide((side,), 256), "workers": 1, "batch_size": 2}
@@ -49,7 +49,7 @@ def test_eight_pictures_by_heart(
         val=replace(made.val, data=made.train.data, **seen),
         optim=replace(made.optim, lr=0.03, reference_batch=None),
         schedule=Steps((0.8,), warmup_epochs=0.1, warmup_start_factor=0.01),
-        run=Run(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu", log_every=20),
+        run=RunSettings(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu", log_every_steps=20),
     )  # fmt: skip
     detection.run(made, Rank())
     rows = json.loads((tmp_path / "run/results.json").read_text())

@@ -33,7 +33,7 @@ SMALL = [
     "quickstart", "--backbone", "nin3", "--train.batch-size", "8", "--val.batch-size", "8",
     "--train.crop.size", "12", "--train.crop.padding", "0", "--val.crop.size", "12",
     "--train.engine", "folder", "--val.engine", "folder",
-    "--run.device", "cpu", "--run.epochs", "2", "--run.log-every", "2", "--run.save-every", "2",
+    "--run.device", "cpu", "--run.epochs", "2", "--run.log-every-steps", "2", "--run.save-every-steps", "2",
     "--train.timeout", "60", "--train.workers", "1", "--val.workers", "1", "--run.timeout", "60",
 ]  # fmt: skip
 PAIR = [*SMALL, "--train.batch-size", "4"]
@@ -44,17 +44,15 @@ Console = Callable[[], Path]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Betons train (50 pictures) and val (19) of two classes that differ in their bright corner."""
+    """Betons train (50 images) and val (19) of two classes that differ in their bright corner."""
     folder = tmp_path_factory.mktemp("data")
     for name, n in (("train", 50), ("val", 19)):
         generator = np.random.default_rng(n)
-        pictures = generator.integers(0, 90, (n, 32, 32, 3), dtype=np.uint8)
+        pixels = generator.integers(0, 90, (n, 32, 32, 3), dtype=np.uint8)
         labels = np.arange(n) % 2
-        for picture, label in zip(pictures, labels, strict=True):
-            picture[:12, slice(0, 12) if label else slice(20, 32)] += 150
-        images = MemoryImages(
-            lambda i, p=pictures: p[i], labels.astype(np.int64), ("left", "right")
-        )
+        for image, label in zip(pixels, labels, strict=True):
+            image[:12, slice(0, 12) if label else slice(20, 32)] += 150
+        images = MemoryImages(lambda i, p=pixels: p[i], labels.astype(np.int64), ("left", "right"))
         write_beton(images, folder / f"{name}.beton", workers=1)
     return folder
 
@@ -193,7 +191,7 @@ def test_sigterm_writes_a_checkpoint_and_a_status(
     data: Path, whole: Path, tmp_path: Path, console: Console
 ) -> None:
     out = tmp_path / "run"
-    args = options(data, out, *SMALL, "--run.save-every", "1000")
+    args = options(data, out, *SMALL, "--run.save-every-steps", "1000")
     first = console()
     status = processes.run(processes.pretrain_and_signal, args, 4, signal.SIGTERM, console=first)
     text = first.read_text()
@@ -204,7 +202,7 @@ def test_sigterm_writes_a_checkpoint_and_a_status(
 
 
 def test_two_processes_meet_the_samples_of_one(whole: Path, pair: Path) -> None:
-    """Same global batch: same sample ids and boxes; the validation counts every picture once."""
+    """Same global batch: same sample ids and boxes; the validation counts every image once."""
     assert digest(pair) == digest(whole)
     assert results(pair)["accuracy"]["n"] == 76
 
@@ -225,7 +223,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
 ) -> None:
     """And what goes on from there ends with the bits of an uninterrupted run of two."""
     out = tmp_path / "run"
-    args = options(data, out, *PAIR, "--run.save-every", "1000")
+    args = options(data, out, *PAIR, "--run.save-every-steps", "1000")
     first = console()
     status = processes.run(
         processes.pretrain_and_signal, args, 4, signal.SIGTERM, console=first, world=2
@@ -240,7 +238,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
 def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
     """As a job scheduler stops a run: SIGTERM to torchrun, which sends it to both processes."""
     out = tmp_path / "run"
-    endless = [*PAIR, "--run.epochs", "500", "--run.log-every", "1", "--run.save-every", "5000"]
+    endless = [
+        *PAIR,
+        "--run.epochs",
+        "500",
+        "--run.log-every-steps",
+        "1",
+        "--run.save-every-steps",
+        "5000",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(ROOT / "scripts" / "pretrain.py")]
     with (tmp_path / "console").open("w") as console:
@@ -269,7 +275,7 @@ def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
 
 def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path, console: Console) -> None:
     """Checkpoints fall between updates only, so no pending gradient is lost."""
-    more = [*SMALL, "--run.accumulate", "4", "--run.save-every", "1"]
+    more = [*SMALL, "--run.accumulate", "4", "--run.save-every-steps", "1"]
     calm, out = tmp_path / "calm", tmp_path / "run"
     pretrain(options(data, calm, *more), console())
     args = options(data, out, *more)
@@ -311,7 +317,7 @@ def test_accumulation_and_mixed_precision(data: Path, tmp_path: Path, console: C
 
 
 def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path, console: Console) -> None:
-    """All probes of a frozen trunk; the bright corner is easy, even for random features."""
+    """All probes of a frozen backbone; the bright corner is easy, even for random features."""
     out = tmp_path / "linear"
     args = options(
         data, out,
@@ -319,7 +325,7 @@ def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path, console: Con
         "--run.device", "cpu", "--run.precision", "fp32", "--run.epochs", "3",
         "--train.batch-size", "10", "--val.batch-size", "10", "--train.workers", "1",
         "--train.no-flip", "--train.engine", "folder", "--val.engine", "folder",
-        "--run.log-every", "5",
+        "--run.log-every-steps", "5",
     )  # fmt: skip
     text = execute("evaluate.py", args)
     assert "tensors loaded" in text

@@ -15,7 +15,7 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.models.heads import RotNet, make_rotnet
 from rotpred.protocols import rotation
-from rotpred.recipes.base import Place
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.rotation import RECIPES, Rotation
 from rotpred.report.results import TRAINED, read_runs
 from rotpred.training import checkpoint
@@ -32,7 +32,7 @@ def recipe(beton: Path, tmp_path: Path, weights: Path | str, **changes: object) 
         flip=False, shuffle=False, drop_last=False,
     )  # fmt: skip
     base = Rotation(
-        weights=str(weights), backbone=ARCH, val=val, run=Place(str(tmp_path / "run"), "cpu")
+        weights=str(weights), backbone=ARCH, val=val, run=FeatureRun(str(tmp_path / "run"), "cpu")
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ def row(out: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def turned(beton: Path) -> list[torch.Tensor]:
-    """Every picture in its four turns, by torch's own rot90, counter-clockwise: (4, 3, S, S)."""
+    """Every image in its four turns, by torch's own rot90, counter-clockwise: (4, 3, S, S)."""
     spec = replace(recipe(beton, beton.parent, "random").val, views="plain", batch_size=1)
     with open_loader(spec) as loader:
         return [
@@ -78,19 +78,19 @@ def expected(net: RotNet, turned: list[torch.Tensor]) -> float:
 
 def written(net: RotNet, path: Path, layout: str) -> Path:
     """The same network as another project would have it."""
-    trunk, head = net.backbone.state_dict(), net.head.state_dict()
+    backbone, head = net.backbone.state_dict(), net.head.state_dict()
     if layout == "ours":
         return checkpoint.save(path, 3, {"model": net.state_dict(), "arch": ARCH})
     if layout == "VISSL":
         model = {
-            "trunk": {f"_feature_blocks.{k}": v for k, v in trunk.items()},
+            "backbone": {f"_feature_blocks.{k}": v for k, v in backbone.items()},
             "heads": {f"0.clf.0.{k.removeprefix('fc.')}": v for k, v in head.items()},
         }
         content: dict[str, object] = {"classy_state_dict": {"base_model": {"model": model}}}
     else:
         if layout != "mmselfsup 0.x":  # label 1 is a quarter turn clockwise
             head = {k: v[[0, 3, 2, 1]] for k, v in head.items()}
-        state = {f"backbone.{k}": v for k, v in trunk.items()}
+        state = {f"backbone.{k}": v for k, v in backbone.items()}
         state |= {f"head.fc_cls.{k.removeprefix('fc.')}": v for k, v in head.items()}
         meta = {
             "mmselfsup 0.x": {"openselfsup_version": "0.5.0"},
@@ -163,7 +163,7 @@ def test_the_control_and_what_is_refused(beton: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_see_every_picture_once_in_four_views(name: str) -> None:
+def test_recipes_see_every_image_once_in_four_views(name: str) -> None:
     made = RECIPES[name]()
     assert made.name == name and f"scripts/evaluate.py {name} --weights" in str(
         RECIPES[name].__doc__

@@ -18,14 +18,14 @@ from sklearn.metrics import confusion_matrix
 
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.loader import open_dense
-from pipelines.dense.spec import RatioCrop, Within
+from pipelines.dense.spec import FitWithin, RatioCrop
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.models.fcn import Fcn
 from rotpred.protocols import segmentation
 from rotpred.recipes.segmentation import RECIPES, Segmentation
 from rotpred.training.optim import Optim
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 from tests.support import processes
 from tests.support.dense_trees import cityscapes, voc_masks
 from tests.support.run_outputs import results, saved
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny trees: eight pictures of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
+    """Tiny trees: eight images of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
     base = tmp_path_factory.mktemp("trees")
     return {
         "voc12aug_seg": voc_masks(base, n=8, side=48),
@@ -45,7 +45,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segmentation:
-    """A published recipe at toy size: crops of 40, two epochs of two steps of two pictures."""
+    """A published recipe at toy size: crops of 40, two epochs of two steps of two images."""
     made, root = RECIPES[name](), str(roots[name])
     frame: dict[str, Any] = {"long": 64, "short": 40}
     base = replace(
@@ -58,21 +58,21 @@ def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segme
             steps_per_epoch=2, workers=1,
         ),
         val=replace(
-            made.val, root=root, batch_size=2, geometry=Within(**frame), workers=1, limit=5
+            made.val, root=root, batch_size=2, geometry=FitWithin(**frame), workers=1, max_samples=5
         ),
         optim=Optim(lr=0.01, weight_decay=5e-4),
         slide_crop=33,
         slide_stride=20,
         save_predictions=True,
-        run=Run(out=str(out), epochs=2, precision="fp32", device="cpu", log_every=1, keep=2),
+        run=RunSettings(out=str(out), epochs=2, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
     )  # fmt: skip
     return replace(base, **changes)
 
 
 def numbers(path: Path) -> npt.NDArray[np.uint8]:
-    with Image.open(path) as picture:
-        assert picture.mode == "P"
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        return np.asarray(image)
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
@@ -115,7 +115,7 @@ def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
 
 
 def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
-    """Picture by picture, with logits enlarged twice: to the input, and to the stored size."""
+    """Image by image, with logits enlarged twice: to the input, and to the stored size."""
     out, align = Path(finished.run.out), finished.align_corners
     with open_dense(replace(finished.val, batch_size=1)) as val, torch.no_grad():
         model = Fcn(build_backbone("resnet18_tiny"), len(val.classes)).eval()
@@ -142,11 +142,11 @@ def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
 
 
 def test_the_run_folder(finished: Segmentation) -> None:
-    """Curves and masks as pictures, losses and accuracy in the log, a validation each epoch."""
+    """Curves and masks as images, losses and accuracy in the log, a validation each epoch."""
     out = Path(finished.run.out)
     for name in ("masks", "curves"):
-        with Image.open(out / f"figures/{name}.png") as picture:
-            assert picture.width > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 20
+        with Image.open(out / f"figures/{name}.png") as image:
+            assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in rows if "val/mIoU" in row] == [2, 4]
@@ -218,7 +218,7 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
     common = [
         name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
         "--train.root", str(root), "--train.steps-per-epoch", "2", "--train.workers", "1",
-        "--val.root", str(root), "--val.workers", "1", "--val.limit", "5",
+        "--val.root", str(root), "--val.workers", "1", "--val.max-samples", "5",
         "--optim.reference-batch", "None",
         "--train.geometry.size", "40", "--train.geometry.long", "64",
         "--train.geometry.short", "40", "--val.geometry.long", "64",
@@ -246,10 +246,10 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
 
 @pytest.mark.overfit
 @pytest.mark.timeout(600)
-def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_eight_images_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
     """Random weights, overrides of the recipe only: what is wrong lies along the objects' edges."""
     made = small("voc12aug_seg", roots, tmp_path)
-    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8, "geometry": Within(64, 48)}
+    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8, "geometry": FitWithin(64, 48)}
     made = replace(
         made,
         train=replace(
@@ -257,7 +257,7 @@ def test_eight_pictures_are_learned_by_heart(roots: dict[str, Path], tmp_path: P
         ),
         val=replace(made.val, **data),
         optim=Optim(lr=0.03, weight_decay=0.0),
-        run=replace(made.run, epochs=1, log_every=20),
+        run=replace(made.run, epochs=1, log_every_steps=20),
     )
     found = results(segmentation.run(made, Rank()))
     assert found["mIoU"]["value"] > 92 and found["accuracy"]["value"] > 97

@@ -22,12 +22,12 @@ from rotpred.distributed import Rank
 from rotpred.metrics.average_precision import average_precision
 from rotpred.plots import svm as svm_plots
 from rotpred.protocols import svm
-from rotpred.recipes.base import CachedPlace
+from rotpred.recipes.base import CachedFeatureRun
 from rotpred.recipes.svm import LowShot, Svm, voc07_lowshot, voc07_svm
 from rotpred.records.tensorboard import pixels
 from rotpred.svm import dual
 from rotpred.svm.dual import COSTS, gram, normalize_rows, solve
-from rotpred.svm.low_shot import aggregate, draw, scores_of_draw
+from rotpred.svm.low_shot import aggregate, draw_samples, scores_of_draw
 from rotpred.svm.primal import compact, solve_compact
 
 pytestmark = pytest.mark.timeout(120)
@@ -250,7 +250,7 @@ def test_low_shot_class_after_class(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(scores(), found, rtol=0, atol=1e-12)
     for place, k in enumerate((1, 6)):
         for c in range(3):
-            chosen = draw(labels[:, c], k, classes=3, seed=(5, 1, k, c))
+            chosen = draw_samples(labels[:, c], k, classes=3, seed=(5, 1, k, c))
             for j, cost in enumerate(FEW):
                 model = svc(cost).fit(unit(rows)[chosen], labels[chosen, c])
                 decisions = model.decision_function(unit(others))
@@ -262,13 +262,13 @@ def test_low_shot_class_after_class(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_draws() -> None:
     """k positives first, 2k negatives of three classes, no difficult one, all different."""
     _, labels = data(300, 4, 3, seed=10)
-    chosen = draw(labels[:, 1], 8, classes=3, seed=(0, 0, 8, 1))
+    chosen = draw_samples(labels[:, 1], 8, classes=3, seed=(0, 0, 8, 1))
     assert (labels[chosen, 1] == np.repeat([1, -1], [8, 16])).all()
     assert len(set(chosen)) == 24
-    assert (chosen == draw(labels[:, 1], 8, classes=3, seed=(0, 0, 8, 1))).all()
-    assert (chosen != draw(labels[:, 1], 8, classes=3, seed=(0, 1, 8, 1))).any()
+    assert (chosen == draw_samples(labels[:, 1], 8, classes=3, seed=(0, 0, 8, 1))).all()
+    assert (chosen != draw_samples(labels[:, 1], 8, classes=3, seed=(0, 1, 8, 1))).any()
     with pytest.raises(ValueError, match="500 shots need 500 positive samples"):
-        draw(labels[:, 1], 500, classes=3, seed=(0,))
+        draw_samples(labels[:, 1], 500, classes=3, seed=(0,))
 
 
 def test_one_cost_for_all_draws_is_chosen_on_their_mean() -> None:
@@ -288,8 +288,10 @@ def spec(samples: int, seed: int) -> LoaderSpec:
 
 
 def test_run_folders(tmp_path: Path) -> None:
-    """From pictures to rows and figures; a finished folder is left as it is."""
-    place = CachedPlace(out=str(tmp_path / "full"), cache=str(tmp_path / "cache"), device="cpu")
+    """From images to rows and figures; a finished folder is left as it is."""
+    place = CachedFeatureRun(
+        out=str(tmp_path / "full"), cache=str(tmp_path / "cache"), device="cpu"
+    )
     table = np.where(np.arange(24)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
     np.save(tmp_path / "labels.npy", table)
     common = {
@@ -312,7 +314,7 @@ def test_run_folders(tmp_path: Path) -> None:
     few = LowShot(
         shots=(1, 4),
         draws=2,
-        run=CachedPlace(str(tmp_path / "few"), "cpu", cache=place.cache),
+        run=CachedFeatureRun(str(tmp_path / "few"), "cpu", cache=place.cache),
         **common,
     )  # type: ignore[arg-type]
     out = svm.run_low_shot(few, Rank())
@@ -329,19 +331,19 @@ def tables(made: T, folder: Path, **changes: Any) -> T:
         made, weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
         train_labels=str(folder / "labels.npy"), val_labels=str(folder / "labels.npy"),
         stages=("avgpool",),
-        run=CachedPlace(str(folder / "run"), "cpu", cache=str(folder / "cache")),
+        run=CachedFeatureRun(str(folder / "run"), "cpu", cache=str(folder / "cache")),
         **changes,
     )  # fmt: skip
 
 
 def test_labels_of_another_data_set_are_refused(tmp_path: Path) -> None:
-    """Fewer rows, and more: VOC07's trainval has more pictures than its test split."""
+    """Fewer rows, and more: VOC07's trainval has more images than its test split."""
     for rows in (5, 27):
         np.save(tmp_path / "labels.npy", np.ones((rows, 3), np.int8))
         recipe = tables(Svm(), tmp_path)
         with pytest.raises(ValueError, match=f"has {rows} rows, but the data have 24 samples"):
             svm.run(recipe, Rank())
-    assert not (tmp_path / "cache").exists()  # before the work on pictures
+    assert not (tmp_path / "cache").exists()  # before the work on images
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,7 @@ def test_names_must_be_as_many_as_the_classes(
     recipe = kind(
         weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
         val_labels=common["train_labels"], class_names=VOC_CLASSES, **common,
-        run=CachedPlace(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+        run=CachedFeatureRun(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
     )  # type: ignore[arg-type]  # fmt: skip
     execute = svm.run if kind is Svm else svm.run_low_shot
     with pytest.raises(ValueError, match="20 class_names for labels of 3 classes: --class-names"):
@@ -402,7 +404,7 @@ def test_names_of_the_columns() -> None:
     assert names(("ox", "ass"), ("a", "b"), ()) == "ox ass"
     assert names((), ("a", "b"), ("0", "1")) == names((), ("0", "1"), ("a", "b")) == "a b"
     assert names((), (), ()) == names((), ("0", "1"), ("0", "1")) == "0 1"
-    assert names((), ("all",), ("all",)) == "0 1"  # pictures of one folder, and a table of labels
+    assert names((), ("all",), ("all",)) == "0 1"  # images of one folder, and a table of labels
 
 
 def test_the_figure_names_every_class() -> None:

@@ -25,9 +25,9 @@ from rotpred.recipes.pretrain import (
     rotnet_in1k_r50_amp,
     rotnet_in1k_r50_fast,
 )
-from rotpred.report.departures import PROCESSES
+from rotpred.report.recipe_changes import PROCESSES
 from rotpred.training.schedule import Steps, lr_at
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -104,12 +104,12 @@ def test_nin_has_as_many_blocks_as_asked(blocks: int) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Run(epochs=0), "epochs"),
-        (lambda: Run(keep=1), "keep"),
-        (lambda: Run(max_steps=0), "max_steps"),
-        (lambda: Run(profile=-1), "profile"),
+        (lambda: RunSettings(epochs=0), "epochs"),
+        (lambda: RunSettings(keep_checkpoints=1), "keep"),
+        (lambda: RunSettings(max_steps=0), "max_steps"),
+        (lambda: RunSettings(profile=-1), "profile"),
         (lambda: LoaderSpec(batch_size=0), "batch_size"),
-        (lambda: LoaderSpec(limit=0), "limit"),
+        (lambda: LoaderSpec(max_samples=0), "limit"),
         (lambda: LoaderSpec(timeout=0), "timeout"),
         (lambda: Shard(2, 2), "rank 2"),
     ],
@@ -200,7 +200,7 @@ def test_variants_of_the_docstrings_are_options() -> None:
         True, 5e-4, "no_norm",
     )  # fmt: skip
     assert made.run.epochs == 28 and probe.schedule == Steps((8, 16, 24), gamma=0.1)
-    assert not made.train.colour.active
+    assert not made.train.color_jitter.active
     sweep = cli.choose(linear.RECIPES, ["in1k_linear", "--probes.0.lrs", "3", "10", "30"], "")
     assert sweep.probes[0].lrs == (3.0, 10.0, 30.0)
 

@@ -113,7 +113,7 @@ def test_interval_does_the_throughput_arithmetic(tmp_path: Path) -> None:
     row = rows[1]
     assert row["images_per_s"] == 3 * 640 / 2
     assert row["views_per_s"] == 4 * row["images_per_s"]
-    assert row["wait_percent"] == 25.0
+    assert row["data_wait_percent"] == 25.0
     assert row["seconds_left"] == pytest.approx(80 * 0.2)
     assert (row["loss"], row["accuracy"], row["lr"]) == (1.25, 43.75, 0.1)
     assert isinstance(row["rss_mib"], float) and 50 < row["rss_mib"] < 100_000
@@ -144,7 +144,7 @@ def test_describe_prefers_the_memory_of_the_gpu() -> None:
         "epoch": 0,
         "images_per_s": 1.0,
         "views_per_s": 4.0,
-        "wait_percent": 0.0,
+        "data_wait_percent": 0.0,
         "seconds_left": None,
         "rss_mib": 1.0,
         "cuda_peak_mib": 2048.0,
@@ -167,7 +167,7 @@ def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_tensorboard_holds_the_scalars_and_the_picture(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_scalars_and_the_image(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with open_log(tmp_path) as log:
@@ -179,8 +179,8 @@ def test_tensorboard_holds_the_scalars_and_the_picture(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.25), (20, 1.25)]
     assert [e.value for e in events.Scalars("loader/views_per_s")] == [1280.0, 1280.0]
     assert [e.step for e in events.Images("views")] == [20]
-    with Image.open(tmp_path / "figures" / "views.png") as picture:
-        assert picture.size == (100, 50)
+    with Image.open(tmp_path / "figures" / "views.png") as image:
+        assert image.size == (100, 50)
 
 
 def test_resume_drops_the_rows_of_lost_work(tmp_path: Path) -> None:

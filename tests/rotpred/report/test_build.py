@@ -1,4 +1,4 @@
-"""The page of the method: every cell from rows as runs write them, and what pictures show."""
+"""The page of the method: every cell from rows as runs write them, and what images show."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from rotpred.plots import features as feature_plots
 from rotpred.records.log import RunLog
 from rotpred.report import published
 from rotpred.report.build import page
-from rotpred.report.departures import PROCESSES
 from rotpred.report.gallery import showcase
 from rotpred.report.page import NOT_RUN, Block, Code, Heading, Text, html, markdown
+from rotpred.report.recipe_changes import PROCESSES
 from rotpred.report.results import read_runs
 from rotpred.weights.load import save_backbone
 
@@ -234,16 +234,16 @@ def test_grid_of_fine_tuning_reports_its_best_and_all_points(make: Make) -> None
     points = [((0.1, 1.0), 15.0), ((0.01, 100.0), 19.5)]
     grid = [
         {"metric": f"top1/lr={lr:g},head={mult:g}", "value": value, "fraction": 0.01, "lr": lr,
-         "head_mult": mult, "best": value == 19.5}
+         "head_lr_mult": mult, "best": value == 19.5}
         for (lr, mult), value in points
     ]  # fmt: skip
-    best = {"fraction": 0.01, "lr": 0.01, "head_mult": 100.0, "chosen_from": 2}
+    best = {"fraction": 0.01, "lr": 0.01, "head_lr_mult": 100.0, "chosen_from": 2}
     grid += rows({"top1": 19.5, "top5": 44.0}, **best)
     # A grid has no done.json of its own: its points have, and its last row says that it ended.
     semi = make("semi", "in1k_semi_1", grid, fields={"grid": True}, done=False)
     text = rendered(semi)
     cells = table(text, "ImageNet-1k, semi")
-    assert cells["1 %, top-1"]["trained"] == "19.50 (lr 0.01, head_mult 100.0, best of 2)"
+    assert cells["1 %, top-1"]["trained"] == "19.50 (lr 0.01, head_lr_mult 100.0, best of 2)"
     assert cells["1 %, top-5"]["OpenSelfSup"] == "44.05"
     assert cells["10 %, top-1"]["trained"] == NOT_RUN
     rest = table(text, "ImageNet-1k, semi", 1)
@@ -326,7 +326,7 @@ def test_results_of_several_weights_are_told(make: Make) -> None:
 
 
 class Checker(HTMLParser):
-    """Tags that open and close in order, text, and pictures."""
+    """Tags that open and close in order, text, and images."""
 
     VOID = ("meta", "img")
 
@@ -334,7 +334,7 @@ class Checker(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.seen: list[str] = []
-        self.pictures: list[str] = []
+        self.images: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -342,7 +342,7 @@ class Checker(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "img":
-            self.pictures.append(str(dict(attrs)["src"]))
+            self.images.append(str(dict(attrs)["src"]))
         assert not any(name.startswith("on") for name, _ in attrs)
 
     def handle_endtag(self, tag: str) -> None:
@@ -365,14 +365,14 @@ def test_html_is_one_whole_file_whatever_runs_are_called(make: Make) -> None:
     assert checker.seen.count("b") == 1  # "Warning:"
     for said in (recipe, f"top1|{evil}", "</table><b>", "<b>&'\": curves"):
         assert said in checker.text
-    (source,) = checker.pictures
+    (source,) = checker.images
     kind, _, data = source.partition(",")
     assert kind == "data:image/png;base64"
     content = base64.b64decode(data, validate=True)
     assert content == (trained / "figures" / "curves.png").read_bytes()
-    with Image.open(io.BytesIO(content)) as picture:
-        picture.load()
-        assert picture.format == "PNG"
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert image.format == "PNG"
     assert 'name="viewport"' in text and not re.search(r'(?:src|href)="(?!data:)', text)
 
 
@@ -466,7 +466,7 @@ def test_the_script_says_what_is_wrong_in_one_line(
     assert "must end in .md or .html" in done.stderr
     for name, data, words in (
         ("page.html", None, "--gallery and --data go together"),
-        ("page.md", "pictures", r"--gallery needs an \.html page"),
+        ("page.md", "images", r"--gallery needs an \.html page"),
     ):
         arguments = script.Arguments(
             runs=(run,), output=tmp_path / name, gallery="random", data=data
@@ -580,15 +580,15 @@ def test_showcase_of_a_small_network(folder: Path, tmp_path: Path) -> None:
     text = html(blocks, title="")
     checker = Checker()
     checker.feed(text)
-    assert len(checker.pictures) == 3
-    for source in checker.pictures:
-        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
-            assert picture.format == "PNG" and len(set(picture.convert("L").tobytes())) > 20
+    assert len(checker.images) == 3
+    for source in checker.images:
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+            assert image.format == "PNG" and len(set(image.convert("L").tobytes())) > 20
     with pytest.raises(ValueError, match=r"needs an \.html page"):
         markdown(blocks, folder=tmp_path)
     with pytest.raises(ValueError, match="give --backbone"):
         showcase("random", str(folder))
     with pytest.raises(ValueError, match="no stage conv9"):
         showcase(str(weights), str(folder), stage="conv9")
-    with pytest.raises(ValueError, match="has 4 pictures"):
+    with pytest.raises(ValueError, match="has 4 images"):
         showcase(str(weights), str(folder), samples=4)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from rotpred.distributed import Rank, session
+from rotpred.distributed import Rank, process_group
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
@@ -26,8 +26,8 @@ from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.cuda_graphs import WARM_UP, FlatGradients, Graphs
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
-from rotpred.training.state import Outcome, Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from tests.support import processes
 
 pytestmark = pytest.mark.timeout(120)
@@ -66,9 +66,9 @@ def state(folder: Path, tape: Tape | None, **run: object) -> TrainState:
     model = channels_last(make_rotnet("resnet18_tiny"), rank.device).train()
     return TrainState(
         model,
-        [Trained(model, Optim(lr=0.05, nesterov=True), Steps((0.5,)))],
+        [OptimizedPart(model, Optim(lr=0.05, nesterov=True), Steps((0.5,)))],
         rank=rank,
-        run=Run(epochs=1, precision="fp32", cuda_graph=tape is not None, **run),  # type: ignore[arg-type]
+        run=RunSettings(epochs=1, precision="fp32", cuda_graph=tape is not None, **run),  # type: ignore[arg-type]
         folder=folder,
         global_batch=8,
         identity={"backbone": "resnet18_tiny"},
@@ -79,15 +79,15 @@ def state(folder: Path, tape: Tape | None, **run: object) -> TrainState:
 def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
     """Means of the logged loss over pairs of steps."""
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> Outcome:
+    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
         with made.autocast():
             loss = cross_entropy(made.model(images), targets)
         return loss, {"loss": loss}
 
     means = []
     for images in batches:
-        made.begin(made.step / len(batches), final=made.step + 1 == len(batches))
-        made.learn(objective, images, torch.arange(len(images)) % 4)
+        made.begin_step(made.step / len(batches), final=made.step + 1 == len(batches))
+        made.train_step(objective, images, torch.arange(len(images)) % 4)
         made.step += 1
         if made.step % 2 == 0:
             means.append(made.means()["loss"])
@@ -115,7 +115,7 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, accumulate: int) -> None
         for made in (plain, graphed)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
-    assert not graphed.broken
+    assert not graphed.has_non_finite
 
 
 def test_inputs_are_copied_to_memory_that_stays() -> None:
@@ -157,7 +157,7 @@ def test_gradients_are_views_laid_out_as_their_weights() -> None:
 
 def train_half(out: Path) -> int:
     """Train on half of each batch, weights at first different on the two ranks."""
-    with session("cpu", timeout_seconds=60) as rank:
+    with process_group("cpu", timeout_seconds=60) as rank:
         torch.manual_seed(rank.rank)
         net = _train_half(rank)
         torch.save(net.weight.detach(), out / f"{rank.rank}.pt")
@@ -168,23 +168,23 @@ def _train_half(rank: Rank) -> nn.Linear:
     net = nn.Linear(5, 4)
     made = TrainState(
         net,
-        [Trained(net, Optim(lr=0.1), Steps())],
+        [OptimizedPart(net, Optim(lr=0.1), Steps())],
         rank=rank,
-        run=Run(epochs=1, precision="fp32", cuda_graph=True),
+        run=RunSettings(epochs=1, precision="fp32", cuda_graph=True),
         folder=Path(),
         global_batch=8,
         identity={},
         capture=Tape(),
     )
 
-    def objective(x: torch.Tensor, y: torch.Tensor) -> Outcome:
+    def objective(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
         loss = cross_entropy(made.model(x), y)
         return loss, {"loss": loss}
 
     x, y = _halves(rank.rank)
     for _ in range(WARM_UP + 2):
-        made.begin(0.0)
-        made.learn(objective, x, y)
+        made.begin_step(0.0)
+        made.train_step(objective, x, y)
     return net
 
 
@@ -217,10 +217,10 @@ def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
     recipe = Pretrain(
         backbone="nin3",
         train=spec,
-        run=Run(out=str(tmp_path), epochs=1, precision="fp32", cuda_graph=True),
+        run=RunSettings(out=str(tmp_path), epochs=1, precision="fp32", cuda_graph=True),
     )
     with (
-        session("cpu", threads=1) as rank,
+        process_group("cpu", threads=1) as rank,
         pytest.raises(ValueError, match=r"cuda_graph needs a GPU.*--run\.no-cuda-graph"),
     ):
         pretrain.run(recipe, rank)
@@ -228,7 +228,7 @@ def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["cuda_graph", "compile"])
 def test_synchronised_batch_norm_goes_with_neither(option: str) -> None:
-    run = replace(Run(), **{option: True})  # type: ignore[arg-type]
+    run = replace(RunSettings(), **{option: True})  # type: ignore[arg-type]
     recipe = replace(Pretrain(run=run), sync_bn="torch", backbone="nin3")
     words = rf"sync_bn=torch.*--run\.no-{option.replace('_', '-')}"
     with pytest.raises(ValueError, match=words):

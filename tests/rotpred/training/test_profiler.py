@@ -14,7 +14,7 @@ from rotpred.distributed import Rank
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.profiler import TABLE, TRACE, WAIT, WARM_UP, profiled
-from rotpred.training.settings import Run
+from rotpred.training.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,7 +27,7 @@ def test_a_profiled_run(tmp_path: Path) -> None:
     recipe = Pretrain(
         backbone="nin3",
         train=spec,
-        run=Run(out=str(tmp_path / "run"), epochs=1, precision="fp32", profile=2),
+        run=RunSettings(out=str(tmp_path / "run"), epochs=1, precision="fp32", profile=2),
     )
     assert spec.samples // spec.batch_size >= WAIT + WARM_UP + 2
     out = pretrain.run(recipe, Rank())

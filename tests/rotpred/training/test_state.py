@@ -23,8 +23,8 @@ from rotpred.records.log import read_rows
 from rotpred.training.data import check_data
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
-from rotpred.training.state import Objective, Outcome, Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import LossAndLogs, LossFn, OptimizedPart, TrainState
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -35,14 +35,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
-from rotpred.distributed import session
+from rotpred.distributed import process_group
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
 from rotpred.training.settings import Run
 from rotpred.training.state import Trained, TrainState
 
 data, out = sys.argv[1:]
-with session("cpu", timeout_seconds=60) as rank:
+with process_group("cpu", timeout_seconds=60) as rank:
     torch.manual_seed(0)
     spec = LoaderSpec(data=data, engine="folder", batch_size=8 // rank.world,
                       crop=RandomResizedCrop(16), workers=1)
@@ -57,8 +57,8 @@ with session("cpu", timeout_seconds=60) as rank:
 
     with open_loader(spec, shard=Shard(rank.rank, rank.world)) as loader:
         for batch in loader.epoch(0):
-            state.begin(0.0)
-            state.learn(objective, batch.images, batch.targets)
+            state.begin_step(0.0)
+            state.train_step(objective, batch.images, batch.targets)
     if rank.main:
         torch.save(model.state_dict(), out)
 """
@@ -92,17 +92,17 @@ def test_two_processes_train_as_one(beton: Path, tmp_path: Path) -> None:
 def _state(model: nn.Module, folder: Path, **run: object) -> TrainState:
     return TrainState(
         model,
-        [Trained(model, Optim(lr=0.1), Steps())],
+        [OptimizedPart(model, Optim(lr=0.1), Steps())],
         rank=Rank(),
-        run=Run(epochs=1, precision="fp32", **run),  # type: ignore[arg-type]
+        run=RunSettings(epochs=1, precision="fp32", **run),  # type: ignore[arg-type]
         folder=folder,
         global_batch=4,
         identity={"backbone": "none"},
     )
 
 
-def objective(state: TrainState) -> Objective:
-    def work(x: torch.Tensor, y: torch.Tensor) -> Outcome:
+def objective(state: TrainState) -> LossFn:
+    def work(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
         loss = cross_entropy(state.model(x), y)
         return loss, {"loss": loss}
 
@@ -116,13 +116,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     models = [nn.Linear(5, 4) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     whole, halves = _state(models[0], tmp_path), _state(models[1], tmp_path, accumulate=2)
-    whole.begin(0.0)
-    whole.learn(objective(whole), x, y)
+    whole.begin_step(0.0)
+    whole.train_step(objective(whole), x, y)
     for part in (slice(0, 4), slice(4, 8)):
-        halves.begin(0.0)
-        halves.learn(objective(halves), x[part], y[part])
+        halves.begin_step(0.0)
+        halves.train_step(objective(halves), x[part], y[part])
         halves.step += 1
-    assert halves.whole
+    assert halves.at_update
     for found, expected in zip(models[1].parameters(), models[0].parameters(), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -131,47 +131,49 @@ def test_the_last_step_uses_what_has_come_together(tmp_path: Path) -> None:
     model = nn.Linear(5, 4)
     before = model.weight.detach().clone()
     state = _state(model, tmp_path, accumulate=4)
-    state.begin(0.0, final=True)
-    state.learn(objective(state), torch.randn(3, 5), torch.arange(3))
-    assert state.whole and not torch.equal(model.weight, before)
+    state.begin_step(0.0, final=True)
+    state.train_step(objective(state), torch.randn(3, 5), torch.arange(3))
+    assert state.at_update and not torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("where", ["loss", "weight"])
 def test_what_is_not_finite_is_noticed(tmp_path: Path, where: str) -> None:
     model = nn.Linear(5, 4)
     state = _state(model, tmp_path)
-    state.begin(0.0)
+    state.begin_step(0.0)
     factor = torch.tensor(float("inf") if where == "loss" else 1.0)
 
-    def objective(x: torch.Tensor, y: torch.Tensor) -> Outcome:
+    def objective(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
         loss = cross_entropy(state.model(x), y) * factor
         return loss, {"loss": loss}
 
-    assert not state.broken
-    state.learn(objective, torch.randn(3, 5), torch.arange(3))
-    assert state.broken == (where == "loss")
+    assert not state.has_non_finite
+    state.train_step(objective, torch.randn(3, 5), torch.arange(3))
+    assert state.has_non_finite == (where == "loss")
     if where == "weight":
         with torch.no_grad():
             model.weight[0, 0] = float("nan")
-    assert state.broken
+    assert state.has_non_finite
 
 
 def test_a_run_over_two_sides(folder: Path, tmp_path: Path) -> None:
-    """Real pictures at 16 pixels, then at 24; the log says so; another side is another run."""
+    """Real images at 16 pixels, then at 24; the log says so; another side is another run."""
     train = LoaderSpec(
         data=str(folder),
         batch_size=12,
         crop=RandomResizedCrop(24),
-        sides=((0, 16), (1, 24)),
+        resolution_schedule=((0, 16), (1, 24)),
         workers=1,
     )
-    val = replace(train, crop=CenterCrop(24, 28), sides=(), shuffle=False, drop_last=False)
+    val = replace(
+        train, crop=CenterCrop(24, 28), resolution_schedule=(), shuffle=False, drop_last=False
+    )
     recipe = Pretrain(
         backbone="resnet18_tiny",
         train=train,
         val=val,
         optim=Optim(lr=0.01),
-        run=Run(out=str(tmp_path / "run"), epochs=2, precision="fp32", log_every=1),
+        run=RunSettings(out=str(tmp_path / "run"), epochs=2, precision="fp32", log_every_steps=1),
     )
     out = pretrain.run(recipe, Rank())
     rows = [row for row in read_rows(out / "log.jsonl") if "loss" in row]
@@ -179,7 +181,7 @@ def test_a_run_over_two_sides(folder: Path, tmp_path: Path) -> None:
     assert all(float(str(row["images_per_s"])) > 0 for row in rows)
     (result,) = json.loads((out / "results.json").read_text())
     assert result["n"] == 37 * 4
-    other = replace(recipe, train=replace(train, sides=((0, 16),)))
+    other = replace(recipe, train=replace(train, resolution_schedule=((0, 16),)))
     with pytest.raises(ValueError, match=r"another run \(sides: \[\[0, 16\], \[1, 24\]\] there"):
         pretrain.run(other, Rank())
 

@@ -126,9 +126,9 @@ def test_the_authors_alexnet_computes_the_same_here(tmp_path: Path) -> None:
         torch.testing.assert_close(ours(images), outputs[-1])
     vissl = tmp_path / "rotnet_alexnet.torch"
     torch.save({"model_state_dict": theirs.state_dict()}, vissl)
-    trunk = build_backbone("alexnet")
-    assert len(load_backbone(trunk, vissl).ignored) == 14
-    assert equal(trunk.state_dict(), ours.backbone.state_dict())
+    alexnet = build_backbone("alexnet")
+    assert len(load_backbone(alexnet, vissl).ignored) == 14
+    assert equal(alexnet.state_dict(), ours.backbone.state_dict())
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]

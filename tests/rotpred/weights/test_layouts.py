@@ -30,30 +30,30 @@ def renamed(state: State, prefix: str) -> State:
     return {prefix + key: value for key, value in state.items()}
 
 
-TRUNK = stir(build_backbone("resnet18")).state_dict()
+BACKBONE = stir(build_backbone("resnet18")).state_dict()
 FC = {"weight": torch.arange(4.0)[:, None].expand(4, 512).clone(), "bias": torch.arange(4.0)}
 
 
 def foreign_files() -> dict[str, Any]:
-    """One of each layout around the same trunk."""
-    mm = renamed(TRUNK, "backbone.") | renamed(FC, "head.fc_cls.")
-    blocks = renamed(TRUNK, "_feature_blocks.")
+    """One of each layout around the same backbone."""
+    mm = renamed(BACKBONE, "backbone.") | renamed(FC, "head.fc_cls.")
+    blocks = renamed(BACKBONE, "_feature_blocks.")
     model = {"trunk": blocks, "heads": renamed(FC, "0.clf.0.")}
     classy = {"base_model": {"model": model}, "optimizer": {"lr": 0.1}, "meters": [{}]}
-    moco = renamed(TRUNK, "module.encoder_q.") | renamed(TRUNK, "module.encoder_k.")
+    moco = renamed(BACKBONE, "module.encoder_q.") | renamed(BACKBONE, "module.encoder_k.")
     moco |= renamed({"0.weight": torch.zeros(1), "2.bias": torch.zeros(1)}, "module.encoder_q.fc.")
     moco |= {"module.queue": torch.zeros(1), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
-    full = TRUNK | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    full = BACKBONE | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
     return {
         "torchvision": full,
         "timm": {"arch": "resnet18", "state_dict": full, "args": argparse.Namespace(lr=0.1)},
         "mmselfsup 0.x": {"meta": {"mmselfsup_version": "0.8.0", "epoch": 70}, "state_dict": mm},
         "mmselfsup 1.x": {"meta": {"mmengine_version": "0.1.0"}, "state_dict": mm},
         "mmselfsup without meta": {"state_dict": mm},
-        "mmselfsup extracted": {"state_dict": dict(TRUNK), "author": "MMSelfSup"},
+        "mmselfsup extracted": {"state_dict": dict(BACKBONE), "author": "MMSelfSup"},
         "VISSL": {"phase": 125, "loss": np.float64(0.5), "classy_state_dict": classy},
         "VISSL flat": blocks,
-        "VISSL converted": dict(TRUNK),
+        "VISSL converted": dict(BACKBONE),
         "VISSL live": renamed(blocks, "trunk.base_model.") | {"heads.0.a": FC["bias"]},
         "MoCo": {"epoch": 200, "arch": "resnet18", "state_dict": moco, "optimizer": {"state": {}}},
     }  # fmt: skip
@@ -66,19 +66,19 @@ def test_foreign_backbones_arrive_whole(tmp_path: Path, layout: str) -> None:
     torch.save(content, path)
     net = build_backbone("resnet18")
     report = load_backbone(net, path)
-    assert equal(net.state_dict(), TRUNK) and set(report.loaded) == set(TRUNK)
+    assert equal(net.state_dict(), BACKBONE) and set(report.loaded) == set(BACKBONE)
     assert report.missing == ()
     expected = {
-        "torchvision": 2, "timm": 2, "VISSL": 2, "VISSL live": 1, "MoCo": len(TRUNK) + 4,
+        "torchvision": 2, "timm": 2, "VISSL": 2, "VISSL live": 1, "MoCo": len(BACKBONE) + 4,
         "mmselfsup 0.x": 2, "mmselfsup 1.x": 2, "mmselfsup without meta": 2,
     }.get(layout, 0)  # fmt: skip
     assert len(report.ignored) == expected
     words = report.words()
-    assert report.layout in words and f"{len(TRUNK)} tensors loaded, {expected} ignored" in words
+    assert report.layout in words and f"{len(BACKBONE)} tensors loaded, {expected} ignored" in words
     with pytest.raises(CheckpointError, match="name its arch"):
         read_backbone(path)
     built, again = read_backbone(path, "resnet18")
-    assert equal(built.state_dict(), TRUNK) and again == report
+    assert equal(built.state_dict(), BACKBONE) and again == report
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_rotation_heads_count_counter_clockwise(
     torch.save(foreign_files()[layout], tmp_path / "weights.pth")
     net = make_rotnet("resnet18").eval()
     report = load_rotnet(net, tmp_path / "weights.pth", clockwise=given)
-    assert report.ignored == () and len(report.loaded) == len(TRUNK) + 2
-    assert equal(net.backbone.state_dict(), TRUNK)
+    assert report.ignored == () and len(report.loaded) == len(BACKBONE) + 2
+    assert equal(net.backbone.state_dict(), BACKBONE)
     assert net.head.fc.bias.tolist() == [float(k) for k in order]
     assert net.head.fc.weight[:, 5].tolist() == [float(k) for k in order]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 
 NET = "resnet18_tiny"
 """A ResNet-18 in its keys, and small."""
-TRUNK = stir(build_backbone(NET)).state_dict()
+BACKBONE = stir(build_backbone(NET)).state_dict()
 DIM = build_backbone(NET).dim
 FC = {"weight": torch.zeros(4, DIM), "bias": torch.arange(4.0)}
 ONE = torch.zeros(1)
@@ -35,18 +35,19 @@ def mlp(prefix: str) -> State:
 def bare_files() -> dict[str, State]:
     """The state dicts by the names that the live models have, before they are wrapped."""
     queue = {"queue": ONE, "queue_ptr": ONE.long()}
-    moco = renamed(TRUNK, "encoder_q.") | renamed(TRUNK, "encoder_k.") | queue
+    moco = renamed(BACKBONE, "encoder_q.") | renamed(BACKBONE, "encoder_k.") | queue
     moco |= {f"{part}.fc.{key}": ONE for part in ("encoder_q", "encoder_k") for key in MLP}
-    third = renamed(TRUNK, "base_encoder.") | renamed(TRUNK, "momentum_encoder.")
+    third = renamed(BACKBONE, "base_encoder.") | renamed(BACKBONE, "momentum_encoder.")
     third |= mlp("base_encoder.fc.") | mlp("momentum_encoder.fc.") | mlp("predictor.")
-    siam = renamed(TRUNK, "encoder.") | mlp("encoder.fc.") | mlp("predictor.")
-    blocks = renamed(TRUNK, "_feature_blocks.")
+    siam = renamed(BACKBONE, "encoder.") | mlp("encoder.fc.") | mlp("predictor.")
+    blocks = renamed(BACKBONE, "_feature_blocks.")
     return {
-        "flat keys (torchvision, timm)": TRUNK | CLASSIFIER,
+        "flat keys (torchvision, timm)": BACKBONE | CLASSIFIER,
         "MoCo": moco,
         "MoCo v3": third,
         "SimSiam": siam,
-        "backbone and head (mmselfsup)": renamed(TRUNK, "backbone.") | renamed(FC, "head.fc_cls."),
+        "backbone and head (mmselfsup)": renamed(BACKBONE, "backbone.")
+        | renamed(FC, "head.fc_cls."),
         "VISSL": renamed(blocks, "trunk.") | renamed(FC, "heads.0.clf.0."),
     }
 
@@ -68,13 +69,13 @@ def write(path: Path, state: State) -> Path:
 @pytest.mark.parametrize("wrapper", ["", "module."])
 @pytest.mark.parametrize("name", ["x.pth.tar", "x.safetensors"])
 def test_backbones_arrive_whole(tmp_path: Path, layout: str, wrapper: str, name: str) -> None:
-    """Nothing of the trunk is missing; all else is named as the file names it, and ignored."""
+    """Nothing of the backbone is missing; all else is named as the file names it, and ignored."""
     state = renamed(bare_files()[layout], wrapper)
     net = build_backbone(NET)
     report = load_backbone(net, write(tmp_path / name, state))
-    assert equal(net.state_dict(), TRUNK) and report.layout == layout
+    assert equal(net.state_dict(), BACKBONE) and report.layout == layout
     assert report.missing == () and set(report.ignored) < set(state)
-    assert len(report.ignored) == len(state) - len(TRUNK)
+    assert len(report.ignored) == len(state) - len(BACKBONE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +93,7 @@ def test_unknown_keys_are_refused(tmp_path: Path, layout: str, wrapper: str, nam
 
 
 @pytest.mark.parametrize("layout", ["MoCo v3", "SimSiam"])
-def test_an_encoder_with_another_trunk_is_refused(tmp_path: Path, layout: str) -> None:
+def test_an_encoder_with_another_backbone_is_refused(tmp_path: Path, layout: str) -> None:
     """A transformer, whose keys no residual network has."""
     state = {key: value for key, value in bare_files()[layout].items() if ".layer" not in key}
     stem = "encoder" if layout == "SimSiam" else "base_encoder"
@@ -125,6 +126,6 @@ def test_projections_are_no_rotation_heads(tmp_path: Path) -> None:
 def test_our_own_safetensors_are_ours(tmp_path: Path) -> None:
     """By the name of the network in their header: nothing is guessed from keys."""
     net = build_backbone(NET)
-    net.load_state_dict(TRUNK)
+    net.load_state_dict(BACKBONE)
     save_backbone(tmp_path / "x.safetensors", net, {})
     assert load_backbone(build_backbone(NET), tmp_path / "x.safetensors").layout == "rotpred"

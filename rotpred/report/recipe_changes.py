@@ -16,16 +16,24 @@ FREE = frozenset(
         *("name", "weights", "data", "root", "out", "cache", "train_labels", "val_labels"),
         # Who computes, how fast, and what is kept of it.
         *("engine", "workers", "decoder", "hw_decoder_load", "cpu_budget", "samples", "timeout"),
-        *("device", "compile", "cuda_graph", "log_every", "save_every", "keep", "profile"),
+        *(
+            "device",
+            "compile",
+            "cuda_graph",
+            "log_every_steps",
+            "save_every_steps",
+            "keep_checkpoints",
+            "profile",
+        ),
         *(
             "masks",
             "class_names",
             "predictions",
             "save_predictions",
-            "eval_every",
+            "eval_every_epochs",
             "grid",
             "seed",
-            "max_bad",
+            "max_undecodable",
         ),
         # `cpu` and `device` give the same pixels but for rounding.
         "resize",
@@ -40,7 +48,7 @@ BATCH = ("train.batch_size", "run.accumulate")
 """What makes, with the number of processes, the batch of an update."""
 
 EPOCH = "train.steps_per_epoch"
-"""More steps of fewer pictures are the same epoch (`dense.scaled`)."""
+"""More steps of fewer images are the same epoch (`dense.scaled`)."""
 
 PROCESSES = {
     # The paper's networks were trained on one GPU.
@@ -53,7 +61,7 @@ PROCESSES = {
 Value = str | int | float | bool | None
 
 
-def departures(recipe: Mapping[str, object], *, processes: int | None) -> tuple[str, ...]:
+def recipe_changes(recipe: Mapping[str, object], *, processes: int | None) -> tuple[str, ...]:
     """The fields of a run's recipe.json that are not as published, in words.
 
     Where it is known what batch an update was published with, that is what counts, however many
@@ -78,7 +86,7 @@ def departures(recipe: Mapping[str, object], *, processes: int | None) -> tuple[
         expected = PROCESSES[name] * _product(own, BATCH)
         found = processes * _product(ours, BATCH)
         if found != expected:
-            words.append(f"{found} pictures in an update (recipe: {expected})")
+            words.append(f"{found} images in an update (recipe: {expected})")
         if ours.get(EPOCH) and own[EPOCH]:
             step = processes * ours["train.batch_size"]
             there = PROCESSES[name] * own["train.batch_size"] * own[EPOCH]

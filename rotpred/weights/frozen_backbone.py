@@ -21,7 +21,7 @@ IMAGENET = "imagenet"
 """Value of a recipe's `weights` for torchvision's, trained on ImageNet with its labels."""
 
 
-class FromWeights(Protocol):
+class HasWeights(Protocol):
     """What recipes that evaluate weights have in common."""
 
     @property
@@ -30,14 +30,14 @@ class FromWeights(Protocol):
 
     @property
     def weights(self) -> str:
-        """What `load_trunk` reads."""
+        """What `load_frozen_backbone` reads."""
 
     @property
     def backbone(self) -> str:
         """The architecture of the weights."""
 
 
-def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
+def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
     """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
 
     Raises:
@@ -48,16 +48,16 @@ def load_trunk(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
             "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), "
             "--weights random for the untrained control, or --weights imagenet for supervised ones"
         )
-    trunk = build_backbone(name)
+    network = build_backbone(name)
     sha = ""
     if weights != RANDOM:
         path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
-        report = load_backbone(trunk, path)
+        report = load_backbone(network, path)
         sha = report.sha256
         logger.info("%s: %s", weights, report.words())
-    trunk = channels_last(trunk, rank.device)
+    network = channels_last(network, rank.device)
     # eval() for good: batch norm must use the trained statistics and must not move them.
-    return trunk.eval().requires_grad_(False), sha
+    return network.eval().requires_grad_(False), sha
 
 
 def _supervised(arch: str, rank: Rank) -> Path:

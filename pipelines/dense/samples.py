@@ -1,4 +1,4 @@
-"""One picture of a batch, from its file to pixels and targets; and which pictures there are."""
+"""One image of a batch, from its file to pixels and targets; and which images there are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipelines.datasets.annotations import DenseSamples, Objects, Problems
 from pipelines.dense import transforms
 from pipelines.dense.batch import Target
 from pipelines.dense.spec import DenseSpec, RatioCrop
-from pipelines.dense.transforms import Place, Scene
+from pipelines.dense.transforms import ResizePlan, Scene
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
 
 log = logging.getLogger(__name__)
 
 
-class Room(NamedTuple):
-    """A picture's part of a batch, to be written to."""
+class SampleSlot(NamedTuple):
+    """An image's part of a batch, to be written to."""
 
     image: torch.Tensor
     """uint8 (H, W, 3)."""
@@ -32,8 +32,8 @@ class Room(NamedTuple):
     """uint8 (H, W), in training on masks."""
 
 
-class Made(NamedTuple):
-    """What a thread tells of a picture, beside its pixels."""
+class LoadedSample(NamedTuple):
+    """What a thread tells of an image, beside its pixels."""
 
     size: tuple[int, int]
     corner: tuple[int, int]
@@ -41,10 +41,15 @@ class Made(NamedTuple):
     target: Target | None
 
 
-def load(
-    samples: DenseSamples, spec: DenseSpec, i: int, plan: Place, draw: Float64, room: Room
-) -> Made:
-    """Load a picture, in a thread.
+def load_sample(
+    samples: DenseSamples,
+    spec: DenseSpec,
+    i: int,
+    plan: ResizePlan,
+    draw: Float64,
+    room: SampleSlot,
+) -> LoadedSample:
+    """Load an image, in a thread.
 
     Args:
         samples: the data set.
@@ -55,9 +60,9 @@ def load(
         room: where the pixels go, at the top left.
 
     Raises:
-        ImageError: the picture or its mask is damaged, or not of the size that is known of it.
+        ImageError: the image or its mask is damaged, or not of the size that is known of it.
     """
-    scene = Scene(_picture(samples, i))
+    scene = Scene(_image(samples, i))
     labels, top, left = None, 0, 0
     if spec.train and samples.kind == "objects":
         objects = kept(samples.objects(i), spec)
@@ -79,7 +84,9 @@ def load(
         assert scene.masks is not None
         np.copyto(room.mask[:height, :width].numpy(), scene.masks[0].numpy())
     pin = room.image.is_pinned()
-    return Made(plan.size, (top, left), None if labels is None else _target(scene, labels, pin))
+    return LoadedSample(
+        plan.size, (top, left), None if labels is None else _target(scene, labels, pin)
+    )
 
 
 def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
@@ -96,10 +103,10 @@ def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
     return moved
 
 
-def open_samples(spec: DenseSpec) -> DenseSamples:
+def open_dense_samples(spec: DenseSpec) -> DenseSamples:
     """The data set that a spec names, without any thread. Errors as `open_dense`."""
     kind, _, parts = spec.data.partition(":")
-    problems = Problems(spec.max_bad)
+    problems = Problems(spec.max_undecodable)
     if spec.classes and kind not in ("voc", "vocseg"):
         raise ValueError(f"{spec.data}: classes are for voc and vocseg data")
     if not spec.masks and kind in ("vocseg", "cityscapes"):
@@ -107,18 +114,20 @@ def open_samples(spec: DenseSpec) -> DenseSamples:
     match kind:
         case "voc" | "vocseg":
             read = voc.boxes if kind == "voc" else voc.masks
-            return read(parts, spec.root, problems=problems, classes=spec.classes, limit=spec.limit)
+            return read(
+                parts, spec.root, problems=problems, classes=spec.classes, limit=spec.max_samples
+            )
         case "coco":
-            return coco.objects(parts, spec.root, problems=problems, limit=spec.limit)
+            return coco.objects(parts, spec.root, problems=problems, limit=spec.max_samples)
         case "cityscapes":
-            return cityscapes.masks(parts, spec.root, problems=problems, limit=spec.limit)
+            return cityscapes.masks(parts, spec.root, problems=problems, limit=spec.max_samples)
     raise ValueError(
         f"data {spec.data!r}: expected voc:DIR/LIST, vocseg:DIR/LIST, coco:NAME or cityscapes:SPLIT"
     )
 
 
 def trained_on(samples: DenseSamples, spec: DenseSpec) -> Int64:
-    """Positions of the pictures with something to learn from, rising.
+    """Positions of the images with something to learn from, rising.
 
     Raises:
         ValueError: there are none.
@@ -134,9 +143,9 @@ def trained_on(samples: DenseSamples, spec: DenseSpec) -> Int64:
         )
     ]
     if not chosen:
-        raise ValueError(f"{spec.data}: no picture has a box to train on")
+        raise ValueError(f"{spec.data}: no image has a box to train on")
     if len(chosen) < len(samples):
-        log.info("%s: %d of %d pictures are trained on", spec.data, len(chosen), len(samples))
+        log.info("%s: %d of %d images are trained on", spec.data, len(chosen), len(samples))
     return np.array(chosen, np.int64)
 
 
@@ -157,7 +166,7 @@ def kept(objects: Objects, spec: DenseSpec) -> Objects:
     )
 
 
-def _picture(samples: DenseSamples, i: int) -> tv_tensors.Image:
+def _image(samples: DenseSamples, i: int) -> tv_tensors.Image:
     path, size = samples.path(i), tuple(samples.sizes[i])
     try:
         pixels = decode(path.read_bytes())
@@ -172,7 +181,7 @@ def _picture(samples: DenseSamples, i: int) -> tv_tensors.Image:
 
 
 def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
-    """The picture with boxes, and with masks where outlines are there and wanted."""
+    """The image with boxes, and with masks where outlines are there and wanted."""
     height, width = scene.image.shape[1:]
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)

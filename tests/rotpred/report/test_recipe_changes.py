@@ -14,8 +14,8 @@ from rotpred.files import plain
 from rotpred.protocols import dense
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.report.build import page
-from rotpred.report.departures import PROCESSES, departures
 from rotpred.report.page import markdown
+from rotpred.report.recipe_changes import PROCESSES, recipe_changes
 from rotpred.report.results import read_runs
 
 
@@ -29,19 +29,19 @@ def kept(recipe: object) -> dict[str, object]:
 def test_a_recipe_does_not_depart_from_itself(name: str) -> None:
     recipe = kept({**PRETRAINING, **EVALUATION}[name]())
     for processes in (None, PROCESSES.get(name, 3)):
-        assert departures(recipe, processes=processes) == ()
+        assert recipe_changes(recipe, processes=processes) == ()
 
 
 @pytest.mark.parametrize(
     ("name", "processes", "changes", "words"),
     [
-        ("in1k_linear", 1, {}, ("32 pictures in an update (recipe: 256)",)),
+        ("in1k_linear", 1, {}, ("32 images in an update (recipe: 256)",)),
         ("in1k_linear", 4, {"batch_size": 64}, ()),
-        ("in1k_semi_10", 2, {"batch_size": 64}, ("128 pictures in an update (recipe: 256)",)),
+        ("in1k_semi_10", 2, {"batch_size": 64}, ("128 images in an update (recipe: 256)",)),
         ("rotnet_in1k_r50", 2, {"batch_size": 64}, ()),
-        ("coco_det", 8, {"batch_size": 4}, ("32 pictures in an update (recipe: 16)",)),
+        ("coco_det", 8, {"batch_size": 4}, ("32 images in an update (recipe: 16)",)),
         ("coco_det", 16, {"batch_size": 1}, ()),
-        ("voc12aug_seg", 3, {"batch_size": 4}, ("12 pictures in an update (recipe: 16)",)),
+        ("voc12aug_seg", 3, {"batch_size": 4}, ("12 images in an update (recipe: 16)",)),
         ("cifar10_linear", 2, {}, ()),  # of our own: nobody published a number of processes
         ("cifar10_linear", 2, {"batch_size": 32}, ("train.batch_size 32 (recipe: 64)",)),
         ("voc07_svm", 4, {"batch_size": 16}, ()),  # nothing learns from batches
@@ -54,21 +54,23 @@ def test_the_batch_of_an_update_counts_however_many_processes_share_it(
     made = replace(made, train=replace(made.train, **changes))
     if name in ("coco_det", "voc12aug_seg"):  # as `dense.run` keeps it
         made = dense.scaled(made, Rank(world=processes))
-    assert departures(kept(made), processes=processes) == words
+    assert recipe_changes(kept(made), processes=processes) == words
 
 
 def test_gradients_that_are_added_up_count_as_well() -> None:
     made: Any = PRETRAINING["rotnet_in1k_r50"]()
     made = replace(made, run=replace(made.run, accumulate=4))
-    assert departures(kept(made), processes=2) == ()
-    assert departures(kept(made), processes=8) == ("512 pictures in an update (recipe: 128)",)
+    assert recipe_changes(kept(made), processes=2) == ()
+    assert recipe_changes(kept(made), processes=8) == ("512 images in an update (recipe: 128)",)
     coco: Any = EVALUATION["coco_det"]()
     coco = replace(coco, run=replace(coco.run, accumulate=2))
     coco = dense.scaled(coco, Rank(world=4))
     assert coco.train.steps_per_epoch == 14660
-    assert departures(kept(coco), processes=4) == ()
+    assert recipe_changes(kept(coco), processes=4) == ()
     longer = replace(coco, train=replace(coco.train, steps_per_epoch=14670))
-    assert departures(kept(longer), processes=4) == ("train.steps_per_epoch 14670 (recipe: 7330)",)
+    assert recipe_changes(kept(longer), processes=4) == (
+        "train.steps_per_epoch 14670 (recipe: 7330)",
+    )
 
 
 def test_what_decides_is_told_and_the_rest_is_not() -> None:
@@ -78,14 +80,14 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
         weights="x.pth",
         fraction=0.1,
         train=replace(made.train, data="mine", workers=3, engine="dali", batch_size=32),
-        val=replace(made.val, batch_size=7, limit=50),
+        val=replace(made.val, batch_size=7, max_samples=50),
         optim=replace(made.optim, nesterov=True),
-        run=replace(made.run, out="here", device="cpu", precision="bf16", log_every=1),
+        run=replace(made.run, out="here", device="cpu", precision="bf16", log_every_steps=1),
     )
-    assert departures(kept(made), processes=None) == (
+    assert recipe_changes(kept(made), processes=None) == (
         "fraction 0.1 (recipe: 0.01)",
         "train.batch_size 32 (recipe: 64)",
-        "val.limit 50 (recipe: none)",
+        "val.max-samples 50 (recipe: none)",
         "optim.nesterov True (recipe: False)",
         "run.precision bf16 (recipe: fp32)",
     )
@@ -93,24 +95,26 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
 
 def test_lists_and_types() -> None:
     knn: Any = EVALUATION["in1k_knn"]()
-    assert departures(kept(replace(knn, neighbours=(200,))), processes=8) == (
+    assert recipe_changes(kept(replace(knn, neighbours=(200,))), processes=8) == (
         "neighbours 200 (recipe: 10 20 100 200)",
     )
     linear: Any = EVALUATION["in1k_linear"]()
     other = replace(linear, train=replace(linear.train, crop=linear.val.crop))
-    assert "train.crop.type CenterCrop (recipe: RandomResizedCrop)" in departures(
+    assert "train.crop.type CenterCrop (recipe: RandomResizedCrop)" in recipe_changes(
         kept(other), processes=8
     )
     probe = replace(linear.probes[0], lrs=(1.0, 2.0))
-    assert departures(kept(replace(linear, probes=(probe,))), processes=8) == (
+    assert recipe_changes(kept(replace(linear, probes=(probe,))), processes=8) == (
         "probes.0.lrs 1.0 2.0 (recipe: none)",
     )
 
 
 def test_other_names_and_older_files_are_passed_over() -> None:
-    assert departures({}, processes=1) == ()
-    assert departures({"name": "nobody's", "fraction": 3}, processes=1) == ()
-    assert departures({"name": "in1k_semi_1", "gone": 3, "optim": {"gone": 1}}, processes=4) == ()
+    assert recipe_changes({}, processes=1) == ()
+    assert recipe_changes({"name": "nobody's", "fraction": 3}, processes=1) == ()
+    assert (
+        recipe_changes({"name": "in1k_semi_1", "gone": 3, "optim": {"gone": 1}}, processes=4) == ()
+    )
 
 
 def test_the_page_marks_them(tmp_path: Path) -> None:

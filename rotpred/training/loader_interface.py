@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 B_co = TypeVar("B_co", covariant=True)
 
 
-class Stream(Protocol):
+class DataSpec(Protocol):
     """What to load and how: `LoaderSpec`, `DenseSpec`."""
 
     @property
@@ -30,11 +30,11 @@ class Stream(Protocol):
     def scalars(self, epoch: int, /) -> Mapping[str, float]:
         """What the log shows beside the losses of an epoch."""
 
-    def deciding(self) -> Mapping[str, object]:
+    def fingerprint_fields(self) -> Mapping[str, object]:
         """Plain data: all that decides which pixels come in which order, but for the data."""
 
 
-class Feed(Protocol[B_co]):
+class TrainingLoader(Protocol[B_co]):
     """Batches of a data set: `Loader`, `DenseLoader`."""
 
     digest: int
@@ -47,7 +47,7 @@ class Feed(Protocol[B_co]):
     """Short hash that identifies the data set."""
 
     @property
-    def spec(self) -> Stream:
+    def spec(self) -> DataSpec:
         """What it was opened with."""
 
     def __len__(self) -> int:
