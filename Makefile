@@ -4,15 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/setup.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test overfit check bench clean
+.PHONY: help setup demo test overfit check docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-setup: ## system packages, .venv, dependencies, FFCV and DALI; retries what was missing
+setup: ## system packages, .venv, dependencies, FFCV and DALI; CONSTRAINTS=1: the tested versions
 	@bash scripts/setup.sh
 
-$(STAMP): setup.cfg pyproject.toml scripts/setup.sh
+$(STAMP): setup.cfg pyproject.toml constraints.txt scripts/setup.sh
 	@bash scripts/setup.sh
 
 demo: $(STAMP) ## the main job on real images: convert, pretrain, evaluate (3 minutes, two cores)
@@ -29,6 +29,9 @@ check: $(STAMP) ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict rotpred pipelines
 	@PYTHONPATH=benchmarks $(BIN)/lint-imports --no-logo
+
+docs: $(STAMP) ## draw the rooms in docs/ from the imports as they are
+	@$(BIN)/python scripts/draw_rooms.py
 
 bench: $(STAMP) ## CPU benchmarks against others and the targets (10 minutes, two cores); BENCH_DATA=folder
 	@$(BIN)/python benchmarks/run_all.py $(if $(BENCH_DATA),--data "$(BENCH_DATA)")

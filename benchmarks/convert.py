@@ -1,10 +1,10 @@
-"""Making a beton: ours, which passes JPEG files through, against FFCV's writer, which encodes anew.
+"""Conversion to a beton: ours passes JPEG files through, FFCV's writer re-encodes them.
 
     python benchmarks/convert.py --data imagenet/val --output convert.jsonl
 
-Same images, same number of worker processes, whose time is counted. Ours follows every Huffman
-code, too, to see that an image is sound (header check: reads its markers only), and reads the
-finished file back. The bytes that restart markers and their side file add are in the rows.
+Both use the same images and number of worker processes, whose CPU time counts. Ours also follows
+every Huffman code to check that an image is sound (header check: reads its markers only), and reads
+the finished file back. The rows give the bytes that restart markers and their side file add.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from data.photographs import PHOTOGRAPHS, photographs
 from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, ratio_row, row, start
-from harness.runner import compete
+from harness.results import Row, TimingOptions, image_row, publish, ratio_row, row, run_program
+from harness.runner import run_alternating
 
 COLUMNS = ("cpu_seconds_per_1k_images", "megabytes", "bytes_added_percent", "target", "met")
 TARGETS = {
@@ -27,29 +28,29 @@ TARGETS = {
     "to_beton, no markers, header check": 4.0,
     "to_beton, restart markers": None,
 }
-"""How many times as many images per CPU second as FFCV's writer. The default check follows every
-Huffman code of an image; --check header reads its markers only. Restart markers have no target."""
+"""Images per CPU second as a multiple of FFCV's writer's. The default check follows every Huffman
+code of an image; --check header reads its markers only. Restart markers have no target."""
 MOST_ADDED_PERCENT = 2.0
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
+class Arguments(TimingOptions):
     """Speed and size of conversions: to_beton with and without restart markers, stock FFCV."""
 
     data: str | None = None
-    """A folder of JPEG files; without it, photographs are made. Betons are written beside it, into
-    a temporary folder."""
+    """A folder of JPEG files; by default photographs are generated. Betons are written to a
+    temporary folder beside it."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no data are given."""
+    """Photographs to generate without --data."""
     max_side: int | None = None
-    """Shrink images whose longer side has more pixels; by default they are stored as they are
-    (by FFCV: encoded anew in their own size)."""
+    """Shrink images whose longer side has more pixels. By default they keep their size: ours stores
+    them unchanged, FFCV re-encodes them."""
     workers: int = 0
-    """Worker processes; 0: one for each allowed core."""
+    """Worker processes; 0: one per allowed core."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     with tempfile.TemporaryDirectory() as folder:
         if args.data is not None and not Path(args.data).is_dir():
             raise ValueError(f"{args.data} is not a folder of JPEG files")
@@ -74,11 +75,11 @@ def _measure(data: str, args: Arguments) -> list[Row]:
         "to_beton, restart markers": {"kind": "our writer", "markers": True, **common},
         "stock ffcv writer": {"kind": "stock writer", **common},
     }
-    windows, facts = compete(
+    windows, facts = run_alternating(
         configs,
         repeats=args.repeats,
         seconds=args.seconds,
-        untimed=("written",),
+        parallel_calls=("output_bytes",),
         title="conversions",
     )
     side = "own size" if args.max_side is None else f"at most {args.max_side}px"
@@ -86,7 +87,7 @@ def _measure(data: str, args: Arguments) -> list[Row]:
     rows = []
     for name in configs:
         fact = facts[name]
-        # Of the samples, and of what lies beside them (manifest, segments), against plain.
+        # Samples and side files (manifest, segments), compared with the plain beton's.
         added = fact["payload_bytes"] + fact["side_bytes"]
         added -= plain["payload_bytes"] + plain["side_bytes"]
         rows.append(
@@ -112,7 +113,7 @@ def _measure(data: str, args: Arguments) -> list[Row]:
 
 
 def _added(markers: Row, device: torch.device) -> Row:
-    """What markers and their side file add. The same at every conversion: there is one value."""
+    """Return the share of bytes that markers and their side file add, equal in all windows."""
     added = markers["bytes_added_percent"]
     return row(
         "convert",
@@ -129,4 +130,4 @@ def _added(markers: Row, device: torch.device) -> Row:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "convert")
+    run_program(main, Arguments, "convert")

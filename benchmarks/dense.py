@@ -1,9 +1,9 @@
-"""Detection and segmentation: loader alone, step alone, and both together.
+"""Detection and segmentation: loader alone, step alone, both together.
 
     python benchmarks/dense.py --recipes voc0712_det --output dense.jsonl
 
-Photographs with made annotations, in the layout of each data set. On a GPU the recipes run at their
-true size; on a CPU at a quarter of it, with a small network.
+Uses photographs with synthetic annotations, in the layout of each data set. On a GPU the recipes
+run at full size; on a CPU at a quarter of it, with a small network.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from data import annotated_scenes
-from harness.results import Row, Timing, image_row, publish, start
-from harness.timing import Window, abba, memory_mib, window
 
+from data import annotated_scenes
+from harness.results import Row, TimingOptions, image_row, publish, run_program
+from harness.timing import Window, abba, memory_mib, window
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
 from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide
@@ -29,8 +29,8 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.rpn import Proposals
 from rotpred.models.memory_format import channels_last
 from rotpred.protocols.dense import Task
-from rotpred.protocols.detection import Detect
-from rotpred.protocols.segmentation import Segment
+from rotpred.protocols.detection import DetectionTask
+from rotpred.protocols.segmentation import SegmentationTask
 from rotpred.recipes import detection, segmentation
 from rotpred.recipes.detection import Detection
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
@@ -44,36 +44,36 @@ DATA: dict[str, tuple[str, Callable[[Path, int], Path]]] = {
     "voc12aug_seg": ("vocseg:2012/train", annotated_scenes.voc_masks),
     "cityscapes_seg": ("cityscapes:train", annotated_scenes.cityscapes),
 }
-"""What a recipe trains on here, and who makes it."""
+"""Data of each recipe, and the function that makes them."""
 RECIPES = {**detection.RECIPES, **segmentation.RECIPES}
 RESIDENT = 4
-"""Batches that the step alone takes in turns: their shapes differ."""
+"""Batches that the step alone cycles through, because their shapes differ."""
 MOST_WAIT = 0.1
-"""Share of the time that training may wait for its loader."""
+"""Largest share of the time that training may wait for its loader."""
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
+class Arguments(TimingOptions):
     """Training steps of detection and segmentation against their loaders."""
 
     recipes: tuple[Name, ...] = ("voc0712_det", "coco_det", "voc12aug_seg", "cityscapes_seg")
-    """Which."""
+    """Recipes to measure."""
     backbone: str = "resnet50" if ON_GPU else "resnet18"
-    """In place of the recipes' own."""
+    """Replaces the recipes' backbone."""
     scale: float = 1.0 if ON_GPU else 0.25
-    """Sizes of images, as a share of the recipes'; its square is that of numbers of proposals."""
+    """Factor on the recipes' image sizes; numbers of proposals are scaled by its square."""
     batch_size: int | None = None if ON_GPU else 2
-    """Images per step; None: the recipes'."""
+    """Images per step; None: as in the recipe."""
     count: int = 48
-    """Photographs that are made."""
+    """Photographs to generate."""
     workers: int = 0
-    """Loading threads; 0: all allowed cores."""
+    """Loading threads; 0: one per allowed core."""
     device: str = "cuda" if ON_GPU else "cpu"
-    """Where to train."""
+    """The device to train on."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     rows: list[Row] = []
     for name in args.recipes:
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def _task(name: str, data: str, root: Path, args: Arguments) -> list[Row]:
 def _measure(
     recipe: Any, args: Arguments, device: torch.device
 ) -> tuple[dict[str, list[Window]], dict[str, dict[str, float]]]:
-    task: Task = (Detect if isinstance(recipe, Detection) else Segment)(recipe)
+    task: Task = (DetectionTask if isinstance(recipe, Detection) else SegmentationTask)(recipe)
     spec: DenseSpec = recipe.train
     with open_dense(spec, device=device, precision=recipe.run.precision) as loader:
         state, learn = _state(recipe, task, loader, device)
@@ -134,7 +134,7 @@ def _measure(
             "both": train,
         }
         for _ in islice(train(cycle(resident)), 2 * RESIDENT):
-            pass  # Warms up: cuDNN's choice of kernels, memory.
+            pass  # Warm-up: cuDNN chooses kernels, torch allocates memory.
         windows: dict[str, list[Window]] = {way: [] for way in ways}
         waited = []
         for number, way in enumerate(abba(tuple(ways), args.repeats)):
@@ -157,7 +157,7 @@ def _state(
 ) -> tuple[TrainState, Callable[[DenseBatch], LossAndLogs]]:
     module = task.network(build_backbone(recipe.backbone), len(loader.classes))
     module = channels_last(module, device).train()
-    # A rate at which no network diverges, whatever the batch.
+    # At this rate no network diverges, whatever the batch size.
     optim = replace(recipe.optim, lr=1e-4, reference_batch=None)
     state = TrainState(
         module,
@@ -201,8 +201,8 @@ def _scaled(geometry: Any, scale: float) -> Any:
         case RatioCrop():
             sides = {n: side(getattr(geometry, n)) for n in ("size", "long", "short")}
             return replace(geometry, **sides)
-    raise TypeError(f"no training geometry: {geometry}")
+    raise TypeError(f"not a training geometry: {geometry}")
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "dense")
+    run_program(main, Arguments, "dense")

@@ -1,10 +1,10 @@
-"""Loader alone, step alone, and both together: how much of the slower one is kept.
+"""Overlap of loader and step: each alone, and both together.
 
     python benchmarks/end_to_end.py --data train.beton --output end_to_end.jsonl
 
-Overlap efficiency is the rate of both together over that of the slower one alone. On a GPU it
-should be near 1. On a CPU loader and step share the cores, so that at best each image costs what it
-costs in both: that bound is in the row, too.
+Overlap efficiency is the rate of both together divided by that of the slower one alone. On a GPU it
+should be near 1. On a CPU loader and step share the cores, so at best an image costs the sum of
+both; the row contains that bound.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
 from data.photographs import PHOTOGRAPHS, containers
 from harness.plots import bars
-from harness.results import Row, image_row, publish, row, start
+from harness.results import Row, image_row, publish, row, run_program
 from harness.timing import WARMUP_BATCHES, Window, abba, window
-from harness.training_step import WARMUP_STEPS, Step, Training, resident_batch, stepping
-
+from harness.training_step import (
+    WARMUP_STEPS,
+    Step,
+    TrainingOptions,
+    resident_batch,
+    run_steps,
+)
 from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
@@ -35,19 +41,19 @@ COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 
 
 @dataclass(frozen=True)
-class Arguments(Training):
-    """Training on real data against its loader and its step alone."""
+class Arguments(TrainingOptions):
+    """Training on real data, compared with its loader alone and its step alone."""
 
     data: str | None = None
-    """A beton or folder; without it, photographs are made."""
+    """A beton or folder; by default photographs are generated."""
     threads: int = 0
-    """Threads of torch where the device is a CPU; 0: one for each allowed core."""
+    """Threads of torch on a CPU; 0: one per allowed core."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no data are given."""
+    """Photographs to generate without --data."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     device = torch.device(args.device)
@@ -76,14 +82,14 @@ def main(args: Arguments) -> None:
             views=4,
             threads=threads,
             device=device,
-            # The consumer's waiting for decoded crops, as a share of the time.
+            # Share of the time that the consumer waits for decoded crops.
             wait_share=waits.get(name),
         )
         for name in windows
     ]
     rows.append(_efficiency(rows, windows, variant, device))
     publish(rows, args.output, COLUMNS)
-    bars(rows[:3], args.plot, title=_sentence(rows[-1]), ours=("both",))
+    bars(rows[:3], args.plot, title=_summary(rows[-1]), ours=("both",))
 
 
 def _measure(
@@ -103,8 +109,8 @@ def _measure(
         step(resident)
     contestants: dict[str, Callable[[Iterator[Batch]], Iterator[int]]] = {
         "loader alone": lambda batches: (len(batch.indices) for batch in batches),
-        "step alone": lambda _: stepping(step, repeat(resident), device),
-        "both": lambda batches: stepping(step, batches, device),
+        "step alone": lambda _: run_steps(step, repeat(resident), device),
+        "both": lambda batches: run_steps(step, batches, device),
     }
     windows: dict[str, list[Window]] = {name: [] for name in contestants}
     waited: dict[str, list[float]] = {"loader alone": [], "both": []}
@@ -146,16 +152,16 @@ def _efficiency(
         device=device,
         digits=3,
         binds="loader" if loader < step else "step",
-        # What is left where loader and step take turns on the same cores.
+        # The efficiency if loader and step alternate on the same cores.
         bound_on_shared_cores=round(shared, 3) if device.type == "cpu" else None,
         target=0.97 if device.type == "cuda" else None,
         met=median(values) >= 0.97 if device.type == "cuda" else None,
     )
 
 
-def _sentence(values: Row) -> str:
-    return f"Training binds on the {values['binds']}; overlap efficiency {values['median']:.2f}"
+def _summary(values: Row) -> str:
+    return f"Bottleneck: {values['binds']}; overlap efficiency {values['median']:.2f}"
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "end_to_end")
+    run_program(main, Arguments, "end_to_end")

@@ -1,15 +1,14 @@
-"""Throughput of every engine on every container: the same samples, crops and flips for all.
+"""Throughput of every engine on every container, with the same samples, crops and flips.
 
     python benchmarks/loaders.py train.beton folder/ --engines ffcv dali --output loaders.jsonl
 
-Each engine runs in a process of its own; their windows alternate (ABBA), and a window's clock
-starts a few batches after its engine. Beside the speed stand what it cost in CPU time and memory,
-how long the first batch and the change of epochs take, and how far the pixels are from a reference
-(Pillow's decoder and an antialiased resize of the same boxes): a faster loader that aliases is not
-the same loader. A beton that fits into memory is read from there after the first pass. The first
-batch's latency includes opening the data, not importing the engine; FFCV's holds seconds of
-compilation where numba's cache is cold. Warm starts, of fresh processes with their imports, have
-rows of their own.
+Each engine runs in its own process. Their windows alternate (ABBA), and a window's clock starts a
+few batches after its engine. The rows also give CPU time, memory, the time to the first batch and
+between epochs, and the pixels' difference to a reference (Pillow's decoder and an antialiased
+resize of the same boxes): a faster loader that aliases is not equivalent. A beton that fits into
+memory is read from the page cache after the first pass. The time to the first batch includes
+opening the data but not importing the engine; FFCV's includes seconds of compilation if numba's
+cache is cold. Warm starts (new processes, imports included) have separate rows.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
+
 from data.photographs import PHOTOGRAPHS, containers
 from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, row, say, start
-from harness.runner import Contestant, compete
-
+from harness.results import Row, TimingOptions, image_row, log, publish, row, run_program
+from harness.runner import ContestantProcess, run_alternating
 from pipelines.engines.choice import choose_engine, missing_engines
 from pipelines.spec import LoaderSpec, Precision
 
@@ -45,27 +44,27 @@ COLUMNS = (
     "met",
 )
 START_SECONDS = 3.0
-"""From the start of a process to its first batch, at most."""
+"""Target for the time from the start of a process to its first batch."""
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
+class Arguments(TimingOptions):
     """Loader throughput of the engines: JSON lines on stdout, a table on stderr."""
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """.beton files, folders of images, list files. Without any, `images` are measured in all
-    containers: as they are and with their longest side at 500 pixels, as files and in betons with
+    """.beton files, folders of images, list files. Without any, --images are measured in all
+    containers: unchanged and with their longest side at 500 pixels, as files and in betons with
     and without restart markers."""
     images: str | None = None
-    """A folder of JPEG files to make the containers from; without it, photographs are made."""
+    """A folder of JPEG files to make the containers from; by default photographs are generated."""
     folder: Path | None = None
-    """Where the containers are put, and found again; a temporary folder by default."""
+    """Folder of the containers, which are reused; by default a temporary one."""
     engines: tuple[Name, ...] = ()
-    """Engines to measure; by default ffcv, dali and folder, as far as they are installed.
-    synthetic decodes nothing: the ceiling that transfer and normalisation leave."""
+    """Engines to measure; by default ffcv, dali and folder, if installed. synthetic decodes
+    nothing: it shows the ceiling set by transfer and normalisation."""
     deliver: Output = "crops"
-    """crops: uint8 crops on the host, what engines differ in. rotate4, plain: four normalised views
-    of each crop, or one, on the device, as a trainer gets them."""
+    """crops: uint8 crops on the host, where engines differ. rotate4, plain: four normalised views
+    of each crop, or one, on the device, as in training."""
     size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64
@@ -73,31 +72,31 @@ class Arguments(Timing):
     precision: Precision = "fp32"
     """Type of the normalised images."""
     workers: int = 0
-    """Decoding threads; 0: one for each allowed core."""
+    """Decoding threads; 0: one per allowed core."""
     torch_threads: int = 1
-    """Threads of torch itself, which normalise where the device is a CPU. More of them wait for
-    cores that are busy decoding, and hide what the engines differ in."""
+    """Threads of torch itself, which normalise on a CPU. More threads would wait for cores that
+    are busy decoding, and hide the differences between engines."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where batches go."""
+    """The device of the batches."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no images are given."""
+    """Photographs to generate without --images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.torch_threads < 1 or self.workers < 0:
-            raise ValueError("--torch-threads must be at least 1, --workers not negative")
+            raise ValueError("--torch-threads must be at least 1, and --workers at least 0")
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     wanted = args.engines or ALL
-    # Looking for the two imports them, which takes seconds.
+    # Checking for the two imports them, which takes seconds.
     missing = missing_engines() if {"ffcv", "dali"} & set(wanted) else {}
     refused = [f"{name}: {missing[name]}" for name in args.engines if name in missing]
     if refused:
         raise ValueError(f"--engines: {'; '.join(refused)}")
     for name in (name for name in wanted if name in missing):
-        say(f"left out: {name}: {missing[name]}")
+        log(f"left out: {name}: {missing[name]}")
     names = tuple(name for name in wanted if name not in missing)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,17 +115,17 @@ def _made(folder: Path, args: Arguments) -> tuple[str, ...]:
 
 
 def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
-    """The rows of one data set."""
+    """Return the rows of one data set."""
     if not Path(data).exists():
-        # Here, not in the contestants, which take seconds to import what they need.
-        raise ValueError(f"{data}: there is no such file or folder")
+        # Checked here, because the contestants' imports take seconds.
+        raise ValueError(f"{data}: no such file or folder")
     workers = args.workers or len(os.sched_getaffinity(0))
     configs: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(names):
         try:
             choose_engine(LoaderSpec(data=data, engine=name))
         except ValueError as error:
-            say(f"left out: {error}")
+            log(f"left out: {error}")
             continue
         configs[name] = {
             "kind": "ours",
@@ -141,22 +140,22 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
             "torch_threads": args.torch_threads,
         }
     if not configs:
-        raise ValueError(f"{data}: none of these engines can read it: {', '.join(names)}")
+        raise ValueError(f"{data}: cannot be read by any of these engines: {', '.join(names)}")
     # Synthetic images have no file to compare with.
-    untimed = ["served"] + ([] if "synthetic" in configs else ["difference"])
-    windows, facts = compete(
+    parallel_calls = ["crop_digest"] + ([] if "synthetic" in configs else ["difference"])
+    windows, facts = run_alternating(
         configs,
         repeats=args.repeats,
         seconds=args.seconds,
-        questions=("epoch_gap",),
-        untimed=untimed,
+        calls=("epoch_gap",),
+        parallel_calls=parallel_calls,
         title=Path(data).name,
     )
     warm = {name: _warm_starts(name, configs[name], args.repeats) for name in configs}
-    # Synthetic images have a size of their own, hence other boxes.
-    served = {fact.pop("digest") for name, fact in facts.items() if name != "synthetic"}
-    if len(served) > 1:
-        raise ValueError(f"{data}: {', '.join(configs)} do not cut the same crops")
+    # Synthetic images have another size, hence other crop boxes.
+    digests = {fact.pop("digest") for name, fact in facts.items() if name != "synthetic"}
+    if len(digests) > 1:
+        raise ValueError(f"{data}: {', '.join(configs)} do not make the same crops")
     facts.get("synthetic", {}).pop("digest", None)
     variant = f"{Path(data).name} {args.size}px {args.deliver} batch {args.batch_size}"
     variant += f" workers {workers}" + (f" {args.precision}" if args.deliver != "crops" else "")
@@ -184,7 +183,7 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
             device=device,
             digits=3,
             order="",
-            # The other wait of a trainer, where one epoch ends and the next one begins.
+            # The other wait in training: between two epochs.
             epoch_gap_seconds=facts[name]["epoch_gap_seconds"],
             target=START_SECONDS,
         )
@@ -193,17 +192,19 @@ def _measure(data: str, names: tuple[Name, ...], args: Arguments) -> list[Row]:
 
 
 def _warm_starts(name: str, config: dict[str, Any], repeats: int) -> list[float]:
-    """Seconds from the start of a fresh process, its imports included, to its first batch. What is
-    compiled lies in the cache, and the data in memory: the contestants have seen to both."""
-    say(f"warm starts of {name}")
+    """Return the seconds from the start of new processes, imports included, to the first batch.
+
+    The earlier contestants have filled numba's cache and the page cache.
+    """
+    log(f"warm starts of {name}")
     taken = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        with Contestant(f"warm start, {name}", config) as player:
-            player.ask("first_batch")
+        with ContestantProcess(f"warm start, {name}", config) as process:
+            process.call("first_batch")
             taken.append(time.perf_counter() - begin)
     return taken
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "loaders")
+    run_program(main, Arguments, "loaders")

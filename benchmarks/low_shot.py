@@ -1,13 +1,13 @@
-"""The low-shot SVM protocol on one stage's features: ours against scikit-learn, class by class.
+"""The low-shot SVM protocol on one stage's features: ours compared with scikit-learn.
 
     python benchmarks/low_shot.py --output low_shot.jsonl
 
-Features of VOC07's size are made: as many images, classes and positives, 9,216 values each. Both
-sides get the same draws and costs, are trained to the end, and score the whole test data. Ours is
-solved exactly; scikit-learn's LinearSVC (liblinear) with the published settings stops at its
-tolerance or after 2,000 passes. Each runs in a process of its own: CPU seconds and peak memory are
-that process's. With the defaults scikit-learn takes most of an hour of one core; --peer-draws 0
-leaves it out.
+Generates features of VOC07's size: as many images, classes and positives, 9,216 values each. Both
+sides get the same draws and costs, train to the end, and score the whole test data. Our solver is
+exact; scikit-learn's LinearSVC (liblinear), one class after another with the published settings,
+stops at its tolerance or after 2,000 passes. Each side runs in its own process, whose CPU seconds
+and peak memory are reported. With the defaults scikit-learn takes most of an hour on one core;
+--peer-draws 0 skips it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from harness.results import Repeated, Row, publish, row, start
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
+from harness.results import RepeatOptions, Row, publish, row, run_program
 from rotpred.metrics.average_precision import average_precision
 from rotpred.svm.dual import COSTS, gram, normalize_rows
 from rotpred.svm.low_shot import draw_samples, scores_of_draw
@@ -35,16 +35,16 @@ SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 LARGEST_SHARE = 0.5
 COLUMNS = ("cpu_seconds", "peak_mib", "mean_ap", "target", "met")
 Side = Literal["ours", "scikit-learn"]
-LoadedSample = tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]
-"""Features, and labels of all classes: 1, -1, or 0 for difficult ones."""
+LabelledFeatures = tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]
+"""Features float32 (N, D) and labels int8 (N, classes): 1, -1, or 0 for difficult ones."""
 
 
 @dataclass(frozen=True)
-class Arguments(Repeated):
+class Arguments(RepeatOptions):
     """Time and memory of the low-shot protocol on one stage."""
 
     repeats: int = 1
-    """Runs of each side; the second and later ones in the opposite order."""
+    """Runs of each side; the order alternates."""
     samples: int = 5011
     """Training images (VOC07 trainval)."""
     tests: int = 4952
@@ -52,36 +52,36 @@ class Arguments(Repeated):
     values: int = 9216
     """Features per image."""
     classes: int = 20
-    """Classes, each against the rest."""
+    """Classes, one against the rest."""
     shots: tuple[int, ...] = SHOTS
-    """Positives per class; (classes - 1) times as many negatives go with them."""
+    """Positives per class; the negatives are (classes - 1) times as many."""
     draws: int = 1
-    """Draws that ours is timed on; the protocol has five."""
+    """Draws to time ours on; the protocol has five."""
     peer_draws: int = 1
-    """Draws that scikit-learn is timed on, the first ones of ours; 0 leaves it out."""
+    """Draws to time scikit-learn on, the first of ours; 0 skips it."""
     threads: int = 1
-    """Threads of ours; scikit-learn's solver has one."""
+    """Threads of our solver; scikit-learn's has one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.peer_draws > self.draws or self.draws < 1:
-            raise ValueError("--draws must be at least 1, and --peer-draws not more than it")
+            raise ValueError("--draws must be at least 1, and --peer-draws at most --draws")
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` in words."""
+    """Measure and publish. User errors raise `ValueError`."""
     sides: list[tuple[Side, int]] = [("ours", args.draws)]
     if args.peer_draws:
         sides.append(("scikit-learn", args.peer_draws))
-    found: dict[Side, list[dict[str, Any]]] = {side: [] for side, _ in sides}
-    for turn in range(args.repeats):
-        for side, draws in sides if turn % 2 == 0 else sides[::-1]:
-            found[side].append(_apart(side, args, draws))
+    results: dict[Side, list[dict[str, Any]]] = {side: [] for side, _ in sides}
+    for repeat in range(args.repeats):
+        for side, draws in sides if repeat % 2 == 0 else sides[::-1]:
+            results[side].append(_measure_in_process(side, args, draws))
     device = torch.device("cpu")
     size = f"{args.samples:,} x {args.values:,}, {args.tests:,} tests, {args.classes} classes"
     rows: list[Row] = []
     for side, draws in sides:
-        facts = found[side]
+        facts = results[side]
         more = {name: facts[0][name] for name in facts[0] if name not in ("cpu_seconds", "seconds")}
         rows.append(
             row(
@@ -98,8 +98,8 @@ def main(args: Arguments) -> None:
             )
         )
     if args.peer_draws:
-        # Per draw, and per CPU second: neither threads nor neighbours make either look better.
-        pairs = zip(found["ours"], found["scikit-learn"], strict=True)
+        # CPU seconds per draw: neither threads nor neighbours favour either side.
+        pairs = zip(results["ours"], results["scikit-learn"], strict=True)
         shares = [
             (a["cpu_seconds"] / args.draws) / (b["cpu_seconds"] / args.peer_draws) for a, b in pairs
         ]
@@ -113,8 +113,8 @@ def main(args: Arguments) -> None:
     publish(rows, args.output, COLUMNS)
 
 
-def _apart(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
-    """Run one side in a process of its own."""
+def _measure_in_process(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
+    """Measure one side in a new process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_measure, (side, args, draws))
@@ -122,7 +122,7 @@ def _apart(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
 
 def _measure(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
-    train, test = _made(args, args.samples, 0), _made(args, args.tests, 1)
+    train, test = _make_features(args, args.samples, 0), _make_features(args, args.tests, 1)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
     work = _ours if side == "ours" else _peer
@@ -138,7 +138,7 @@ def _measure(side: Side, args: Arguments, draws: int) -> dict[str, Any]:
 
 
 def _ours(
-    train: LoadedSample, test: LoadedSample, args: Arguments, draws: int
+    train: LabelledFeatures, test: LabelledFeatures, args: Arguments, draws: int
 ) -> tuple[float, int]:
     cpu = torch.device("cpu")
     kernel, rows = gram(train[0], train[0], cpu), gram(test[0], train[0], cpu)
@@ -153,9 +153,9 @@ def _ours(
 
 
 def _peer(
-    train: LoadedSample, test: LoadedSample, args: Arguments, draws: int
+    train: LabelledFeatures, test: LabelledFeatures, args: Arguments, draws: int
 ) -> tuple[float, int]:
-    """Source of the settings: mmselfsup, svm_voc07/tools/train_svm_low_shot.py."""
+    """Run scikit-learn with the settings of mmselfsup, svm_voc07/tools/train_svm_low_shot.py."""
     (features, labels), (held_features, held_labels) = train, test
     rows, held = normalize_rows(features).numpy(), normalize_rows(held_features).numpy()
     scores, unfinished = [], 0
@@ -179,10 +179,10 @@ def _peer(
     return float(np.mean(scores)), unfinished
 
 
-def _made(args: Arguments, count: int, part: int) -> LoadedSample:
-    """Features of rectified noise round the sum of their classes' directions, and the labels.
+def _make_features(args: Arguments, count: int, part: int) -> LabelledFeatures:
+    """Return rectified noise around the sum of each image's class directions, and the labels.
 
-    A class has 3.5 % to 12 % of the images, a few of them difficult for the test, as in VOC07.
+    A class has 3.5 % to 12 % of the images, and a few labels are difficult, as in VOC07.
     """
     shared = np.random.default_rng(0)
     directions = shared.normal(size=(args.classes, args.values)).astype(np.float32)
@@ -196,4 +196,4 @@ def _made(args: Arguments, count: int, part: int) -> LoadedSample:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "low_shot")
+    run_program(main, Arguments, "low_shot")

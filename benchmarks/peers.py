@@ -1,12 +1,12 @@
-"""Our loaders against others', in one run, on the same images, per CPU second.
+"""Our loaders compared with others in one run, on the same images, per CPU second.
 
     python benchmarks/peers.py --data imagenet/val --output peers.jsonl --plot peers.png
 
-The images are made 500 pixels long once, and everybody reads those: as files, as a beton of ours
-(with restart markers), as the identical bytes in a beton without them, as a beton that FFCV's own
-writer made of the files. First all deliver uint8 crops of 224 pixels on the host; then the whole
-job of rotation pretraining, four normalised float32 views, is done by ours and as mmselfsup does
-it. Ratios to the targets close the table. Every contestant has a process of its own.
+The images are shrunk once to 500 pixels, and all contestants read those: as files, as our beton
+with restart markers, as a beton of the same bytes without them, or as a beton that FFCV's own
+writer made from the files. First all deliver uint8 crops of 224 pixels on the host. Then ours and
+mmselfsup's way do the whole job of rotation pretraining: four normalised float32 views. The last
+rows compare ratios with targets. Every contestant runs in its own process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from data.photographs import PHOTOGRAPHS, SMALL_SIDE, Containers, containers
 from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, ratio_row, start
-from harness.runner import compete
+from harness.results import Row, TimingOptions, image_row, publish, ratio_row, run_program
+from harness.runner import run_alternating
 from harness.timing import Window
 
 BOXES = "our boxes, computed beforehand"
-OWN = "its own boxes of the same distribution; pixels compared on the middle square"
+OWN = "its own boxes of the same distribution; pixels compared on the central square"
 CROPS: dict[str, str] = {
     "ours ffcv": "our boxes, drawn in the run",
     "ours dali": "our boxes, drawn in the run",
@@ -59,33 +60,33 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
-    """Our loaders against torchvision's, stock FFCV's, stock DALI's, and mmselfsup's way."""
+class Arguments(TimingOptions):
+    """Our loaders compared with torchvision's, stock FFCV's, stock DALI's and mmselfsup's."""
 
     data: str | None = None
-    """A folder of JPEG files; without it, photographs are made."""
+    """A folder of JPEG files; by default photographs are generated."""
     folder: Path | None = None
-    """Where the files and betons that are compared are put, and found again. By default a temporary
-    folder, for which they are made each time."""
+    """Folder of the files and betons to compare, which are reused. By default a temporary folder;
+    then they are made again each time."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no data are given."""
+    """Photographs to generate without --data."""
     small_side: int = SMALL_SIDE
-    """Longest side in pixels of the images that are compared."""
+    """Longest side in pixels of the images to compare."""
     size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64
     """Source images per batch."""
     workers: int = 0
-    """Decoding threads, or processes where the peer uses those; 0: one for each allowed core."""
+    """Decoding threads, or processes if the peer uses those; 0: one per allowed core."""
     only: tuple[str, ...] = ()
-    """Names of contestants; all by default."""
+    """Contestants to run; by default all."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     unknown = sorted(set(args.only) - set(CROPS))
     if unknown:
-        raise ValueError(f"--only: no contestant {unknown[0]!r}; there are: {', '.join(CROPS)}")
+        raise ValueError(f"--only: unknown contestant {unknown[0]!r}; known: {', '.join(CROPS)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         made = containers(args.data, folder, count=args.count, small_side=args.small_side)
@@ -99,7 +100,7 @@ def main(args: Arguments) -> None:
 
 
 def configs(made: Containers, args: Arguments) -> dict[str, dict[str, Any]]:
-    """What each contestant is made with."""
+    """Return the contestants' configurations by name."""
     workers = args.workers or len(os.sched_getaffinity(0))
     files = made.small_folder()
     spliced = made.small(markers=True)
@@ -132,11 +133,11 @@ def _measure(made: Containers, args: Arguments) -> list[Row]:
         {name: c for name, c in every.items() if name not in WHOLE},
         {name: c for name, c in every.items() if name in WHOLE},
     ):
-        measured, facts = compete(
+        measured, facts = run_alternating(
             group,
             repeats=args.repeats,
             seconds=args.seconds,
-            untimed=("difference",),
+            parallel_calls=("difference",),
             title="peers",
         )
         windows |= measured
@@ -166,4 +167,4 @@ def _measure(made: Containers, args: Arguments) -> list[Row]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "peers")
+    run_program(main, Arguments, "peers")

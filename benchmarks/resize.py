@@ -1,9 +1,9 @@
-"""The resize of our engines against OpenCV's INTER_AREA (stock FFCV's) and torchvision's.
+"""Our engines' resize compared with OpenCV's INTER_AREA (stock FFCV) and torchvision's.
 
     python benchmarks/resize.py --data train.beton --output resize.jsonl
 
-Random resized crops of decoded images, one thread; beside the speed stands the difference of the
-pixels to Pillow's antialiased bilinear filter.
+Resizes random crops of decoded images on one thread. The rows give the speed and the pixels'
+difference to Pillow's antialiased bilinear filter.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, ratio_row, row, start
-from harness.timing import Window, abba, window
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.engines.samples import encoded, open_samples
+from harness.plots import bars
+from harness.results import Row, TimingOptions, image_row, publish, ratio_row, row, run_program
+from harness.timing import Window, abba, window
+from pipelines.engines.samples import open_samples, read_encoded
 from pipelines.imaging.decode import decode_rgb
 from pipelines.imaging.resize import resize_region, scratch_size
 from pipelines.sampling.crops import crop_boxes
@@ -36,10 +36,11 @@ LARGEST_DIFFERENCE = 1.0
 COLUMNS = ("cpu_seconds_per_1k_images", "pixel_difference", "pixel_bias", "target", "met")
 
 
-class Cut(NamedTuple):
-    """An image and what is to be cut out of it."""
+class ImageCrop(NamedTuple):
+    """A decoded image and a crop box."""
 
     image: Pixels
+    """uint8 (H, W, 3)."""
     top: int
     left: int
     height: int
@@ -47,35 +48,37 @@ class Cut(NamedTuple):
 
     @property
     def region(self) -> Pixels:
-        """A view, not a copy."""
+        """The pixels in the box, a view (height, width, 3)."""
         rows = slice(self.top, self.top + self.height)
         return self.image[rows, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
-    """Resizing of random crops: ours, OpenCV's INTER_AREA, torchvision's antialiased one."""
+class Arguments(TimingOptions):
+    """Resizing of random crops: ours, OpenCV's INTER_AREA, torchvision's antialiased resize."""
 
     data: str | None = None
-    """A .beton file or a folder of images; without it, smooth noise of 500 x 375 pixels."""
+    """A .beton file or a folder of images; by default smooth noise of 500 x 375 pixels."""
     images: int = 128
-    """Images that are decoded, spread over the data."""
+    """Images to decode, spread over the data."""
     size: int = 224
     """Side of the output in pixels."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     torch.set_num_threads(1)
-    cuts = _cuts(args)
-    work = _contestants(cuts, args.size)
-    reference = [_pillow(cut, args.size) for cut in cuts]
-    made = {name: [resize(cut) for cut in cuts] for name, resize in work.items()}  # warms up, too
+    crops = _crops(args)
+    work = _contestants(crops, args.size)
+    reference = [_pillow(crop, args.size) for crop in crops]
+    made = {
+        name: [resize(crop) for crop in crops] for name, resize in work.items()
+    }  # warms up, too
     windows: dict[str, list[Window]] = {name: [] for name in work}
     device = torch.device("cpu")
     for name in abba(tuple(work), args.repeats):
         windows[name].append(
-            window(_endless(work[name], cuts), seconds=args.seconds, device=device)
+            window(_endless(work[name], crops), seconds=args.seconds, device=device)
         )
     rows: list[Row] = []
     for name in work:
@@ -103,14 +106,14 @@ def main(args: Arguments) -> None:
 
 
 def _difference(ours: Row, device: torch.device) -> Row:
-    """Our mean difference to Pillow's pixels against the most that it may be."""
+    """Return our mean difference to Pillow's pixels, with its upper limit as the target."""
     off = ours["pixel_difference"]
     name, variant = "mean difference to Pillow's pixels", ours["variant"]
     options = {"order": "", "target": LARGEST_DIFFERENCE, "met": off <= LARGEST_DIFFERENCE}
     return row("resize", name, variant, [off], unit="levels", device=device, digits=4, **options)
 
 
-def _cuts(args: Arguments) -> list[Cut]:
+def _crops(args: Arguments) -> list[ImageCrop]:
     if args.data is None:
         noise = np.random.default_rng(0).integers(0, 256, (args.images, 24, 32, 3), np.uint8)
         images = [np.asarray(Image.fromarray(n).resize((500, 375))) for n in noise]
@@ -118,7 +121,7 @@ def _cuts(args: Arguments) -> list[Cut]:
         samples = open_samples(args.data)
         count = len(samples.labels)
         chosen = np.linspace(0, count - 1, min(args.images, count)).astype(int)
-        images = [decode_rgb(bytes(encoded(samples, int(i)))) for i in chosen]
+        images = [decode_rgb(bytes(read_encoded(samples, int(i)))) for i in chosen]
     where = crop_boxes(
         LoaderSpec(crop=RandomResizedCrop(args.size)),
         epoch=0,
@@ -126,46 +129,46 @@ def _cuts(args: Arguments) -> list[Cut]:
         heights=np.array([p.shape[0] for p in images], np.int32),
         widths=np.array([p.shape[1] for p in images], np.int32),
     )
-    return [Cut(p, *box) for p, box in zip(images, where[:, :4].tolist(), strict=True)]
+    return [ImageCrop(p, *box) for p, box in zip(images, where[:, :4].tolist(), strict=True)]
 
 
-def _contestants(cuts: list[Cut], size: int) -> dict[str, Callable[[Cut], Pixels]]:
-    sides = [max(c.height for c in cuts), max(c.width for c in cuts)]
+def _contestants(crops: list[ImageCrop], size: int) -> dict[str, Callable[[ImageCrop], Pixels]]:
+    sides = [max(c.height for c in crops), max(c.width for c in crops)]
     scratch = np.empty(scratch_size(*sides, size), np.uint32)
     cv2 = importlib.import_module("cv2")
     cv2.setNumThreads(1)
 
-    def ours(cut: Cut) -> Pixels:
-        region, out = cut.region, np.empty((size, size, 3), np.uint8)
+    def ours(crop: ImageCrop) -> Pixels:
+        region, out = crop.region, np.empty((size, size, 3), np.uint8)
         resize_region(
-            region.ctypes.data, region.strides[0], cut.height, cut.width,
+            region.ctypes.data, region.strides[0], crop.height, crop.width,
             out.ctypes.data, size, False, scratch,
         )  # fmt: skip
         return out
 
-    def torchvision(cut: Cut) -> Pixels:
-        image = torch.from_numpy(cut.region).permute(2, 0, 1)[None]
+    def torchvision(crop: ImageCrop) -> Pixels:
+        image = torch.from_numpy(crop.region).permute(2, 0, 1)[None]
         resized: torch.Tensor = tv.resize(image, [size, size], antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
 
     area = functools.partial(cv2.resize, dsize=(size, size), interpolation=cv2.INTER_AREA)
     return {
         OURS: ours,
-        "OpenCV INTER_AREA": lambda cut: area(cut.region),
+        "OpenCV INTER_AREA": lambda crop: area(crop.region),
         "torchvision antialiased": torchvision,
     }
 
 
-def _pillow(cut: Cut, size: int) -> Pixels:
-    image = Image.fromarray(cut.region)
+def _pillow(crop: ImageCrop, size: int) -> Pixels:
+    image = Image.fromarray(crop.region)
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _endless(resize: Callable[[Cut], Pixels], cuts: list[Cut]) -> Iterator[int]:
-    for cut in itertools.cycle(cuts):
-        resize(cut)
+def _endless(resize: Callable[[ImageCrop], Pixels], crops: list[ImageCrop]) -> Iterator[int]:
+    for crop in itertools.cycle(crops):
+        resize(crop)
         yield 1
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "resize")
+    run_program(main, Arguments, "resize")

@@ -1,11 +1,11 @@
-"""`rotate4` against plain torch, against compiled torch, and against copying as many bytes.
+"""`rotate4` compared with plain torch, compiled torch, and a copy of as many bytes.
 
     python benchmarks/rotate4.py --output rotate4.jsonl --plot rotate4.png
 
-Turning and normalising reads each crop once and writes four views: a share of the bandwidth that a
-plain copy reaches on the same device is how much better it could be. The same work from regions of
-random sizes, which are resized on the device, is timed beside it; the bytes that it moves are other
-ones, and its arithmetic is more than its bytes.
+Rotation and normalisation read each crop once and write four views. The share of the bandwidth of a
+plain copy on the same device shows how much faster they could be. The same work from regions of
+random sizes, which are resized on the device, is timed as well: it moves other bytes, and is
+dominated by arithmetic.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, say, start
-from harness.timing import Window, abba, finish, window
 
+from harness.plots import bars
+from harness.results import Row, TimingOptions, image_row, log, publish, run_program
+from harness.timing import Window, abba, synchronize, window
 from pipelines.batch import DTYPES, Regions
 from pipelines.device.rotate import rotate4
 from pipelines.sampling.crops import crop_boxes
@@ -30,36 +30,39 @@ from pipelines.spec import IMAGENET, LoaderSpec, Normalize, Precision, RandomRes
 COLUMNS = ("cpu_seconds_per_1k_images", "gigabytes_per_s", "share_of_copy", "target", "met")
 REGIONS = "rotate4 of regions"
 TARGET = 0.85
-"""Share of a copy's bandwidth that `rotate4` should reach on a GPU."""
+"""Target for `rotate4` on a GPU: share of a copy's bandwidth."""
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
-    """Four normalised views of resident uint8 crops: our kernel, plain and compiled torch, DALI."""
+class Arguments(TimingOptions):
+    """Four normalised views of uint8 crops in device memory: our kernel, torch, DALI."""
 
     size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64
     """Source images per batch."""
     precision: Precision | None = None
-    """Type of the views: bf16 on a GPU, else fp32, where it is not given."""
+    """Type of the views; by default bf16 on a GPU, else fp32."""
     threads: int = 1
-    """Threads of torch where the device is a CPU."""
+    """Threads of torch on a CPU."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the crops lie."""
+    """The device of the crops."""
     compiled: bool = True
-    """Measure the compiled version, too; compiling takes a while."""
+    """Also measure torch.compile, which takes a while to compile."""
 
 
 def plain_views(
     crops: torch.Tensor, *, normalize: Normalize, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rotate4` returns, in five lines of torch: the baseline.
+    """Compute what `rotate4` returns in five lines of torch: the baseline.
 
     Args:
         crops: uint8 (B, S, S, 3).
-        normalize: mean and standard deviation in units of 0 to 255.
-        dtype: of the views.
+        normalize: Mean and standard deviation in units of 0 to 255.
+        dtype: Type of the views.
+
+    Returns:
+        Views (4 B, 3, S, S), channels last, and labels int64 (4 B,).
     """
     mean = torch.tensor(normalize.mean, device=crops.device)
     scale = 1.0 / torch.tensor(normalize.std, device=crops.device)
@@ -70,7 +73,7 @@ def plain_views(
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` in words."""
+    """Measure and publish. User errors raise `ValueError`."""
     device = torch.device(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     torch.set_num_threads(args.threads)
@@ -79,7 +82,7 @@ def main(args: Arguments) -> None:
     crops = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     regions = _regions(args.batch_size, args.size, device)
     options: dict[str, Any] = {"normalize": IMAGENET, "dtype": dtype}
-    # Fresh memory has a price, too: torch gets it from the system at each call.
+    # New memory costs time as well: torch gets it from the system in each call.
     out = rotate4(crops, **options)[0]
     contestants: dict[str, Callable[[], object]] = {
         "rotate4": functools.partial(rotate4, crops, **options),
@@ -94,7 +97,7 @@ def main(args: Arguments) -> None:
         try:
             contestants["inside DALI"] = _dali(crops, dtype)
         except ImportError as error:
-            say(f"left out: DALI: {error}")
+            log(f"left out: DALI: {error}")
     written = crops.numel() * 4 * dtype.itemsize
     moved = crops.numel() + written
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1)
@@ -122,7 +125,7 @@ def _measure(
     for work in contestants.values():
         for _ in range(3):
             work()
-    finish(device)
+    synchronize(device)
     for name in abba(tuple(contestants), args.repeats):
         batches = _batches(contestants[name], args.batch_size, device)
         windows[name].append(window(batches, seconds=args.seconds, device=device))
@@ -131,8 +134,8 @@ def _measure(
         for name, ws in windows.items()
     }
     shares = {name: rate / bandwidth["copy of as many bytes"] for name, rate in bandwidth.items()}
-    # A CPU's arithmetic, not its memory, is the limit of one thread: no target there.
-    aims = {
+    # One CPU thread is limited by arithmetic, not by memory: no target on a CPU.
+    targets = {
         name: {"target": TARGET, "met": shares[name] >= TARGET}
         for name in ("rotate4", "rotate4, same output")
         if device.type == "cuda"
@@ -148,46 +151,46 @@ def _measure(
             device=device,
             gigabytes_per_s=round(bandwidth[name] / 1e9, 3),
             share_of_copy=round(shares[name], 3),
-            **aims.get(name, {}),
+            **targets.get(name, {}),
         )
         for name in contestants
     ]
 
 
 def _regions(batch: int, size: int, device: torch.device) -> Regions:
-    """Noise in the shapes that `RandomResizedCrop` cuts out of images of 500 x 375 pixels."""
+    """Return noise in the shapes of `RandomResizedCrop` on images of 500 x 375 pixels."""
     spec = LoaderSpec(data="synthetic", batch_size=batch, crop=RandomResizedCrop(size))
     indices = np.arange(batch)
-    cut = crop_boxes(
+    boxes = crop_boxes(
         spec,
         epoch=0,
         indices=indices,
         heights=np.full(batch, 375, np.int32),
         widths=np.full(batch, 500, np.int32),
     )
-    counts = 3 * cut[:, 2].astype(np.int64) * cut[:, 3]
+    counts = 3 * boxes[:, 2].astype(np.int64) * boxes[:, 3]
     return Regions(
         pixels=torch.randint(0, 256, (int(counts.sum()),), dtype=torch.uint8).to(device),
         offsets=torch.from_numpy(np.cumsum(counts) - counts).to(device),
-        shapes=torch.from_numpy(np.ascontiguousarray(cut[:, 2:4])).to(device),
-        flips=torch.from_numpy(cut[:, 4] != 0).to(device),
+        shapes=torch.from_numpy(np.ascontiguousarray(boxes[:, 2:4])).to(device),
+        flips=torch.from_numpy(boxes[:, 4] != 0).to(device),
         side=size,
     )
 
 
 def _batches(work: Callable[[], object], images: int, device: torch.device) -> Iterator[int]:
-    """Endless work. A GPU is waited for now and then: else the clock would time the queueing."""
-    done = 0
+    """Call `work` for ever; synchronize every 16 calls, or only queueing would be timed."""
+    calls = 0
     while True:
         work()
-        done += 1
-        if done % 16 == 0:
-            finish(device)
+        calls += 1
+        if calls % 16 == 0:
+            synchronize(device)
         yield images
 
 
 def _dali(crops: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """The same views, made by DALI's operators from crops that lie on the GPU."""
+    """Return a call that makes the same views with DALI's operators, from crops on the GPU."""
     fn: Any = importlib.import_module("nvidia.dali.fn")
     types: Any = importlib.import_module("nvidia.dali.types")
     pipeline: Any = importlib.import_module("nvidia.dali.pipeline").Pipeline
@@ -224,4 +227,4 @@ def _dali(crops: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "rotate4")
+    run_program(main, Arguments, "rotate4")

@@ -1,9 +1,9 @@
-"""All CPU benchmarks one after the other, and a table of the ratios against their targets.
+"""Runs all CPU benchmarks in sequence and prints all results that have a target.
 
     python benchmarks/run_all.py [--data FOLDER] [--output benchmarks/results/local]
 
-Rows and figures of each program go into the output folder. With the default lengths it takes less
-than ten minutes on two cores; leave the machine alone meanwhile.
+Each program's rows and figures go into the output folder. With the default window lengths this
+takes less than ten minutes on two cores; run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
 from data.photographs import PHOTOGRAPHS, Containers, containers
-from harness.results import say, table
+from harness.results import log, table
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 900
-"""For one program: a hang must not outlive the patience of whoever typed the command."""
+"""For one program, so that a hang ends."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,29 @@ class Arguments:
     """Run all CPU benchmarks."""
 
     data: str | None = None
-    """A folder of JPEG files; without it, photographs are made."""
+    """A folder of JPEG files; by default photographs are generated."""
     output: Path = HERE / "results" / "local"
     """Folder for rows (JSON lines) and figures (PNG)."""
     repeats: int = 5
     """Windows of each contestant."""
     seconds: float = 0.5
-    """Length of a window, at least."""
+    """Minimum length of a window."""
     only: tuple[str, ...] = ()
-    """Programs to run, by name; all by default."""
+    """Programs to run; by default all."""
 
 
 def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
-    """The programs and their arguments; all run on the CPU."""
+    """Return the programs and their arguments; all run on the CPU."""
     folder = ["--folder", str(args.output / "images"), "--batch-size", "32"]
     timing = ["--repeats", str(args.repeats), "--seconds", str(args.seconds)]
     cpu = ["--device", "cpu"]
-    # A network so small that loading matters, too.
+    # A network so small that loading also matters.
     small = ["--backbone", "resnet18_tiny", "--size", "64", *cpu]
     spliced = ["--data", str(made.small(markers=True))]
     given = ["--data", args.data] if args.data else []
     return {
         "peers": [*given, *folder, *timing],
-        # One container of the six that it compares by itself: each takes a minute and a half.
+        # One container; by default it compares six, at a minute and a half each.
         "loaders": [str(made.small(markers=True)), *timing, *cpu, "--batch-size", "32"],
         "resize": [*spliced, *timing],
         "rotate4": [*timing, *cpu],
@@ -63,50 +64,50 @@ def programs(args: Arguments, made: Containers) -> dict[str, list[str]]:
         "splice": [*spliced, "--images", "200", "--crops", "2", "--repeats", str(args.repeats)],
         "scale": ["--samples", "1000", "100000", "1300000", "14000000", "--repeats", "3"],
         "doctor": [*spliced, *small],
-        # Of the four recipes the one whose step is quickest on a CPU.
+        # Of the four recipes, the one with the fastest step on a CPU.
         "dense": ["--recipes", "voc12aug_seg", "--count", "16", *timing, *cpu],
     }
 
 
 def main(args: Arguments) -> int:
-    """Run them; returns 1 where one failed."""
+    """Run the programs; returns the exit status, 1 if one failed."""
     begin = time.monotonic()
     made = containers(args.data, args.output / "images", count=PHOTOGRAPHS)
     chosen = programs(args, made)
     unknown = sorted(set(args.only) - chosen.keys())
     if unknown:
-        raise ValueError(f"--only: no program {unknown[0]!r}; there are: {', '.join(chosen)}")
+        raise ValueError(f"--only: unknown program {unknown[0]!r}; known: {', '.join(chosen)}")
     failed, rows = [], []
     for name in args.only or chosen:
         output = args.output / f"{name}.jsonl"
-        # An older run's rows must not pass for this one's.
+        # Rows of an older run must not be taken for this run's.
         output.unlink(missing_ok=True)
-        say(f"\n== {name}")
-        trouble = _run(name, [*chosen[name], "--output", str(output)], args.output)
-        if trouble:
-            failed.append(f"{name} ({trouble})")
+        log(f"\n== {name}")
+        problem = _run(name, [*chosen[name], "--output", str(output)], args.output)
+        if problem:
+            failed.append(f"{name} ({problem})")
         else:
             rows += [json.loads(line) for line in output.read_text().splitlines()]
-    say(
+    log(
         f"\n== Against the targets ({time.monotonic() - begin:.0f} s in all, rows in {args.output})"
     )
-    say(table([r for r in rows if r.get("target") is not None], ("target", "met")))
+    log(table([r for r in rows if r.get("target") is not None], ("target", "met")))
     if failed:
-        say(f"failed: {', '.join(failed)}")
+        log(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
 def _run(name: str, arguments: list[str], folder: Path) -> str:
-    """Run one program; what went wrong with it, or nothing."""
+    """Run one program and return the reason of a failure, or an empty string."""
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
     command += ["--plot", str(folder / f"{name}.png")]
-    # A session of its own: the processes that it started have to end with it.
+    # A new session, so that the program's child processes can be killed with it.
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
             status = process.wait(timeout=LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return f"not done after {LIMIT_SECONDS} s"
+            return f"timed out after {LIMIT_SECONDS} s"
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise

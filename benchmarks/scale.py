@@ -1,11 +1,11 @@
-"""What grows with the number of samples: opening, an epoch's order, memory. No pixels.
+"""Scaling with the number of samples: time to open, time for an epoch's order, memory.
 
     python benchmarks/scale.py --samples 1000 1300000 14000000 --output scale.jsonl
 
-Betons with tables of full size and holes for images are made on the spot (72 bytes of disk a
-sample, with the side file of segments). Every measurement has a process of its own. With 14 million
-samples (ImageNet-22k) the targets are 3 s to open, 2 s for an order, 1 GB of resident memory (of a
-process that has not imported torch, which alone takes several hundred MB).
+Generates betons with full tables and holes for images (72 bytes of disk per sample, with the side
+file of segments). Every measurement runs in its own process. With 14 million samples (ImageNet-22k)
+the targets are 3 s to open, 2 s for an order and 1 GB of resident memory (of a process that has not
+imported torch, which alone takes several hundred MB).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 from data.sparse_beton import write_sparse
 from harness.plots import lines
-from harness.results import Repeated, Row, publish, row, start
-from harness.runner import Contestant
-from tqdm import tqdm
+from harness.results import RepeatOptions, Row, publish, row, run_program
+from harness.runner import ContestantProcess
 
 BATCH_SIZE = 256
 FULL = 14_000_000
@@ -32,25 +33,25 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Arguments(Repeated):
-    """Opening time, order time and memory of betons of any length."""
+class Arguments(RepeatOptions):
+    """Opening time, order time and memory of betons of any number of samples."""
 
     repeats: int = 5
-    """Processes for each length, one after the other."""
+    """Processes for each number of samples, one after another."""
 
     samples: tuple[int, ...] = (1_000, 100_000, 1_300_000, FULL)
-    """Lengths. The longest is measured once: it takes as long as all others."""
+    """Numbers of samples. From 14,000,000 on each is measured once, because it takes so long."""
     folder: Path | None = None
-    """Where the betons are made and removed again; a temporary folder by default."""
+    """Folder for the betons, which are removed afterwards; by default a temporary one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.samples or min(self.samples) < BATCH_SIZE:
-            raise ValueError(f"--samples must be at least {BATCH_SIZE}, a batch")
+            raise ValueError(f"--samples must be at least {BATCH_SIZE}, the batch size")
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     rows: list[Row] = []
     for samples in sorted(args.samples):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -68,8 +69,10 @@ def main(args: Arguments) -> None:
 def _measure(path: Path, samples: int, repeats: int) -> list[Row]:
     taken: list[dict[str, float]] = []
     for _ in tqdm(range(repeats), desc=f"{samples:,}", leave=False, disable=None):
-        with Contestant(f"{samples} samples", {"kind": "opened", "data": str(path)}) as process:
-            taken.append(process.ask("measure", batch_size=BATCH_SIZE))
+        with ContestantProcess(
+            f"{samples} samples", {"kind": "opened", "data": str(path)}
+        ) as process:
+            taken.append(process.call("measure", batch_size=BATCH_SIZE))
     rows = []
     for name, (key, unit, target) in MEASURES.items():
         values = [answer[key] for answer in taken]
@@ -91,4 +94,4 @@ def _measure(path: Path, samples: int, repeats: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "scale")
+    run_program(main, Arguments, "scale")

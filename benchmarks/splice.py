@@ -1,11 +1,11 @@
-"""What decoding only the segments under a crop saves, and that it changes no pixel.
+"""Spliced decoding, of the segments under a crop only: speed-up, and proof of equal pixels.
 
     python benchmarks/splice.py --data train.beton --crops 8 --output splice.jsonl
 
-Cuts random crops (`RandomResizedCrop`) of every image of a beton with restart markers twice, from
-the whole image and from the small JPEG of the segments under the crop, by the FFCV engine's own
-kernel on one thread. All bytes are compared. What is timed is decoding and cutting, not resizing;
-whole batches alternate (ABBA), and a repetition is one pass over all images and crops.
+Takes random crops (`RandomResizedCrop`) of every image of a beton with restart markers twice: from
+the whole image, and from the small JPEG of the segments under the crop. The FFCV engine's own
+kernel does both on one thread, and all bytes are compared. Decoding and cropping are timed, not
+resizing. Whole batches alternate (ABBA); a repetition is one pass over all images and crops.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data.photographs import PHOTOGRAPHS, containers
-from harness.plots import bars
-from harness.results import Repeated, Row, image_row, publish, ratio_row, row, start
-from harness.timing import Window, abba
 from tqdm import tqdm
 
+from data.photographs import PHOTOGRAPHS, containers
+from harness.plots import bars
+from harness.results import RepeatOptions, Row, image_row, publish, ratio_row, row, run_program
+from harness.timing import Window, abba
 from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
 from pipelines.engines.ffcv import kernels
@@ -36,19 +36,19 @@ COLUMNS = ("images_per_cpu_second", "bytes_kept_share", "differing_bytes", "targ
 
 
 @dataclass(frozen=True)
-class Arguments(Repeated):
-    """Exactness and gain of spliced decoding."""
+class Arguments(RepeatOptions):
+    """Exactness and speed-up of spliced decoding."""
 
     data: str | None = None
-    """A beton with its side file of segments; without it, one of photographs is made."""
+    """A beton with its side file of segments; by default one is made of generated photographs."""
     images: int = 1000
-    """Use at most this many, from the first on."""
+    """Use at most this many images, from the start of the beton."""
     crops: int = 4
     """Random crops of each image."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Range of a crop's share of the image's area."""
     count: int = PHOTOGRAPHS
-    """Photographs that are made where no data are given."""
+    """Photographs to generate without --data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class Arguments(Repeated):
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` or `OSError` in words."""
+    """Measure and publish. User errors raise `ValueError` or `OSError`."""
     with ExitStack() as stack:
         data = args.data
         if data is None:
@@ -65,7 +65,7 @@ def main(args: Arguments) -> None:
             data = str(containers(None, Path(folder), count=args.count).small(markers=True))
         beton = stack.enter_context(Beton.open(data))
         if beton.segments is None:
-            raise ValueError(f"{data}: there is no side file of segments beside it")
+            raise ValueError(f"{data} has no side file of segments")
         rows = _measure(beton, data, args)
     publish(rows, args.output, COLUMNS)
     bars(rows[:2], args.plot, title="Decoding the region of a crop, one thread", ours=("spliced",))
@@ -82,13 +82,13 @@ def _measure(beton: Beton, data: str, args: Arguments) -> list[Row]:
     )
     loader = RingLoader(beton, spec, 1)
     state = loader.tables.state
-    # A sample without a record is decoded whole.
+    # Samples without a record are decoded whole.
     records = np.zeros_like(state.records)
     records.flags.writeable = False
     states = {"whole": state._replace(records=records), "spliced": state}
     count = min(args.images, len(beton)) // batch * batch
     differing, kept = 0, []
-    # Wall and processor seconds; the first repetition is not counted.
+    # Wall and CPU seconds; the first repetition is not counted.
     taken = {name: np.zeros((args.repeats + 1, 2)) for name in states}
     for crop in tqdm(range(args.crops), unit="crop", leave=False, disable=None):
         for first in range(0, count, batch):
@@ -120,10 +120,10 @@ def _clocks() -> np.ndarray:
 
 
 def _kept(beton: Beton, spec: LoaderSpec, epoch: int, indices: np.ndarray) -> list[float]:
-    """Shares of the samples' bytes that spliced images have."""
+    """Return the spliced JPEGs' sizes as shares of the samples' sizes."""
     heights, widths = beton.heights[indices], beton.widths[indices]
-    where = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
-    streams, _ = splice_batch(beton, indices, where)
+    boxes = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+    streams, _ = splice_batch(beton, indices, boxes)
     shares: list[float] = (np.array([len(s) for s in streams]) / beton.sizes[indices]).tolist()
     return shares
 
@@ -167,4 +167,4 @@ def _rows(
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "splice")
+    run_program(main, Arguments, "splice")

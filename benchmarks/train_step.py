@@ -1,11 +1,11 @@
-"""The training step on a batch that lies on the device: the ceiling that no loader can pass.
+"""The training step on a batch in device memory: the ceiling for any loader.
 
     python benchmarks/train_step.py --batch-sizes 64 128 --output train_step.jsonl
 
-A row for each batch size and each way to run the step: views/s, the share of the operations per
-second that a large matrix product reaches on the same device in the same type, and peak memory. The
-ways do not fit into a GPU's memory together, so each has the GPU to itself for half of its windows,
-first in one order of the ways, then in the other.
+Writes a row per batch size and way to run the step: views/s, peak memory, and the operations per
+second as a share of what a large matrix product reaches on the same device in the same type. The
+ways do not fit into a GPU's memory together. So each runs alone for half of its windows, first in
+one order of the ways, then in the opposite order.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from harness.ceilings import matmul_flops
 from harness.plots import bars
-from harness.results import Row, Timing, image_row, publish, start
-from harness.runner import compete
-
+from harness.results import Row, TimingOptions, image_row, publish, run_program
+from harness.runner import run_alternating
 from pipelines.spec import Precision
 
 ON_GPU = torch.cuda.is_available()
@@ -41,40 +41,39 @@ COLUMNS = (
     "target",
     "met",
 )
-MEANT, TARGET = ("resnet50", 224), 3500.0
-"""Views/s that each way should reach on a GPU, and for which network and side that is meant."""
+TARGET_FOR, TARGET = ("resnet50", 224), 3500.0
+"""Network and image side that the target is for, and the target in views/s on a GPU."""
 
 
 @dataclass(frozen=True)
-class Arguments(Timing):
+class Arguments(TimingOptions):
     """Views per second of the training step alone."""
 
     backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
-    """As in a recipe."""
+    """The network, named as in a recipe."""
     size: int = 224 if ON_GPU else 32
     """Side of the images in pixels."""
     batch_sizes: tuple[int, ...] = (64,) if ON_GPU else (16,)
-    """Source images per step; the network sees four times as many."""
+    """Source images per step; the network sees four times as many views."""
     ways: tuple[Way, ...] = (
         ("bf16", "bf16 compile", "bf16 graph", "bf16 compile graph") if ON_GPU else ("fp32",)
     )
-    """Precision, and whether the network is compiled, replayed as a CUDA graph, and updated by
-    apex's fused SGD."""
+    """Precision, then options: compile (torch.compile), graph (CUDA graph), apex (fused SGD)."""
     threads: int = 1
-    """Threads of torch where the device is a CPU."""
+    """Threads of torch on a CPU."""
     device: str = "cuda" if ON_GPU else "cpu"
-    """Where to train."""
+    """The device to train on."""
 
 
 def main(args: Arguments) -> None:
-    """Measure, publish; `ValueError` in words."""
+    """Measure and publish. User errors raise `ValueError`."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     ceilings: dict[Precision, float] = {}
     rows: list[Row] = []
     for batch_size in args.batch_sizes:
         configs = {way: _config(way, batch_size, args) for way in args.ways}
-        windows, facts = compete(
+        windows, facts = run_alternating(
             configs, repeats=args.repeats, seconds=args.seconds, title="steps", alone=True
         )
         for way, config in configs.items():
@@ -95,7 +94,7 @@ def main(args: Arguments) -> None:
             values["teraflop_per_s"] = round(flops / 1e12, 4)
             values["matmul_teraflop_per_s"] = round(ceilings[precision] / 1e12, 4)
             values["share_of_matmul"] = round(flops / ceilings[precision], 4)
-            if device.type == "cuda" and (args.backbone, args.size) == MEANT:
+            if device.type == "cuda" and (args.backbone, args.size) == TARGET_FOR:
                 values |= {"target": TARGET, "met": values["views_per_s"] >= TARGET}
             rows.append(values)
     publish(rows, args.output, COLUMNS)
@@ -119,4 +118,4 @@ def _config(way: Way, batch_size: int, args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, "train_step")
+    run_program(main, Arguments, "train_step")

@@ -1,4 +1,4 @@
-"""NumPy array types that signatures use."""
+"""Type aliases of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
-Float64 = npt.NDArray[np.float64]
-
 Int64 = npt.NDArray[np.int64]
 Uint32 = npt.NDArray[np.uint32]
 Uint64 = npt.NDArray[np.uint64]
+Float64 = npt.NDArray[np.float64]

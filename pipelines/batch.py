@@ -1,7 +1,7 @@
-"""The contract between loaders and everything above them.
+"""Batch types: the contract between engines, the loader and the training code.
 
-An engine yields `RawBatch`; `pipelines.loader.Loader` turns it into the `Batch` that protocols see.
-If an implementation disagrees with the docstrings here, the implementation is wrong.
+An engine yields `RawBatch`. `pipelines.loader.Loader` turns it into `Batch`. If an implementation
+disagrees with the docstrings here, the implementation is wrong.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+"""Type of the images of a batch, by precision."""
 
 IGNORE = -100
-"""Target of a view that must not count: `torch.nn.functional.cross_entropy` ignores this value."""
+"""Target of views that do not count: `torch.nn.functional.cross_entropy` ignores it."""
 
 
 class Regions(NamedTuple):
-    """Cut regions of several sizes, not yet resized (`LoaderSpec.resize="device"`)."""
+    """Crops of different sizes, before the resize (`LoaderSpec.resize="device"`)."""
 
     pixels: torch.Tensor
-    """uint8 (bytes,), RGB: region i is (heights[i], widths[i], 3) from offsets[i] on."""
+    """uint8 (bytes,), RGB: crop i starts at offsets[i] and is (heights[i], widths[i], 3)."""
     offsets: torch.Tensor
-    """int64 (B,)."""
+    """int64 (B,): start of each crop in `pixels`."""
     shapes: torch.Tensor
-    """int32 (B, 2): heights and widths."""
+    """int32 (B, 2): height and width of each crop."""
     flips: torch.Tensor
-    """bool (B,): mirror left to right."""
+    """bool (B,): whether to flip it horizontally."""
     side: int
-    """S: what each is to be resized to."""
+    """S: side after the resize, in pixels."""
 
 
 class RawBatch(NamedTuple):
-    """What an engine yields: decoded crops, before transfer, rotation and normalisation.
+    """A batch of an engine: decoded crops, before transfer, rotation and normalisation.
 
-    Borrowed: the tensors may be overwritten as soon as the next item is asked for.
-    B is `LoaderSpec.batch_size` in every batch of an epoch, the last one included.
+    The tensors are borrowed: the engine may overwrite them when the next batch is requested.
+    B is `LoaderSpec.batch_size` in every batch, including the last one of an epoch.
     """
 
     images: torch.Tensor | Regions
-    """uint8 (B, S, S, 3), RGB, contiguous, S as `LoaderSpec.side` says; or regions."""
+    """uint8 (B, S, S, 3), RGB, contiguous, with S = `LoaderSpec.side(epoch)`; or `Regions`."""
     labels: torch.Tensor
     """int64 (B,): class ids, -1 where the data set has no labels."""
     indices: torch.Tensor
@@ -53,31 +54,42 @@ class RawBatch(NamedTuple):
     valid: torch.Tensor
     """bool (B,): False for padding and for samples that could not be decoded."""
     boxes: torch.Tensor
-    """int32 (B, 5): top, left, height, width of the crop in pixels of the upright image, and 1
-    where it was flipped left to right. A box may stick out of the image (padding, black)."""
+    """int32 (B, 5): crop boxes, as `pipelines.sampling.crops.crop_boxes` returns them. The part of
+    a box outside the image is black."""
 
 
 class Batch(NamedTuple):
-    """What protocols train and evaluate on. Owned: the loader never touches it again.
+    """A batch of a loader: normalised views on the device.
 
-    V is 4 with `views="rotate4"` and 1 with `views="plain"`. Rows are rotation-major: row k*B + i
-    is sample i turned by k*90 degrees counter-clockwise, so the first B rows are the plain batch.
+    The consumer owns the tensors: the loader never writes to them again. V is 4 with
+    `views="rotate4"` and 1 with `views="plain"`. Rows are rotation-major: row k*B + i is sample i,
+    rotated by k*90 degrees counter-clockwise. The first B rows are the unrotated batch.
     """
 
     images: torch.Tensor
     """float32, bfloat16 or float16 (V*B, 3, S, S), channels_last, normalised."""
     targets: torch.Tensor
-    """int64 (V*B,): rotation k with `rotate4`, class id with `plain`; IGNORE where not `valid`."""
+    """int64 (V*B,): rotation k with `rotate4`, class id with `plain`. IGNORE where not `valid`."""
     valid: torch.Tensor
-    """bool (V*B,)."""
+    """bool (V*B,): False for padding and for samples that could not be decoded."""
     labels: torch.Tensor
-    """int64 (B,): class ids of the sources, whatever the targets are."""
+    """int64 (B,): class ids, also with `rotate4`; -1 where the data set has no labels."""
     indices: torch.Tensor
-    """int64 (B,)."""
+    """int64 (B,): position of each sample in the data set's index."""
 
 
 def check_batch(batch: Batch, *, views: int, batch_size: int, size: int) -> None:
-    """Raise `ValueError` where a batch breaks the contract above. Reads shapes and layout only."""
+    """Check shapes, types, devices and memory layout of a batch. Reads no values.
+
+    Args:
+        batch: The batch.
+        views: V.
+        batch_size: B.
+        size: S.
+
+    Raises:
+        ValueError: The batch breaks the contract of `Batch`.
+    """
     rows = views * batch_size
     images = batch.images
     if images.shape != (rows, 3, size, size):

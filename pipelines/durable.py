@@ -1,4 +1,4 @@
-"""Atomic file writes, and exclusive locks on output files."""
+"""Atomic, durable file writes and exclusive locks on output files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def stage_text(path: Path, text: str) -> Path:
-    """Write a small file beside its place, down to the disk; a rename puts it there."""
+    """Write a small file under a temporary name beside `path`, and sync it to the disk.
+
+    Returns:
+        The temporary file. Renaming it to `path` completes the write.
+    """
     temporary = Path(f"{path}.tmp.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as out:
         out.write(text)
@@ -25,7 +25,7 @@ def stage_text(path: Path, text: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, down to the disk."""
+    """Write a small file atomically, and sync it to the disk."""
     temporary = stage_text(path, text)
     try:
         os.replace(temporary, path)
@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Sync a folder to the disk, so that renames in it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -43,18 +43,18 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(output: Path) -> Iterator[None]:
-    """Hold the right to write `output`; sweep what dead writers of it left behind.
+def exclusive_lock(output: Path) -> Iterator[None]:
+    """Lock `output` for writing, and delete temporary files of writers that have died.
 
     Raises:
-        BlockingIOError: Another process is writing it.
+        BlockingIOError: Another process holds the lock.
     """
     path = Path(f"{output}.lock")
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file between our open and our lock.
+            # The previous holder may have removed the file between our open and our lock.
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 break
         except BlockingIOError:

@@ -1,13 +1,12 @@
-"""The only loader class: what every protocol needs alike, whichever engine decodes.
+"""The loader: batches of any engine, rotated and normalised on the device.
 
-An engine is a `Source`. `Loader` moves its crops to the device, turns and normalises them, and
-yields batches that belong to the consumer.
+An engine is a `Source` of decoded crops. `Loader` moves them to the device, rotates and normalises
+them, and yields batches that the consumer owns.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Generator
 
@@ -21,17 +20,15 @@ from pipelines.device.color_jitter import draw_jitter, jitter_views
 from pipelines.device.host_memory import BufferPool
 from pipelines.device.rotate import normalize_views, rotate4
 from pipelines.device.transfer import Transfer
-from pipelines.engines.choice import _open_source, choose_engine
+from pipelines.engines.choice import choose_engine, open_engine
 from pipelines.engines.samples import RAW, fingerprint, open_samples
 from pipelines.engines.source import Source
 from pipelines.sampling.random_bits import digest64
 from pipelines.spec import LoaderSpec, Precision, Shard, check_options
 
-log = logging.getLogger(__name__)
-
 
 class Loader:
-    """Batches on the device, ready for the network."""
+    """Yields batches on the device, ready for the network."""
 
     def __init__(
         self,
@@ -48,22 +45,22 @@ class Loader:
     ) -> None:
         self.spec, self.engine, self.device = spec, engine, device
         self.classes = classes
-        """Class names, empty where the data set has none."""
+        """Class names; empty if the data set has none."""
         self.data_id = data_id
         """Short hash that identifies the data set."""
         self.label_range = label_range
-        """Smallest and largest label of the data set; -1 stands for none."""
+        """Smallest and largest label of the data set; -1 means no label."""
         self.total = total
-        """Samples of the data set, before the spec chooses some."""
+        """Samples of the data set, before `max_samples` and `samples_per_class`."""
         self.wait_seconds = 0.0
-        """Time that consumers have spent waiting for decoded crops, over all epochs."""
+        """Seconds spent waiting for decoded crops, summed over all epochs."""
         self.digest = 0
-        """Sum over all valid samples served of the hash of (epoch, index, box), modulo 2**64."""
+        """Sum of `digest64` over all batches so far, modulo 2**64. Valid samples only."""
         self.source = source
-        """Who decodes: its epochs are the crops before transfer and rotation."""
+        """The engine. `source.epoch(e)` yields `RawBatch`es: crops before transfer and rotation."""
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
-        self._recycler = BufferPool()
+        self._buffers = BufferPool()
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
@@ -71,19 +68,19 @@ class Loader:
 
     @property
     def bad(self) -> int:
-        """Undecodable samples masked so far."""
+        """Number of undecodable samples masked so far."""
         return self.source.bad.total
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches of an epoch, from a step on.
+        """Yield the batches of an epoch.
 
         Args:
-            epoch: counted from 0; with the spec's seed it decides order, crops and flips.
-            start_step: steps to skip, without reading them.
+            epoch: Counted from 0. With the spec's seed it decides order, crops and flips.
+            start_step: Number of steps to skip. Their samples are not read.
 
         Raises:
-            ImageError: more undecodable samples than the spec allows.
-            TimeoutError: the engine gave no batch within the spec's timeout.
+            ImageError: More samples are undecodable than the spec allows.
+            TimeoutError: The engine yielded no batch within the spec's timeout.
         """
         source = self.source.epoch(epoch, start_step)
         try:
@@ -97,21 +94,21 @@ class Loader:
                 if raw is None:
                     return
                 keep = raw.valid.numpy()
-                served = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
-                self.digest = (self.digest + served) % 2**64
+                batch_digest = digest64(epoch, raw.indices.numpy()[keep], raw.boxes.numpy()[keep])
+                self.digest = (self.digest + batch_digest) % 2**64
                 with record_function("rotate"):
                     batch = self._finish(self._transfer.copy(raw), epoch, raw.indices.numpy())
                 self._transfer.release()
                 yield batch
         finally:
             try:
-                self._transfer.wait()  # The last copy may still read what closing frees.
+                self._transfer.wait()  # The last copy may still read memory that closing frees.
             finally:
                 if isinstance(source, Generator):
                     source.close()
 
     def close(self) -> None:
-        """Release the engine's threads, buffers and files."""
+        """Release the threads, buffers and files of the engine."""
         with contextlib.closing(self.source):
             self._transfer.wait()
 
@@ -125,12 +122,12 @@ class Loader:
         spec, normalize, dtype = self.spec, self.spec.normalize, self._dtype
         valid, targets, out = raw.valid.repeat(spec.view_count), raw.labels, None
         if self.device.type == "cpu" and not spec.color_jitter.active:
-            out = self._recycler.images(len(valid), spec.side(epoch), dtype)
+            out = self._buffers.images(len(valid), spec.side(epoch), dtype)
         if spec.views == "rotate4":
             images, targets = rotate4(raw.images, normalize=normalize, dtype=dtype, out=out)
         elif spec.color_jitter.active:
-            tints = draw_jitter(spec.color_jitter, seed=spec.seed, epoch=epoch, indices=indices)
-            images = jitter_views(raw.images, tints, normalize=normalize, dtype=dtype)
+            jitter = draw_jitter(spec.color_jitter, seed=spec.seed, epoch=epoch, indices=indices)
+            images = jitter_views(raw.images, jitter, normalize=normalize, dtype=dtype)
         else:
             images = normalize_views(raw.images, views=1, normalize=normalize, dtype=dtype, out=out)
         targets = torch.where(valid, targets, IGNORE)
@@ -144,21 +141,21 @@ def open_loader(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> Loader:
-    """Open the data set that a spec names, with the engine that it names.
+    """Open a data set with the engine that suits it.
 
     Args:
-        spec: what to load and how.
-        shard: which part of each global batch; the whole of it by default.
-        device: where batches go.
-        precision: type of the emitted images.
+        spec: Data set, engine and options.
+        shard: The part of each global batch to load. None: all of it.
+        device: Device of the batches.
+        precision: Type of the emitted images.
 
     Raises:
-        FileNotFoundError: there is no such data.
-        ValueError: the data, the engine and the options do not fit together, in words.
+        FileNotFoundError: The data does not exist.
+        ValueError: The engine cannot read the data, is not installed, or ignores an option.
     """
     shard = shard if shard is not None else Shard()
     device = torch.device(device)
-    # A beton opens in no time, a folder of a million files does not: refuse what cannot be first.
+    # Check the options first: a beton opens at once, a folder of a million files does not.
     samples = None
     if spec.engine != "synthetic" and spec.data.endswith(".beton"):
         samples = open_samples(spec.data, spec.root)
@@ -179,7 +176,7 @@ def open_loader(
             total=spec.samples,
         )
     samples = samples or open_samples(spec.data, spec.root)
-    source = _open_source(engine, samples, spec, shard, device)
+    source = open_engine(engine, samples, spec, shard, device)
     return Loader(
         source,
         spec,

@@ -1,4 +1,4 @@
-"""Compile every kernel once, so that no run need wait for it: python -m pipelines.precompile."""
+"""Compile all kernels in advance, so that no run waits for it: python -m pipelines.precompile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop
 
 
 def compile_all() -> None:
-    """Convert an image and load it in all ways that lead to compiled code."""
+    """Convert an image and load it in every way that runs compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
         Image.fromarray(pixels).save(Path(folder) / "a.jpg", quality=90)
@@ -29,7 +29,7 @@ def compile_all() -> None:
         write_beton(SampleIndex.from_folder(folder), data, workers=1)
         with Beton.open(data) as beton:
             splice_batch(beton, np.zeros(1, np.int64), np.array([[8, 8, 16, 16]], np.int32))
-        # The engine that such data take: kernels of FFCV where it is installed.
+        # engine=auto: compiles the FFCV kernels if FFCV is installed.
         spec = LoaderSpec(data=str(data), batch_size=1, crop=RandomResizedCrop(8), workers=1)
         for precision in ("fp32", "bf16"):
             with open_loader(spec, precision=precision) as loader:

@@ -1,4 +1,4 @@
-"""What to load and how: frozen dataclasses, no behaviour beyond checking themselves."""
+"""Configuration of a loader: frozen dataclasses that validate themselves."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ Engine = Literal["auto", "ffcv", "dali", "folder", "synthetic"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _FINGERPRINT_FIELDS = (
-    "crop", "resolution_schedule", "flip", "normalize", "shuffle", "max_samples", "samples_per_class", "seed", "max_undecodable",
-    "samples",
+    "crop", "resolution_schedule", "flip", "normalize", "shuffle", "max_samples",
+    "samples_per_class", "seed", "max_undecodable", "samples",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A box of random area and aspect ratio, resized to a square (Inception's crop)."""
+    """Crop of random area and aspect ratio, resized to a square (Inception's crop)."""
 
     size: int = 224
-    """Side of the output in pixels."""
+    """Side of the output, in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the box's share of the image's area."""
+    """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the box's width / height, drawn uniformly in its logarithm."""
+    """Range of the crop's width / height. Its logarithm is uniformly distributed."""
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A square at a random place, after an optional resize of the short side; black padding."""
+    """Square crop at a random position, after an optional resize and black padding."""
 
     size: int = 32
-    """Side of the output in pixels."""
+    """Side of the output, in pixels."""
     padding: int = 4
-    """Black pixels added on each side of the (resized) image before the crop."""
+    """Black pixels added to each side of the (resized) image before the crop."""
     resize: int | None = None
-    """Length in pixels that the short side is resized to first; None keeps the image's own."""
+    """Length of the image's short side after the resize, in pixels. None: no resize."""
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The middle square, after a resize of the short side: the usual evaluation crop."""
+    """Center square, after an optional resize of the short side: the usual evaluation crop."""
 
     size: int = 224
-    """Side of the output in pixels."""
+    """Side of the output, in pixels."""
     resize: int | None = 256
-    """Length in pixels that the short side is resized to first; None keeps the image's own."""
+    """Length of the image's short side after the resize, in pixels. None: no resize."""
 
 
 @dataclass(frozen=True)
 class Resize:
-    """The whole image resized to a square, its aspect ratio ignored (VOC07 SVM features)."""
+    """The whole image, resized to a square without keeping its aspect ratio (VOC07 SVM)."""
 
     size: int = 224
-    """Side of the output in pixels."""
+    """Side of the output, in pixels."""
 
 
 Crop = RandomResizedCrop | RandomCrop | CenterCrop | Resize
@@ -61,59 +61,66 @@ Crop = RandomResizedCrop | RandomCrop | CenterCrop | Resize
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Random changes of color, different for every sample and epoch (`pipelines.device.color_jitter`)."""
+    """Random color changes, drawn again for every sample and epoch.
+
+    Implemented in `pipelines.device.color_jitter`.
+    """
 
     brightness: float = 0.0
-    """A factor is drawn from 1 - b to 1 + b, not below 0."""
+    """b: brightness is scaled by a random factor in [max(0, 1 - b), 1 + b]."""
     contrast: float = 0.0
-    """As brightness."""
+    """Like brightness, for the contrast."""
     saturation: float = 0.0
-    """As brightness."""
+    """Like brightness, for the saturation."""
     hue: float = 0.0
-    """Turns the hue by a share of the circle from -h to h; at most 0.5."""
+    """h: hue is rotated by a random fraction of the circle in [-h, h]. At most 0.5."""
     lighting: float = 0.0
-    """Standard deviation of the noise along the principal colors (PCA lighting; AlexNet: 0.1)."""
+    """Standard deviation of the noise along the principal colors (PCA lighting). AlexNet: 0.1."""
 
     def __post_init__(self) -> None:
         values = (self.brightness, self.contrast, self.saturation, self.hue, self.lighting)
         if min(values) < 0 or self.hue > 0.5:
             raise ValueError(
-                f"color_jitter must not be negative, and hue at most 0.5, got {values}"
+                f"color_jitter must not be negative and hue must be at most 0.5, got {values}"
             )
 
     @property
     def active(self) -> bool:
-        """Whether it changes anything."""
+        """Whether any of the values is not zero."""
         return self != NO_COLOR_JITTER
 
 
 NO_COLOR_JITTER = ColorJitter()
-"""Colors as they are."""
+"""Leaves colors unchanged."""
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """Mean and standard deviation of each RGB channel, in units of 0 to 255."""
+    """Mean and standard deviation of each channel."""
 
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of the R, G and B channels, in units of 0 to 255."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Standard deviation of the R, G and B channels, in units of 0 to 255."""
 
 
 IMAGENET = Normalize()
-"""The ImageNet statistics that every model zoo uses: 0.485/0.456/0.406 and 0.229/0.224/0.225."""
+"""ImageNet statistics, as in every model zoo: 0.485/0.456/0.406 and 0.229/0.224/0.225."""
 
 CIFAR10 = Normalize((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
-"""The RotNet authors' CIFAR-10 statistics (gidariss/FeatureLearningRotNet, dataloader.py)."""
+"""CIFAR-10 statistics of the RotNet authors (gidariss/FeatureLearningRotNet, dataloader.py)."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every global batch this process takes: rank of world."""
+    """The part of every global batch that this process loads."""
 
     rank: int = 0
+    """Rank of this process, in [0, world)."""
     world: int = 1
+    """Number of processes."""
     local_world: int = 1
-    """Processes on this machine: they share its cores."""
+    """Number of processes on this machine. They share its CPU cores."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -122,62 +129,60 @@ class Shard:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Everything that decides what a loader emits. Equal specs emit equal samples and crops."""
+    """All options of a loader. Equal specs emit equal samples and crops."""
 
     data: str = "synthetic"
-    """A .beton file, a folder of images, or a list file; with `root` also imagenet-val:TRUTH,
-    imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT (`pipelines.datasets.images.open_images`);
-    "synthetic" makes random images."""
+    """A .beton file, a folder of images, a list file, or "synthetic" (random images). With `root`
+    also imagenet-val:TRUTH, imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT; see
+    `pipelines.datasets.images.open_images`."""
     root: str = ""
-    """Folder that a list's paths are relative to (empty: the list's own), or that the images of
-    KIND:NAME lie in."""
+    """Folder of the images, for a list file or KIND:NAME. Empty: the folder of the list file."""
     engine: Engine = "auto"
-    """auto takes the fastest engine present for this data (ffcv, dali, folder) and logs why."""
+    """auto chooses the fastest installed engine for the data (ffcv, dali, folder) and logs why."""
     batch_size: int = 64
-    """Source images per process and step; the network sees four times as many with rotate4."""
+    """Images per process and step. With views=rotate4 the network sees four times as many."""
     crop: Crop = field(default_factory=RandomResizedCrop)
-    """The crop; every engine cuts the same boxes."""
+    """Crop and output size. All engines use the same crop boxes."""
     flip: bool = True
-    """Mirror left to right with probability one half, before any rotation."""
+    """Flip horizontally with probability 0.5, before any rotation."""
     color_jitter: ColorJitter = NO_COLOR_JITTER
-    """Random changes of color after crop and flip, on the device; of plain views only."""
+    """Random color changes, on the device, after crop and flip. Needs views=plain."""
     normalize: Normalize = IMAGENET
-    """Channel statistics applied on the device."""
+    """Mean and standard deviation of each channel. Applied on the device."""
     views: Literal["rotate4", "plain"] = "rotate4"
-    """rotate4 emits each crop at 0, 90, 180 and 270 degrees; plain emits it once."""
+    """rotate4 emits each crop at 0, 90, 180 and 270 degrees. plain emits it once, unrotated."""
     shuffle: bool = True
-    """A new permutation each epoch; False keeps the order of the index."""
+    """Shuffle the samples in each epoch. False keeps the order of the data set."""
     drop_last: bool = True
-    """Drop the last incomplete global batch; False pads it with samples marked not valid."""
+    """Drop the last, incomplete global batch. False pads it with samples marked as not valid."""
     max_samples: int | None = None
-    """Use only this many samples, drawn once with the seed, equal for all engines."""
+    """Use a random subset of this many samples. The same for equal seeds, with any engine."""
     samples_per_class: int | None = None
-    """Use only this many samples of every class, drawn like `max_samples`."""
+    """Use a random subset of this many samples per class. Excludes `max_samples`."""
     seed: int = 0
-    """Decides permutations, crops and flips, together with epoch and sample index."""
+    """Seed of all random choices. Order, crops and flips depend on seed, epoch and sample index."""
     workers: int = 0
-    """Decoding threads per process; 0 shares the allowed cores among the local processes."""
+    """Decoding threads per process. 0: divide the available cores among the local processes."""
     max_undecodable: int = 0
-    """Undecodable samples per epoch that are masked and counted; one more stops the run."""
+    """Undecodable samples tolerated per epoch. Masked and counted. One more is an error."""
     resolution_schedule: tuple[tuple[int, int], ...] = ()
-    """Progressive resolution, pairs of first epoch and side in pixels: ((0, 128), (30, 192)) emits
-    crops of 128 up to epoch 29, then of 192. Empty: always crop.size, which is also the largest."""
+    """Progressive resizing: pairs of first epoch and output side in pixels. ((0, 128), (30, 192))
+    means 128 up to epoch 29, then 192. No side may exceed crop.size. Empty: always crop.size."""
     resize: Literal["cpu", "device"] = "cpu"
-    """Where crops are resized: cpu, or device, to which the cut regions are then sent as they are
-    (engine=ffcv only; more bytes over the bus, less work for the cores)."""
+    """Where crops are resized. device (engine=ffcv only) sends crops to the device at their
+    original size: more bytes over the bus, less work for the CPU."""
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where DALI decodes: mixed is nvJPEG on the GPU; auto takes it where batches go to a GPU."""
+    """Where DALI decodes. mixed: with nvJPEG on the GPU. auto: mixed if batches go to a GPU."""
     hw_decoder_load: float | None = None
-    """Share of the images that DALI's mixed decoder gives to the GPU's JPEG engine, 0 to 1; None:
-    0.65. Refused where nothing is decoded on a GPU."""
+    """Fraction of the images that DALI's mixed decoder gives to the GPU's hardware JPEG engine,
+    0 to 1. None: 0.65. An error if nothing is decoded on a GPU."""
     cpu_budget: float | None = None
-    """Share of the allowed cores that decoding may use where `workers` is 0, and refused where it
-    is not; None: 0.4 where batches go to a GPU (busier cores slow the launching of kernels), else
-    1."""
+    """Fraction of the available cores that decoding may use. Needs workers=0. None: 1, or 0.4 if
+    batches go to a GPU (busier cores slow down kernel launches)."""
     timeout: float = 120.0
-    """Seconds to wait for a batch (twice that for the first one) before giving up."""
+    """Seconds to wait for a batch before an error (twice as long for the first batch)."""
     samples: int = 1024
-    """Length of the synthetic data set; nothing else reads it."""
+    """Number of samples of the synthetic data set. Not used for other data."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "samples"):
@@ -188,13 +193,11 @@ class LoaderSpec:
         if self.samples_per_class is not None and (
             self.samples_per_class < 1 or self.max_samples is not None
         ):
-            raise ValueError(
-                "samples_per_class must be at least 1, and does not go with max_samples"
-            )
+            raise ValueError("samples_per_class must be at least 1 and excludes max_samples")
         if self.crop.size < 1:
             raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
         if self.color_jitter.active and self.views != "plain":
-            raise ValueError("color_jitter is for plain views")
+            raise ValueError("color_jitter needs views=plain")
         _check_resolutions(self.resolution_schedule, self.crop)
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
@@ -207,25 +210,25 @@ class LoaderSpec:
 
     @property
     def view_count(self) -> int:
-        """Views emitted per source image."""
+        """Views emitted per image."""
         return 4 if self.views == "rotate4" else 1
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """Plain data: all that decides which pixels come in which order, but for the data.
+        """Return the fields that decide which pixels come in which order, as plain data.
 
-        The engine is not among it, nor is where crops are resized: both change pixels by rounding
-        only.
+        The data set itself is not included. Neither are the engine and the device that resizes:
+        they change pixels by rounding only.
         """
         fields = asdict(self)
         names = [*_FINGERPRINT_FIELDS, *(["color_jitter"] if self.color_jitter.active else [])]
         return {name: fields[name] for name in names}
 
     def scalars(self, epoch: int) -> dict[str, float]:
-        """What the log shows beside the losses of an epoch."""
+        """Return values to log for an epoch, besides the losses."""
         return {"side": float(self.side(epoch))} if self.resolution_schedule else {}
 
     def side(self, epoch: int) -> int:
-        """Side in pixels of the crops that an epoch emits."""
+        """Return the side of the crops that an epoch emits, in pixels."""
         return next(
             (side for first, side in reversed(self.resolution_schedule) if first <= epoch),
             self.crop.size,
@@ -233,13 +236,15 @@ class LoaderSpec:
 
 
 def check_options(spec: LoaderSpec, engine: Engine, *, on_gpu: bool) -> None:
-    """Raise `ValueError` for an option that an engine would not read.
+    """Refuse options that the engine would ignore.
 
     Args:
-        spec: with what the user has chosen; synthetic images are not decoded, so that nothing about
-            decoding is refused for them.
-        engine: that `auto` stands for.
-        on_gpu: whether batches go to a GPU.
+        spec: The options. Those of decoding are not checked for synthetic images.
+        engine: The engine in use; never `auto`.
+        on_gpu: Whether batches go to a GPU.
+
+    Raises:
+        ValueError: An option has no effect with this engine.
     """
     if spec.resize == "device" and engine != "ffcv":
         raise ValueError(f"resize=device is for engine=ffcv; {engine} emits resized crops only")
@@ -251,13 +256,13 @@ def check_options(spec: LoaderSpec, engine: Engine, *, on_gpu: bool) -> None:
         engine != "dali" or spec.decoder == "cpu" or not on_gpu
     ):
         raise ValueError(
-            f"hw_decoder_load={spec.hw_decoder_load:g} is for engine=dali with batches that go to "
+            f"hw_decoder_load={spec.hw_decoder_load:g} is for engine=dali with batches on "
             f"a GPU and decoder=auto or mixed; here {engine} decodes on the CPU"
         )
     if spec.cpu_budget is not None and spec.workers:
         raise ValueError(
-            f"cpu_budget={spec.cpu_budget:g} is for workers=0; workers={spec.workers} is a number "
-            "of threads already"
+            f"cpu_budget={spec.cpu_budget:g} is for workers=0; workers={spec.workers} is already "
+            "a number of threads"
         )
 
 
@@ -265,11 +270,11 @@ def _check_resolutions(schedule: tuple[tuple[int, int], ...], crop: Crop) -> Non
     if not schedule:
         return
     if not isinstance(crop, RandomResizedCrop):
-        # Other crops are cut at the output's own scale: another side would show another region.
+        # The size of other crop boxes depends on the output side: another side, another region.
         raise ValueError("resolution_schedule needs a RandomResizedCrop")
     firsts = [first for first, _ in schedule]
     if firsts[0] != 0 or sorted(set(firsts)) != firsts:
-        raise ValueError(f"resolution_schedule must begin at epoch 0 and rise, got epochs {firsts}")
+        raise ValueError(f"resolution_schedule needs rising epochs from 0 on, got {firsts}")
     if any(not 1 <= side <= crop.size for _, side in schedule):
         raise ValueError(
             f"sides of resolution_schedule must be in 1..crop.size ({crop.size}), got {schedule}"

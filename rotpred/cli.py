@@ -1,20 +1,23 @@
-"""The command lines of the scripts: pick a recipe, change its fields."""
+"""The command line of pretrain.py and evaluate.py: choose a recipe, override fields, run it."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import io
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from rotpred import distributed
-from rotpred.program import INTERRUPTED, USER_ERROR
+from rotpred.program import INTERRUPTED, USER_ERROR, report_error
 from rotpred.protocols import (
     detection,
     finetune,
@@ -35,6 +38,7 @@ from rotpred.recipes.rotation import Rotation
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.console import configure_logging
+from rotpred.records.former_names import translate_option
 from rotpred.training.loop import STOP_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
@@ -46,50 +50,133 @@ R = TypeVar("R", bound=AnyRecipe)
 
 
 def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: str) -> R:
-    """The recipe that the first argument names, with the fields that the others change.
+    """Return the recipe that the first argument names, with the fields that the others change.
 
-    Exits with status 2, after one line and suggestions, on a name or field that does not exist.
+    Every process of a job calls this with the same arguments; help is printed by the first one.
+
+    Args:
+        recipes: Functions that build the recipes, by name.
+        args: The command line without the program.
+        about: What the program does, for the table of recipes.
+
+    Raises:
+        SystemExit: Status 0 after help or, without a recipe, the table of recipes. Status 2 after a
+            message and suggestions, for a recipe or field that does not exist.
     """
-    listed = not args or args[0].startswith("-")
-    if not listed and args[0] not in recipes:
-        # tyro would take it for an option and explain those of every recipe.
+    program, first = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
+    if not args or args[0] in ("-h", "--help"):
+        if first:
+            _print(table(recipes, about))
+        sys.exit(0)
+    if args[0] not in recipes:
+        # tyro would take it for an option, and explain those of every recipe.
         close = ", ".join(difflib.get_close_matches(args[0], recipes))
         meant = f": did you mean {close}?" if close else ""
-        print(f"error: no recipe {args[0]!r}{meant} (--help lists all)", file=sys.stderr)  # noqa: T201
+        lists = f"{program} without arguments lists all"
+        report_error(f"error: no recipe {args[0]!r}{meant} ({lists})")
         sys.exit(USER_ERROR)
-    defaults = {name: (_describe(make, listed), make()) for name, make in recipes.items()}
-    return tyro.extras.overridable_config_cli(
-        defaults, args=list(args), description=about, config=(tyro.conf.AvoidSubcommands,)
-    )
+    for word in args[1:]:
+        if (renamed := translate_option(word)) != word:
+            report_error(f"error: {word} is now {renamed}")
+            sys.exit(USER_ERROR)
+    import tyro  # half a second that the table does not need
+
+    make = recipes[args[0]]
+    made = make()
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ:  # one of several, which must not all explain the same
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(contextlib.redirect_stderr(said))
+        try:
+            return tyro.cli(
+                type(made),
+                prog=f"{program} {args[0]}",
+                description=_paragraphs(make),
+                args=list(args[1:]),
+                default=made,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+        except SystemExit as leave:
+            status = leave.code
+        except BrokenPipeError:
+            _drop_stdout()
+            status = 0
+    # Outside the redirection: a mistake once per machine, help once.
+    if status and said.getvalue():
+        report_error(said.getvalue().rstrip())
+    elif first and said.getvalue():
+        _print(said.getvalue().rstrip())
+    sys.exit(status)
 
 
-def _describe(make: Callable[[], object], listed: bool) -> str:
-    """A recipe's docstring: its first line in a list of recipes, else paragraphs."""
-    text = inspect.getdoc(make) or ""
-    if listed:
-        return text.partition("\n")[0]
-    return re.sub(r"\n(?=(VISSL|Command|Published|Measured)\b|\()", "\n\n", text)
+def _print(text: str) -> None:
+    """Print to stdout, which may be a pipe into a program that has ended, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Send stdout nowhere: Python flushes it again at its exit, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def table(recipes: Mapping[str, Callable[[], AnyRecipe]], about: str) -> str:
+    """Return what a person sees who names no recipe: name, purpose and data of each.
+
+    Args:
+        recipes: Functions that build the recipes, by name.
+        about: What the program does.
+    """
+    program = Path(sys.argv[0]).name
+    width, margin = shutil.get_terminal_size().columns, " " * (max(map(len, recipes)) + 4)
+    lines = [about, "", f"usage: [torchrun --nproc-per-node N] {program} RECIPE [options]", ""]
+    for name, make in recipes.items():
+        what = (inspect.getdoc(make) or "").partition("\n")[0]
+        first = f"  {name}".ljust(len(margin))
+        lines += textwrap.wrap(what, width, initial_indent=first, subsequent_indent=margin)
+        lines.append(f"{margin}{_data(make())}")
+    return "\n".join((*lines, "", f"{program} RECIPE --help: source, command and options of one."))
+
+
+def _data(recipe: AnyRecipe) -> str:
+    """Return the data that a recipe reads by default, as a shell would abbreviate the names."""
+    specs = [spec for spec in (getattr(recipe, "train", None), recipe.val) if spec is not None]
+    names = list(dict.fromkeys(f"{s.root}, {s.data}" if s.root else s.data for s in specs))
+    if len(names) < 2:
+        return names[0]
+    folder, ending = (re.match(r"[^:]*:|.*/", names[0]), re.search(r"\.\w+$", names[0]))
+    start, end = folder[0] if folder else "", ending[0] if ending else ""
+    if not all(name.startswith(start) and name.endswith(end) for name in names):
+        return ", ".join(names)
+    return f"{start}{{{','.join(name[len(start) :].removesuffix(end) for name in names)}}}{end}"
+
+
+def _paragraphs(make: Callable[[], object]) -> str:
+    """Return a recipe's docstring, one line per paragraph: source, command, published result."""
+    paragraphs: list[str] = []
+    for line in (inspect.getdoc(make) or "").split("\n"):
+        begins = re.match(r"(Source|VISSL|Command|Published|Measured)\b", line) is not None
+        note = line.startswith("(") and paragraphs[-1].startswith("Command:")
+        if not line or begins or note or not paragraphs:
+            paragraphs.append(line)
+        else:
+            paragraphs[-1] = f"{paragraphs[-1]} {line}".strip()
+    return "\n\n".join(filter(None, paragraphs))
 
 
 def pretrain_main(args: Sequence[str] | None = None) -> int:
     """scripts/pretrain.py: returns the exit status."""
-    recipe = choose(
-        every.PRETRAINING,
-        sys.argv[1:] if args is None else args,
-        "Pretrain by rotation prediction. Start with torchrun for several processes.",
-    )
-    return _drive(recipe)
+    about = "Pretrain by rotation prediction."
+    return _drive(choose(every.PRETRAINING, sys.argv[1:] if args is None else args, about))
 
 
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
-    recipe = choose(
-        every.EVALUATION,
-        sys.argv[1:] if args is None else args,
-        "Evaluate pretrained weights. RECIPE --help tells source, command and options of one. "
-        "Start with torchrun for several processes.",
-    )
-    return _drive(recipe)
+    about = "Evaluate pretrained weights on a transfer benchmark."
+    return _drive(choose(every.EVALUATION, sys.argv[1:] if args is None else args, about))
 
 
 def _drive(recipe: AnyRecipe) -> int:
@@ -123,10 +210,10 @@ def _drive(recipe: AnyRecipe) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
-        # One line for what the person at the keyboard can change, full disks and silent loaders
-        # among it; a traceback is for our mistakes.
+        # The user can change what these are about: arguments, data, a full disk, a silent loader.
+        # Our own mistakes show a traceback.
         if os.environ.get("ROTPRED_DEBUG"):
             raise
-        print(f"error: {error} (ROTPRED_DEBUG=1 shows where)", file=sys.stderr)  # noqa: T201
+        report_error(f"error: {error} (ROTPRED_DEBUG=1 shows where)")
         return USER_ERROR
     return 0

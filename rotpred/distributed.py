@@ -1,13 +1,12 @@
-"""Who this process is among its peers, and the few things that all of them do together.
+"""The process group: rank, world size, collectives.
 
-The only reader of RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (torchrun sets them). Without
-them the process is a world of one: no process group exists and every function here is free.
+Only this module reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, which torchrun sets.
+Without them the world size is 1: there is no process group and every function here is free.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-log = logging.getLogger(__name__)
-
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The place of this process: rank of world on all machines, local_rank on this one."""
+    """Rank, world size and device of this process; `local_` fields count on this machine alone."""
 
     rank: int = 0
     local_rank: int = 0
@@ -40,32 +37,35 @@ class Rank:
             raise ValueError(f"RANK={self.rank} is not in WORLD_SIZE={self.world}")
         if not 0 <= self.local_rank < self.local_world <= self.world:
             raise ValueError(
-                f"LOCAL_RANK={self.local_rank} and LOCAL_WORLD_SIZE={self.local_world} do not fit "
+                f"LOCAL_RANK={self.local_rank} and LOCAL_WORLD_SIZE={self.local_world} contradict "
                 f"each other or WORLD_SIZE={self.world}"
             )
 
     @property
     def main(self) -> bool:
-        """True in the one process that logs and writes files."""
+        """True in the one process (rank 0) that logs and writes files."""
         return self.rank == 0
 
 
 def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0) -> Rank:
     """Read torchrun's environment, choose the device, join the process group.
 
-    With several processes the group speaks gloo for CPU tensors, and NCCL for CUDA tensors where
-    the device is a GPU: flags and names then travel without a synchronisation of the GPU.
+    With several processes the group uses gloo for CPU tensors. If the device is a GPU, it uses NCCL
+    for CUDA tensors: flags and names are then exchanged without synchronising the GPU.
 
     Args:
-        device: "auto" (CUDA where there is any), "cpu", "cuda", or, in a world of one, "cuda:N".
-        timeout_seconds: how long a collective waits for a peer before it raises.
-        threads: CPU threads of torch in this process; 0 for the share that `cpu_threads` gives.
+        device: "auto" (CUDA if available), "cpu", "cuda", or, for a world size of 1, "cuda:N".
+        timeout_seconds: How long a collective waits for a peer before it raises.
+        threads: CPU threads of torch in this process; 0 for the result of `cpu_threads`.
+
+    Returns:
+        The rank of this process.
 
     Raises:
-        ValueError: the environment is incomplete or contradictory, or there is no such device.
+        ValueError: The environment is incomplete or contradictory, or the device does not exist.
     """
-    place = _environment()
-    rank = Rank(**place, device=_device(device, place["local_rank"], place["world"]))
+    fields = _environment()
+    rank = Rank(**fields, device=_device(device, fields["local_rank"], fields["world"]))
     torch.set_num_threads(threads or cpu_threads(rank.local_world))
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
@@ -83,16 +83,16 @@ def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int =
 def cpu_threads(local_world: int = 1) -> int:
     """Return how many CPU threads one of `local_world` processes on this machine may use.
 
-    The allowed cores (the affinity mask, which containers and job schedulers narrow; not the
-    number of cores present) are shared out evenly. OMP_NUM_THREADS wins, except that torchrun sets
-    it to 1 by itself when it starts more than one process and the user has not set it
-    (torch/distributed/run.py), so there a 1 is not taken for the user's wish; `init(threads=1)` is.
+    The allowed cores are divided evenly. They come from the affinity mask, which containers and job
+    schedulers narrow, not from the number of cores present. OMP_NUM_THREADS overrides this, with
+    one exception: torchrun sets it to 1 if it starts several processes and the user has not set it
+    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored; `init(threads=1)` is not.
     """
-    wish = os.environ.get("OMP_NUM_THREADS", "")
-    if wish.isdigit() and int(wish) > 0:
-        by_torchrun = wish == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if setting.isdigit() and int(setting) > 0:
+        by_torchrun = setting == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in os.environ
         if not by_torchrun:
-            return int(wish)
+            return int(setting)
     return max(1, len(os.sched_getaffinity(0)) // local_world)
 
 
@@ -100,10 +100,10 @@ def cpu_threads(local_world: int = 1) -> int:
 def process_group(
     device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
 ) -> Iterator[Rank]:
-    """Run a block between `init` and `shutdown`; the arguments are those of `init`.
+    """Run a block between `init` and `shutdown`. The arguments are those of `init`.
 
-    After an error on a GPU the group is left alone: NCCL's shutdown can wait for peers that are
-    still in a collective, and what helps them is that this process ends soon.
+    After an error on a GPU there is no shutdown: NCCL's can wait for peers that are still in a
+    collective, and they are released only when this process ends.
     """
     rank = init(device, timeout_seconds=timeout_seconds, threads=threads)
     try:
@@ -122,9 +122,9 @@ def shutdown() -> None:
 
 
 def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
-    """Return the sum of `tensor` over all ranks; the input is left as it is.
+    """Return the sum of `tensor` (any shape and numeric dtype) over all ranks.
 
-    In a world of one the input itself is returned.
+    The input is not modified. With a world size of 1 the input itself is returned.
     """
     if rank.world == 1:
         return tensor
@@ -134,10 +134,10 @@ def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
 
 
 def any_true(flag: bool | torch.Tensor, rank: Rank) -> bool:
-    """Return whether `flag` is true on any rank: the same answer everywhere.
+    """Return whether `flag` is true on any rank; every rank gets the same answer.
 
-    A bool (a signal has arrived) costs no GPU synchronisation. A tensor of one element that lies on
-    a GPU is reduced there and read back, which waits for the GPU.
+    A bool (for example "a signal has arrived") costs no GPU synchronisation. A tensor of one
+    element on a GPU is reduced there and read back, which waits for the GPU.
     """
     if rank.world == 1:
         return bool(flag)
@@ -148,12 +148,12 @@ def any_true(flag: bool | torch.Tensor, rank: Rank) -> bool:
 
 
 def check_equal(value: int, rank: Rank, *, what: str) -> None:
-    """Raise where the ranks disagree about a number, for example of steps in an epoch.
+    """Check that a number, for example the steps per epoch, is the same on all ranks.
 
-    Ranks of unequal length otherwise wait for each other until the group's timeout.
+    If ranks had different numbers of steps, they would wait until the group's timeout.
 
     Raises:
-        RuntimeError: on all ranks, with the smallest and the largest value.
+        RuntimeError: The values differ. Raised on all ranks, with the smallest and the largest.
     """
     if rank.world == 1:
         return
@@ -165,10 +165,10 @@ def check_equal(value: int, rank: Rank, *, what: str) -> None:
 
 
 def broadcast_str(text: str, rank: Rank, *, source: int = 0) -> str:
-    """Return the text of rank `source` on every rank; that of the others is ignored."""
+    """Return the text of rank `source` on every rank; the other ranks' texts are ignored."""
     if rank.world == 1:
         return text
-    # Bytes in tensors, not broadcast_object_list: that one unpickles what arrives.
+    # Bytes in tensors: broadcast_object_list would unpickle what it receives.
     data = text.encode()
     size = torch.tensor(len(data))
     dist.broadcast(size, src=source)
@@ -181,9 +181,9 @@ def broadcast_str(text: str, rank: Rank, *, source: int = 0) -> str:
 
 
 def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
-    """Return the tensors (N, ...) of all ranks as one (world * N, ...), in the order of the ranks.
+    """Concatenate the tensors (N, ...) of all ranks to (world * N, ...), in rank order.
 
-    N must be the same everywhere, as it is with padded batches.
+    N must be the same on every rank, as it is with padded batches.
     """
     if rank.world == 1:
         return tensor
@@ -193,13 +193,14 @@ def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
 
 
 def barrier(rank: Rank) -> None:
-    """Wait until every rank has come here (the hosts: work queued on GPUs may still run)."""
+    """Wait until every rank has called this. Work queued on GPUs may still be running."""
     any_true(False, rank)
 
 
 def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
-    """Gradients are averaged while the backward pass runs; the bare module is what is saved."""
-    # Training does not use batch norm's statistics: `TrainState.sync_buffers` sends them where one does.
+    """Wrap a module so that its gradients are averaged during backward. Save the bare module."""
+    # No broadcast of buffers: training does not read batch norm's running statistics, and
+    # `TrainState.sync_buffers` broadcasts them before anything does.
     names = inspect.signature(DistributedDataParallel).parameters
     # Renamed in torch 2.15, where the old name warns.
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
@@ -210,7 +211,7 @@ def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
 
 
 def _environment() -> dict[str, int]:
-    """Return the fields of `Rank` that torchrun gives, or those of a world of one."""
+    """Return the fields of `Rank` that torchrun sets, or those of a single process."""
     names = ("rank", "local_rank", "world", "local_world")
     found = [name for name in VARIABLES if name in os.environ]
     if not found:
@@ -231,7 +232,7 @@ def _environment() -> dict[str, int]:
 
 
 def _device(name: str, local_rank: int, world: int) -> torch.device:
-    """Turn the name of a device into this process's own."""
+    """Return the device of this process for a device name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
@@ -245,13 +246,13 @@ def _device(name: str, local_rank: int, world: int) -> torch.device:
         index = local_rank
     else:
         if world > 1:
-            raise ValueError(f"device {name!r} names one GPU for {world} processes: say cuda")
+            raise ValueError(f"device {name!r} names one GPU for {world} processes: use cuda")
         if not name[5:].isdigit():
             raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
         index = int(name[5:])
     if index >= count:
         raise ValueError(
-            f"this process wants GPU {index}, but torch sees {count}: start at most {count} "
+            f"this process needs GPU {index}, but torch sees {count}: start at most {count} "
             "processes per machine (torchrun --nproc-per-node)"
         )
     return torch.device("cuda", index)

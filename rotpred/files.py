@@ -1,4 +1,4 @@
-"""Files that are read back before they get their name, and loading that runs no code in a file."""
+"""Atomic file writes, checksums, and loading of tensors without unpickling code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ import torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or one that was found cannot be used; says why."""
+    """A checkpoint cannot be written or cannot be used. The message says why."""
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, size: int, *, what: str = "a checkpoint") -> None:
-    """Raise `CheckpointError` where a file of `size` bytes, and its overhead, would not fit."""
+    """Check that the disk has room for a file of `size` bytes and its overhead.
+
+    Raises:
+        CheckpointError: The file would not fit.
+    """
     needed = size + size // 50 + 2**20  # names, alignment and the archive's index
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -38,7 +42,7 @@ def check_space(folder: Path, size: int, *, what: str = "a checkpoint") -> None:
 
 
 class _HashingFile(io.FileIO):
-    """A file that knows the digest of what it was told to write, whatever reaches the disk."""
+    """A file that hashes the bytes passed to `write`, whether or not they reach the disk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")
@@ -54,18 +58,19 @@ class _HashingFile(io.FileIO):
 
 
 def temporary_of(path: Path) -> Path:
-    """Return the name that a file of this process has until it is whole."""
+    """Return the name that this process gives `path` until the file is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_verified(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Path, str]:
-    """Write a temporary file beside `path`, force it to the disk, and read it back.
+    """Write a temporary file beside `path`, fsync it, read it back and compare the digests.
 
     Returns:
         The temporary file, for `replace`, and its SHA-256.
 
     Raises:
-        CheckpointError: it cannot be written, or reads back otherwise. Nothing is left then.
+        CheckpointError: The file cannot be written, or its bytes differ when read back. The
+            temporary file is removed.
     """
     temporary = temporary_of(path)
     try:
@@ -74,7 +79,7 @@ def write_verified(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Pat
             os.fsync(file.fileno())
         digest = file.digest.hexdigest()
         if sha256_file(temporary) != digest:
-            raise CheckpointError(f"{temporary} reads back other bytes than were written")
+            raise CheckpointError(f"{temporary} differs from what was written to it")
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
@@ -85,7 +90,7 @@ def write_verified(path: Path, fill: Callable[[IO[bytes]], object]) -> tuple[Pat
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, and make the name last."""
+    """Rename a finished file to `path` and fsync its folder."""
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -93,24 +98,24 @@ def replace(temporary: Path, path: Path) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut, too
+        os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
 
 
 def load_plain(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    """Read a dict of tensors and plain types, running no code that the file may hold.
+    """Read a dict of tensors and plain types without running code from the file.
 
     Raises:
-        CheckpointError: damaged, or anything else than such a dict.
+        CheckpointError: The file is damaged or holds anything else.
     """
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    # Damaged files raise whatever their bytes lead to; all of it means the same here.
+    # Damaged bytes may raise any exception; all of them mean a damaged file.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain types: {reason}"
+            f"{path} is damaged or holds more than tensors and plain types: {reason}"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict")
@@ -119,9 +124,9 @@ def load_plain(path: Path, map_location: str | torch.device) -> dict[str, Any]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write; on leaving, fsync it and rename it to `path`.
+    """Yield a temporary path to write to; on exit, fsync it and rename it to `path`.
 
-    Where the body raises, the temporary file is removed and `path` is what it was.
+    If the body raises, the temporary file is removed and `path` stays unchanged.
     """
     temporary = temporary_of(path)
     try:
@@ -134,18 +139,22 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing."""
+    """Write a file atomically: completely or not at all."""
     with replaced(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON, whole or not at all. NaN and infinity are refused (`ValueError`)."""
+    """Write indented JSON atomically.
+
+    Raises:
+        ValueError: The value holds NaN or infinity.
+    """
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def plain(value: object) -> object:
-    """What JSON can hold of a recipe: nested dataclasses become objects with their `type`."""
+    """Convert a recipe to JSON values; a dataclass becomes an object with its class as `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}

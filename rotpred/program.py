@@ -1,49 +1,55 @@
-"""How a program of scripts/ starts and ends: arguments, signals, one-line errors, exit status."""
+"""Entry points of the programs in scripts/: arguments, signals, one-line errors, exit status."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
-
-import tyro
 
 from rotpred.records.console import configure_logging
 
 A = TypeVar("A")
 
 USER_ERROR = 2
-"""Exit status where the command, the data or the machine must change."""
+"""Exit status when the user must change the command, the data or the machine."""
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 TERMINATED = 143
-"""Exit status after SIGTERM, as shells have it."""
+"""Exit status after SIGTERM, as in shells."""
 
 _terminated: list[bool] = []
 
 
 def drive(name: str, arguments: type[A], main: Callable[[A], str]) -> int:
-    """Read a command line, do what it says and print what came of it.
+    """Read a command line, run `main` and print the text that it returns.
 
     Args:
-        name: of the program, before the text of an error.
-        arguments: a dataclass, which tyro makes from the command line; exits where it cannot.
-        main: returns the lines to print; `ValueError`, `OSError` and `ImportError` are for the
-            person at the keyboard and become one line, others a traceback.
+        name: Of the program; printed before the text of an error.
+        arguments: A dataclass that tyro builds from the command line. tyro exits on a mistake.
+        main: Returns the lines to print. `ValueError`, `OSError` and `ImportError` become one line
+            for the user; other exceptions show a traceback.
 
     Returns:
-        The exit status. SIGTERM leaves by `SystemExit`, so that temporary files go.
+        The exit status. SIGTERM raises `SystemExit`, so that temporary files are removed.
     """
+    import tyro
+
     _terminated.clear()
     signal.signal(signal.SIGTERM, _terminate)
     configure_logging()
     try:
-        print(main(tyro.cli(arguments)))  # noqa: T201
+        print(main(tyro.cli(arguments)))
     except (ValueError, OSError, ImportError) as problem:
-        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)  # noqa: T201
+        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -56,7 +62,42 @@ def _terminate(*_: object) -> None:
 
 
 def leave_if_terminated() -> None:
-    """For the progress of long work: Python drops an exception that a signal's handler raises in
-    some places (in a callback of fork, say), and the work would go on."""
+    """Exit if SIGTERM has arrived; long work calls this between its parts.
+
+    Python drops an exception that a signal handler raises in some places, such as a fork callback.
+    The work would continue.
+    """
     if _terminated:
         sys.exit(TERMINATED)
+
+
+def report_error(text: str) -> None:
+    """Print one line to stderr, once per machine, and tell it to torchrun.
+
+    Every process of a job fails with the same line when the data are missing, say. The first one on
+    a machine prints it. torchrun sets TORCHELASTIC_ERROR_FILE: the text in that file appears in its
+    summary, in place of the advice to record tracebacks.
+
+    Args:
+        text: One line.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        folder = Path(file).parents[1]  # of this attempt; each local rank has a folder in it
+        note = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        marker = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.printed"
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            printed = True
+        except OSError:
+            printed = False  # a full disk, say, which may be what the text is about
+        else:
+            printed = False
+        if not printed:
+            print(text, file=sys.stderr, flush=True)
+        # After the line: torchrun may end this process as soon as another one has failed.
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": note}}))
+        return
+    print(text, file=sys.stderr)

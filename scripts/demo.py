@@ -1,4 +1,4 @@
-"""The main job on real images, end to end: convert, pretrain, evaluate, report. For `make demo`."""
+"""End-to-end demo on real images: convert, pretrain, evaluate, print a summary. For `make demo`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 BIN = Path(sys.executable).parent
 SCRIPTS = Path(__file__).parent
 RUNS, DATA = Path("runs/demo"), Path("data/digits")
-LIMIT_SECONDS = 1200  # a hang must not outlive the patience of whoever typed the command
+LIMIT_SECONDS = 1200  # For one command, so that a hang ends.
 
 
 def step(title: str) -> None:
@@ -23,9 +23,9 @@ def step(title: str) -> None:
 def main() -> int:
     began = time.monotonic()
     gpus = torch.cuda.device_count()
-    # Two at most: more would leave the small recipe too few steps.
+    # At most two: with more, the small recipe would have too few steps.
     processes = str(min(2, gpus or len(os.sched_getaffinity(0))))
-    # Said here so that torchrun does not say it in five lines.
+    # torchrun sets the same value, but prints a warning of five lines.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shutil.rmtree(RUNS, ignore_errors=True)
 
@@ -36,11 +36,11 @@ def main() -> int:
         run([str(BIN / "python"), str(SCRIPTS / "to_beton.py"), *options])
         run([str(BIN / "python"), str(SCRIPTS / "to_beton.py"), "--verify", output])
 
-    step(f"Pretrain: which of four ways was this digit turned? ({processes} processes)")
+    step(f"Pretrain: by which of four angles was this digit rotated? ({processes} processes)")
     pretrain = ["quickstart", "--run.out", str(RUNS / "pretrain")]
     run([*torchrun(processes), str(SCRIPTS / "pretrain.py"), *pretrain])
 
-    step("Evaluate: linear classifiers on frozen features, 200 labels, trained and untrained")
+    step("Evaluate: linear classifiers on frozen features, 200 labels, trained and random weights")
     weights = {"trained": str(RUNS / "pretrain/backbone.safetensors"), "random": "random"}
     jobs = []
     for name, path in weights.items():
@@ -87,7 +87,7 @@ def report(seconds: float) -> None:
     for metric in probes:
         name = f"linear on {metric.removeprefix('top1/')} (%)"
         print(f"{name:30}{trained[metric]:12.1f}{random[metric]:12.1f}  random weights")
-    print(f"{line}\n{seconds:.0f} s in all. Look at:")
+    print(f"{line}\n{seconds:.0f} s in total. Results:")
     print(f"  {RUNS / 'pretrain'}/            recipe, log, results, checkpoints, weights")
     print(f"  {RUNS / 'pretrain/figures'}/    views, curves, confusion, filters")
     print(f"  {BIN / 'tensorboard'} --logdir {RUNS}")

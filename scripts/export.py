@@ -1,4 +1,4 @@
-"""Write pretrained weights for another project."""
+"""Export pretrained weights to another project's format."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ from typing import Annotated
 import tyro
 
 from rotpred.program import drive
-from rotpred.weights.export import Format, export_backbone, reading
+from rotpred.weights.export import Format, export_backbone, reader_settings
 from rotpred.weights.load import read_backbone
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write pretrained weights for another project.
+    """Export pretrained weights to another project's format.
 
     torchvision, timm: flat keys without fc. mmdet, mmseg: keys with the prefix `backbone.`.
-    detectron2: a .pkl of arrays. onnx: dynamic batch and sides, checked against torch. These but
-    onnx take resnet18 and resnet50; safetensors and onnx take every network. What the other project
-    must be told (order of colors, mean and deviation, place of the stride) is printed in the end.
+    detectron2: a .pkl of arrays. All five support resnet18 and resnet50. onnx: dynamic batch and
+    image sizes, output compared with torch's. onnx and safetensors support every network. The
+    command prints what the other project must be configured with (color order, mean and standard
+    deviation, position of the stride).
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """backbone.safetensors or checkpoints/step_N.pt of a run, or any file that --weights reads."""
     format: Format
-    """Whose layout to write."""
+    """Project or format to export to."""
     output: Path
     """The file to write; ends in .safetensors, .pth, .pkl (detectron2) or .onnx."""
     arch: str | None = None
-    """The network, where the file is not ours and does not name it: resnet50, alexnet, nin4, ..."""
+    """The network, if the file is not ours and does not name it: resnet50, alexnet, nin4, ..."""
     overwrite: bool = False
-    """Replace an existing output, once the new one is complete."""
+    """Replace an existing output once the new one is complete."""
 
 
 def main(args: Arguments) -> str:
-    """Do what is asked for and return lines about it; `ValueError` or `OSError` in words."""
+    """Export and return a summary. User errors raise `ValueError` or `OSError`."""
     if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists: give --overwrite to replace it")
+        raise ValueError(f"{args.output} exists; pass --overwrite to replace it")
     backbone, report = read_backbone(args.checkpoint, args.arch)
     meta = {"source_sha256": report.sha256}
     made = export_backbone(backbone, args.output, args.format, meta)
     return (
-        f"{args.checkpoint}: {report.words()}\n"
+        f"{args.checkpoint}: {report.summary()}\n"
         f"{made.path}: {backbone.arch} for {args.format}, {made.tensors} tensors, "
         f"{made.bytes / 1e6:.1f} MB, sha256 {made.sha256}\n"
-        f"read it with: {reading(args.format)}"
+        f"read it with: {reader_settings(args.format)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Render the page of the method from run folders: report.py RUNS... --output page.md|page.html"""
+"""Render the results page from run folders: report.py RUNS... --output page.md|page.html"""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from rotpred.report.results import FinishedRun, read_runs
 
 @dataclass(frozen=True)
 class Arguments:
-    """Render the page of the method: every benchmark, trained beside random weights, beside what
-    was published. Benchmarks that no run has are marked "not run"."""
+    """Render the results page: every benchmark with trained, random and published weights.
+    Benchmarks without a run are marked "not run"."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders of kept copies (NAME.results.json, NAME.env.json, ...)."""
     output: Path
-    """The page: .md (figures are links) or .html (one file, figures within)."""
+    """The page: .md (links to figures) or .html (one file, figures embedded)."""
     notes: Path | None = None
-    """A text file about these runs, whose paragraphs go to the head of the page."""
+    """A text file about these runs; its paragraphs go to the top of the page."""
     skip_broken: bool = False
-    """Leave out run folders that are unfinished or damaged, and say so; else they are an error."""
+    """Skip unfinished or damaged run folders with a message; by default they are an error."""
     gallery: str | None = None
     """Weights whose features are shown on images (.html only): a file, or "random"."""
     data: str | None = None
     """Images for --gallery: a .beton file or a folder."""
     backbone: str = ""
-    """Network of the --gallery weights; empty where the file names it."""
+    """Network of the --gallery weights; empty if the file names it."""
     stage: str = ""
     """Stage whose features are projected and compared; empty for the last."""
     samples: int = 500
-    """Images drawn from --data."""
+    """Number of images drawn from --data."""
 
 
 def main(args: Arguments) -> str:
-    """Write the page and return one line about it; `ValueError` or `OSError` in words."""
+    """Write the page and return a one-line summary. User errors raise `ValueError` or `OSError`."""
     if args.output.suffix not in (".md", ".html"):
         raise ValueError(f"{args.output}: the page must end in .md or .html")
     if (args.gallery is None) != (args.data is None):
@@ -62,11 +62,10 @@ def main(args: Arguments) -> str:
     notes = [" ".join(paragraph.split()) for paragraph in notes if paragraph.strip()]
     blocks: list[Block] = page(runs, left_out=left_out, notes=notes)
     if args.gallery is not None and args.data is not None:
-        from rotpred.report.gallery import (
-            showcase,  # With the loaders: too slow to load for --help.
-        )
+        # Imports the loaders, which would slow down --help.
+        from rotpred.report.gallery import feature_gallery
 
-        blocks += showcase(
+        blocks += feature_gallery(
             args.gallery, args.data, backbone=args.backbone, stage=args.stage, samples=args.samples
         )
     folder = args.output.parent

@@ -1,4 +1,4 @@
-"""Small data sets that several test files read, and the skip of GPU tests without a GPU."""
+"""Shared fixtures; tests marked `gpu` are skipped without a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
-
-COUNT = 37
-"""Images in the shared data set: prime, so that no batch size or world divides it."""
+from tests.support.images import COUNT, save_jpeg, smooth_image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,27 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """So that sums come in one order, here and in other processes."""
+    """One torch thread, so that sums have the same order here and in other processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def smooth_image(seed: int, height: int, width: int) -> Image.Image:
-    """Random colors without fine detail, so that decoders and resampling filters agree on it."""
-    coarse = np.random.default_rng(seed).integers(40, 216, (3, 3, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def save_jpeg(path: Path, image: Image.Image, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "JPEG", **{"quality": 95, "subsampling": 0, **options})  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 37 JPEG files together: odd and even sizes, portrait, landscape, grey."""
+    """A folder of 37 JPEG files in three classes: odd and even sizes, portrait, landscape, grey."""
     root = tmp_path_factory.mktemp("images") / "data"
     draw = np.random.default_rng(7)
     for i in range(COUNT):

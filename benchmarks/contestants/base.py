@@ -1,6 +1,6 @@
-"""What every contestant of a loader benchmark does alike: first batch, windows, pixels, memory.
+"""Base class of the loader contestants: first batch, timed windows, pixel difference, memory.
 
-Its methods are called from the other side of a pipe: they return what JSON can hold.
+The methods are called through a pipe, so they return what JSON can hold.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from harness.timing import WARMUP_BATCHES, finish, memory_mib, window
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.engines.samples import Samples, encoded
+from harness.timing import WARMUP_BATCHES, memory_mib, synchronize, window
+from pipelines.engines.samples import Samples, read_encoded
 from pipelines.imaging.decode import decode_rgb
 from pipelines.jpeg.markers import read_header
 from pipelines.sampling.crops import crop_boxes
@@ -26,28 +26,28 @@ from pipelines.spec import LoaderSpec, RandomResizedCrop
 Pixels = npt.NDArray[np.uint8]
 
 
-class Cut(NamedTuple):
-    """A crop that a contestant delivered, and what it was cut from."""
+class DeliveredCrop(NamedTuple):
+    """A crop that a contestant delivered, with its source image and crop box."""
 
     data: bytes
     """The encoded image."""
     box: tuple[int, ...]
-    """top, left, height, width, and 1 where it is mirrored."""
+    """top, left, height, width, flip (0 or 1)."""
     pixels: Pixels
-    """(S, S, 3)."""
+    """uint8 (S, S, 3)."""
 
 
-class Player:
-    """A loader: `batches` and `cuts` are its own, the rest is alike for all."""
+class LoaderContestant:
+    """A loader. Subclasses implement `open`, `batches` and `delivered_crops`."""
 
     def __init__(self, *, data: str, size: int, batch_size: int, workers: int) -> None:
-        """Import what is needed, open nothing.
+        """Import what the loader needs; open no data.
 
         Args:
-            data: file or folder.
-            size: side of the crops in pixels.
-            batch_size: source images in a batch.
-            workers: threads or processes that decode.
+            data: File or folder.
+            size: Side of the crops S in pixels.
+            batch_size: Source images per batch.
+            workers: Decoding threads or processes.
         """
         self.data, self.size, self.batch_size, self.workers = data, size, batch_size, workers
         self.device = torch.device("cpu")
@@ -60,60 +60,70 @@ class Player:
         raise NotImplementedError
 
     def batches(self, epoch: int) -> Generator[int, None, None]:
-        """Deliver one epoch's batches, by their number of images; closing it ends the work."""
+        """Load one epoch; yield each batch's number of images. Closing the generator stops it."""
         raise NotImplementedError
 
-    def cuts(self) -> Iterator[Cut]:
-        """Crops of known boxes, made as `batches` makes them."""
+    def delivered_crops(self) -> Iterator[DeliveredCrop]:
+        """Yield crops with known boxes, made in the same way as by `batches`."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Release threads and processes."""
 
     def endless(self) -> Generator[int, None, None]:
-        """Batches of one epoch after the other, from one that was not begun yet."""
+        """Load epoch after epoch, from one that has not begun yet, as `batches` does."""
         while True:
             self._epoch += 1
             yield from self.batches(self._epoch)
 
     def first_batch(self) -> dict[str, float]:
-        """Seconds from opening the data to the first batch; imports are not counted."""
+        """Return the seconds from opening the data to the first batch, without imports."""
         begin = time.perf_counter()
         self.open()
         with closing(self.batches(0)) as batches:
             next(batches)
-            finish(self.device)
+            synchronize(self.device)
             return {"first_batch_seconds": round(time.perf_counter() - begin, 3)}
 
     def window(self, seconds: float) -> tuple[int, float, float]:
-        """One `Window`, begun a few batches after the loader has started to work."""
+        """Measure one `Window`, which starts a few batches after the loader; returns its fields."""
         with closing(self.endless()) as batches:
             for _ in range(self.warmup):
                 next(batches)
             return tuple(window(batches, seconds=seconds, device=self.device))
 
     def difference(self, count: int = 48) -> dict[str, float]:
-        """How far the crops are from Pillow's decoder and torchvision's antialiased resize of the
-        same boxes: mean absolute difference and mean difference, in units of 0 to 255."""
-        off, crops = [], 0
-        for cut in islice(self.cuts(), count):
-            wanted = reference(cut.data, cut.box, self.size)
-            off.append(cut.pixels.astype(np.int16) - wanted)
-            crops += 1
-        error = np.stack(off)
+        """Compare up to `count` crops with `reference_crop` of the same boxes.
+
+        Returns:
+            Mean absolute difference and mean difference in units of 0 to 255, number of crops.
+        """
+        errors = [
+            crop.pixels.astype(np.int16) - reference_crop(crop.data, crop.box, self.size)
+            for crop in islice(self.delivered_crops(), count)
+        ]
+        error = np.stack(errors)
         return {
             "pixel_difference": round(float(np.abs(error).mean()), 3),
             "pixel_bias": round(float(error.mean()), 3),
-            "pixel_crops": crops,
+            "pixel_crops": len(errors),
         }
 
     def memory(self) -> dict[str, float]:
-        """MiB of this process and its workers."""
+        """Return MiB of this process and its workers."""
         return memory_mib()
 
 
-def reference(data: bytes, box: tuple[int, ...], size: int) -> npt.NDArray[np.int16]:
-    """The crop as it should be: libjpeg's accurate decoder, antialiased bilinear resize."""
+def reference_crop(data: bytes, box: tuple[int, ...], size: int) -> npt.NDArray[np.int16]:
+    """Return the expected crop (S, S, 3): Pillow's decoder, antialiased bilinear resize.
+
+    Pillow uses libjpeg's accurate inverse transform.
+
+    Args:
+        data: The encoded image.
+        box: top, left, height, width, flip.
+        size: Side of the crop S in pixels.
+    """
     top, left, height, width, flip = box
     image = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
     region = image[:, top : top + height, left : left + width].float()
@@ -124,15 +134,15 @@ def reference(data: bytes, box: tuple[int, ...], size: int) -> npt.NDArray[np.in
 
 
 def boxes_of(spec: LoaderSpec, samples: Samples, *, epoch: int) -> npt.NDArray[np.int32]:
-    """int32 (N, 5): the boxes of a whole data set, sizes read from the JPEG headers."""
-    sizes = [read_header(bytes(encoded(samples, i))).upright for i in range(len(samples))]
+    """Return the crop boxes of a whole data set, int32 (N, 5); sizes come from the JPEG headers."""
+    sizes = [read_header(bytes(read_encoded(samples, i))).upright for i in range(len(samples))]
     heights, widths = np.array(sizes, np.int32).T
     indices = np.arange(len(samples), dtype=np.int64)
     return crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
 
 
 def unnormalized(images: torch.Tensor, spec: LoaderSpec) -> Pixels:
-    """Normalised (B, 3, S, S) back to uint8 (B, S, S, 3)."""
+    """Undo the normalisation: (B, 3, S, S) to uint8 (B, S, S, 3)."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.normalize.mean, spec.normalize.std))
     pixels = (images.float().cpu() * std + mean).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()

@@ -1,27 +1,34 @@
-"""What opening a beton of many samples takes: one process for each, as none forgets memory."""
+"""Contestant: time and memory to open a beton of many samples. One process measures once."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
-from harness.timing import cpu_seconds, memory_mib
 
+from harness.timing import cpu_seconds, memory_mib
 from pipelines.beton.reader import Beton
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
 
 class OpenedBeton:
-    """A process that opens one beton and draws an epoch's order, once: nothing is warm but the
-    file's pages."""
+    """Opens one beton and computes an epoch's order, once. Only the page cache is warm.
+
+    Each measurement needs a new process, because peak memory never decreases.
+    """
 
     def __init__(self, *, data: str) -> None:
         self.data = data
 
     def measure(self, batch_size: int) -> dict[str, float]:
-        """Seconds to open, and to make the order of one epoch; resident memory at most, and how
-        much of it came with the data, MiB."""
+        """Return seconds to open and to compute one epoch's order, and memory in MiB.
+
+        `added_mib` is the growth of peak memory above that of the imports.
+
+        Raises:
+            ValueError: A batch of the order repeats a sample.
+        """
         before = memory_mib()["peak_rss_mib"]
         cpu, begin = cpu_seconds(), time.perf_counter()
         with Beton.open(self.data) as beton:
@@ -43,4 +50,4 @@ class OpenedBeton:
         }
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is nothing to release."""

@@ -1,8 +1,8 @@
-"""How others load the same images: torchvision, stock FFCV, stock DALI, and mmselfsup's way.
+"""Contestants: other loaders on the same images (torchvision, stock FFCV and DALI, mmselfsup).
 
-Where a rival takes boxes, it is given ours, computed beforehand, so that drawing them costs it
-nothing. Stock FFCV and DALI draw their own from the same distribution; their pixels are compared on
-the middle square, by the same decoder and filter.
+Loaders that accept crop boxes get ours, precomputed, so that drawing them costs nothing. Stock FFCV
+and DALI draw their own from the same distribution. Their pixels are compared on the central square,
+with the same decoder and filter.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torchvision.transforms import functional as pil_f
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from contestants.base import Cut, Player, boxes_of, unnormalized
+from contestants.base import DeliveredCrop, LoaderContestant, boxes_of, unnormalized
 from pipelines.beton.reader import Beton
 from pipelines.datasets.index import SampleIndex
-from pipelines.engines.samples import encoded, open_samples
+from pipelines.engines.samples import open_samples, read_encoded
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 LIMIT_SECONDS = 60.0
 
 
 class _Crops(Dataset[torch.Tensor]):
-    """Paths and boxes; a subclass decodes, cuts and resizes."""
+    """Data set of paths and crop boxes; a subclass decodes, crops and resizes."""
 
     def __init__(self, paths: list[str], where: np.ndarray, size: int) -> None:
         self.paths, self.where, self.size = paths, where, size
@@ -44,7 +44,7 @@ class _Crops(Dataset[torch.Tensor]):
         return len(self.paths)
 
     def pil(self, i: int) -> Image.Image:
-        """As torchvision's ImageFolder and RandomResizedCrop do it with Pillow."""
+        """Return the crop as torchvision's ImageFolder and RandomResizedCrop do, with Pillow."""
         top, left, height, width, flip = self.where[i].tolist()
         with open(self.paths[i], "rb") as file:
             image = Image.open(file).convert("RGB")
@@ -62,7 +62,7 @@ class _TensorCrops(_Crops):
     def __getitem__(self, i: int) -> torch.Tensor:
         top, left, height, width, flip = self.where[i].tolist()
         with warnings.catch_warnings():
-            # Since torchvision 0.29 each call says that the function is to move elsewhere.
+            # Since torchvision 0.29 each call warns that the function will move.
             warnings.simplefilter("ignore", DeprecationWarning)
             image = decode_jpeg(read_file(self.paths[i]), mode=ImageReadMode.RGB)
         size = [self.size, self.size]
@@ -85,13 +85,13 @@ class _FourViews(_Crops):
         return torch.stack([torch.rot90(crop, k, (1, 2)) for k in range(4)])
 
 
-class PilLoader(Player):
-    """torch's DataLoader over a folder, Pillow in worker processes."""
+class PilLoader(LoaderContestant):
+    """torch's DataLoader on a folder, with Pillow in worker processes."""
 
     crops: type[_Crops] = _PilCrops
 
     def open(self) -> None:
-        # Each worker prepares two batches in advance.
+        # Each worker prefetches two batches.
         self.warmup = max(self.warmup, 2 * self.workers + 2)
         self.index = SampleIndex.from_folder(self.data)
         paths = [str(self.index.path(i)) for i in range(len(self.index))]
@@ -103,48 +103,48 @@ class PilLoader(Player):
             shuffle=True,
             drop_last=True,
             num_workers=self.workers,
-            # Workers that stay spare the start of processes at each epoch.
+            # Otherwise every epoch would start new processes.
             persistent_workers=True,
         )
 
     def make(self, paths: list[str], where: np.ndarray) -> _Crops:
-        """The data set."""
+        """Return the data set of crops."""
         return self.crops(paths, where, self.size)
 
     def batches(self, epoch: int) -> Generator[int, None, None]:  # noqa: ARG002
         yield from (len(batch) for batch in self.loader)
 
-    def cuts(self) -> Iterator[Cut]:
+    def delivered_crops(self) -> Iterator[DeliveredCrop]:
         for i in range(len(self.dataset)):
             pixels = self.dataset[i].permute(1, 2, 0).numpy()
             box = tuple(self.dataset.where[i].tolist())
-            yield Cut(self.index.read(i), box, pixels)
+            yield DeliveredCrop(self.index.read(i), box, pixels)
 
     def close(self) -> None:
-        # Ends the worker processes, which outlive an epoch.
+        # Ends the persistent worker processes.
         del self.loader
 
 
 class TensorLoader(PilLoader):
-    """torch's DataLoader, torchvision's decode_jpeg and uint8 tensors in worker processes."""
+    """torch's DataLoader, with torchvision's decode_jpeg and uint8 tensors in worker processes."""
 
     crops = _TensorCrops
 
 
-class MmselfsupWay(PilLoader):
-    """Everything in worker processes: decode, crop, normalise, four copies in float32, collate."""
+class MmselfsupLoader(PilLoader):
+    """mmselfsup: workers decode, crop, normalise, make four float32 copies and collate."""
 
     def make(self, paths: list[str], where: np.ndarray) -> _Crops:
         return _FourViews(paths, where, self.size, self.spec.normalize)
 
-    def cuts(self) -> Iterator[Cut]:
+    def delivered_crops(self) -> Iterator[DeliveredCrop]:
         for i in range(len(self.dataset)):
             pixels = unnormalized(self.dataset[i][:1], self.spec)[0]
-            yield Cut(self.index.read(i), tuple(self.dataset.where[i].tolist()), pixels)
+            yield DeliveredCrop(self.index.read(i), tuple(self.dataset.where[i].tolist()), pixels)
 
 
-class StockFfcv(Player):
-    """FFCV as its documentation shows it, from memory-mapped pages that the system caches."""
+class StockFfcv(LoaderContestant):
+    """FFCV as in its documentation, reading memory-mapped pages from the page cache."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -177,7 +177,7 @@ class StockFfcv(Player):
         finally:
             _end(running)
 
-    def cuts(self) -> Iterator[Cut]:
+    def delivered_crops(self) -> Iterator[DeliveredCrop]:
         side = (self.size, self.size)
         decoder = self.decoders.CenterCropRGBImageDecoder(side, ratio=1)
         running = iter(self._loader(decoder, order="SEQUENTIAL"))
@@ -186,16 +186,22 @@ class StockFfcv(Player):
                 i = 0
                 for (images,) in running:
                     for pixels in images.permute(0, 2, 3, 1).numpy():
-                        box = _middle(int(beton.heights[i]), int(beton.widths[i]))
-                        yield Cut(beton.payload(i).tobytes(), box, pixels)
+                        box = _central_square(int(beton.heights[i]), int(beton.widths[i]))
+                        yield DeliveredCrop(beton.payload(i).tobytes(), box, pixels)
                         i += 1
         finally:
             _end(running)
 
 
 def _end(running: Any) -> None:
-    """End FFCV's thread of an epoch that was left early, for which FFCV itself has no way: at the
-    end of an epoch it waits, for ever, for a place in its queue."""
+    """End FFCV's thread of an abandoned epoch.
+
+    FFCV cannot do this itself: at the end of an epoch the thread waits for ever for room in its
+    queue.
+
+    Raises:
+        TimeoutError: The thread has not ended in time.
+    """
     running.iter_ixes = iter(())
     deadline = time.monotonic() + LIMIT_SECONDS
     while running.is_alive():
@@ -205,8 +211,8 @@ def _end(running: Any) -> None:
             running.output_queue.get(timeout=0.05)
 
 
-class StockDali(Player):
-    """DALI's own reader, random crop decoder and antialiased resize, on the CPU."""
+class StockDali(LoaderContestant):
+    """DALI's own reader, random-crop decoder and antialiased resize, on the CPU."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -249,12 +255,12 @@ class StockDali(Player):
             (images,) = self.pipe.run()
             yield len(torch.utils.dlpack.from_dlpack(images.as_tensor()))
 
-    def cuts(self) -> Iterator[Cut]:
+    def delivered_crops(self) -> Iterator[DeliveredCrop]:
         samples = open_samples(self.data)
         for i in range(len(samples)):
-            data = bytes(encoded(samples, i))
+            data = bytes(read_encoded(samples, i))
             with Image.open(Path(self.data) / samples.name(i)) as image:
-                box = _middle(image.height, image.width)
+                box = _central_square(image.height, image.width)
             pipe = self.pipeline(batch_size=1, num_threads=1, device_id=None)
             with pipe:
                 source = self.fn.external_source(
@@ -271,12 +277,12 @@ class StockDali(Player):
                 pipe.set_outputs(self._resized(images))
             pipe.build()
             (crop,) = pipe.run()
-            yield Cut(data, box, np.array(crop.at(0)))
+            yield DeliveredCrop(data, box, np.array(crop.at(0)))
 
     def close(self) -> None:
         del self.pipe
 
 
-def _middle(height: int, width: int) -> tuple[int, int, int, int, int]:
+def _central_square(height: int, width: int) -> tuple[int, int, int, int, int]:
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side, 0

@@ -1,7 +1,7 @@
-"""The process of one contestant: reads a configuration and then commands, one JSON line each.
+"""Main program of a contestant's process: reads a configuration, then commands, as JSON lines.
 
-Started by `harness.runner.Contestant`, not by hand. An answer is one JSON line: `result`, or `error`. The
-method `ready` is answered with nothing, once everything is imported.
+`harness.runner.ContestantProcess` starts it. Each answer is one JSON line with `result` or `error`.
+The method `ready` returns an empty result once everything is imported.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ import sys
 import traceback
 
 KINDS = {
-    "ours": ("contestants.ours", "Ours"),
+    "ours": ("contestants.ours", "OurLoader"),
     "pil": ("contestants.peers", "PilLoader"),
     "tensor": ("contestants.peers", "TensorLoader"),
-    "mmselfsup": ("contestants.peers", "MmselfsupWay"),
+    "mmselfsup": ("contestants.peers", "MmselfsupLoader"),
     "ffcv": ("contestants.peers", "StockFfcv"),
     "dali": ("contestants.peers", "StockDali"),
     "our writer": ("contestants.writers", "OurWriter"),
     "stock writer": ("contestants.writers", "StockWriter"),
     "opened": ("contestants.opened_beton", "OpenedBeton"),
-    "step": ("harness.training_step", "StepPlayer"),
+    "step": ("harness.training_step", "StepContestant"),
 }
-"""Module and class. Only what plays is imported: memory is measured, and imports take seconds."""
+"""Module and class by kind. Only the chosen one is imported: memory is measured, and imports take
+seconds."""
 
 
 def main() -> None:
-    """Serve until the other side closes the pipe."""
-    # What libraries print must not get between the answers.
+    """Answer commands until the parent closes the pipe."""
+    # Libraries print to stdout; that must not mix with the answers, so it goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     config = json.loads(sys.stdin.readline())
     threads = config.pop("torch_threads", 1)
     failure = ""
-    player = None
+    contestant = None
     try:
         module, kind = KINDS[config.pop("kind")]
         make = getattr(importlib.import_module(module), kind)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
-        player = make(**config)
-    except Exception as error:  # told to the other side with the first answer
+        contestant = make(**config)
+    except Exception as error:  # The first answer reports it to the parent.
         traceback.print_exc()
         failure = _one_line(error)
     for line in sys.stdin:
@@ -51,15 +52,17 @@ def main() -> None:
             if failure:
                 raise ValueError(failure)
             method = command["method"]
-            # Imports are done: what any player can say of itself.
+            # Imports are done, and every contestant can say so.
             ready = method == "ready"
-            answer = {"result": {} if ready else getattr(player, method)(**command["arguments"])}
-        except Exception as error:  # the other side raises it
+            answer = {
+                "result": {} if ready else getattr(contestant, method)(**command["arguments"])
+            }
+        except Exception as error:  # The parent raises it.
             traceback.print_exc()
             answer = {"error": _one_line(error)}
         answers.write(json.dumps(answer) + "\n")
-    if player is not None:
-        player.close()
+    if contestant is not None:
+        contestant.close()
 
 
 def _one_line(error: BaseException) -> str:
@@ -69,5 +72,5 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    # Threads of a stock loader that was left early would keep the process alive.
+    # Threads of a stock loader whose epoch was abandoned would keep the process alive.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The stages of training, each alone: reading, decoding, loading, sending, turning, the step."""
+"""Times each stage of training alone: read, decode, load, transfer, rotate, step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import ceilings
-from harness.timing import cpu_seconds, window
-from harness.training_step import WARMUP_STEPS, Step, Training, resident_batch, stepping
 from PIL import Image
 
-from contestants.ours import Ours
+from contestants.ours import OurLoader
+from harness import ceilings
+from harness.timing import cpu_seconds, window
+from harness.training_step import (
+    WARMUP_STEPS,
+    Step,
+    TrainingOptions,
+    resident_batch,
+    run_steps,
+)
 from pipelines.batch import DTYPES
 from pipelines.beton.reader import Beton
 from pipelines.device.rotate import rotate4
 from pipelines.engines.autotune import thread_budget
-from pipelines.engines.samples import Samples, encoded, open_samples
+from pipelines.engines.samples import Samples, open_samples, read_encoded
 from pipelines.imaging.torchvision_decode import crop, decode
 from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop, Shard
 from rotpred.training.optim import Optim
@@ -33,57 +39,60 @@ Read = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)
-class Options(Training):
-    """How the stages are run."""
+class StageOptions(TrainingOptions):
+    """Options of the stages."""
 
     repeats: int = 3
     """Windows of each stage."""
     seconds: float = 1.0
-    """Length of a window, at least."""
+    """Minimum length of a window."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage alone."""
+    """Throughput of one stage, measured alone."""
 
     name: str
     rates: list[float]
-    """Source images per second, one for each window."""
+    """Source images per second, one per window."""
     ceiling: str
-    """What limits it at best, and how near it comes, in words."""
+    """The hardware limit and how close the stage comes to it, for the reader."""
     in_pipeline: bool = True
-    """Whether training goes at most as fast; per-core stages only explain the loader."""
+    """Whether the stage limits training; per-core stages only explain the loader."""
 
     @property
     def rate(self) -> float:
-        """The median."""
+        """Median of `rates`."""
         return float(np.median(self.rates))
 
 
-def decoding_threads(args: Options) -> int:
-    """As many as training would use: given ones, or those of its budget beside this device."""
+def decoding_threads(args: StageOptions) -> int:
+    """Return the decoding threads that training would use: as given, or by its CPU budget."""
     spec = LoaderSpec(batch_size=args.batch_size, crop=RandomResizedCrop(args.size))
     return args.workers or thread_budget(spec, Shard(), torch.device(args.device)).threads
 
 
-def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage]:
+def measure_stages(data: str, args: StageOptions, *, read: Read | None = None) -> list[Stage]:
     """Measure all stages.
 
     Args:
-        data: a beton or folder.
-        args: of the program.
-        read: hands out the encoded bytes of a sample, cold; by default from the data's disk.
+        data: A beton or folder.
+        args: Options of the program.
+        read: Returns the encoded bytes of a sample, uncached; by default it reads the disk.
+
+    Raises:
+        ValueError: The data are not JPEG images.
     """
     device = torch.device(args.device)
     samples = open_samples(data)
     workers = decoding_threads(args)
     order = np.random.default_rng(0).permutation(len(samples)).tolist()
-    samples = [bytes(encoded(samples, i)) for i in order[:64]]
-    if any(p[:2] != b"\xff\xd8" for p in samples):
+    jpegs = [bytes(read_encoded(samples, i)) for i in order[:64]]
+    if any(jpeg[:2] != b"\xff\xd8" for jpeg in jpegs):
         raise ValueError(f"{data}: the stages are measured on JPEG images only")
-    size = sum(map(len, samples)) / len(samples)
+    size = sum(map(len, jpegs)) / len(jpegs)
     stages = [_reading(samples, order, size, args, read)]
-    per_core = _decoding(samples, size, args)
+    per_core = _decoding(jpegs, size, args)
     loader = _loading(data, workers, args)
     alone = per_core[-1].rate * workers
     loader = Stage(
@@ -98,16 +107,16 @@ def examine(data: str, args: Options, *, read: Read | None = None) -> list[Stage
 
 
 def _reading(
-    samples: Samples, order: list[int], size: float, args: Options, read: Read | None
+    samples: Samples, order: list[int], size: float, args: StageOptions, read: Read | None
 ) -> Stage:
-    """Encoded bytes from the disk: the system is asked to drop them from memory first."""
+    """Read encoded bytes from the disk, after asking the system to drop cached pages."""
     rates = []
     for _ in range(args.repeats):
         with ExitStack() as stack:
-            take = read or _reader(samples, stack)
+            read_sample = read or _uncached_reader(samples, stack)
             images, begin = 0, time.perf_counter()
             for i in order:
-                take(i)
+                read_sample(i)
                 images += 1
                 if time.perf_counter() - begin >= args.seconds:
                     break
@@ -116,8 +125,8 @@ def _reading(
     return Stage("read", rates, f"{rate / 1e6:,.0f} MB/s from the disk, one reader")
 
 
-def _reader(samples: Samples, stack: ExitStack) -> Read:
-    """A function that reads a sample, after its file's pages were dropped."""
+def _uncached_reader(samples: Samples, stack: ExitStack) -> Read:
+    """Drop the files' cached pages and return a function that reads a sample."""
     if not isinstance(samples, Beton):
         for i in range(len(samples)):
             with samples.path(i).open("rb") as file:
@@ -125,26 +134,26 @@ def _reader(samples: Samples, stack: ExitStack) -> Read:
         return samples.read
     handle = stack.enter_context(samples.path.open("rb")).fileno()
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    # Not through the map: the system keeps pages that are mapped.
+    # Not through the memory map: the system keeps mapped pages.
     return lambda i: os.pread(handle, int(samples.sizes[i]), int(samples.offsets[i]))
 
 
-def _decoding(samples: list[bytes], size: float, args: Options) -> list[Stage]:
-    """One core: entropy decoding, decoding, and decoding with crop and resize."""
+def _decoding(jpegs: list[bytes], size: float, args: StageOptions) -> list[Stage]:
+    """Measure on one core: entropy decoding, decoding, and decoding with crop and resize."""
     box = np.zeros(5, np.int32)
 
     def entropy(data: bytes) -> None:
         with Image.open(BytesIO(data)) as image:
-            # An eighth of the size, in grey: all coefficients are read, hardly one is transformed.
+            # An eighth of the size, in grey: reads all coefficients, transforms hardly any.
             image.draft("L", (1, 1))
             image.load()
 
-    def whole(data: bytes) -> None:
+    def full(data: bytes) -> None:
         decode(data)
 
-    def cut(data: bytes) -> None:
+    def cropped(data: bytes) -> None:
         image = decode(data)
-        # The mean box of a RandomResizedCrop: about half of the image's area.
+        # The average box of a RandomResizedCrop: about half of the image's area.
         height, width = (max(1, int(0.72 * n)) for n in image.shape[1:])
         box[2:4] = height, width
         crop(image, box, args.size)
@@ -155,28 +164,28 @@ def _decoding(samples: list[bytes], size: float, args: Options) -> list[Stage]:
     try:
         for name, work in (
             ("entropy decoding, one core", entropy),
-            ("decoding, one core", whole),
-            ("decoding, crop and resize, one core", cut),
+            ("decoding, one core", full),
+            ("decoding, crop and resize, one core", cropped),
         ):
-            rates = [_per_cpu_second(work, samples, args.seconds) for _ in range(args.repeats)]
-            words = f"{float(np.median(rates)) * size / 1e6:,.0f} MB of JPEG per CPU second"
-            stages.append(Stage(name, rates, words, in_pipeline=False))
+            rates = [_per_cpu_second(work, jpegs, args.seconds) for _ in range(args.repeats)]
+            ceiling = f"{float(np.median(rates)) * size / 1e6:,.0f} MB of JPEG per CPU second"
+            stages.append(Stage(name, rates, ceiling, in_pipeline=False))
     finally:
         torch.set_num_threads(threads)
     return stages
 
 
-def _per_cpu_second(work: Callable[[bytes], None], samples: list[bytes], seconds: float) -> float:
+def _per_cpu_second(work: Callable[[bytes], None], jpegs: list[bytes], seconds: float) -> float:
     images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        work(samples[images % len(samples)])
+        work(jpegs[images % len(jpegs)])
         images += 1
     return images / (cpu_seconds() - cpu)
 
 
-def _loading(data: str, workers: int, args: Options) -> Stage:
-    """Crops as the engine hands them over, on the host or on the device."""
-    player = Ours(
+def _loading(data: str, workers: int, args: StageOptions) -> Stage:
+    """Measure the engine alone: uint8 crops on the host or the device, before rotation."""
+    contestant = OurLoader(
         data=data,
         engine=args.engine,
         output="crops",
@@ -185,16 +194,16 @@ def _loading(data: str, workers: int, args: Options) -> Stage:
         batch_size=args.batch_size,
         workers=workers,
     )
-    player.open()
+    contestant.open()
     try:
-        taken = [player.window(args.seconds) for _ in range(args.repeats)]
+        taken = [contestant.window(args.seconds) for _ in range(args.repeats)]
     finally:
-        player.close()
+        contestant.close()
     return Stage("loader", [images / seconds for images, seconds, _ in taken], "")
 
 
-def _device_stages(args: Options, device: torch.device) -> list[Stage]:
-    """The bus, where there is one; turning and normalising; the step."""
+def _device_stages(args: StageOptions, device: torch.device) -> list[Stage]:
+    """Measure the bus (GPU only), rotation with normalisation, and the training step."""
     shape = (args.batch_size, args.size, args.size, 3)
     host = torch.randint(0, 256, shape, dtype=torch.uint8)
     stages = []
@@ -203,14 +212,14 @@ def _device_stages(args: Options, device: torch.device) -> list[Stage]:
         pinned = host.pin_memory()
         rates = _rates(lambda: pinned.to(device, non_blocking=True), args, device)
         moved = float(np.median(rates)) * host[0].numel()
-        words = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a large copy reaches"
-        stages.append(Stage("bus", rates, words))
+        ceiling = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a large copy reaches"
+        stages.append(Stage("bus", rates, ceiling))
     crops, dtype = host.to(device), DTYPES[args.precision]
     rates = _rates(lambda: rotate4(crops, normalize=IMAGENET, dtype=dtype), args, device)
     moved = float(np.median(rates)) * host[0].numel() * (1 + 4 * dtype.itemsize)
     peak = ceilings.copy_bytes(device)
-    words = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a copy in memory reaches"
-    stages.append(Stage("rotate", rates, words))
+    ceiling = f"{moved / 1e9:.1f} of {peak / 1e9:.1f} GB/s that a copy in memory reaches"
+    stages.append(Stage("rotate", rates, ceiling))
     run = RunSettings(
         device=args.device,
         precision=args.precision,
@@ -226,17 +235,17 @@ def _device_stages(args: Options, device: torch.device) -> list[Stage]:
     for _ in range(WARMUP_STEPS):
         step(batch)
     taken = [
-        window(stepping(step, repeat(batch), device), seconds=args.seconds, device=device)
+        window(run_steps(step, repeat(batch), device), seconds=args.seconds, device=device)
         for _ in range(args.repeats)
     ]
     rates = [w.images / w.seconds for w in taken]
     peak = ceilings.matmul_flops(device, args.precision)
     done = float(np.median(rates)) * flops
-    words = f"{done / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s that a matrix product reaches"
-    return [*stages, Stage("step", rates, words)]
+    ceiling = f"{done / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s that a matrix product reaches"
+    return [*stages, Stage("step", rates, ceiling)]
 
 
-def _rates(work: Callable[[], Any], args: Options, device: torch.device) -> list[float]:
+def _rates(work: Callable[[], Any], args: StageOptions, device: torch.device) -> list[float]:
     def batches() -> Iterator[int]:
         while True:
             for _ in range(8):

@@ -1,4 +1,4 @@
-"""Writers of betons as contestants: ours passes JPEG files through, FFCV's encodes them anew."""
+"""Contestants: beton writers. Ours passes JPEG files through; FFCV's re-encodes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.timing import cpu_seconds, memory_mib
 from PIL import Image
 
+from harness.timing import cpu_seconds, memory_mib
 from pipelines.beton.reader import Beton
 from pipelines.conversion.convert import write_beton
 from pipelines.conversion.encode import Check
@@ -19,35 +19,38 @@ from pipelines.datasets.index import SampleIndex
 
 
 class _Writer:
-    """Converts a folder, again and again; the windows are whole conversions."""
+    """Converts a folder repeatedly; a window is a number of whole conversions."""
 
     def __init__(self, *, data: str, workers: int) -> None:
         self.workers = workers
         self.index = SampleIndex.from_folder(data)
-        # Beside the images, so that both are written to the same disk.
+        # Beside the images, so that all writers use the same disk.
         self._folder = tempfile.TemporaryDirectory(dir=Path(data).parent)
         self.target = Path(self._folder.name) / "out.beton"
         self.source_bytes = sum(self.index.size(i) for i in range(len(self.index)))
 
     def write(self) -> None:
-        """Convert everything into `target`."""
+        """Convert the folder into `target`."""
         raise NotImplementedError
 
     def first_batch(self) -> dict[str, float]:
-        """Convert once, so that what is compiled or cached is; nothing is timed."""
+        """Convert once, untimed, to fill caches and compile."""
         self.write()
         return {}
 
     def window(self, seconds: float) -> tuple[int, float, float]:
-        """Conversions for about `seconds`, at least one, with all worker processes' time."""
+        """Convert for about `seconds`, at least once; returns the fields of a `Window`.
+
+        CPU seconds include all worker processes.
+        """
         images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
         while not images or time.perf_counter() - begin < seconds:
             self.write()
             images += len(self.index)
         return images, time.perf_counter() - begin, cpu_seconds() - cpu
 
-    def written(self) -> dict[str, float]:
-        """Bytes of the images and of what was written, side files included."""
+    def output_bytes(self) -> dict[str, float]:
+        """Return the bytes of the source images and of the output, side files included."""
         files = [path for path in self.target.parent.iterdir() if path.is_file()]
         total = sum(path.stat().st_size for path in files)
         return {
@@ -58,21 +61,21 @@ class _Writer:
         }
 
     def payload(self) -> int:
-        """Bytes of all samples in the file."""
+        """Return the bytes of all samples in the file."""
         with Beton.open(self.target) as beton:
             return int(beton.sizes.sum())
 
     def memory(self) -> dict[str, float]:
-        """MiB of this process."""
+        """Return MiB of this process and its workers."""
         return memory_mib()
 
     def close(self) -> None:
-        """Remove what was written."""
+        """Remove the output."""
         self._folder.cleanup()
 
 
 class OurWriter(_Writer):
-    """`write_beton`: JPEG streams as they are, every one checked to see that it is sound."""
+    """`write_beton`: copies JPEG streams unchanged and checks that each is sound."""
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class OurWriter(_Writer):
 
 
 class StockFiles:
-    """A folder as FFCV's writer wants it: images with their labels, by number."""
+    """A folder as an indexed data set of (image, label), the input of FFCV's writer."""
 
     def __init__(self, folder: str) -> None:
         self.index = SampleIndex.from_folder(folder)
@@ -105,7 +108,7 @@ class StockFiles:
 
 
 class StockWriter(_Writer):
-    """FFCV's DatasetWriter: every image decoded by Pillow and encoded by OpenCV at quality 90."""
+    """FFCV's DatasetWriter: Pillow decodes every image, OpenCV encodes it at quality 90."""
 
     def __init__(self, *, data: str, workers: int, max_side: int | None) -> None:
         super().__init__(data=data, workers=workers)
@@ -117,7 +120,14 @@ class StockWriter(_Writer):
 
 
 def write_stock(images: StockFiles, target: Path, *, workers: int, max_side: int | None) -> None:
-    """A beton as FFCV writes it: JPEG of quality 90, longest side `max_side`."""
+    """Write a beton with FFCV's own writer.
+
+    Args:
+        images: The folder.
+        target: The beton to write.
+        workers: Worker processes.
+        max_side: Longest side in pixels; None keeps the images' own sizes. JPEG quality is 90.
+    """
     writer: Any = importlib.import_module("ffcv.writer")
     fields: Any = importlib.import_module("ffcv.fields")
     image = fields.RGBImageField(write_mode="jpg", max_resolution=max_side, jpeg_quality=90)
@@ -125,6 +135,6 @@ def write_stock(images: StockFiles, target: Path, *, workers: int, max_side: int
         str(target), {"image": image, "label": fields.IntField()}, num_workers=workers
     )
     made.from_indexed_dataset(images, chunksize=16)
-    # The writer leaves its workers behind; their time counts once they have been waited for.
+    # The writer does not join its workers, and their CPU time counts only after they are joined.
     for process in multiprocessing.active_children():
         process.join(timeout=60)

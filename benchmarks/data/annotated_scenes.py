@@ -1,4 +1,4 @@
-"""Photographs with made annotations, laid out as the data sets for detection and segmentation."""
+"""Photographs with synthetic annotations, in the layouts of VOC, COCO and Cityscapes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from data.photographs import photographs
 from pipelines.datasets.voc_classification import VOC_CLASSES
 
 OBJECTS = 4
-"""In each image."""
+"""Per image."""
 CITY = (2048, 1024)
+"""Width and height of Cityscapes' images in pixels."""
 
 Boxes = npt.NDArray[np.int64]
+"""(OBJECTS, 4): left, top, right, bottom in pixels, right and bottom exclusive."""
 
 
 def voc(folder: Path, count: int) -> Path:
-    """VOCdevkit/VOC2007 with the list trainval.
+    """Write VOC2007 with the list trainval.
+
+    Args:
+        folder: Where to write.
+        count: Number of images.
 
     Returns:
-        The root, for data of voc:2007/trainval.
+        The root, for the data voc:2007/trainval.
     """
     base = folder / "VOC2007"
     for place, boxes, image in _scenes(folder, count, base / "JPEGImages"):
@@ -43,7 +49,7 @@ def voc(folder: Path, count: int) -> Path:
 
 
 def voc_masks(folder: Path, count: int) -> Path:
-    """VOCdevkit/VOC2012 with the segmentation list train."""
+    """Write VOC2012 with the segmentation list train; see `voc`."""
     base = folder / "VOC2012"
     for place, boxes, image in _scenes(folder, count, base / "JPEGImages"):
         mask = Image.fromarray(_mask(boxes, image, lambda i: i + 1, 0))
@@ -55,7 +61,7 @@ def voc_masks(folder: Path, count: int) -> Path:
 
 
 def coco(folder: Path, count: int) -> Path:
-    """train2017, with instances as rectangular polygons."""
+    """Write COCO's train2017, with rectangular polygons as instances; see `voc`."""
     images, annotations = [], []
     for place, boxes, image in _scenes(folder, count, folder / "train2017"):
         number = int(place.stem) + 1
@@ -86,7 +92,7 @@ def coco(folder: Path, count: int) -> Path:
 
 
 def cityscapes(folder: Path, count: int) -> Path:
-    """leftImg8bit and gtFine, train, at full size."""
+    """Write Cityscapes' leftImg8bit and gtFine, train, at full size; see `voc`."""
     for place, _, scene in _scenes(folder, count, folder / "photographs"):
         large = scene.resize(CITY)
         mask = Image.fromarray(_mask(_boxes(large, int(place.stem)), large, lambda i: 24 + i, 7))
@@ -101,7 +107,7 @@ def cityscapes(folder: Path, count: int) -> Path:
 
 
 def _scenes(folder: Path, count: int, target: Path) -> list[tuple[Path, Boxes, Image.Image]]:
-    """Photographs, copied to `target`, with boxes that lie inside of them."""
+    """Copy photographs to `target`; return their paths, random boxes inside them, and pixels."""
     target.mkdir(parents=True)
     scenes = []
     for source in sorted(photographs(folder, count).rglob("*.jpg")):
@@ -114,17 +120,17 @@ def _scenes(folder: Path, count: int, target: Path) -> list[tuple[Path, Boxes, I
 
 
 def _boxes(image: Image.Image, seed: int) -> Boxes:
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     size = np.array(image.size)
-    extent = (size * draw.uniform(0.15, 0.5, (OBJECTS, 2))).astype(np.int64)
-    corner = (draw.random((OBJECTS, 2)) * (size - extent)).astype(np.int64)
+    extent = (size * rng.uniform(0.15, 0.5, (OBJECTS, 2))).astype(np.int64)
+    corner = (rng.random((OBJECTS, 2)) * (size - extent)).astype(np.int64)
     return np.concatenate([corner, corner + extent], axis=1)
 
 
 def _mask(
-    boxes: Boxes, image: Image.Image, label: Callable[[int], int], ground: int
+    boxes: Boxes, image: Image.Image, label: Callable[[int], int], background: int
 ) -> npt.NDArray[np.uint8]:
-    mask = np.full((image.height, image.width), ground, np.uint8)
+    mask = np.full((image.height, image.width), background, np.uint8)
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         mask[y0:y1, x0:x1] = label(i)
     return mask

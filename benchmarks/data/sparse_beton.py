@@ -1,7 +1,7 @@
-"""A beton of any number of samples that takes a second to make: tables of full size, no payload.
+"""A beton of any number of samples, made in a second: full tables, no payload.
 
-For measuring what grows with the number of samples (opening, orders, memory); the pages of
-samples, and the lengths in the side file of segments, are holes, so no sample can be decoded.
+For measuring what grows with the number of samples: opening, orders, memory. The samples' pages and
+the segment lengths in the side file are holes in sparse files, so no sample can be decoded.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MCU = 16  # Pixels.
 
 
 def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: bool = False) -> Path:
-    """Write a beton whose header, metadata and allocation table are whole, and its side file.
+    """Write a beton with complete header, metadata and allocation table, and its side file.
 
     Args:
-        path: The file to make or replace; both need 72 bytes a sample of disk.
-        samples: How many.
+        path: The file to write or replace. With its side file it needs 72 bytes of disk per sample.
+        samples: Number of samples.
         size: Bytes of each sample, at most a page of 8 MiB.
-        shuffled: Write the allocation table in random order, where writers leave it by place.
+        shuffled: Write the allocation table in random order; writers sort it by position.
 
     Returns:
         `path`.
@@ -47,7 +47,7 @@ def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: boo
     for entry, name in zip(fields, FIELDS, strict=True):
         entry["type_id"] = TYPE_IDS[name]
         entry["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     order = np.random.default_rng(1).permutation(samples) if shuffled else np.arange(samples)
     digest, records = hashlib.sha256(header.tobytes() + fields.tobytes()), np.zeros(samples, RECORD)
     with path.open("wb") as file:
@@ -55,10 +55,10 @@ def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: boo
         for start in range(0, samples, _BLOCK):
             ids = np.arange(start, min(start + _BLOCK, samples))
             rows = np.zeros(len(ids), kind)
-            rows["image"]["width"] = draw.integers(200, 600, len(ids))
-            rows["image"]["height"] = draw.integers(200, 600, len(ids))
+            rows["image"]["width"] = rng.integers(200, 600, len(ids))
+            rows["image"]["height"] = rng.integers(200, 600, len(ids))
             rows["image"]["data_ptr"] = first + ids // per_page * PAGE + ids % per_page * size
-            rows["label"] = draw.integers(0, CLASSES, len(ids))
+            rows["label"] = rng.integers(0, CLASSES, len(ids))
             file.write(rows.tobytes())
             digest.update(rows.tobytes())
             records["columns"][ids] = -(-rows["image"]["width"].astype(int) // _MCU)
@@ -77,7 +77,7 @@ def write_sparse(path: Path, samples: int, *, size: int = 110_000, shuffled: boo
 
 
 def _write_segments(path: Path, records: npt.NDArray[np.void], fingerprint: str) -> None:
-    """Write the side file: every row of MCUs is a segment."""
+    """Write the side file; each row of MCUs is one segment."""
     records["interval"] = records["columns"]
     records["head"], records["frame"] = 623, 163
     records["mcu_width"] = records["mcu_height"] = _MCU

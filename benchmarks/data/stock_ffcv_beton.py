@@ -1,6 +1,6 @@
 """Write a folder of JPEG files with FFCV's own writer: FOLDER OUTPUT MAX_SIDE.
 
-A program of its own, because that writer's workers are forked from a process that must hold little.
+A separate program, because that writer forks its workers: the parent's memory must be small.
 """
 
 import os

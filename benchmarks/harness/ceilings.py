@@ -1,4 +1,4 @@
-"""What the machine can do at best: multiply, copy, send to the device. Rates per second."""
+"""Hardware ceilings: matrix product, memory copy, host-to-device transfer, per second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from harness.timing import finish
+from harness.timing import synchronize
 from pipelines.batch import DTYPES
 from pipelines.spec import Precision
 
@@ -15,23 +15,29 @@ SECONDS = 0.5
 
 
 def rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
-    """How much of `amount` per second, over half a second, the first call not counted."""
+    """Return `amount` per second, measured over half a second. The first call is not counted.
+
+    Args:
+        work: Called repeatedly.
+        amount: What one call processes, in any unit.
+        device: Synchronized after every call.
+    """
     work()
-    finish(device)
+    synchronize(device)
     calls, begin = 0, time.perf_counter()
     while True:
         work()
-        finish(device)
+        synchronize(device)
         calls += 1
         if (spent := time.perf_counter() - begin) >= SECONDS:
             return calls * amount / spent
 
 
 def matmul_flops(device: torch.device, precision: Precision) -> float:
-    """Floating point operations per second of a large matrix product.
+    """Return the floating point operations per second of a large matrix product.
 
-    In fp32 on a GPU its factors are rounded as those of convolutions are (TF32, by default), which
-    it is there to be compared with.
+    In fp32 on a GPU it uses the same rounding as convolutions (TF32 by default), because it is
+    compared with them.
     """
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device).to(DTYPES[precision])
@@ -51,7 +57,7 @@ def matmul_flops(device: torch.device, precision: Precision) -> float:
 
 
 def copy_bytes(device: torch.device) -> float:
-    """Bytes read and written per second by a copy within the device's memory."""
+    """Return the bytes read and written per second by a copy within the device's memory."""
     size = 1 << (30 if device.type == "cuda" else 27)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -59,7 +65,7 @@ def copy_bytes(device: torch.device) -> float:
 
 
 def bus_bytes(device: torch.device) -> float | None:
-    """Bytes per second from pinned host memory to a GPU; None where there is no bus between."""
+    """Return the bytes per second from pinned host memory to a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     size = 1 << 28

@@ -1,4 +1,4 @@
-"""Figures of results: bars with the spread of the windows, and lines."""
+"""Figures: bar charts with the spread of the windows, and line charts."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ OURS, OTHERS = "#2a6f97", "#b0b7bd"
 
 
 def bars(rows: Sequence[Row], path: Path | None, *, title: str, ours: Sequence[str] = ()) -> None:
-    """One bar for each row, as long as its median, with least and most; a mark at its target.
+    """Plot one bar per row: its median, with whiskers at min and max and a mark at its target.
 
     Args:
-        rows: results in the same unit.
-        path: the PNG to write; None: nothing.
-        title: of the figure.
-        ours: beginnings of the names that are drawn in color; empty: all.
+        rows: Results in the same unit.
+        path: The PNG to write; None writes nothing.
+        title: Title of the figure.
+        ours: Prefixes of the names that are drawn in color; empty colors all.
     """
     if path is None:
         return
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.42 * len(rows)), layout="constrained")
     names = [f"{r['name']}\n{r['variant']}" for r in rows]
-    middles = [r["median"] for r in rows]
+    medians = [r["median"] for r in rows]
     whiskers = [[r["median"] - r["min"] for r in rows], [r["max"] - r["median"] for r in rows]]
     colors = [OURS if not ours or r["name"].startswith(tuple(ours)) else OTHERS for r in rows]
-    places = range(len(rows))
-    axes.barh(places, middles, xerr=whiskers, color=colors, capsize=2)
-    for place, values in zip(places, rows, strict=True):
+    positions = range(len(rows))
+    axes.barh(positions, medians, xerr=whiskers, color=colors, capsize=2)
+    for y, values in zip(positions, rows, strict=True):
         if values.get("target") is not None:
-            axes.plot([values["target"]] * 2, [place - 0.4, place + 0.4], color="#c1121f", lw=2)
-    axes.set_yticks(places, names, fontsize=7)
+            axes.plot([values["target"]] * 2, [y - 0.4, y + 0.4], color="#c1121f", lw=2)
+    axes.set_yticks(positions, names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(rows[0]["unit"])
     axes.set_title(title, fontsize=10)
@@ -46,7 +46,15 @@ def bars(rows: Sequence[Row], path: Path | None, *, title: str, ours: Sequence[s
 def lines(
     curves: dict[str, list[tuple[float, float]]], path: Path | None, *, title: str, x: str, y: str
 ) -> None:
-    """Points joined by lines, both axes logarithmic."""
+    """Plot lines with both axes logarithmic.
+
+    Args:
+        curves: Points (x, y) by the name of the line.
+        path: The PNG to write; None writes nothing.
+        title: Title of the figure.
+        x: Label of the x axis.
+        y: Label of the y axis.
+    """
     if path is None:
         return
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

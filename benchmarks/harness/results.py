@@ -1,4 +1,4 @@
-"""Results as JSON lines and as a table, and what every program's command line has in common."""
+"""Result rows (JSON lines, table) and the command-line options that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from rotpred.files import write_atomic
 from rotpred.records.folder import environment
 
 Row = dict[str, Any]
-A = TypeVar("A", bound="Repeated")
+A = TypeVar("A", bound="RepeatOptions")
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """What every benchmark lets one choose."""
+class RepeatOptions:
+    """Options of every benchmark."""
 
     repeats: int = 5
-    """Windows of each contestant, in the order ABBA."""
+    """Windows of each contestant, in ABBA order."""
     output: Path | None = None
-    """File for the JSON lines, in place of stdout."""
+    """File for the JSON lines; by default they go to stdout."""
     plot: Path | None = None
-    """File for the figure (PNG); none by default."""
+    """File for the figure (PNG); by default none is written."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -45,11 +45,11 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Timing(Repeated):
-    """What a benchmark with windows of a chosen length lets one choose, too."""
+class TimingOptions(RepeatOptions):
+    """Options of a benchmark whose windows have a chosen length."""
 
     seconds: float = 5.0
-    """Length of a window, at least."""
+    """Minimum length of a window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class Timing(Repeated):
 
 
 def spread(values: Sequence[float], digits: int = 1) -> Row:
-    """Median, smallest and largest of the windows."""
+    """Return median, min and max of the windows, rounded to `digits`, and their number."""
     return {
         "median": round(median(values), digits),
         "min": round(min(values), digits),
@@ -79,18 +79,18 @@ def row(
     order: str = "ABBA",
     **more: object,
 ) -> Row:
-    """One result: the windows' median, least and most in `unit`, and what it was measured with.
+    """Return one result: median, min and max of the windows, and the machine and versions.
 
     Args:
-        benchmark: the program.
-        name: what was measured.
-        variant: on which data, at which size, in words.
-        values: one for each window.
-        unit: of the values.
-        device: where the work was done.
-        digits: of the rounded values.
-        order: in which contestants took turns; empty where nobody did.
-        more: further fields.
+        benchmark: Name of the program.
+        name: What was measured.
+        variant: Data, size and other settings, for the reader.
+        values: One per window.
+        unit: Unit of the values.
+        device: Device that did the work.
+        digits: Decimals of the rounded values.
+        order: Order in which contestants alternated; empty if they did not.
+        more: Further fields.
     """
     return {
         "benchmark": benchmark,
@@ -115,7 +115,18 @@ def image_row(
     device: torch.device,
     **more: object,
 ) -> Row:
-    """A result in images/s, with views/s and CPU seconds per thousand images beside it."""
+    """Return a result in images/s, with views/s and CPU seconds per thousand images.
+
+    Args:
+        benchmark: Name of the program.
+        name: What was measured.
+        variant: Data, size and other settings, for the reader.
+        windows: The contestant's windows.
+        views: Views per source image.
+        threads: Threads or worker processes that were used.
+        device: Device that did the work.
+        more: Further fields.
+    """
     rates = [w.images / w.seconds for w in windows]
     return row(
         benchmark,
@@ -134,7 +145,7 @@ def image_row(
 
 
 def cost(windows: Sequence[Window]) -> list[float]:
-    """CPU seconds per thousand images of each window."""
+    """Return the CPU seconds per thousand images of each window."""
     return [1e3 * w.cpu_seconds / w.images for w in windows]
 
 
@@ -147,12 +158,13 @@ def ratio_row(
     target: float | None,
     device: torch.device,
 ) -> Row:
-    """How many times as many images per CPU second: the k-th window of one against the k-th of the
-    other. Both are of the same round of turns; windows of other contestants may lie between them,
-    by which the machine may have slowed down. The order of turns evens that out over the rounds,
-    and least and most show what is left of it. Without a target the row only informs."""
+    """Return the ratio of images per CPU second, ours / theirs, window by window.
+
+    Each pair of windows comes from the same ABBA round. The machine may slow down between the two,
+    as windows of other contestants may lie between them. ABBA order averages this out over the
+    rounds; min and max show what remains. Without a target the row is for information only.
+    """
     values = [b / a for a, b in zip(cost(ours), cost(theirs), strict=True)]
-    middle = median(values)
     return row(
         benchmark,
         name,
@@ -162,7 +174,7 @@ def ratio_row(
         device=device,
         digits=3,
         target=target,
-        met=None if target is None else middle >= target,
+        met=None if target is None else median(values) >= target,
     )
 
 
@@ -180,20 +192,23 @@ def _machine(device: str) -> Row:
 
 
 def publish(rows: Sequence[Row], output: Path | None, columns: Sequence[str] = ()) -> None:
-    """Write JSON lines to a file (whole or not at all) or to stdout, and a table to stderr.
+    """Write JSON lines to a file (atomically) or to stdout, and a table to stderr.
 
-    `columns` are fields of the rows that the table shows besides name, variant and the spread.
+    Args:
+        rows: The results.
+        output: The file; None for stdout.
+        columns: Fields that the table shows besides variant, name, median, min, max and unit.
     """
     text = "".join(json.dumps(values) + "\n" for values in rows)
     if output is None:
         sys.stdout.write(text)
     else:
         write_atomic(output, text.encode())
-    say(table(rows, columns))
+    log(table(rows, columns))
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
-    """The rows for a reader."""
+    """Return the rows as an aligned text table; for `columns` see `publish`."""
     keys = ("variant", "name", "median", "min", "max", "unit", *columns)
     lines = [[key.replace("_", " ") for key in keys]]
     lines += [[_cell(values.get(key)) for key in keys] for values in rows]
@@ -217,13 +232,13 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
+def log(text: str) -> None:
+    """Print a line to stderr."""
     print(text, file=sys.stderr)
 
 
-def start(main: Callable[[A], None], arguments: type[A], name: str) -> None:
-    """Run a program: what goes wrong is one line on stderr, and exit status 2."""
+def run_program(main: Callable[[A], None], arguments: type[A], name: str) -> None:
+    """Parse the command line and run `main`. User errors print one line and exit with status 2."""
     try:
         main(tyro.cli(arguments))
     except (ValueError, OSError, ImportError, ImageError) as problem:

@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, which take turns; this side holds the whistle.
+"""Runs every contestant in its own process and alternates their timed windows (ABBA).
 
-Importing FFCV changes torch's threads, DALI keeps pools, forked workers copy what their parent
-holds: contestants in one process disturb one another. Each therefore lives in its own, is told over
-a pipe what to do, and rests while others run.
+Contestants in one process would disturb one another: importing FFCV changes torch's threads, DALI
+keeps pools, forked workers copy their parent's memory. So each has its own process, takes commands
+over a pipe, and idles while others run.
 """
 
 from __future__ import annotations
@@ -25,61 +25,91 @@ from tqdm import tqdm
 from harness.timing import Window, abba
 
 FOLDER = Path(__file__).resolve().parents[1]
-"""Where the rooms of the benchmarks are imported from."""
-PATIENCE_SECONDS = 300.0
-"""For one answer, besides the length of the window: compilation of FFCV takes a minute or so."""
+"""The folder that `contestants`, `data` and `harness` are imported from."""
+ANSWER_TIMEOUT_SECONDS = 300.0
+"""For one answer, in addition to the window's length: FFCV compiles for about a minute."""
+
+
+def module_command(module: str) -> list[str]:
+    """Return the command of a module of the benchmarks.
+
+    -P: the current directory may hold a `data` or `harness` of its own.
+    """
+    return [sys.executable, "-P", "-m", module]
+
+
+def module_environment() -> dict[str, str]:
+    """Return an environment in which the rooms of the benchmarks come first."""
+    paths = (str(FOLDER), os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class ContestantError(ValueError):
-    """A contestant failed, ended or fell silent; one line."""
+    """A contestant failed, exited or did not answer; the message is one line."""
 
 
-class Contestant:
-    """One process."""
+class ContestantProcess:
+    """Handle of a contestant's process."""
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
-        """Start `contestants.process` with a configuration: its `kind` and that class's arguments."""
+        """Start `contestants.process`.
+
+        Args:
+            name: Name for error messages.
+            config: `kind` (a key of `contestants.process.KINDS`) and the arguments of its class.
+        """
         self.name = name
-        self._errors = tempfile.TemporaryFile()
-        self._rest = b""
+        self._stderr = tempfile.TemporaryFile()
+        self._unread = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "contestants.process"],
-            env={**os.environ, "PYTHONPATH": str(FOLDER)},
+            module_command("contestants.process"),
+            env=module_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=self._stderr,
             bufsize=0,
         )
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._out, selectors.EVENT_READ)
-        self._send(dict(config))
+        self._selector.register(self._stdout, selectors.EVENT_READ)
+        self._write(dict(config))
 
     @property
-    def _out(self) -> Any:
+    def _stdout(self) -> Any:
         return self._process.stdout
 
-    def ask(self, method: str, *, patience: float = PATIENCE_SECONDS, **arguments: Any) -> Any:
-        """Call a method of the contestant and wait for what it returns.
+    def call(
+        self, method: str, *, timeout: float = ANSWER_TIMEOUT_SECONDS, **arguments: Any
+    ) -> Any:
+        """Call a method of the contestant and return its result.
+
+        Args:
+            method: Name of the method.
+            timeout: Seconds to wait for the answer.
+            arguments: Keyword arguments of the method.
 
         Raises:
-            ContestantError: it raised, ended, or did not answer in time.
+            ContestantError: The contestant raised, exited, or did not answer in time.
         """
-        self.tell(method, **arguments)
-        return self.hear(method, patience=patience)
+        self.send(method, **arguments)
+        return self.receive(method, timeout=timeout)
 
-    def tell(self, method: str, **arguments: Any) -> None:
-        """Call a method, whose answer `hear` waits for: several contestants work at once then."""
-        self._send({"method": method, "arguments": arguments})
+    def send(self, method: str, **arguments: Any) -> None:
+        """Start a call without waiting, so that several contestants can work at once.
 
-    def hear(self, method: str, *, patience: float = PATIENCE_SECONDS) -> Any:
-        """The answer to what was told first and not heard yet; raises as `ask` does."""
-        answer = json.loads(self._line(method, patience))
+        Raises:
+            ContestantError: The contestant has exited.
+        """
+        self._write({"method": method, "arguments": arguments})
+
+    def receive(self, method: str, *, timeout: float = ANSWER_TIMEOUT_SECONDS) -> Any:
+        """Return the answer to the oldest unanswered `send`; raises as `call` does."""
+        answer = json.loads(self._read_line(method, timeout))
         if "error" in answer:
             raise ContestantError(f"{self.name}: {answer['error']}")
         return answer["result"]
 
     def close(self) -> None:
-        """Let it end; it is killed if it does not."""
+        """Close the pipe; kill the process if it has not exited after 20 s."""
         self._selector.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -88,10 +118,10 @@ class Contestant:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._out.close()
-        self._errors.close()
+        self._stdout.close()
+        self._stderr.close()
 
-    def __enter__(self) -> Contestant:
+    def __enter__(self) -> ContestantProcess:
         return self
 
     def __exit__(
@@ -104,61 +134,64 @@ class Contestant:
             self._process.kill()
         self.close()
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write((json.dumps(message) + "\n").encode())
         except BrokenPipeError:
-            raise ContestantError(f"{self.name} ended: {self._last_words()}") from None
+            raise ContestantError(f"{self.name} exited: {self._exit_reason()}") from None
 
-    def _line(self, method: str, patience: float) -> bytes:
-        deadline = time.monotonic() + patience
-        while b"\n" not in self._rest:
+    def _read_line(self, method: str, timeout: float) -> bytes:
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._unread:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):
-                raise ContestantError(f"{self.name}: no answer to {method} for {patience:.0f} s")
-            got = os.read(self._out.fileno(), 1 << 16)
-            if not got:
-                raise ContestantError(f"{self.name} ended: {self._last_words()}")
-            self._rest += got
-        line, _, self._rest = self._rest.partition(b"\n")
+                raise ContestantError(f"{self.name}: no answer to {method} for {timeout:.0f} s")
+            chunk = os.read(self._stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise ContestantError(f"{self.name} exited: {self._exit_reason()}")
+            self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
         return line
 
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace").strip().splitlines()
-        if words:
-            return words[-1]
+    def _exit_reason(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1]
         try:
             return f"exit status {self._process.wait(timeout=20)}"
         except subprocess.TimeoutExpired:
-            return "it closed its pipe, said nothing, and still runs"
+            return "it closed its pipe without an error message and is still running"
 
 
-def compete(
+def run_alternating(
     configs: Mapping[str, Mapping[str, Any]],
     *,
     repeats: int,
     seconds: float,
-    questions: Sequence[str] = (),
-    untimed: Sequence[str] = (),
+    calls: Sequence[str] = (),
+    parallel_calls: Sequence[str] = (),
     title: str = "",
     alone: bool = False,
 ) -> tuple[dict[str, list[Window]], dict[str, dict[str, Any]]]:
-    """Let contestants take turns in ABBA order.
+    """Run the contestants' windows in ABBA order.
 
     Args:
-        configs: by name; see `contestant.KINDS`.
-        repeats: windows of each.
-        seconds: length of a window.
-        questions: methods that each answers after it has opened, before the windows; each returns
-            a dictionary of fields. `memory` comes last, after the windows.
-        untimed: further ones in which nothing is timed: all contestants answer them at once.
-        title: of the progress bar, and of the lines on stderr that say what is being done.
-        alone: each ends before the next one starts, because they would not fit into memory
-            together: half of the windows forwards through the names, the others backwards.
+        configs: Configurations by name; see `contestants.process.KINDS`.
+        repeats: Windows per contestant.
+        seconds: Length of a window.
+        calls: Methods called on one contestant after another, between the first batch and the
+            windows. Each returns a dictionary of fields. `memory` is called after the windows.
+        parallel_calls: Further methods that time nothing: all contestants run them at once.
+        title: Title of the progress bar and prefix of the progress lines on stderr.
+        alone: Run one contestant at a time, because they would not fit into memory together. Half
+            of the windows are taken forwards through the names, the others backwards.
 
     Returns:
-        The windows by name, and by name the fields: `first_batch_seconds` and the answers.
+        The windows by name, and the fields by name: `first_batch_seconds` and the calls' results.
+
+    Raises:
+        ContestantError: A contestant raised, exited, or did not answer in time.
     """
     windows: dict[str, list[Window]] = {name: [] for name in configs}
     facts: dict[str, dict[str, Any]] = {}
@@ -166,55 +199,57 @@ def compete(
     begin = time.monotonic()
 
     def phase(text: str) -> None:
-        # A line, so that a log shows it, too, where there is no bar.
+        # A line, because a log has no bar.
         bar.write(f"{title}: {time.monotonic() - begin:.0f} s: {text}", file=sys.stderr)
 
-    def turn(name: str, player: Contestant) -> None:
-        values = player.ask("window", seconds=seconds, patience=PATIENCE_SECONDS + seconds)
+    def timed_window(name: str, process: ContestantProcess) -> None:
+        values = process.call("window", seconds=seconds, timeout=ANSWER_TIMEOUT_SECONDS + seconds)
         windows[name].append(Window(*values))
         bar.update()
 
-    def first(name: str, player: Contestant) -> None:
+    def first_batch(name: str, process: ContestantProcess) -> None:
         phase(f"{name}: first batch")
-        facts[name] = player.ask("first_batch")
-        for question in questions:
-            phase(f"{name}: {question.replace('_', ' ')}")
-            facts[name] |= player.ask(question)
+        facts[name] = process.call("first_batch")
+        for method in calls:
+            phase(f"{name}: {method.replace('_', ' ')}")
+            facts[name] |= process.call(method)
 
-    def together(players: Mapping[str, Contestant], question: str) -> None:
-        phase(f"all: {question.replace('_', ' ')}")
-        for player in players.values():
-            player.tell(question)
-        for name, player in players.items():
-            facts.setdefault(name, {}).update(player.hear(question))
+    def call_all(processes: Mapping[str, ContestantProcess], method: str) -> None:
+        phase(f"all: {method.replace('_', ' ')}")
+        for process in processes.values():
+            process.send(method)
+        for name, process in processes.items():
+            facts.setdefault(name, {}).update(process.receive(method))
 
     with bar, ExitStack() as stack:
         if alone:
             for k, name in enumerate(abba(tuple(configs), 2 if repeats > 1 else 1)):
                 half = repeats - repeats // 2 if k < len(configs) else repeats // 2
-                with Contestant(name, configs[name]) as player:
+                with ContestantProcess(name, configs[name]) as process:
                     if name in facts:
-                        player.ask("first_batch")
+                        process.call("first_batch")
                     else:
-                        first(name, player)
-                        for question in untimed:
-                            together({name: player}, question)
+                        first_batch(name, process)
+                        for method in parallel_calls:
+                            call_all({name: process}, method)
                     phase(f"{name}: windows")
                     for _ in range(half):
-                        turn(name, player)
-                    facts[name] |= player.ask("memory")
+                        timed_window(name, process)
+                    facts[name] |= process.call("memory")
             return windows, facts
-        players = {name: stack.enter_context(Contestant(name, configs[name])) for name in configs}
-        # Imports take most of them longer than all else, and are not timed.
-        together(players, "ready")
-        for name, player in players.items():
-            first(name, player)
-        for question in untimed:
-            together(players, question)
+        processes = {
+            name: stack.enter_context(ContestantProcess(name, configs[name])) for name in configs
+        }
+        # Imports are not timed. They take most contestants longer than everything else.
+        call_all(processes, "ready")
+        for name, process in processes.items():
+            first_batch(name, process)
+        for method in parallel_calls:
+            call_all(processes, method)
         for k, name in enumerate(abba(tuple(configs), repeats)):
             if k % len(configs) == 0:
                 phase(f"windows: round {k // len(configs) + 1} of {repeats}")
-            turn(name, players[name])
-        for name, player in players.items():
-            facts[name] |= player.ask("memory")
+            timed_window(name, processes[name])
+        for name, process in processes.items():
+            facts[name] |= process.call("memory")
     return windows, facts

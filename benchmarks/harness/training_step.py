@@ -1,4 +1,4 @@
-"""The training step as pretraining makes it, on batches from anywhere."""
+"""The training step of pretraining, isolated for timing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.results import Timing
-from harness.timing import finish, memory_mib, window
+from harness.results import TimingOptions
+from harness.timing import memory_mib, synchronize, window
 from pipelines.batch import Batch
 from pipelines.loader import open_loader
 from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
@@ -30,48 +30,48 @@ from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 ON_GPU = torch.cuda.is_available()
 LEAD_STEPS = 8
 WARMUP_STEPS = 8
-"""Enough for cuDNN's search, compilation and the capture of a graph."""
+"""Enough for cuDNN's kernel search, compilation and CUDA graph capture."""
 
 
 @dataclass(frozen=True)
-class Training(Timing):
-    """What is trained, and how its data come: of the programs that time training or its stages."""
+class TrainingOptions(TimingOptions):
+    """Options of the programs that time training or its stages."""
 
     engine: Engine = "auto"
-    """Who decodes."""
+    """The engine that decodes."""
     backbone: str = "resnet50" if ON_GPU else "resnet18_tiny"
-    """As in a recipe."""
+    """The network, named as in a recipe."""
     size: int = 224 if ON_GPU else 64
     """Side of the crops in pixels."""
     batch_size: int = 64 if ON_GPU else 16
     """Source images per step."""
     precision: Precision = "bf16" if ON_GPU else "fp32"
-    """Type that the network computes in."""
+    """Autocast type of the network."""
     compile: bool = False
     """torch.compile the network."""
     cuda_graph: bool = False
     """Replay forward and backward as a CUDA graph."""
     workers: int = 0
-    """Decoding threads; 0: chosen by the loader within its share of the cores (`cpu_budget`)."""
+    """Decoding threads; 0: the loader chooses within its share of the cores (`cpu_budget`)."""
     device: str = "cuda" if ON_GPU else "cpu"
-    """Where to train."""
+    """The device to train on."""
 
 
 class Step:
     """Forward, backward and update of one network."""
 
     def __init__(self, backbone: str, *, run: RunSettings, optim: Optim, batch_size: int) -> None:
-        """Build it on the device that `run` names.
+        """Build the network on the device that `run` names.
 
         Args:
-            backbone: as in a recipe.
-            run: device, precision, compile and graphs.
-            optim: of all weights.
-            batch_size: source images, for the scaled learning rate.
+            backbone: The network, named as in a recipe.
+            run: Device, precision, compilation and CUDA graphs.
+            optim: Optimiser of all weights.
+            batch_size: Source images per step, for the scaled learning rate.
         """
         self.device = torch.device(run.device)
         if self.device.type == "cuda":
-            # As `rotpred.distributed.init` does: shapes do not change.
+            # As in `rotpred.distributed.init`: shapes do not change.
             torch.backends.cudnn.benchmark = True
         self.module = channels_last(make_rotnet(backbone), self.device).train()
         self.state = TrainState(
@@ -85,7 +85,7 @@ class Step:
         )
 
     def __call__(self, batch: Batch) -> None:
-        """One step; nothing is read back."""
+        """Run one step; nothing is copied back to the host."""
         self.state.begin_step(0.0)
         self.state.train_step(self._objective, batch.images, batch.targets, batch.valid)
 
@@ -99,7 +99,7 @@ class Step:
         return loss, {"loss": loss, "accuracy": 100 * hits}
 
     def flops(self, batch: Batch) -> int:
-        """Floating point operations of forward and backward on a batch, counted by torch."""
+        """Return the floating point operations of forward and backward, as counted by torch."""
         counter = FlopCounterMode(display=False)
         with counter, self.state.autocast():
             cross_entropy(self.module(batch.images), batch.targets).backward()
@@ -108,7 +108,14 @@ class Step:
 
 
 def resident_batch(size: int, batch_size: int, *, precision: Precision, device: str) -> Batch:
-    """A batch of noise that lies on the device: what a loader without any cost would give."""
+    """Return a batch of noise in device memory: what a loader without any cost would give.
+
+    Args:
+        size: Side of the crops S in pixels.
+        batch_size: Source images B; the batch holds 4 B views, (4 B, 3, S, S).
+        precision: Type of the views.
+        device: The device.
+    """
     spec = LoaderSpec(
         data="synthetic", batch_size=batch_size, samples=batch_size, crop=RandomResizedCrop(size)
     )
@@ -119,8 +126,8 @@ def resident_batch(size: int, batch_size: int, *, precision: Precision, device: 
         return next(batches)
 
 
-class StepPlayer:
-    """The step on a resident batch as a contestant: the ceiling of training."""
+class StepContestant:
+    """Contestant: the step on a batch in device memory, which is the ceiling of training."""
 
     def __init__(
         self,
@@ -142,7 +149,7 @@ class StepPlayer:
         self.device = torch.device(device)
 
     def first_batch(self) -> dict[str, float]:
-        """Seconds until the first step is done, compilation included; operations of one step."""
+        """Return the seconds to the first step, with compilation, and GFLOP per source image."""
         backbone, size, batch_size = self.options
         begin = time.perf_counter()
         self.batch = resident_batch(
@@ -150,16 +157,16 @@ class StepPlayer:
         )
         self.step = Step(backbone, run=self.run, optim=self.optim, batch_size=batch_size)
         self.step(self.batch)
-        finish(self.device)
+        synchronize(self.device)
         first = time.perf_counter() - begin
         for _ in range(WARMUP_STEPS):
             self.step(self.batch)
-        finish(self.device)
+        synchronize(self.device)
         counted = self._count()
         return {"first_batch_seconds": round(first, 3), "gigaflop_per_image": counted}
 
     def _count(self) -> float:
-        """Operations per source image, counted on a network that is not compiled."""
+        """Return GFLOP per source image, counted on a network that is not compiled."""
         backbone, size, _ = self.options
         few = resident_batch(size, 2, precision=self.run.precision, device=self.run.device)
         plain = replace(self.run, compile=False, cuda_graph=False)
@@ -167,27 +174,26 @@ class StepPlayer:
         return round(step.flops(few) / 2 / 1e9, 4)
 
     def window(self, seconds: float) -> tuple[int, float, float]:
-        """Steps for about `seconds`."""
+        """Run steps for about `seconds`; returns the fields of a `Window`."""
         return tuple(window(self._steps(), seconds=seconds, device=self.device))
 
     def _steps(self) -> Iterator[int]:
-        yield from stepping(self.step, repeat(self.batch), self.device)
+        yield from run_steps(self.step, repeat(self.batch), self.device)
 
     def memory(self) -> dict[str, float]:
-        """MiB of the process, and at most of the GPU."""
+        """Return MiB: memory of the process and peak memory of the GPU."""
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return {**memory_mib(), "peak_device_mib": round(peak / 2**20, 1)}
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: there is nothing to release."""
 
 
-def stepping(step: Step, batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
-    """Make steps and say how many images each took.
+def run_steps(step: Step, batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
+    """Run one step per batch and yield its number of source images.
 
-    A GPU may lag behind by `LEAD_STEPS` steps and no more: else the clock would time the queueing
-    of kernels. It is never waited for until it has nothing to do, which would add the time that a
-    launch takes to what is measured.
+    The host may be at most `LEAD_STEPS` steps ahead of a GPU; otherwise the clock would time only
+    the queueing of kernels. The GPU is never drained, which would add launch latency to the result.
     """
     queued: deque[torch.cuda.Event] = deque()
     for batch in batches:

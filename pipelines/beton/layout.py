@@ -1,8 +1,8 @@
-"""The layout of FFCV's beton format, version 2, and every check that needs no payload.
+"""Byte layout of FFCV's beton format, version 2, and all checks that do not read the payload.
 
-Header, field table, metadata rows, pages of samples, allocation table. All checks are array
-operations on blocks of rows that fit the processor's cache, each block hashed in the same pass:
-fourteen million samples take about two seconds, and hardly more memory than what is kept of them.
+Header, field table, metadata rows, pages of samples, allocation table. The checks are array
+operations on blocks of rows that fit the processor's cache. Each block is hashed in the same pass.
+Fourteen million samples take about two seconds, and little more memory than the arrays returned.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ Array = npt.NDArray[Any]
 
 
 class BetonError(ValueError):
-    """A beton that must not be used; one line naming file, place, expected and found."""
+    """An invalid beton. The message is one line: file, place, expected and found."""
 
 
 def metadata_type(fields: tuple[str, ...]) -> np.dtype[Any]:
-    """Type of one metadata row, laid out as ffcv.types.get_metadata_type does."""
+    """Return the dtype of a metadata row, laid out as by ffcv.types.get_metadata_type."""
     return np.dtype([(name, _TYPES[name]) for name in fields], align=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where everything is in a file that passed every check; arrays by sample id."""
+    """Tables of a file that passed all checks; arrays (N,) by sample id, as in `Beton`."""
 
     offsets: npt.NDArray[np.uint64]
     sizes: npt.NDArray[np.uint64]
@@ -77,29 +77,29 @@ def check_layout(
     samples: int | None = None,
     classes: int | None = None,
 ) -> Layout:
-    """Check all of a mapped beton but its payload.
+    """Check all of a mapped beton except its payload.
 
     Args:
-        path: Named in errors.
-        data: (bytes,): the whole file, at least a header long.
-        samples: How many there must be; None takes the file's word.
-        classes: How many label values there are; None takes any that is plausible.
+        path: Path for error messages.
+        data: uint8 (bytes,), the whole file, at least as long as a header.
+        samples: Expected number of samples; None accepts any.
+        classes: Number of classes; None accepts any plausible label.
 
     Raises:
-        BetonError: At the first check that fails.
+        BetonError: A check failed. Describes the first failure.
     """
     return _Checker(path, data).layout(samples, classes)
 
 
 class _Checker:
-    """Checks of one mapped file, in the order in which the parts depend on one another."""
+    """Checks of one mapped file, in the order in which its parts depend on one another."""
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path = path
         self.data = data
 
     def fail(self, place: str, expected: object, found: object) -> BetonError:
-        """The error of a check that failed."""
+        """Return the error for a failed check."""
         return BetonError(f"{self.path}: {place}: expected {expected}, found {found}")
 
     def layout(self, samples: int | None, classes: int | None) -> Layout:
@@ -113,14 +113,14 @@ class _Checker:
         digest = hashlib.sha256(self.data[: meta_end - rows.nbytes].data)
         modes, heights, widths, labels = self._metadata(rows, classes, digest)
         offsets, sizes = self._allocation(table, meta_end, page, digest)
-        for block in blocks(count):
+        for block in row_blocks(count):
             part = rows[block]
             place = part["image"]["data_ptr"].copy()
             self._all(place == offsets[block], "data_ptr as allocated", place, "sample", block)
             raw = 3 * heights[block].astype(np.uint64) * widths[block].astype(np.uint64)
             exact = (modes[block] == 0) | (sizes[block] == raw)
-            self._all(exact, "3 bytes a pixel in a raw sample", sizes[block], "sample", block)
-            release(self.data, part)
+            self._all(exact, "3 bytes per pixel in a raw sample", sizes[block], "sample", block)
+            drop_pages(self.data, part)
         return Layout(
             offsets=offsets,
             sizes=sizes,
@@ -134,9 +134,9 @@ class _Checker:
         )
 
     def _head(self, header: Any) -> tuple[tuple[str, ...], Array, int]:
-        """Header, field table, and where the metadata rows are."""
+        """Check header and field table. Returns field names, metadata rows and the rows' end."""
         if header["version"] != VERSION:
-            raise self.fail("byte 0", f"version {VERSION}", f"{header['version']} (no beton?)")
+            raise self.fail("byte 0", f"version {VERSION}", f"{header['version']} (not a beton?)")
         num_fields, count = int(header["num_fields"]), int(header["num_samples"])
         page, table = int(header["page_size"]), int(header["alloc_table_ptr"])
         if num_fields not in (1, 2):
@@ -146,7 +146,7 @@ class _Checker:
         if not count:
             raise self.fail("byte 8", "at least one sample", 0)
         if not table:
-            raise self.fail("byte 16", "the allocation table's place", "0: the writer died")
+            raise self.fail("byte 16", "the position of the allocation table", "0: the writer died")
         if table > len(self.data):
             raise self.fail("byte 16", f"an allocation table below {len(self.data)}", table)
         start = HEADER.itemsize + num_fields * FIELD.itemsize
@@ -182,18 +182,18 @@ class _Checker:
                 f"byte {table}", f"an allocation table of {count * ALLOC.itemsize} bytes", left
             )
         if table < start or (table - start) % page:
-            raise self.fail("byte 16", f"an end of whole pages of {page} from {start}", table)
+            raise self.fail("byte 16", f"whole pages of {page} bytes from {start}", table)
         return self.data[table:].view(ALLOC)
 
     def _metadata(
         self, rows: Array, classes: int | None, digest: hashlib._Hash
     ) -> tuple[Array, Array, Array, Array]:
-        """Modes, heights, widths and labels by sample id; the rows go into the digest."""
+        """Return modes, heights, widths and labels by sample id; add the rows to the digest."""
         count, limit = len(rows), _MAX_LABEL if classes is None else classes
         labelled = "label" in (rows.dtype.names or ())
         modes, labels = np.empty(count, np.uint8), np.full(count, -1, np.int64)
         heights, widths = np.empty(count, np.int32), np.empty(count, np.int32)
-        for block in blocks(count):
+        for block in row_blocks(count):
             part = rows[block]
             digest.update(part.view(np.uint8).data)
             image = part["image"]
@@ -208,45 +208,45 @@ class _Checker:
                 fine = (label >= -1) & (label < limit)
                 self._all(fine, f"a label in -1..{limit - 1}", label, "sample", block)
                 labels[block] = label
-            release(self.data, part)
+            drop_pages(self.data, part)
         return modes, heights, widths, labels
 
     def _allocation(
         self, table: Array, meta_end: int, page: int, digest: hashlib._Hash
     ) -> tuple[Array, Array]:
-        """Offsets and sizes by sample id; the table goes into the digest."""
+        """Return offsets and sizes by sample id; add the table to the digest."""
         count, what = len(table), "row of the allocation table"
         start, end = -(-meta_end // page) * page, len(self.data) - table.nbytes
         shift = np.uint64(page.bit_length() - 1)
-        # full, not zeros: numpy asks for huge pages for the one only, and small ones take longer to
-        # be handed out than all the checks.
+        # full, not zeros: numpy requests huge pages only for full. Allocating small pages takes
+        # longer than all the checks.
         offsets, sizes = np.empty(count, np.uint64), np.full(count, 0, np.uint64)
-        for block in blocks(count):
+        for block in row_blocks(count):
             part = table[block]
             digest.update(part.view(np.uint8).data)
             ids, ptr, size = (part[name].copy() for name in ALLOC.names or ())
             self._all(ids < count, f"a sample below {count}", ids, what, block)
             self._all((size > 0) & (size <= page), f"a size from 1 to {page}", size, what, block)
             inside = (ptr >= start) & (ptr < end)
-            self._all(inside, f"a place in {start}..{end}", ptr, what, block)
+            self._all(inside, f"an offset in {start}..{end}", ptr, what, block)
             last = ptr + size - np.uint64(1)
-            whole = last >> shift == ptr >> shift
-            self._all(whole, f"a sample in one page of {page}", ptr, what, block)
+            one_page = last >> shift == ptr >> shift
+            self._all(one_page, f"a sample in one page of {page}", ptr, what, block)
             self._all(last < end, f"an end of at most {end}", last, what, block)
-            ids = ids.view(np.int64)  # numpy's own kind of index, which it need not convert
+            ids = ids.view(np.int64)  # numpy's index type: no conversion
             offsets[ids], sizes[ids] = ptr, size
-            release(self.data, part)
-        self._all(sizes > 0, "one place for each sample", sizes, "sample", slice(0, count))
-        self._apart(offsets, sizes)
+            drop_pages(self.data, part)
+        self._all(sizes > 0, "one allocation per sample", sizes, "sample", slice(0, count))
+        self._check_overlap(offsets, sizes)
         return offsets, sizes
 
-    def _apart(self, offsets: Array, sizes: Array) -> None:
+    def _check_overlap(self, offsets: Array, sizes: Array) -> None:
         """Check that no two samples overlap."""
         ends = offsets + sizes
         if (offsets[1:] >= ends[:-1]).all():
-            return  # In the order of ids, as most writers leave them: no sort needed.
-        # Starts and ends are sorted each for itself, which is faster than to sort pairs. Where two
-        # samples overlap, two starts lie before an end, and so a start before the end of its rank.
+            return  # Ordered by id, as most writers leave them: no sort is needed.
+        # Sort starts and ends separately, which is faster than sorting pairs. If two samples
+        # overlap, two starts lie before an end, so some start lies before the preceding end.
         starts = np.sort(offsets)
         ends.sort()
         if (starts[1:] >= ends[:-1]).all():
@@ -254,26 +254,26 @@ class _Checker:
         order = np.argsort(offsets, kind="stable")
         clash = offsets[order[1:]] < (offsets + sizes)[order[:-1]]
         i, j = (int(order[int(np.argmax(clash)) + k]) for k in (0, 1))
-        raise self.fail(f"sample {j}", f"a place behind sample {i}", offsets[j])
+        raise self.fail(f"sample {j}", f"an offset after sample {i}", offsets[j])
 
     def _all(self, fine: Array, expected: str, found: Array, what: str, block: slice) -> None:
-        """Fail at the first element of a block that is not fine."""
+        """Raise for the first element of a block that is not fine."""
         if not fine.all():
             i = int(np.argmin(fine))
             raise self.fail(f"{what} {block.start + i}", expected, found[i])
 
 
-def blocks(count: int) -> Iterator[slice]:
-    """Slices that cover [0, count), of rows to be checked at once."""
+def row_blocks(count: int) -> Iterator[slice]:
+    """Return slices that cover [0, count): the rows of each are checked at once."""
     return (slice(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK))
 
 
-def release(data: Array, part: Array) -> None:
-    """Give back the memory that a part of a mapped file takes, which is read no more for now.
+def drop_pages(data: Array, part: Array) -> None:
+    """Release the memory of a part of a mapped file that is not read again soon.
 
     Args:
-        data: uint8 (bytes,): the whole file, as `numpy.frombuffer` makes it of a mapping.
-        part: A view into it.
+        data: uint8 (bytes,), the whole file, as returned by `numpy.frombuffer` of a mapping.
+        part: A view into `data`, of any shape.
     """
     view: Any = data.base
     if isinstance(view, memoryview) and isinstance(view.obj, mmap.mmap):

@@ -1,4 +1,4 @@
-"""The file beside a beton that says what is in it: class names, checksums, and how it was made."""
+"""Manifest of a beton: a JSON file with class names, checksums and how the beton was made."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ _MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Restarts:
-    """What restart markers were put into."""
+class RestartCounts:
+    """Counts of the restart markers added by a conversion."""
 
     cut: int
-    """Samples that have them."""
+    """Samples that have restart markers."""
     uncut: dict[str, int]
-    """Samples that cannot, by reason."""
+    """Samples that cannot have them, by reason."""
     added: int
-    """Bytes that they added."""
+    """Bytes that the markers added."""
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """Everything known about a beton. JSON, and the same for the same input and options."""
+    """All that is known about a beton. Equal inputs and options give equal JSON."""
 
     samples: int
-    """Images in the file."""
+    """Samples in the file."""
     classes: tuple[str, ...]
     """Class names by id; empty without labels."""
     fields: tuple[str, ...]
-    """Field names in the file's order."""
+    """Field names, in the order of the file."""
     fingerprint: str
-    """`Beton.fingerprint` of the file that this belongs to."""
+    """`Beton.fingerprint` of the file."""
     sha256: str
-    """Of the whole file: for comparing copies, not checked on reading."""
+    """SHA-256 of the whole file, for comparing copies. Not checked on reading."""
     crc32: npt.NDArray[np.uint32]
-    """(N,): checksum of each sample's bytes, taken when they were made."""
+    """(N,): CRC-32 of each sample, computed when the sample was encoded."""
     passed: int = 0
-    """JPEG files stored as they were."""
+    """JPEG files stored unchanged."""
     reencoded: dict[str, int] = field(default_factory=dict)
-    """Images encoded anew, by reason."""
+    """Images re-encoded, by reason."""
     quarantined: int = 0
-    """Files left out because they are no usable image."""
-    restarts: Restarts | None = None
-    """About restart markers; None where none were asked for, and there is no side file."""
+    """Files left out because they are not usable images."""
+    restarts: RestartCounts | None = None
+    """Counts of restart markers; None if not requested, in which case there is no side file."""
     options: dict[str, object] = field(default_factory=dict)
     """Arguments of the conversion."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Versions of what made it."""
+    """Versions of the software that made it."""
     source: dict[str, object] = field(default_factory=dict)
-    """What it was made from, without absolute paths."""
+    """Description of the source, without absolute paths."""
 
     def dumps(self) -> str:
-        """The manifest as JSON text."""
+        """Return the manifest as JSON text."""
         return json.dumps(
             {
                 "format": "rotpred beton manifest",
@@ -84,7 +84,7 @@ class Manifest:
 
 
 def manifest_path(beton: str | os.PathLike[str]) -> Path:
-    """Where the manifest of a beton lies: NAME.json."""
+    """Return the path of a beton's manifest: NAME.json."""
     return Path(f"{os.fspath(beton)}.json")
 
 
@@ -92,7 +92,7 @@ def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        ValueError: One line naming the file, the key, what was expected and what was found.
+        ValueError: The manifest is invalid. The message is one line: file, key, expected, found.
         OSError: The file cannot be read.
     """
     if path.stat().st_size > _MAX_BYTES:
@@ -100,7 +100,7 @@ def load_manifest(path: Path) -> Manifest:
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(found, dict) or found.get("version") != VERSION:
         version = found.get("version") if isinstance(found, dict) else None
         raise ValueError(f"{path}: key 'version': expected {VERSION}, found {version!r}")
@@ -133,7 +133,7 @@ def load_manifest(path: Path) -> Manifest:
             raise ValueError(f"{path}: key {key!r}: expected dict, found {values!r:.60}")
         for reason, count in values.items():
             if not isinstance(count, int):
-                raise ValueError(f"{path}: key {key!r}: {reason!r} is no number")
+                raise ValueError(f"{path}: key {key!r}: {reason!r} is not an integer")
         return values
 
     restarts = None
@@ -141,7 +141,7 @@ def load_manifest(path: Path) -> Manifest:
         of = table("restarts")
         plain = numbers("restarts", {key: of.get(key) for key in ("cut", "added")})
         uncut = numbers("restarts", of.get("uncut"))
-        restarts = Restarts(cut=plain["cut"], uncut=uncut, added=plain["added"])
+        restarts = RestartCounts(cut=plain["cut"], uncut=uncut, added=plain["added"])
     try:
         sums = np.frombuffer(base64.b64decode(str(get("crc32", str)), validate=True), "<u4")
     except (binascii.Error, ValueError) as error:

@@ -1,7 +1,8 @@
-"""The beton file, read with numpy alone: opened only if every structural check passes.
+"""Reader of beton files, with numpy alone. A file opens only if all structural checks pass.
 
 The format is FFCV's, version 2: header, field table, metadata, pages of samples, allocation table.
-FFCV itself trains on wrong images from most damaged files, so every engine opens them here first.
+FFCV itself trains on wrong images if a file is damaged in most ways, so every engine opens it here
+first.
 """
 
 from __future__ import annotations
@@ -32,55 +33,60 @@ from pipelines.beton.segments import (
 )
 from pipelines.jpeg.markers import JpegError, read_header
 
-__all__ = ["Beton", "BetonError", "Verified", "check_sums", "verify"]
+__all__ = ["Beton", "BetonError", "VerifyReport", "check_sums", "verify"]
 
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """An open beton, checked. Holds a shared lock on the file until it is closed or collected."""
+    """An open and checked beton. Holds a shared lock on the file until closed or collected."""
 
     path: Path
-    """The file."""
+    """Path of the file."""
     data: npt.NDArray[np.uint8]
-    """(bytes,): the file, mapped read-only."""
+    """(bytes,): the file, memory-mapped read-only."""
     offsets: npt.NDArray[np.uint64]
-    """(N,): where each sample's bytes begin in `data`."""
+    """(N,): start of each sample in `data`."""
     sizes: npt.NDArray[np.uint64]
-    """(N,): how many they are."""
+    """(N,): length of each sample in bytes."""
     heights: npt.NDArray[np.int32]
-    """(N,): rows of each image."""
+    """(N,): height of each image."""
     widths: npt.NDArray[np.int32]
-    """(N,): columns of each image."""
+    """(N,): width of each image."""
     modes: npt.NDArray[np.uint8]
     """(N,): 0 JPEG stream, 1 raw RGB pixels."""
     labels: npt.NDArray[np.int64]
     """(N,): class ids, -1 without labels."""
     classes: tuple[str, ...]
-    """Class names from the manifest; empty without one."""
+    """Class names from the manifest; empty without a manifest."""
     fields: tuple[str, ...]
-    """Field names in the file's order."""
+    """Field names, in the order of the file."""
     page_size: int
-    """Bytes in a page; no sample lies across two."""
+    """Bytes in a page. No sample crosses a page boundary."""
     fingerprint: str
-    """Start of the SHA-256 of header, field table, metadata and allocation table: the data set."""
+    """Identifies the data set: the first 16 hex digits of the SHA-256 of header, field table,
+    metadata and allocation table."""
     manifest: Manifest | None
-    """What lies beside the file; None if nothing does."""
+    """The manifest next to the file; None if there is none."""
     segments: Segments | None = None
-    """Where each sample can be cut, from the side file; None if there is none."""
+    """Where each sample can be cut, read from the side file; None if there is none."""
     _closer: list[weakref.finalize[..., Any]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def payload(self, i: int) -> npt.NDArray[np.uint8]:
-        """The bytes of sample `i`: a view of the mapped file, not a copy."""
+        """Return the bytes of sample `i`, uint8 (bytes,): a view of the mapped file, not a copy.
+
+        Raises:
+            IndexError: The file has no sample `i`.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is not in 0..{len(self) - 1}")
         start = int(self.offsets[i])
         return self.data[start : start + int(self.sizes[i])]
 
     def close(self) -> None:
-        """Release the lock. Views of the data stay valid."""
+        """Release the lock. Views of the data remain valid."""
         for closer in self._closer:
             closer()
 
@@ -97,38 +103,38 @@ class Beton:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Beton:
-        """Map a beton and check everything about it that does not need its payload.
+        """Map a beton and run all checks that do not read its payload.
 
         Raises:
-            BetonError: The file, or the manifest or segments beside it, is not what it must be.
-            FileNotFoundError: There is no such file.
+            BetonError: The file, its manifest or its side file is invalid, or is being written.
+            FileNotFoundError: The file does not exist.
         """
         file = Path(path)
         return _open(file, _manifest(file))
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What `verify` looked at."""
+class VerifyReport:
+    """Counts of what `verify` checked."""
 
     samples: int
-    """Images in the file."""
+    """Samples in the file."""
     jpegs: int
-    """Of which JPEG streams; the others are raw pixels."""
+    """Samples that are JPEG streams; the others are raw pixels."""
     labelled: int
     """Samples with a label."""
     payload_bytes: int
-    """Bytes of all samples."""
+    """Total size of all samples."""
     checksums: bool
-    """Whether there was a manifest, so that every byte was compared with its checksum."""
+    """Whether the checksums of all samples were compared, which needs a manifest."""
 
 
-def verify(path: str | os.PathLike[str]) -> Verified:
-    """Open a beton and read every sample: JPEG markers, sizes, checksums and segments.
+def verify(path: str | os.PathLike[str]) -> VerifyReport:
+    """Open a beton and check every sample: JPEG markers, sizes, checksums and segments.
 
     Raises:
-        BetonError: At the first sample that is not what metadata and manifest say.
-        FileNotFoundError: There is no such file.
+        BetonError: A sample disagrees with the metadata, manifest or side file. Names the first.
+        FileNotFoundError: The file does not exist.
     """
     with Beton.open(path) as beton:
         sums = beton.manifest.crc32 if beton.manifest is not None else None
@@ -136,7 +142,7 @@ def verify(path: str | os.PathLike[str]) -> Verified:
             check_sums(beton, sums)
         for i in np.flatnonzero(beton.modes == 0):
             _check_jpeg(beton, int(i))
-        return Verified(
+        return VerifyReport(
             samples=len(beton),
             jpegs=int((beton.modes == 0).sum()),
             labelled=int((beton.labels >= 0).sum()),
@@ -146,7 +152,15 @@ def verify(path: str | os.PathLike[str]) -> Verified:
 
 
 def check_sums(beton: Beton, sums: npt.NDArray[np.uint32]) -> None:
-    """Compare the CRC-32 of every sample's bytes; `BetonError` at the first that differs."""
+    """Compare the CRC-32 of every sample.
+
+    Args:
+        beton: The open file.
+        sums: uint32 (N,), expected checksums.
+
+    Raises:
+        BetonError: A checksum differs. Names the first such sample.
+    """
     for i, expected in enumerate(sums.tolist()):
         found = zlib.crc32(beton.payload(i).data)
         if found != expected:
@@ -193,14 +207,14 @@ def _manifest(path: Path) -> Manifest | None:
 
 
 def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments | None:
-    """The side file of a beton, checked against it; None if there is none."""
+    """Open the side file of a beton and check it against the beton; None if there is none."""
     side = segments_path(path)
     try:
         return open_segments(side, layout)
     except FileNotFoundError:
         if manifest is not None and manifest.restarts is not None:
             raise BetonError(
-                f"{side}: expected the side file that the manifest speaks of, found none"
+                f"{side}: expected the side file that the manifest mentions, found none"
             ) from None
         return None
     except (SegmentsError, OSError) as error:
@@ -208,7 +222,7 @@ def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments
 
 
 def _open(path: Path, manifest: Manifest | None) -> Beton:
-    """Map, lock and check one file, against a manifest and side file where there are any."""
+    """Map, lock and check a file, also against its manifest and side file if they exist."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -265,14 +279,14 @@ def _lock(handle: int, path: Path) -> None:
 def _map(handle: int, path: Path) -> npt.NDArray[np.uint8]:
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
-        raise BetonError(f"{path}: expected a plain file, found another kind")
+        raise BetonError(f"{path}: expected a regular file, found another kind")
     if status.st_size < HEADER.itemsize:
         raise BetonError(
             f"{path}: byte 0: expected a header of {HEADER.itemsize} bytes, "
             f"found a file of {status.st_size}"
         )
-    # mmap keeps a duplicate of its descriptor, and with it a lock: so it gets one of its own.
+    # mmap duplicates its descriptor, and the duplicate would share our lock. So open another one.
     with open(path, "rb", buffering=0) as own:
         if not os.path.sameopenfile(handle, own.fileno()):
-            raise BetonError(f"{path}: was replaced while it was opened: try again")
+            raise BetonError(f"{path}: was replaced while being opened: try again")
         return np.frombuffer(mmap.mmap(own.fileno(), 0, prot=mmap.PROT_READ), np.uint8)

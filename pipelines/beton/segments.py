@@ -1,8 +1,8 @@
-"""The side file of a beton that says where each JPEG can be cut: NAME.beton.segments.
+"""Side file of a beton, NAME.beton.segments: where each JPEG stream can be cut.
 
-A sample with restart markers is a row of independent entropy-coded segments, so the rows and
-columns that a crop needs can be copied out of it and decoded alone. The file is a header, the
-segments' lengths as a stream, and one record a sample at its end; all little-endian.
+A sample with restart markers is a sequence of independent entropy-coded segments, so the rows and
+columns that a crop needs can be copied and decoded alone. The file is a header, the lengths of all
+segments, and one record per sample at the end; all little-endian.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.beton.layout import Layout, blocks, release
+from pipelines.beton.layout import Layout, drop_pages, row_blocks
 
-if TYPE_CHECKING:  # Readers of a beton need no compiler.
+if TYPE_CHECKING:  # Reading a beton needs no compiler.
     from pipelines.jpeg.restart_markers import RestartLayout
 
 RECORD = np.dtype(
@@ -34,10 +34,11 @@ RECORD = np.dtype(
         ("mcu_height", "u1"),
     ]
 )
-"""One sample. `first`: index of its first entry in the lengths. `head`: bytes from the start marker
-to the first entropy-coded byte. `frame`: offset of the frame header's two-byte height; the width
-follows. `interval`: MCUs in a segment, a divisor of `columns`; 0: it cannot be cut. `columns`,
-`rows`: MCUs. `mcu_width`, `mcu_height`: pixels."""
+"""Record of one sample. `first`: index of its first entry in the lengths. `head`: bytes from the
+start marker to the first entropy-coded byte. `frame`: offset of the two-byte height in the frame
+header; the width follows. `interval`: MCUs in a segment, a divisor of `columns`; 0 if the sample
+cannot be cut. `columns`, `rows`: size in MCUs. `mcu_width`, `mcu_height`: size of an MCU in
+pixels."""
 
 HEADER = np.dtype(
     [
@@ -55,16 +56,23 @@ _BUFFER = 1 << 20
 
 
 class SegmentsError(ValueError):
-    """A side file that must not be used; one line naming file, place, expected and found."""
+    """An invalid side file. The message is one line: file, place, expected and found."""
 
 
 def segments_path(beton: str | os.PathLike[str]) -> Path:
-    """Where the side file of a beton lies: NAME.segments."""
+    """Return the path of a beton's side file: NAME.segments."""
     return Path(f"{os.fspath(beton)}.segments")
 
 
 def counts(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
-    """(N,): entropy-coded segments of each sample; 0 where it cannot be cut."""
+    """Return the number of entropy-coded segments of each sample, int64 (N,).
+
+    Args:
+        records: (N,) of `RECORD`.
+
+    Returns:
+        The counts; 0 for samples that cannot be cut.
+    """
     interval = records["interval"].astype(np.int64)
     grid = records["rows"].astype(np.int64) * records["columns"]
     return np.where(interval > 0, grid // np.maximum(interval, 1), 0)
@@ -72,29 +80,30 @@ def counts(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """An open side file, mapped read-only."""
+    """An open side file, memory-mapped read-only."""
 
     records: npt.NDArray[np.void]
     """(N,) of `RECORD`."""
     lengths: npt.NDArray[np.uint16]
-    """Bytes of each segment, without the two-byte marker behind it, sample by sample."""
+    """(segments,): bytes of each segment, without the two-byte marker after it, sample by
+    sample."""
 
     def of(self, i: int) -> npt.NDArray[np.uint16]:
-        """Lengths of the segments of sample `i`, in scan order."""
+        """Return the lengths of the segments of sample `i` in scan order, uint16 (segments,)."""
         first = int(self.records["first"][i])
         return self.lengths[first : first + int(counts(self.records[i : i + 1])[0])]
 
 
 def find_fault(data: bytes, head: int, lengths: npt.NDArray[np.uint16]) -> str | None:
-    """Whether segments lie in a JPEG stream as they should: each with its marker behind it.
+    """Check that a JPEG stream consists of the given segments, each followed by its marker.
 
     Args:
         data: The stream.
-        head: Offset of its first entropy-coded byte.
-        lengths: (segments,): bytes of each.
+        head: Offset of the first entropy-coded byte.
+        lengths: uint16 (segments,), bytes of each segment.
 
     Returns:
-        What is wrong, or None.
+        A description of the first fault, or None.
     """
     stream, last = np.frombuffer(data, np.uint8), len(lengths) - 1
     ends = head + np.cumsum(lengths, dtype=np.int64) + 2 * np.arange(len(lengths))
@@ -106,7 +115,7 @@ def find_fault(data: bytes, head: int, lengths: npt.NDArray[np.uint16]) -> str |
     if len(wrong):
         at = int(ends[wrong[0]])
         return f"expected marker FF{codes[wrong[0]]:02X} at byte {at}, found {data[at : at + 2]!r}"
-    # In a segment FF comes before 00 only.
+    # Inside a segment, FF is always followed by 00.
     marks = np.flatnonzero((stream[head:-1] == 0xFF) & (stream[head + 1 :] != 0)) + head
     if not np.array_equal(marks, ends):
         return f"expected {len(ends)} markers, found {len(marks)}"
@@ -114,20 +123,28 @@ def find_fault(data: bytes, head: int, lengths: npt.NDArray[np.uint16]) -> str |
 
 
 class SegmentsWriter:
-    """Streams one sample after another into a new file; `finish` makes it complete."""
+    """Writes a side file, one sample after another. `finish` completes the file."""
 
     def __init__(self, path: Path, *, capacity: int) -> None:
-        """Args are a file that must not exist yet, and the most samples that will come."""
+        """Create the file.
+
+        Args:
+            path: Path of the file, which must not exist.
+            capacity: Largest number of samples.
+
+        Raises:
+            OSError: The file cannot be created.
+        """
         self.path = path
         self._records = np.zeros(capacity, RECORD)
         self._count = 0
         self._lengths = 0
-        self._sum = 0  # CRC-32 of the lengths written.
+        self._sum = 0  # CRC-32 of the lengths written so far.
         self._file: BinaryIO = open(path, "xb", buffering=_BUFFER)
         self._file.seek(HEADER.itemsize)
 
     def add(self, cuts: RestartLayout | None) -> None:
-        """Append one sample; None: it cannot be cut."""
+        """Append one sample. None means that it cannot be cut."""
         record: tuple[int, ...] = (0,) * (len(RECORD.names or ()) - 1)
         if cuts is not None:
             record = cuts.record
@@ -139,10 +156,10 @@ class SegmentsWriter:
         self._count += 1
 
     def finish(self, fingerprint: str) -> None:
-        """Write records and header, down to the disk.
+        """Write records and header, and sync to disk.
 
         Args:
-            fingerprint: `Beton.fingerprint` of the file that this belongs to.
+            fingerprint: `Beton.fingerprint` of the beton.
         """
         self._file.write(bytes(-self._file.tell() % 8))
         self._file.write(self._records[: self._count].tobytes())
@@ -152,14 +169,18 @@ class SegmentsWriter:
         self._file.write(header.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
-        # So that whoever checks it reads the disk, not the memory that was just written from.
+        # Drop the page cache, so that a check reads the disk.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def check(self, found: Segments) -> None:
-        """Compare what was read back with what was written; `SegmentsError` where it differs."""
+        """Compare the data read back with the data written.
+
+        Raises:
+            SegmentsError: They differ.
+        """
         same = np.array_equal(found.records, self._records[: self._count])
         if not same or zlib.crc32(found.lengths.data) != self._sum:
-            raise SegmentsError(f"{self.path}: what was read back differs from what was written")
+            raise SegmentsError(f"{self.path}: data read back differs from data written")
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -170,25 +191,25 @@ def open_segments(path: Path, layout: Layout) -> Segments:
     """Map a side file and check its structure.
 
     Args:
-        path: The file.
-        layout: The beton's, which must have its fingerprint, samples and sizes of images.
+        path: Path of the side file.
+        layout: Layout of the beton; fingerprint, number of samples and image sizes must match.
 
     Raises:
-        SegmentsError: It is damaged, or belongs to another beton.
-        OSError: It cannot be read.
+        SegmentsError: The file is damaged, or belongs to another beton.
+        OSError: The file cannot be read.
     """
     return _Checker(path, layout).segments()
 
 
 class _Checker:
-    """Checks of one side file, a block of records after another."""
+    """Checks of one side file, in blocks of records."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self.layout = layout
 
     def fail(self, place: str, expected: object, found: object) -> SegmentsError:
-        """The error of a check that failed."""
+        """Return the error for a failed check."""
         return SegmentsError(f"{self.path}: {place}: expected {expected}, found {found}")
 
     def segments(self) -> Segments:
@@ -204,32 +225,32 @@ class _Checker:
         if place + samples * RECORD.itemsize != len(data):
             raise self.fail("byte 40", f"lengths and {samples} records in {len(data)} bytes", total)
         records, first = data[place:].view(RECORD), 0
-        for block in blocks(samples):
+        for block in row_blocks(samples):
             part = records[block]
             first = self._block(part, block, first)
-            release(data, part)
+            drop_pages(data, part)
         if first != total:
             raise self.fail("byte 40", f"{first} lengths", total)
         lengths = data[HEADER.itemsize : HEADER.itemsize + 2 * total].view("<u2")
         return Segments(records=records, lengths=lengths)
 
     def _head(self, data: npt.NDArray[np.uint8]) -> int:
-        """Check the header; returns how many lengths there are."""
+        """Check the header. Returns the number of lengths."""
         header, layout = data.view(HEADER)[0], self.layout
         if header["magic"] != MAGIC or header["version"] != VERSION:
             found = f"{bytes(header['magic'])!r}, version {header['version']}"
             raise self.fail("byte 0", f"{MAGIC!r}, version {VERSION}", found)
         if header["fingerprint"] != layout.fingerprint.encode():
             found = bytes(header["fingerprint"]).decode("ascii", "backslashreplace")
-            raise self.fail("byte 16", f"a file of beton {layout.fingerprint}", found)
+            raise self.fail("byte 16", f"the side file of beton {layout.fingerprint}", found)
         if header["samples"] != len(layout.sizes):
             expected = f"{len(layout.sizes)} samples as in the beton"
             raise self.fail("byte 32", expected, header["samples"])
         return int(header["lengths"])
 
     def _block(self, part: npt.NDArray[np.void], block: slice, first: int) -> int:
-        """Check the records of a block, whose lengths begin at `first`; returns where they end."""
-        # Fields of their own, side by side: strided ones take twice as long.
+        """Check a block of records whose lengths start at `first`. Returns where they end."""
+        # Contiguous copies of the fields: strided views take twice as long.
         get = {name: part[name].copy() for name in RECORD.names or ()}
         interval, columns, rows = get["interval"], get["columns"], get["rows"]
         uncut, layout = interval == 0, self.layout
@@ -246,12 +267,12 @@ class _Checker:
             side = get[key]
             fine = (side == 8) | (side == 16) | (side == 32)
             check(uncut | fine, f"{key} 8, 16 or 32", key)
-        # 32 bits are enough in unsigned numbers: the frame comes before the head.
+        # Unsigned 32 bits do not underflow: the frame is known to come before the head.
         inside = (get["frame"] > 0) & (get["frame"] < get["head"])
         inside &= get["head"] - get["frame"] >= 4
         check(uncut | inside, "a frame header before the scan", "frame")
         short = uncut | (get["head"] < layout.sizes[block])
-        check(short, "a head below the sample's bytes", "head")
+        check(short, "a head below the sample's size", "head")
         per_row[uncut] = 0
         ends = first + np.cumsum(rows.astype(np.uint32) * per_row, dtype=np.uint64)
         starts = np.concatenate((np.array([first], np.uint64), ends[:-1]))

@@ -1,4 +1,4 @@
-"""Spliced JPEG streams for the crops of one batch."""
+"""Spliced JPEG streams for the crops of a batch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from pipelines.jpeg.splice import MISMATCH_REASON, splice
 def splice_batch(
     beton: Beton, indices: Int64, boxes: Int32
 ) -> tuple[list[npt.NDArray[np.uint8]], Int32]:
-    """The streams that hold some crops, for a decoder that takes encoded images.
+    """Return JPEG streams that contain the crops, for a decoder that takes encoded images.
 
     Args:
-        beton: with or without a side file.
-        indices: int64 (B,).
-        boxes: int32 (B, 4 or more): top, left, height, width, ...
+        beton: The data set, with or without a side file.
+        indices: int64 (B,), the samples.
+        boxes: int32 (B, 4 or more), crop boxes: top, left, height, width, ...
 
     Returns:
-        Per sample a stream, new or a view of the file, and the boxes relative to their images.
+        B streams, uint8 (bytes,), each new or a view of the file; and the crop boxes, relative to
+        the images of the streams.
 
     Raises:
-        ImageError: the side file does not fit a sample's bytes; names the sample.
+        ImageError: The side file disagrees with the bytes of a sample. Names the sample.
     """
     segments = beton.segments
     if segments is None:

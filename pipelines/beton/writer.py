@@ -1,4 +1,4 @@
-"""Writing beton files: page by page into a temporary file that replaces the old one at the end."""
+"""Writer of beton files: pages go to a temporary file, which replaces the output at the end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BUFFER = 1 << 20
 
 
 class PageTooSmall(Exception):
-    """A sample is longer than a page; `size` is its length in bytes."""
+    """A sample is larger than a page; `size` is its length in bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"a sample of {size} bytes does not fit into a page")
@@ -42,19 +42,28 @@ class PageTooSmall(Exception):
 
 
 def page_for(size: int, *, least: int = MIN_PAGE) -> int:
-    """The smallest power of two that is at least `least` and holds `size` bytes."""
+    """Return the smallest power of two that is at least `least` and at least `size` bytes."""
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 class BetonWriter:
-    """Streams samples into a temporary file next to the output.
+    """Writes samples to a temporary file next to the output.
 
-    Use as a context manager: leaving it removes the temporary file unless `publish` was called.
+    Use as a context manager: the exit removes the temporary file unless `publish` was called.
     """
 
     def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
-        """Args are the output, the most samples that will come, bytes in a page, and whether there
-        is a side file that says where samples can be cut.
+        """Create the temporary file.
+
+        Args:
+            output: Path of the output.
+            capacity: Largest number of samples.
+            page_size: Bytes in a page.
+            segments: Whether to write a side file, which tells where samples can be cut.
+
+        Raises:
+            ValueError: `page_size` is not a power of two in the allowed range.
+            OSError: The temporary file cannot be created.
         """
         if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
@@ -67,7 +76,7 @@ class BetonWriter:
         self._sums = np.zeros(capacity, np.uint32)
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
         self._next = -(-head // page_size) * page_size
-        self._used = 0  # Bytes of the page that begins at `_next`.
+        self._used = 0  # Bytes used in the page that starts at `_next`.
         self._file = open(self.temporary, "xb", buffering=_BUFFER)
         self._file.seek(self._next)
         self._segments: SegmentsWriter | None = None
@@ -92,7 +101,7 @@ class BetonWriter:
             if self._segments is not None:
                 self._segments.close()
         except OSError:
-            if error is None:  # A full disk was reported already where there is another error.
+            if error is None:  # Otherwise a full disk has been reported already.
                 raise
         finally:
             self.temporary.unlink(missing_ok=True)
@@ -108,10 +117,18 @@ class BetonWriter:
         crc32: int,
         cuts: RestartLayout | None,
     ) -> None:
-        """Append one JPEG stream, and to the side file where it can be cut.
+        """Append one JPEG stream, and its record to the side file.
+
+        Args:
+            data: The JPEG stream.
+            height: Height of the image.
+            width: Width of the image.
+            label: Class id; -1 without a label.
+            crc32: CRC-32 of `data`.
+            cuts: Where the stream can be cut; None if it cannot.
 
         Raises:
-            PageTooSmall: It is longer than a page; nothing was added.
+            PageTooSmall: The stream is larger than a page. Nothing was added.
             OSError: The disk is full or broken.
         """
         if len(data) > self.page_size:
@@ -129,13 +146,15 @@ class BetonWriter:
         self.count += 1
 
     def finish(self) -> tuple[Beton, str]:
-        """Write the tables, flush to the disk, read everything back and compare.
+        """Write the tables, sync to disk, read everything back and compare.
 
         Returns:
-            The open, verified temporary file (close it), and its SHA-256.
+            The open and verified temporary file, which the caller closes, and its SHA-256.
 
         Raises:
-            BetonError: What was read is not what was written.
+            BetonError: The data read back differ from the data written.
+            SegmentsError: The same, for the side file.
+            OSError: The disk is full or broken.
         """
         self._end_page()
         table = self._file.tell()
@@ -151,10 +170,10 @@ class BetonWriter:
         self._file.write(head)
         self._file.flush()
         os.fsync(self._file.fileno())
-        # So that the check below reads the disk, not the memory that was just written from.
+        # Drop the page cache, so that the check below reads the disk.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if self._segments is not None:
-            # As `Beton.fingerprint`: opening compares the two.
+            # Equal to `Beton.fingerprint`: opening compares the two.
             self._segments.finish(hashlib.sha256(head + allocation).hexdigest()[:16])
         beton = Beton.open(self.temporary)
         try:
@@ -173,13 +192,13 @@ class BetonWriter:
 
     @property
     def sums(self) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-        """(count,): CRC-32 of each sample added."""
+        """uint32 (count,): CRC-32 of each sample added."""
         return self._sums[: self.count]
 
     def publish(self) -> None:
-        """Put the finished files in the output's place, each whole or not at all.
+        """Rename the finished files to the output, each atomically.
 
-        The side file goes last: until then an old one is there, which names another beton.
+        The side file is last: until then an old one remains, which names another beton.
         """
         os.replace(self.temporary, self.output)
         if self._segments is not None:
@@ -188,7 +207,7 @@ class BetonWriter:
             segments_path(self.output).unlink(missing_ok=True)
 
     def _end_page(self) -> None:
-        """Fill the current page up with zeros."""
+        """Fill the rest of the current page with zeros."""
         if self._used:
             left = self.page_size - self._used
             for start in range(0, left, _BUFFER):

@@ -1,4 +1,4 @@
-"""Any image data set to one beton file: checked, deterministic, and all or nothing."""
+"""Conversion of an image data set to a beton: checked, deterministic, and all or nothing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import numpy as np
 import PIL
 from PIL import features
 
-from pipelines.beton.manifest import Manifest, Restarts, manifest_path
+from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
 from pipelines.beton.reader import BetonError
 from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
-from pipelines.conversion.workers import Rejected, WorkerError, prepared
+from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
 from pipelines.datasets.images import Images
-from pipelines.durable import exclusive, stage_text, sync_folder, write_text
+from pipelines.durable import exclusive_lock, stage_text, sync_folder, write_text
 
 Progress = Callable[[int, int], None]
-"""Called with the samples done and the samples in all."""
+"""Called with the number of samples done and the total."""
 
 _PAGE = 1 << 23
 _SMALL_BYTES = 1 << 26
@@ -36,7 +36,7 @@ _NAMED_BAD = 3
 
 
 class ConversionError(ValueError):
-    """The conversion was stopped and nothing was changed; the message says why."""
+    """The conversion stopped, and the output was not changed. The message gives the reason."""
 
 
 def write_beton(
@@ -55,28 +55,33 @@ def write_beton(
 ) -> Manifest:
     """Convert a data set to a beton and its manifest (`OUTPUT.json`).
 
-    JPEG streams are stored as they are where every decoder reads them alike (see `prepare`). What
-    is no image is left out and listed in `OUTPUT.quarantine.jsonl`: path, reason, bytes. The
-    output is the same for any number of workers. It appears whole and read back, or not at all.
+    JPEG streams are stored unchanged if all decoders read them alike (see `prepare`). Files that
+    are not images are left out and listed in `OUTPUT.quarantine.jsonl` with path, reason and size
+    in bytes. The output does not depend on the number of workers. It appears after it has been
+    read back and compared, or not at all.
 
     Args:
-        source: The images, in the order in which they are stored.
-        output: The file to write.
-        max_side: Longest side in pixels; longer ones are shrunk.
-        short_side: Pixels that a longer short side is shrunk to. Not with `max_side`.
+        source: The images, stored in this order.
+        output: Path of the beton.
+        max_side: Largest side in pixels. Larger images are shrunk.
+        short_side: Largest short side in pixels. Larger images are shrunk. Excludes `max_side`.
         quality: JPEG quality of shrunk images.
-        workers: Processes; 0 takes one for each core that this process may use.
-        budget: Unusable files that are tolerated; None tolerates 0.1 %, and ten in any case. With
-            one more the run stops and lists them in `OUTPUT.failed.jsonl`.
-        check: scan follows every code of an image's pixels; header finds truncation only.
-        restart_markers: Put restart markers into baseline JPEG streams (see `pipelines.jpeg.restart_markers`),
-            and write `OUTPUT.segments`, which says where: loaders then decode the part of a
-            image that a crop needs.
-        overwrite: Replace an existing file. It stays untouched until the new one is verified.
-        progress: Told about samples done.
+        workers: Number of worker processes. 0: one per available core.
+        budget: Unusable files to tolerate. None: 0.1 %, but at least ten. One more stops the
+            conversion and lists them in `OUTPUT.failed.jsonl`.
+        check: scan follows every Huffman code of a JPEG stream; header finds truncation only.
+        restart_markers: Insert restart markers into baseline JPEG streams (see
+            `pipelines.jpeg.restart_markers`) and write their positions to `OUTPUT.segments`.
+            Loaders then decode only the part of an image that a crop needs.
+        overwrite: Replace an existing file, after the new one is verified.
+        progress: Called with the samples done and the total.
+
+    Returns:
+        The manifest.
 
     Raises:
-        ConversionError: The output exists, the disk is full, a worker died, too much is unusable.
+        ConversionError: The output exists, the disk is full, a worker process died, or too many
+            files are unusable.
         ValueError: An argument is out of range.
     """
     options = Options(
@@ -94,12 +99,12 @@ def write_beton(
     if not target.parent.is_dir():
         raise ConversionError(f"{str(target.parent)!r} is not a folder")
     if target.exists() and not target.is_file():
-        raise ConversionError(f"{str(target)!r} exists and is no file")
+        raise ConversionError(f"{str(target)!r} exists and is not a file")
     if target.exists() and not overwrite:
-        raise ConversionError(f"{str(target)!r} exists and is not to be overwritten")
+        raise ConversionError(f"{str(target)!r} exists; overwriting it was not requested")
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
-        with exclusive(target):
+        with exclusive_lock(target):
             return run.convert()
     except (BetonError, SegmentsError, WorkerError) as error:
         raise ConversionError(str(error)) from error
@@ -108,7 +113,7 @@ def write_beton(
 
 
 class _Conversion:
-    """One conversion."""
+    """State of one conversion."""
 
     def __init__(
         self,
@@ -129,11 +134,13 @@ class _Conversion:
         self.uncut: Counter[str] = Counter()
         self.cut = 0
         self.added = 0
-        self.rejected: list[Rejected] = []
+        self.rejected: list[RejectedFile] = []
 
     def convert(self) -> Manifest:
-        """Convert with pages that are large enough, found by trying: it takes more than once only
-        where a sample is larger than all that were probed.
+        """Convert the data set.
+
+        The page size is estimated from a probe of the samples. If a sample turns out to be larger
+        than a page, the conversion starts again with larger pages.
         """
         count = len(self.source)
         step = max(1, count // _PROBES)
@@ -188,7 +195,7 @@ class _Conversion:
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            # All are on the disk before one takes its place: what can fail has not.
+            # All files are on disk before the first is renamed: nothing that can fail is left.
             staged = stage_text(manifest_path(self.target), manifest.dumps())
             try:
                 writer.publish()
@@ -202,11 +209,13 @@ class _Conversion:
 
     def _fill(self, writer: BetonWriter, chunk: int) -> None:
         labels = np.asarray(self.source.labels)
-        chunks = prepared(self.source, options=self.options, workers=self.workers, chunk=chunk)
-        with contextlib.closing(chunks):  # Ends the workers whatever happens here.
+        chunks = prepare_images(
+            self.source, options=self.options, workers=self.workers, chunk=chunk
+        )
+        with contextlib.closing(chunks):  # Ends the worker processes, also after an error.
             for part in chunks:
                 for i, result in enumerate(part.results, part.first):
-                    if isinstance(result, Rejected):
+                    if isinstance(result, RejectedFile):
                         self._reject(result)
                         continue
                     image, crc32 = result
@@ -226,12 +235,12 @@ class _Conversion:
                 if self.progress is not None:
                     self.progress(part.first + len(part.results), len(self.source))
 
-    def _restarts(self) -> Restarts | None:
+    def _restarts(self) -> RestartCounts | None:
         if not self.options.restart_markers:
             return None
-        return Restarts(cut=self.cut, uncut=dict(sorted(self.uncut.items())), added=self.added)
+        return RestartCounts(cut=self.cut, uncut=dict(sorted(self.uncut.items())), added=self.added)
 
-    def _reject(self, file: Rejected) -> None:
+    def _reject(self, file: RejectedFile) -> None:
         self.rejected.append(file)
         if len(self.rejected) > self.budget:
             self._report("failed")
@@ -245,7 +254,7 @@ class _Conversion:
         return "".join(f"; {line}" for line in named)
 
     def _report(self, kind: str) -> None:
-        """Write the rejected files as JSON lines, or remove an old list where there are none."""
+        """Write the rejected files as JSON lines. If there are none, remove an old list."""
         path = Path(f"{self.target}.{kind}.jsonl")
         if not self.rejected:
             path.unlink(missing_ok=True)

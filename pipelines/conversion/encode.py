@@ -1,4 +1,4 @@
-"""One image as it will be stored: its own JPEG bytes where possible, encoded anew where not."""
+"""Encoding of one image for a beton: its own JPEG bytes if possible, re-encoded if not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 
 from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
-from pipelines.jpeg.restart_markers import RestartLayout, with_restarts
+from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
 from pipelines.jpeg.scan import Scan, walk_scan
 
 Check = Literal["scan", "header"]
 
 PASSED = "passed"
-"""`Prepared.kind` of images stored as they were."""
+"""`PreparedImage.kind` of images stored unchanged."""
 
 _EXACT_QUALITY = 95
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
@@ -26,20 +26,20 @@ _MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
 
 @dataclass(frozen=True)
 class Options:
-    """How images are stored."""
+    """Options of how images are stored."""
 
     max_side: int | None = None
-    """Longest side in pixels; longer ones are shrunk. None keeps all sizes."""
+    """Largest side in pixels. Larger images are shrunk. None keeps all sizes."""
     short_side: int | None = None
-    """Length in pixels that a longer short side is shrunk to. None keeps all sizes."""
+    """Largest short side in pixels. Larger images are shrunk. None keeps all sizes."""
     quality: int = 90
-    """JPEG quality of shrunk images; others that must be encoded take 95 without subsampling."""
+    """JPEG quality of shrunk images. Others that are re-encoded get 95, without subsampling."""
     check: Check = "scan"
-    """scan follows every code of a JPEG stream's pixels; header reads markers only, which finds
+    """scan follows every Huffman code of a JPEG stream. header reads markers only, which finds
     truncation but not damage."""
     restart_markers: bool = True
-    """Put restart markers into baseline JPEG streams, so that a crop can be decoded without the
-    rest of its image. They are walked for it whatever `check` says."""
+    """Insert restart markers into baseline JPEG streams, so that a crop can be decoded without the
+    rest of its image. This walks the streams, whatever `check` is."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.short_side is not None:
@@ -54,7 +54,10 @@ class Options:
             raise ValueError(f"check must be 'scan' or 'header', got {self.check!r}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to store an upright image at: never larger, never below 1."""
+        """Return the height and width at which an upright image is stored.
+
+        Never larger than the image, never below 1.
+        """
         if self.max_side is not None:
             scale = self.max_side / max(height, width)
         elif self.short_side is not None:
@@ -66,38 +69,41 @@ class Options:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-class Prepared(NamedTuple):
+class PreparedImage(NamedTuple):
     """One image, ready to be stored."""
 
     data: bytes
-    """A JPEG stream that every decoder reads alike."""
+    """A JPEG stream that all decoders read alike."""
     height: int
-    """Rows."""
+    """Height in pixels."""
     width: int
-    """Columns."""
+    """Width in pixels."""
     kind: str
-    """`PASSED`, or why it was encoded anew."""
+    """`PASSED`, or the reason for re-encoding it."""
     cuts: RestartLayout | None = None
-    """Where it can be cut; None without restart markers."""
+    """Where the stream can be cut; None without restart markers."""
     uncut: str | None = None
-    """Why it has no restart markers where they were asked for."""
+    """Reason why requested restart markers are missing."""
     added: int = 0
     """Bytes that restart markers added."""
 
 
-def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepared:
-    """Check one image and bring it into the form that is stored.
+def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> PreparedImage:
+    """Check one image and encode it for storage.
 
-    A JPEG stream passes with all its coefficients, unless it is shrunk, turned by Exif, not 8-bit
-    grey or RGB, arithmetic-coded, or odd in a way that FFCV's decoder rejects. Without restart
-    markers its bytes pass too, but for those behind its end.
+    A JPEG stream keeps all its coefficients, unless it is shrunk, rotated by Exif, not 8-bit grey
+    or RGB, arithmetic-coded, or unusual in a way that FFCV's decoder rejects. Without restart
+    markers it keeps its bytes, too, except those after its end.
 
     Args:
-        image: A file's bytes, or upright pixels (H, W, 3).
+        image: Bytes of a file, or upright pixels, uint8 (H, W, 3).
         options: How to store it.
 
+    Returns:
+        The JPEG stream to store.
+
     Raises:
-        ImageError: It is no usable image.
+        ImageError: It is not a usable image.
     """
     if not isinstance(image, bytes):
         return _encode(image, "array", options)
@@ -120,19 +126,19 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
         if fault is not None:
             raise ImageError(fault)
     end = header.end if scan is None else scan.end
-    plain = Prepared(image[:end], header.height, header.width, PASSED)
+    plain = PreparedImage(image[:end], header.height, header.width, PASSED)
     return _cut(plain, header, scan) if options.restart_markers else plain
 
 
 def compile_encoder() -> None:
-    """Have the compiled parts ready, so that processes forked later need not make or load them."""
+    """Compile the kernels, so that processes forked later need not compile or load them."""
     image = np.zeros((8, 8, 3), np.uint8)
     _encode(image, "array", Options())
 
 
-def _cut(plain: Prepared, header: JpegHeader, scan: Scan | None) -> Prepared:
-    """The same image with restart markers, or why it has none."""
-    found = None if scan is None else with_restarts(plain.data, scan)
+def _cut(plain: PreparedImage, header: JpegHeader, scan: Scan | None) -> PreparedImage:
+    """Insert restart markers, or record why that is not possible."""
+    found = None if scan is None else insert_restart_markers(plain.data, scan)
     if found is None:
         return plain._replace(uncut="progressive" if header.progressive else "unusual")
     data, cuts = found
@@ -140,7 +146,7 @@ def _cut(plain: Prepared, header: JpegHeader, scan: Scan | None) -> Prepared:
 
 
 def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> str | None:
-    """Why the stream cannot be stored as it is; None where it can."""
+    """Return the reason why the stream must be re-encoded, or None."""
     if options.target(*header.upright) != header.upright:
         return "resized"
     if header.orientation != 1:
@@ -151,10 +157,10 @@ def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> 
         return "precision"
     if header.arithmetic:
         return "arithmetic"
-    return "cleaned" if header.odd or (scan is not None and scan.spare) else None
+    return "cleaned" if header.warning or (scan is not None and scan.spare) else None
 
 
-def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> Prepared:
+def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> PreparedImage:
     height, width = pixels.shape[:2]
     target = options.target(height, width)
     image = Image.fromarray(pixels)
@@ -168,7 +174,7 @@ def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> Pre
         image.save(out, "JPEG", quality=options.quality)
     else:
         image.save(out, "JPEG", quality=_EXACT_QUALITY, subsampling=0)
-    plain = Prepared(out.getvalue(), target[0], target[1], reason)
+    plain = PreparedImage(out.getvalue(), target[0], target[1], reason)
     if not options.restart_markers:
         return plain
     header = read_header(plain.data)

@@ -1,4 +1,4 @@
-"""Worker processes that prepare images, in order, and that cannot hang their parent."""
+"""Worker processes that encode images, in order, and cannot hang their parent."""
 
 from __future__ import annotations
 
@@ -16,79 +16,79 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipelines.conversion.encode import Options, Prepared, compile_encoder, prepare
+from pipelines.conversion.encode import Options, PreparedImage, compile_encoder, prepare
 from pipelines.datasets.images import Images
 from pipelines.imaging.decode import ImageError
 
-_AHEAD = 2  # Chunks given to a worker at a time: it never waits for its parent.
-_PATIENCE_SECONDS = 600.0  # For any answer; a chunk takes seconds.
-_WINDOW = 4  # Chunks per worker that may be finished before the one that is due: bounds memory.
+_AHEAD = 2  # Chunks queued per worker, so that it never waits for its parent.
+_ANSWER_TIMEOUT_SECONDS = 600.0  # Timeout for an answer; a chunk takes seconds.
+_WINDOW = 4  # Chunks per worker that may be issued ahead of the next to yield: bounds memory.
 
 
 class WorkerError(RuntimeError):
-    """A worker process died or failed."""
+    """A worker process died, failed or did not answer."""
 
 
-class Rejected(NamedTuple):
-    """A file that is no usable image."""
+class RejectedFile(NamedTuple):
+    """A file that is not a usable image."""
 
     name: str
-    """Its relative path."""
+    """Relative path."""
     reason: str
-    """Why, in one line."""
+    """Reason, in one line."""
     size: int
-    """Its length in bytes; 0 where it cannot be read."""
+    """Size in bytes; 0 if it cannot be read."""
 
 
 class Chunk(NamedTuple):
-    """What a worker made of consecutive samples."""
+    """Results of a worker for consecutive samples."""
 
     first: int
     """Position of the first sample in the source."""
-    results: list[tuple[Prepared, int] | Rejected]
-    """Each with the CRC-32 of its bytes, or rejected."""
+    results: list[tuple[PreparedImage, int] | RejectedFile]
+    """Per sample the image and the CRC-32 of its bytes, or the rejected file."""
 
 
-def prepared(
+def prepare_images(
     source: Images, *, options: Options, workers: int = 0, chunk: int = 64
 ) -> Generator[Chunk, None, None]:
-    """Prepare all images of `source` in worker processes; chunks come in the source's order.
+    """Prepare all images of `source` in worker processes. Yields chunks in the source's order.
 
-    Closing the generator ends the workers, however far they are.
+    Closing the generator kills the workers.
 
     Args:
-        source: The images; the workers inherit it by fork.
+        source: The images. The workers inherit them by fork.
         options: How to store them.
-        workers: Processes; 0 takes one for each core that this process may use.
-        chunk: Samples per message.
+        workers: Number of worker processes. 0: one per available core.
+        chunk: Samples per chunk.
 
     Raises:
-        WorkerError: A worker was killed, or met an error that is not about one image.
+        WorkerError: A worker was killed, did not answer, or met an error not due to one image.
     """
     compile_encoder()
     starts = range(0, len(source), chunk)
     count = min(workers or len(os.sched_getaffinity(0)), len(starts))
-    team = _Team(source, options, chunk, count)
+    pool = _WorkerPool(source, options, chunk, count)
     try:
         issued, held = 0, dict[int, Chunk]()
         for due, start in enumerate(starts):
             while start not in held:
-                for connection in team.idle():
+                for connection in pool.idle():
                     if issued < len(starts) and issued - due < _WINDOW * count:
-                        team.give(connection, starts[issued])
+                        pool.submit(connection, starts[issued])
                         issued += 1
-                for done in team.receive():
+                for done in pool.receive():
                     held[done.first] = done
             yield held.pop(start)
     finally:
-        team.kill()
+        pool.kill()
 
 
-class _Team:
+class _WorkerPool:
     """The worker processes and the pipes to them."""
 
     def __init__(self, source: Images, options: Options, chunk: int, count: int) -> None:
-        # fork: an index of millions of paths is shared, not copied or pickled.
+        # fork shares an index of millions of paths, without a copy or pickling.
         context = multiprocessing.get_context("fork")
         self.busy: dict[Connection, list[int]] = {}
         self.processes: dict[Connection, BaseProcess] = {}
@@ -109,12 +109,12 @@ class _Team:
             raise
 
     def idle(self) -> list[Connection]:
-        """Pipes to workers that can be given more, the least busy first."""
+        """Return the pipes of workers that can take another chunk, the least busy first."""
         free = [pipe for pipe, jobs in self.busy.items() if len(jobs) < _AHEAD]
         return sorted(free, key=lambda pipe: len(self.busy[pipe]))
 
-    def give(self, pipe: Connection, start: int) -> None:
-        """Ask a worker for the chunk that begins at `start`."""
+    def submit(self, pipe: Connection, start: int) -> None:
+        """Request the chunk that starts at `start` from a worker."""
         self.busy[pipe].append(start)
         try:
             pipe.send(start)
@@ -122,13 +122,13 @@ class _Team:
             raise self._dead(pipe) from error
 
     def receive(self) -> Iterator[Chunk]:
-        """Wait for at least one chunk, or for a worker's death."""
+        """Wait for at least one chunk, or for a worker to die."""
         asked = [pipe for pipe, jobs in self.busy.items() if jobs]
-        ready = wait(asked, timeout=_PATIENCE_SECONDS)
+        ready = wait(asked, timeout=_ANSWER_TIMEOUT_SECONDS)
         if not ready:
-            near = min(min(self.busy[pipe]) for pipe in asked)
+            first = min(min(self.busy[pipe]) for pipe in asked)
             raise WorkerError(
-                f"no worker has answered for {_PATIENCE_SECONDS:g} s (near sample {near})"
+                f"no worker has answered for {_ANSWER_TIMEOUT_SECONDS:g} s (near sample {first})"
             )
         for pipe in ready:
             assert isinstance(pipe, Connection)
@@ -142,7 +142,7 @@ class _Team:
             yield answer
 
     def kill(self) -> None:
-        """End all workers at once."""
+        """Kill all workers."""
         for process in self.processes.values():
             process.kill()
         for pipe, process in self.processes.items():
@@ -156,7 +156,7 @@ class _Team:
         process.join(timeout=5)
         code = process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        hint = "; was memory short?" if code == -signal.SIGKILL else ""
+        hint = "; out of memory?" if code == -signal.SIGKILL else ""
         jobs = self.busy[pipe]
         return WorkerError(
             f"worker process {process.pid} died by {how}{hint} (near sample {min(jobs)})"
@@ -166,15 +166,15 @@ class _Team:
 def _work(
     pipe: Connection, others: list[Connection], source: Images, options: Options, chunk: int
 ) -> None:
-    """Life of a worker: prepare the chunks it is asked for until its parent is gone."""
-    # What the parent has thrown away is the parent's to finalise: its threads, for which some of it
-    # would wait, are not here.
+    """Main function of a worker: prepare the requested chunks until the parent exits."""
+    # Garbage inherited from the parent is not finalised here: some finalizers wait for threads that
+    # do not exist in this process.
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:  # Or the pipes would outlive the parent, and with them this process.
+    for other in others:  # Otherwise the pipes, and this process, would outlive the parent.
         other.close()
-    # Pillow's remarks about odd metadata, which is never stored as such.
+    # Pillow's warnings about unusual metadata, which is never stored.
     warnings.simplefilter("ignore", UserWarning)
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     try:
@@ -189,10 +189,10 @@ def _work(
                 answer = f"samples {start} to {stop - 1}\n{traceback.format_exc()}"
             pipe.send(answer)
     except (EOFError, OSError):
-        os._exit(1)  # The parent is gone: nobody to tell.
+        os._exit(1)  # The parent has exited.
 
 
-def _one(source: Images, i: int, options: Options) -> tuple[Prepared, int] | Rejected:
+def _one(source: Images, i: int, options: Options) -> tuple[PreparedImage, int] | RejectedFile:
     size = 0
     try:
         image = source.read(i)
@@ -200,5 +200,5 @@ def _one(source: Images, i: int, options: Options) -> tuple[Prepared, int] | Rej
         result = prepare(image, options=options)
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Rejected(source.name(i), reason, size)
+        return RejectedFile(source.name(i), reason, size)
     return result, zlib.crc32(result.data)

@@ -1,4 +1,4 @@
-"""What data sets for detection and segmentation have in common: objects, masks, wrong entries."""
+"""Common types of detection and segmentation data sets: objects, masks, annotation errors."""
 
 from __future__ import annotations
 
@@ -15,75 +15,87 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.imaging.decode import ImageError, read_numbers
+from pipelines.imaging.decode import ImageError, read_label_png
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5
-_SLACK = 1.0  # pixels
+_SHOWN = 5  # problems in an error message
+_SLACK = 1.0  # pixels that a box may extend beyond its image
+
+IGNORED = 255
+"""Class of pixels that do not count, in the masks of all data sets."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of one image, K of them, in pixels of the upright stored image."""
+    """The K objects of one image, in pixels of the upright stored image."""
 
     boxes: npt.NDArray[np.float32]
-    """(K, 4): left, top, right, bottom, counted from 0; right and bottom lie behind the last pixel,
-    so that right - left is the width."""
+    """float32 (K, 4): left, top, right, bottom, counted from 0. Right and bottom are exclusive:
+    right - left is the width."""
     labels: npt.NDArray[np.int64]
-    """(K,): position among the classes, from 0."""
+    """int64 (K,): class ids, counted from 0."""
     difficult: npt.NDArray[np.bool_]
-    """(K,): VOC's difficult: no evaluation counts it."""
+    """bool (K,): VOC's difficult flag. Evaluations do not count these."""
     crowd: npt.NDArray[np.bool_]
-    """(K,): COCO's iscrowd: a region of many objects; never trained on."""
+    """bool (K,): COCO's iscrowd flag, a region of many objects. Never trained on."""
     outlines: tuple[object, ...] = ()
-    """K polygons or run lengths as COCO stores them; () where there are boxes only."""
+    """K polygons or run lengths, as COCO stores them; () if there are boxes only."""
 
 
 class DenseSamples(Protocol):
-    """One data set."""
+    """A detection or segmentation data set of N images."""
 
     classes: tuple[str, ...]
-    """Names."""
+    """Class names by id."""
     names: tuple[str, ...]
-    """(N,): of each image, unique: what predictions refer to (a VOC stem, COCO's id as text)."""
+    """N unique names that predictions refer to (VOC: the stem; COCO: the id as text)."""
     sizes: npt.NDArray[np.int64]
-    """(N, 2): height and width of each image, upright."""
+    """int64 (N, 2): height and width of each upright image, in pixels."""
     data_id: str
     """Short hash of names, sizes and annotations."""
     kind: Literal["objects", "masks"]
-    """Which of the two functions below it has."""
+    """Whether it has `objects` or masks (`mask`)."""
     outlined: bool
     """Whether objects have outlines."""
     least_side: int
-    """Images with a shorter side, in pixels, are not trained on."""
+    """Smallest side of an image that is trained on, in pixels."""
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
 
     def path(self, i: int) -> Path:
-        """The image."""
+        """Return the path of image i."""
 
     def objects(self, i: int) -> Objects:
-        """Its objects. ValueError for a data set of masks."""
+        """Return the objects of image i. Raises `ValueError` if the data set has masks."""
 
     def mask(self, i: int) -> npt.NDArray[np.uint8]:
-        """uint8 (h, w), classes and `dense_spec.IGNORED`. ValueError for one of objects."""
+        """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
+
+        Raises:
+            ValueError: The data set has objects.
+        """
 
 
 @dataclass
 class Problems:
-    """Wrong annotations met so far, each in words with file and line or id."""
+    """Wrong annotations found so far, up to a limit."""
 
     budget: int
-    """How many may be left out."""
+    """Number of wrong annotations that may be left out."""
     found: list[str] = field(default_factory=list)
+    """One message each, starting with the file and the line or id."""
 
     def add(self, where: str, what: str) -> None:
-        """Count one.
+        """Record a wrong annotation.
+
+        Args:
+            where: File, and line or id.
+            what: What is wrong.
 
         Raises:
-            ValueError: it is one more than the budget.
+            ValueError: There are now more than `budget`.
         """
         self.found.append(f"{where}: {what}")
         if len(self.found) > self.budget:
@@ -97,7 +109,7 @@ class Problems:
 
 
 class ObjectSamples:
-    """A data set of boxes, with what its parser has found. A `DenseSamples`."""
+    """A `DenseSamples` with the objects that a parser has found."""
 
     kind: Literal["objects", "masks"] = "objects"
     outlined = False
@@ -115,7 +127,7 @@ class ObjectSamples:
         self.names = tuple(image.name for image in images)
         self.sizes = _sizes(images)
         self.least_side = least_side
-        """Images with a shorter side are not trained on."""
+        """Smallest side of an image that is trained on, in pixels."""
         self._paths = [image.path for image in images]
         self._objects = objects
         columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
@@ -126,20 +138,20 @@ class ObjectSamples:
         return len(self.names)
 
     def path(self, i: int) -> Path:
-        """The image."""
+        """Return the path of image i."""
         return Path(self._paths[i])
 
     def objects(self, i: int) -> Objects:
-        """Its objects."""
+        """Return the objects of image i."""
         return self._objects[i]
 
     def mask(self, i: int) -> npt.NDArray[np.uint8]:
-        """Raises `ValueError`."""
-        raise ValueError(f"{self.names[i]} has objects, no mask")
+        """Raise `ValueError`: there are no masks."""
+        raise ValueError(f"{self.names[i]} has objects but no mask")
 
 
 class MaskSamples:
-    """A data set of masks in PNG files. A `DenseSamples`."""
+    """A `DenseSamples` with one PNG mask per image."""
 
     kind: Literal["objects", "masks"] = "masks"
     outlined = False
@@ -154,11 +166,11 @@ class MaskSamples:
     ) -> None:
         """
         Args:
-            classes: names.
-            images: which.
-            masks: the PNG file of each, with one number a pixel.
-            table: (256,), what each number in the files stands for: a class, 255 where no pixel
-                counts, -1 where it is a mistake.
+            classes: Names by id.
+            images: The N images.
+            masks: N paths of PNG files, with one number per pixel.
+            table: int64 (256,), maps numbers in the files to class ids, `IGNORED`, or -1 (an
+                error).
         """
         self.classes = tuple(classes)
         self.names = tuple(image.name for image in images)
@@ -172,21 +184,21 @@ class MaskSamples:
         return len(self.names)
 
     def path(self, i: int) -> Path:
-        """The image."""
+        """Return the path of image i."""
         return Path(self._paths[i])
 
     def objects(self, i: int) -> Objects:
-        """Raises `ValueError`."""
-        raise ValueError(f"{self.names[i]} has a mask, no objects")
+        """Raise `ValueError`: there are no objects."""
+        raise ValueError(f"{self.names[i]} has a mask but no objects")
 
     def mask(self, i: int) -> npt.NDArray[np.uint8]:
-        """uint8 (h, w), classes and 255.
+        """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
 
         Raises:
-            ImageError: damaged, of another size than the image, or with a number that stands for
-                nothing; it begins with the file's path.
+            ImageError: The file is damaged, has another size than the image, or contains a number
+                without a class. The message starts with the path of the file.
         """
-        numbers = read_numbers(self._masks[i])
+        numbers = read_label_png(self._masks[i])
         if numbers.shape != tuple(self.sizes[i]):
             height, width = self.sizes[i]
             raise ImageError(
@@ -203,42 +215,43 @@ class MaskSamples:
 
 
 class AnnotatedImage(NamedTuple):
-    """A file of a data set."""
+    """An image file and its size."""
 
     name: str
     path: str
     height: int
-    """Upright, in pixels."""
+    """Of the upright image, in pixels."""
     width: int
+    """Of the upright image, in pixels."""
 
 
 def clip(
     left: float, top: float, right: float, bottom: float, *, height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """A box within its image.
+    """Clip a box to its image.
 
-    A pixel beyond the border is cut off: annotators count from 0 or 1, and round.
+    At most one pixel is cut off on each side: annotators count from 0 or from 1, and round.
 
     Raises:
-        ValueError: it lies further outside, or has no area; in words.
+        ValueError: The box extends further beyond the image, has no area or is not finite.
     """
     box = (left, top, right, bottom)
     if not all(math.isfinite(v) for v in box):
-        raise ValueError(f"the box {_words(*box)} is not finite")
+        raise ValueError(f"the box {_format_box(*box)} is not finite")
     if left < -_SLACK or top < -_SLACK or right > width + _SLACK or bottom > height + _SLACK:
-        raise ValueError(f"the box {_words(*box)} leaves the image of {width}x{height} pixels")
+        raise ValueError(f"the box {_format_box(*box)} leaves the image of {width}x{height} pixels")
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     if right <= left or bottom <= top:
-        raise ValueError(f"the box {_words(*box)} has no area")
+        raise ValueError(f"the box {_format_box(*box)} has no area")
     return left, top, right, bottom
 
 
-def _words(left: float, top: float, right: float, bottom: float) -> str:
+def _format_box(left: float, top: float, right: float, bottom: float) -> str:
     return f"{left:g},{top:g} to {right:g},{bottom:g}"
 
 
 def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool]]) -> Objects:
-    """Objects of rows of box, label, difficult and crowd."""
+    """Build `Objects` from rows of box, label, difficult and crowd."""
     boxes, labels, difficult, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Objects(
         np.array(boxes, np.float32).reshape(-1, 4),
@@ -259,7 +272,3 @@ def _hash(classes: tuple[str, ...], images: Sequence[AnnotatedImage], rest: Iter
     for part in rest:
         total.update(part)
     return total.hexdigest()[:16]
-
-
-IGNORED = 255
-"""Class of pixels that do not count, in masks of every data set here."""

@@ -1,4 +1,4 @@
-"""Cityscapes' finely annotated images, with the 19 classes of its benchmark."""
+"""Cityscapes: the finely annotated images, with the 19 classes of its benchmark."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import numpy as np
 
 from pipelines.datasets.annotations import IGNORED, AnnotatedImage, MaskSamples, Problems
 from pipelines.datasets.files import IndexFormatError
-from pipelines.imaging.decode import ImageError, image_size, reason
+from pipelines.imaging.decode import ImageError, describe_error, image_size
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
     "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
     "bicycle",
 )  # fmt: skip
-"""By train id."""
+"""Names by train id."""
 
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Of each class, in the files of label ids (cityscapesscripts/helpers/labels.py)."""
+"""Label id of each class, as stored in the masks (cityscapesscripts/helpers/labels.py)."""
 
-_LABELS = 34  # ids 0 to 33; those without a class count nowhere
+_LABELS = 34  # ids 0 to 33; those without a class are ignored
 _IMAGE, _MASK = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
-def masks(
+def index_masks(
     split: str,
     root: str | os.PathLike[str],
     *,
     problems: Problems,
     limit: int | None = None,
 ) -> MaskSamples:
-    """Images of leftImg8bit/SPLIT with their masks of label ids in gtFine/SPLIT, by name.
+    """Index the images in leftImg8bit/SPLIT and their masks of label ids in gtFine/SPLIT.
 
     Args:
         split: train or val.
-        root: the folder that holds leftImg8bit and gtFine.
-        problems: where images that cannot be read, or without a mask, are counted.
-        limit: take the first so many images.
+        root: The folder that contains leftImg8bit and gtFine.
+        problems: Counts the images that are unreadable or have no mask.
+        limit: Number of images to take, in the order of names. None: all.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: no image is left, or there are too many problems.
+        FileNotFoundError: A folder is missing.
+        ValueError: No image is left, or there are too many problems.
     """
     base, truth = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
     for folder in (base, truth):
@@ -58,7 +58,7 @@ def masks(
                 raise FileNotFoundError(f"no mask {str(mask)!r}")
             images.append(AnnotatedImage(stem, str(path), *image_size(str(path))))
         except (OSError, ImageError) as error:
-            problems.add(str(path), reason(error))
+            problems.add(str(path), describe_error(error))
         else:
             paths.append(str(mask))
     if not images:

@@ -1,4 +1,4 @@
-"""COCO's instances: boxes and outlines in one JSON file."""
+"""COCO instances: boxes and outlines from one JSON file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pipelines.datasets.files import IndexFormatError
 _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
 
 
-def api(module: str) -> Any:
-    """Return a module of pycocotools.
+def import_pycocotools(module: str) -> Any:
+    """Import a submodule of pycocotools.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: pycocotools is not installed.
     """
     try:
         return importlib.import_module(f"pycocotools.{module}")
@@ -40,7 +40,7 @@ def api(module: str) -> Any:
 
 
 class CocoSamples(ObjectSamples):
-    """COCO's images in the order of their ids; names are the ids as text."""
+    """COCO images, sorted by id. Names are the ids as text."""
 
     outlined = True
 
@@ -52,28 +52,28 @@ class CocoSamples(ObjectSamples):
     ) -> None:
         """
         Args:
-            categories: names by id, in the order of the classes.
-            images: which.
-            objects: of each, with outlines.
+            categories: Class names by COCO id, in the order of the classes.
+            images: The N images.
+            objects: The objects of each image, with outlines.
         """
         self.category_ids = tuple(categories)
-        """(C,): COCO's id of each class."""
-        self._outlines = [_Packed(one.outlines) for one in objects]
+        """COCO's id of each of the C classes."""
+        self._outlines = [_PackedOutlines(one.outlines) for one in objects]
         super().__init__(
             tuple(categories.values()),
             images,
             [replace(one, outlines=()) for one in objects],
             least_side=_LEAST_SIDE,
-            identity=itertools.chain.from_iterable(one.parts() for one in self._outlines),
+            identity=itertools.chain.from_iterable(one.hash_input() for one in self._outlines),
         )
 
     def objects(self, i: int) -> Objects:
-        """The objects of an image, crowds among them."""
-        return replace(super().objects(i), outlines=self._outlines[i].unpacked())
+        """Return the objects of image i, including crowds."""
+        return replace(super().objects(i), outlines=self._outlines[i].unpack())
 
 
-class _Packed:
-    """Outlines of an image's objects, in one array."""
+class _PackedOutlines:
+    """The outlines of all objects of an image, in one array."""
 
     def __init__(self, outlines: Sequence[Any]) -> None:
         self._runs = {k: one for k, one in enumerate(outlines) if isinstance(one, dict)}
@@ -83,7 +83,8 @@ class _Packed:
         parts = itertools.chain.from_iterable(polygons)
         self._numbers = np.concatenate([np.empty(0, np.float64), *parts])
 
-    def unpacked(self) -> tuple[object, ...]:
+    def unpack(self) -> tuple[object, ...]:
+        """Return the outlines as COCO stores them."""
         found: list[object] = []
         at = 0
         for k, lengths in enumerate(self._lengths):
@@ -94,31 +95,31 @@ class _Packed:
             found.append(self._runs.get(k, polygons))
         return tuple(found)
 
-    def parts(self) -> Iterable[bytes]:
-        """What tells it from others."""
+    def hash_input(self) -> Iterable[bytes]:
+        """Return bytes that identify the outlines."""
         return self._numbers.tobytes(), repr((self._lengths, self._runs)).encode()
 
 
-def objects(
+def index_objects(
     name: str,
     root: str | os.PathLike[str],
     *,
     problems: Problems,
     limit: int | None = None,
 ) -> CocoSamples:
-    """Images of annotations/instances_NAME.json, which lie in the folder NAME.
+    """Index the images in folder NAME, with the objects in annotations/instances_NAME.json.
 
-    Sizes are the file's; an image that has another one is refused when it is decoded.
+    Sizes are those in the file. An image of another size is an error when it is decoded.
 
     Args:
-        name: as train2017.
-        root: the folder that holds annotations and NAME.
-        problems: where wrong annotations and missing images are counted.
-        limit: take the first so many images.
+        name: Name of the split, such as train2017.
+        root: The folder that contains annotations and NAME.
+        problems: Counts wrong annotations and missing images.
+        limit: Number of images to take, in the order of ids. None: all.
 
     Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: the file is no such JSON, no image is left, there are too many problems, or
+        FileNotFoundError: A file or folder is missing.
+        ValueError: The file is malformed, no image is left, there are too many problems, or
             pycocotools, which training and validation need, is not installed.
     """
     source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
@@ -126,7 +127,8 @@ def objects(
         raise FileNotFoundError(f"{str(source)!r} does not exist")
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is not a folder")
-    api("mask")  # Its lack is told now: reading takes minutes, and the threads need it after that.
+    # Fail now if it is missing: reading takes minutes, and the threads need it only after that.
+    import_pycocotools("mask")
     images, categories, annotations = _content(source)
     labels = {number: label for label, number in enumerate(categories)}
     chosen = dict(itertools.islice(sorted(images.items()), limit))
@@ -140,14 +142,14 @@ def objects(
     rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in annotated}
     outlines: dict[int, list[object]] = {number: [] for number in annotated}
     annotations.reverse()
-    while annotations:  # Each is let go as soon as it is read: all of train2017's take gigabytes.
+    while annotations:  # Free each one as soon as it is read: those of train2017 take gigabytes.
         one = annotations.pop()
         try:
             number = int(one["image_id"])
             if number not in images:
                 raise ValueError(f"no image id {number}")
             if number not in annotated:
-                continue  # beyond the limit, or its image has been counted already
+                continue  # beyond the limit, or the missing image was already counted
             row, outline = _object(one, labels, annotated[number])
         except KeyError as error:
             problems.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
@@ -165,22 +167,27 @@ def objects(
     return CocoSamples(categories, list(annotated.values()), found)
 
 
-def rasterised(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Masks of objects, by pycocotools where they are polygons.
+def rasterize(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Convert outlines to masks. Polygons are rasterized by pycocotools.
 
     Args:
         outlines: K polygons or run lengths, as COCO stores them.
-        height: of the image that they count the pixels of.
-        width: as height.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
 
     Returns:
         uint8 (K, height, width), 0 or 1.
+
+    Raises:
+        ValueError: Run lengths do not add up to the size of the image, or are negative.
     """
     masks = np.empty((len(outlines), height, width), np.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
         runs = outline if isinstance(outline, dict) else _run_lengths(outline, height, width)
         counts = runs["counts"]
-        lengths = decompressed(counts) if isinstance(counts, str | bytes) else np.array(counts)
+        lengths = (
+            decode_run_lengths(counts) if isinstance(counts, str | bytes) else np.array(counts)
+        )
         if lengths.sum() != height * width or lengths.min(initial=0) < 0:
             raise ValueError(f"run lengths of {lengths.sum()} pixels for {width}x{height}")
         values = np.arange(len(lengths), dtype=np.uint8) & 1
@@ -188,11 +195,18 @@ def rasterised(outlines: Sequence[object], height: int, width: int) -> npt.NDArr
     return masks
 
 
-def decompressed(counts: str | bytes) -> npt.NDArray[np.int64]:
-    """Run lengths of COCO's compressed form.
+def decode_run_lengths(counts: str | bytes) -> npt.NDArray[np.int64]:
+    """Decode COCO's compressed run lengths.
 
-    Each number is in groups of five bits, the lowest first, in characters from 48 on; the sixth bit
-    says that more follow. From the fourth number on they are differences to the last but one.
+    A number is stored in groups of five bits, lowest first, one group per character, offset by 48.
+    The sixth bit says that more groups follow. From the fourth number on, the difference to the
+    number two places before is stored.
+
+    Args:
+        counts: The compressed run lengths, ASCII.
+
+    Returns:
+        int64 (runs,), the lengths in pixels.
     """
     codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     bits = codes.astype(np.int64) - 48
@@ -210,19 +224,19 @@ def decompressed(counts: str | bytes) -> npt.NDArray[np.int64]:
 
 
 def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of polygons, as one region."""
-    tools = api("mask")
+    """Convert the polygons of one object to run lengths of their union."""
+    tools = import_pycocotools("mask")
     runs: dict[str, Any] = tools.merge(tools.frPyObjects(outline, height, width))
     return runs
 
 
 def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:
-    """Files and sizes by image id, names by category id in rising order, and the annotations."""
+    """Read file and size by image id, name by category id (sorted), and the annotations."""
     try:
-        # Not its bytes: json.loads would keep them beside the text, 450 MB of train2017 each.
+        # Text, not bytes: json.loads would hold both, 450 MB each for train2017.
         content = json.loads(source.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise IndexFormatError(f"{source}: no JSON: {error}") from error
+        raise IndexFormatError(f"{source}: not valid JSON: {error}") from error
     try:
         images = {
             int(one["id"]): (str(one["file_name"]), int(one["height"]), int(one["width"]))
@@ -231,9 +245,9 @@ def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, s
         categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
         annotations = content["annotations"]
         if len(images) != len(content["images"]) or len(categories) != len(content["categories"]):
-            raise ValueError("an id comes twice")
+            raise ValueError("an id is used twice")
         if not isinstance(annotations, list):
-            raise TypeError("annotations are no list")
+            raise TypeError("annotations is not a list")
     except (KeyError, TypeError, ValueError) as error:
         what = f"expected images, annotations and categories: {type(error).__name__} {error}"
         raise IndexFormatError(f"{source}: {what}") from error
@@ -243,8 +257,11 @@ def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, s
 def _object(
     one: Mapping[str, Any], labels: Mapping[int, int], image: AnnotatedImage
 ) -> tuple[tuple[Any, ...], object]:
-    """Box, label, difficult and crowd; and the outline: run lengths, or an array of each polygon,
-    as numbers that Python keeps take four times the memory."""
+    """Return the row (box, label, difficult, crowd) and the outline of an annotation.
+
+    The outline is run lengths, or one array per polygon: lists of Python floats would take four
+    times the memory.
+    """
     if one["category_id"] not in labels:
         raise ValueError(f"no category id {one['category_id']}")
     left, top, width, height = (float(v) for v in one["bbox"])
@@ -255,11 +272,11 @@ def _object(
         if list(outline["size"]) != [image.height, image.width]:
             raise ValueError(f"run lengths of {outline['size']} pixels, the image has {size}")
         if not isinstance(outline["counts"], str | list):
-            raise ValueError("run lengths are no list and no text")
+            raise ValueError("run lengths are neither a list nor text")
     else:
         outline = [np.array(part, np.float64) for part in outline]
         if not outline or any(p.ndim != 1 or len(p) < 6 or len(p) % 2 for p in outline):
-            raise ValueError("a polygon of less than three points")
+            raise ValueError("a polygon with fewer than three points")
         if not all(np.isfinite(part).all() for part in outline):
-            raise ValueError("a polygon that is not finite")
+            raise ValueError("a polygon with coordinates that are not finite")
     return (box, labels[one["category_id"]], False, bool(one.get("iscrowd", 0))), outline

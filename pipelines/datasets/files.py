@@ -1,4 +1,4 @@
-"""Files of a data set: read whole, where they are plain files below its folder."""
+"""Files of a data set: text, JSON, and images below its root (links that lead out are refused)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from typing import Any
 
 
 class IndexFormatError(ValueError):
-    """A folder or list file does not describe a data set; the message names the place."""
+    """A folder or file does not have the expected layout. The message names file and line."""
 
 
-def _lines(source: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not empty, each with its place."""
+def read_lines(source: Path) -> Iterator[tuple[str, str]]:
+    """Yield the non-empty lines of a UTF-8 text file.
+
+    Yields:
+        `file:line` for error messages, and the line without surrounding spaces.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        IndexFormatError: The file is not UTF-8 or has no lines.
+    """
     if not source.is_file():
         raise FileNotFoundError(f"{str(source)!r} does not exist")
     empty = True
@@ -33,36 +41,48 @@ def _lines(source: Path) -> Iterator[tuple[str, str]]:
         raise IndexFormatError(f"{source}: is empty")
 
 
-def _json(source: Path) -> Any:
+def read_json(source: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        IndexFormatError: The file is not valid JSON.
+    """
     if not source.is_file():
         raise FileNotFoundError(f"{str(source)!r} does not exist")
     try:
         return json.loads(source.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise IndexFormatError(f"{source}: no JSON: {error}") from error
+        raise IndexFormatError(f"{source}: not valid JSON: {error}") from error
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def require_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path of an existing folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{str(path)!r} is not a folder")
     return Path(path)
 
 
 MAX_FILE_BYTES = 1 << 29
-"""Longer files are refused unread: no image within the pixel limit needs half a gigabyte."""
+"""Largest file that is read. No image within the pixel limit needs half a gigabyte."""
 
 
 def read_file(path: str | os.PathLike[str], *, root: str | os.PathLike[str]) -> bytes:
-    """Read a plain file below `root`, never waiting on a pipe and never following a link outside.
+    """Read a regular file below `root`.
 
     Raises:
-        OSError: With a message in words.
+        OSError: The file is missing, is not a regular file, has more than `MAX_FILE_BYTES` bytes,
+            or is a link to a file outside `root`. The message is one readable line.
     """
     real = os.path.realpath(path)
     if not inside(real, _real_root(os.fspath(root))):
         raise PermissionError("the link leads outside the data folder")
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
+        # Without O_NONBLOCK, opening a named pipe would block until it has a writer.
         handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         what = "a link to a file" if os.path.islink(path) else "a file"
@@ -87,5 +107,5 @@ def _real_root(root: str) -> str:
 
 
 def inside(path: str, folder: str) -> bool:
-    """Whether a resolved path is a resolved folder or lies below it."""
+    """Return whether `path` is `folder` or lies below it. Both must be resolved."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")

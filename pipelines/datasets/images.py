@@ -1,4 +1,4 @@
-"""What can be turned into a beton: files, or images in memory, behind one protocol."""
+"""Sources of images for a beton: files, or images in memory, behind one protocol."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.datasets.voc_classification import voc2007
 
 Split = Literal["train", "val"]
 
-# Data set: the argument that selects a split, and its values for train and val.
+# Data set: name of the argument that selects the split, its values for train and val.
 _TORCHVISION: dict[str, tuple[str, object, object]] = {
     "CIFAR10": ("train", True, False),
     "CIFAR100": ("train", True, False),
@@ -30,8 +30,8 @@ _TORCHVISION: dict[str, tuple[str, object, object]] = {
     "SVHN": ("split", "train", "test"),
     "STL10": ("split", "train", "test"),
 }
-# Layouts that need a root: what follows the colon, and the root, to an index.
-_CATALOGUES: dict[str, Callable[[str, str | os.PathLike[str]], SampleIndex]] = {
+# Layouts that need a root. KIND: function of (NAME, root), for data named KIND:NAME.
+_LAYOUTS: dict[str, Callable[[str, str | os.PathLike[str]], SampleIndex]] = {
     "imagenet-val": lambda truth, root: imagenet_val(root, truth=truth),
     "imagenet-subset": lambda names, root: imagenet_subset(names, SampleIndex.from_folder(root)),
     "inaturalist": lambda annotations, root: inaturalist(annotations, root=root),
@@ -42,49 +42,61 @@ _DIGITS_VAL_EVERY = 5
 
 
 class Images(Protocol):
-    """A finite, ordered set of images. `SampleIndex` is one."""
+    """An ordered set of N images, such as `SampleIndex`."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """(N,): class ids; -1 where there are no labels."""
+        """int64 (N,): class ids; -1 where there are no labels."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by id; empty without labels."""
+        """Class names by id; empty if there are no labels."""
 
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
-        """An encoded image, or uint8 (H, W, 3) pixels; may raise `OSError` or `ValueError`."""
+        """Read sample `i`.
+
+        Returns:
+            The encoded image, or its RGB pixels, uint8 (H, W, 3).
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The pixels have another type or shape.
+        """
 
     def name(self, i: int) -> str:
-        """What to call sample `i` in reports."""
+        """Return a name of sample `i` for reports."""
 
     def size(self, i: int) -> int:
-        """About how many bytes sample `i` takes when it is encoded."""
+        """Estimate the size of sample `i` in bytes, when it is encoded."""
 
     def describe(self) -> dict[str, object]:
-        """What this is, for the manifest: JSON types, no absolute paths."""
+        """Describe the images for the manifest: JSON types, no absolute paths."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryImages:
-    """Images that a function hands out: arrays, or another library's data set."""
+    """Images returned by a function: from arrays, or from a data set of another library."""
 
     get: Callable[[int], bytes | npt.NDArray[np.uint8] | Image.Image]
-    """Sample i as an encoded image, as uint8 (H, W, 3) or (H, W), or as a Pillow image."""
+    """Returns sample i: encoded, as uint8 (H, W, 3) or (H, W), or as a Pillow image."""
     labels: npt.NDArray[np.int64]
-    """(N,): class ids; -1 where there are no labels."""
+    """int64 (N,): class ids; -1 where there are no labels."""
     classes: tuple[str, ...]
-    """Class names by id; empty without labels."""
+    """Class names by id; empty if there are no labels."""
     about: dict[str, object] = field(default_factory=dict)
-    """What `describe` returns beside the number of samples."""
+    """What `describe` returns, besides the number of samples."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
-        """Sample `i`: encoded, or uint8 (H, W, 3)."""
+        """Read sample `i`: the encoded image, or uint8 (H, W, 3).
+
+        Raises:
+            ValueError: The pixels have another type or shape.
+        """
         image = self.get(i)
         if isinstance(image, bytes):
             return image
@@ -99,36 +111,36 @@ class MemoryImages:
         return image
 
     def name(self, i: int) -> str:
-        """What to call sample `i`: its number."""
+        """Return the number of sample `i`, as `#i`."""
         return f"#{i}"
 
     def size(self, i: int) -> int:
-        """Half of the pixels' bytes: JPEG at high quality rarely needs more."""
+        """Estimate the encoded size: half of the pixels' bytes; JPEG rarely needs more."""
         try:
             image = self.read(i)
         except (OSError, ValueError):
-            return 0  # The conversion reports it; this is an estimate only.
+            return 0  # The conversion reports the error; this is only an estimate.
         return len(image) if isinstance(image, bytes) else image.nbytes // 2 + 1024
 
     def describe(self) -> dict[str, object]:
-        """What this is."""
+        """Describe the images in JSON types."""
         return {"kind": "memory", **self.about, "samples": len(self)}
 
 
 def from_torchvision(
     name: str, *, root: str | os.PathLike[str], split: Split = "train", download: bool = False
 ) -> MemoryImages:
-    """One of torchvision's small classification data sets, by name.
+    """Open one of torchvision's small classification data sets.
 
     Args:
         name: CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN or STL10.
-        root: Where torchvision keeps it.
-        split: val is the data set's test part.
-        download: Fetch it where it is missing.
+        root: Folder of torchvision's data.
+        split: val is the test part of the data set.
+        download: Whether to download the data set if it is missing.
 
     Raises:
-        ValueError: There is no such data set here.
-        FileNotFoundError: It is not below `root`, or cannot be downloaded.
+        ValueError: The name is not one of these.
+        FileNotFoundError: The data set is not in `root`, or cannot be downloaded.
     """
     if name not in _TORCHVISION:
         raise ValueError(f"no data set {name!r}: expected one of {', '.join(_TORCHVISION)}")
@@ -139,7 +151,7 @@ def from_torchvision(
         data: Any = factory(os.fspath(root), download=download, **chosen)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"torchvision:{name} cannot be had: {reason}") from error
+        raise FileNotFoundError(f"torchvision:{name} cannot be opened: {reason}") from error
     labels = np.asarray(getattr(data, "targets", getattr(data, "labels", None)), dtype=np.int64)
     classes = getattr(data, "classes", None) or map(str, range(int(labels.max()) + 1))
 
@@ -152,10 +164,13 @@ def from_torchvision(
 
 
 def from_digits(*, split: Split = "train") -> MemoryImages:
-    """Scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32; every fifth is val."""
+    """Open scikit-learn's 1,797 handwritten digits, enlarged from 8 x 8 to 32 x 32 pixels.
+
+    Every fifth image belongs to the split val.
+    """
     data: Any = importlib.import_module("sklearn.datasets").load_digits()
-    held = np.arange(len(data.target)) % _DIGITS_VAL_EVERY == 0
-    chosen = held if split == "val" else ~held
+    is_val = np.arange(len(data.target)) % _DIGITS_VAL_EVERY == 0
+    chosen = is_val if split == "val" else ~is_val
     grey = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)
 
     def get(i: int) -> Image.Image:
@@ -174,51 +189,52 @@ def open_images(
     split: Split = "train",
     download: bool = True,
 ) -> Images:
-    """Resolve what a person names: a folder, a list file, `torchvision:NAME`, `digits`, or one of
+    """Open a folder, a list file, `torchvision:NAME`, `digits`, or one of these layouts:
 
-    - `imagenet-val:TRUTH`, the flat folder `root`, TRUTH as in `catalogues.imagenet_val`;
-    - `imagenet-subset:LIST`, those images of the class folders in `root`;
-    - `inaturalist:JSON`, with `root` the folder of train_val2018;
-    - `voc2007:SPLIT`, with `root` the folder VOC2007; its many labels are not kept.
+    - `imagenet-val:TRUTH`: `root` is the flat folder of images; TRUTH as in
+      `pipelines.datasets.imagenet.imagenet_val`;
+    - `imagenet-subset:LIST`: `root` is the folder of class folders, LIST names the images to take;
+    - `inaturalist:JSON`: `root` is the folder of train_val2018;
+    - `voc2007:SPLIT`: `root` is the folder VOC2007. Its labels are dropped.
 
     Args:
-        source: The name. A folder or file of the name `digits` is written `./digits`.
-        root: As above; or the folder that a list's paths are relative to (None: the list's own), or
-            where torchvision keeps its data (None: `data`).
-        labelled: False drops the labels, and takes a folder's images wherever they lie.
-        split: For torchvision and digits; folders and lists are one split each.
-        download: Whether torchvision may fetch what is missing.
+        source: One of the above. For a folder or file named `digits`, write `./digits`.
+        root: As above. List files: the folder that paths are relative to (None: the folder of the
+            list). torchvision: the folder of its data (None: `data`).
+        labelled: False drops the labels, and takes all images below a folder.
+        split: For torchvision and digits only; a folder or list is one split.
+        download: Whether torchvision may download missing data.
 
     Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It exists, but is no data set.
+        FileNotFoundError: The data does not exist.
+        ValueError: The data exists but is not a data set, or `root` is missing.
     """
     found: Images
     kind, _, name = source.partition(":")
-    if kind in _CATALOGUES and name:
+    if kind in _LAYOUTS and name:
         if root is None:
-            raise ValueError(f"{source!r} needs a root: the folder of its images")
-        found = _CATALOGUES[kind](name, root)
+            raise ValueError(f"{source!r} needs a root: the folder of the images")
+        found = _LAYOUTS[kind](name, root)
     elif source.startswith("torchvision:"):
         found = from_torchvision(name, root=root or "data", split=split, download=download)
     elif source == "digits":
         found = from_digits(split=split)
     elif Path(source).is_dir():
         if root is not None:
-            raise IndexFormatError("a root goes with a list file, not with a folder")
+            raise IndexFormatError("root is for list files, not for folders")
         return SampleIndex.from_folder(source, labelled=labelled)
     elif Path(source).is_file():
         found = SampleIndex.from_list(source, root=root)
     else:
         raise FileNotFoundError(
-            f"{source!r} is no folder, list file, torchvision:NAME or digits, nor "
-            f"KIND:NAME with KIND one of {', '.join(_CATALOGUES)}"
+            f"{source!r} is not a folder, list file, torchvision:NAME, digits, or KIND:NAME with "
+            f"KIND one of {', '.join(_LAYOUTS)}"
         )
     return found if labelled else _unlabelled(found)
 
 
 def _unlabelled(images: Images) -> Images:
-    """The same images without labels."""
+    """Return the same images without labels."""
     labels = np.full(len(images), -1, np.int64)
     if isinstance(images, SampleIndex):
         return SampleIndex(images.root, images.blob, images.offsets, labels, ())

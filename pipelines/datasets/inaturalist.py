@@ -1,30 +1,31 @@
-"""iNaturalist competitions, from their COCO-style JSON."""
+"""iNaturalist competitions, read from their COCO-style JSON."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from pipelines.datasets.files import IndexFormatError, _folder, _json
+from pipelines.datasets.files import IndexFormatError, read_json, require_folder
 from pipelines.datasets.index import SampleIndex
 
 
 def inaturalist(
     annotations: str | os.PathLike[str], *, root: str | os.PathLike[str]
 ) -> SampleIndex:
-    """An iNaturalist competition's images, by its COCO-style train2018.json or val2018.json.
+    """Index the images of an iNaturalist competition.
 
     Args:
-        annotations: The JSON file.
-        root: The folder that holds train_val2018, or that folder: the names in the file begin with
-            it, and archives have been unpacked into a folder of that name as well.
+        annotations: The COCO-style JSON file, train2018.json or val2018.json.
+        root: The folder that contains train_val2018, or train_val2018 itself. Names in the file
+            start with train_val2018/, and some archives were unpacked into a folder of that name.
 
     Raises:
         FileNotFoundError: A file, folder or image is missing.
-        IndexFormatError: The file lacks a part, or an image has not exactly one category.
+        IndexFormatError: A part of the file is missing, or an image does not have exactly one
+            category.
     """
-    source, base = Path(annotations), _folder(root)
-    content = _json(source)
+    source, base = Path(annotations), require_folder(root)
+    content = read_json(source)
     try:
         names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
@@ -36,7 +37,7 @@ def inaturalist(
     if not names or len(pairs) != len(labels) or labels.keys() != names.keys():
         odd = sorted(labels.keys() ^ names.keys())[:1]
         where = f"image id {odd[0]}" if odd else f"{len(pairs)} annotations, {len(names)} images"
-        raise IndexFormatError(f"{source}: expected one annotation an image: {where}")
+        raise IndexFormatError(f"{source}: expected one annotation per image: {where}")
     if sorted(categories) != list(range(len(categories))):
         raise IndexFormatError(f"{source}: category ids are not 0..{len(categories) - 1}")
     unknown = next((image for image, label in labels.items() if label not in categories), None)

@@ -1,9 +1,9 @@
-"""PASCAL VOC's development kit, and data sets in its layout: boxes of objects, or masks.
+"""PASCAL VOC detection and segmentation, and other data sets in VOC's layout.
 
-A folder holds JPEGImages, Annotations with an XML file for every image, and lists of images in
-ImageSets/Main; for segmentation SegmentationClass and ImageSets/Segmentation. SBD's masks
-(Hariharan et al., ICCV 2011) lie beside them in SegmentationClassAug, as mmsegmentation's converter
-and other packages of them have it.
+A folder contains JPEGImages, Annotations with one XML file per image, and lists of images in
+ImageSets/Main. For segmentation it contains SegmentationClass and ImageSets/Segmentation. SBD's
+masks (Hariharan et al., ICCV 2011) are in SegmentationClassAug, where mmsegmentation's converter
+and other packages put them.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ from pipelines.datasets.annotations import (
     pack,
 )
 from pipelines.datasets.files import IndexFormatError
-from pipelines.datasets.index import EXTENSIONS
+from pipelines.datasets.listing import EXTENSIONS
 from pipelines.datasets.voc_classification import VOC_CLASSES
-from pipelines.imaging.decode import ImageError, image_size, reason
+from pipelines.imaging.decode import ImageError, describe_error, image_size
 
 _YEAR = re.compile(r"\d{4}")
 _CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
 _FIELDS = frozenset(("name", "difficult", *_CORNERS))
-_READERS = 16  # threads: files on a network are waited for, at the same time
+_READERS = 16  # threads, to overlap the latency of network file systems
 
 T = TypeVar("T")
 
 
-class Listed(NamedTuple):
-    """A line of a list of images."""
+class ListedImage(NamedTuple):
+    """One line of a list of images."""
 
-    place: str
+    location: str
     """file:line."""
     folder: Path
-    """The folder with JPEGImages."""
+    """The folder that contains JPEGImages."""
     stem: str
+    """File name of the image, without extension."""
     masks: str
     """Name of the folder of masks."""
 
 
 class XmlError(ValueError):
-    """A file is no annotation; the message says why, at which line."""
+    """A file is not a valid annotation. The message says why; `line` says where."""
 
     def __init__(self, line: int, what: str) -> None:
         super().__init__(what)
@@ -62,10 +63,10 @@ class XmlError(ValueError):
 
 
 Fields = dict[str, tuple[int, str]]
-"""Line and text of what is known about an object; "" is the object itself."""
+"""An object: line number and text by path of the XML element. The key "" is the object itself."""
 
 
-def boxes(
+def index_boxes(
     parts: str,
     root: str | os.PathLike[str],
     *,
@@ -73,22 +74,22 @@ def boxes(
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> ObjectSamples:
-    """Images with boxes.
+    """Index images with boxes.
 
-    A corner in the files counts from 1 and belongs to the object: a box is (xmin - 1, ymin - 1,
-    xmax, ymax), as in detectron2 (detectron2/data/datasets/pascal_voc.py). Sizes are those of the
-    images themselves: many tools write other ones into their XML.
+    Corners in the files count from 1 and are inclusive. A box is (xmin - 1, ymin - 1, xmax, ymax),
+    as in detectron2 (detectron2/data/datasets/pascal_voc.py). Sizes are read from the images: many
+    tools write other sizes into the XML.
 
     Args:
-        parts: DIR/LIST+..., as `DenseSpec.data` has it behind the colon.
-        root: the folder that DIR lies in.
-        problems: where wrong objects, and images without file or annotation, are counted.
-        classes: names; empty: VOC's.
-        limit: take the first so many lines.
+        parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
+        root: The folder that contains DIR.
+        problems: Counts wrong objects, and images whose file or annotation is missing.
+        classes: Class names. Empty: VOC's.
+        limit: Number of lines to take. None: all.
 
     Raises:
-        FileNotFoundError: a folder or list is missing.
-        ValueError: a list is wrong, no image is left, or there are too many problems.
+        FileNotFoundError: A folder or list is missing.
+        ValueError: A list is malformed, no image is left, or there are too many problems.
     """
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
@@ -96,13 +97,13 @@ def boxes(
     listed = _listed(parts, Path(root), "Main", limit)
     files = _image_files(listed)
 
-    def read(one: Listed) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
+    def read(one: ListedImage) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
         return _size(files[one.folder].get(one.stem)), _annotation(one)
 
     for one, (size, entries) in _in_threads(read, listed):
         annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
         if isinstance(size, str):
-            problems.add(one.place, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            problems.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
         elif isinstance(entries, XmlError):
             problems.add(f"{annotation}:{entries.line}", str(entries))
         else:
@@ -119,7 +120,7 @@ def boxes(
     return ObjectSamples(names, images, found)
 
 
-def masks(
+def index_masks(
     parts: str,
     root: str | os.PathLike[str],
     *,
@@ -127,10 +128,21 @@ def masks(
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> MaskSamples:
-    """Images with masks: class 0 is the background, then come the classes.
+    """Index images with masks. Class 0 is the background, followed by the classes.
 
-    Masks of lists with `aug` in their names come from SegmentationClassAug, which has those of
-    VOC's own lists as well, all others from SegmentationClass. Arguments and errors as `boxes`.
+    For lists with `aug` in their names, masks are read from SegmentationClassAug, which includes
+    those of VOC's own lists. For all other lists, they are read from SegmentationClass.
+
+    Args:
+        parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
+        root: The folder that contains DIR.
+        problems: Counts images that are unreadable or have no mask.
+        classes: Class names without the background. Empty: VOC's.
+        limit: Number of lines to take. None: all.
+
+    Raises:
+        FileNotFoundError: A folder or list is missing.
+        ValueError: A list is malformed, no image is left, or there are too many problems.
     """
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
@@ -140,9 +152,9 @@ def masks(
     for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
         mask = one.folder / one.masks / f"{one.stem}.png"
         if isinstance(size, str):
-            problems.add(one.place, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            problems.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
         elif not mask.is_file():
-            problems.add(one.place, f"{mask}: a file that does not exist")
+            problems.add(one.location, f"{mask}: a file that does not exist")
         else:
             images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
             paths.append(str(mask))
@@ -154,11 +166,11 @@ def masks(
 
 
 def read_xml(data: bytes) -> list[Fields]:
-    """The objects of an annotation, each with the lines of what it says.
+    """Parse the objects of an annotation file.
 
     Raises:
-        XmlError: damaged, no annotation, or with a document type, whose entities could make
-            gigabytes of a small file.
+        XmlError: The file is damaged, is not an annotation, or declares a document type, whose
+            entities could expand a small file to gigabytes.
     """
     parser = expat.ParserCreate()
     path: list[str] = []
@@ -184,20 +196,22 @@ def read_xml(data: bytes) -> list[Fields]:
         text.clear()
 
     def refuse(*_declaration: object) -> None:
-        raise XmlError(parser.CurrentLineNumber, "a document type declaration, which is refused")
+        raise XmlError(parser.CurrentLineNumber, "document type declarations are not allowed")
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, refuse
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
-        raise XmlError(error.lineno, f"no XML: {expat.errors.messages[error.code]}") from error
+        raise XmlError(
+            error.lineno, f"not valid XML: {expat.errors.messages[error.code]}"
+        ) from error
     return found
 
 
-def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed]:
-    """The lines of all lists, the first `limit` ones."""
-    found: list[Listed] = []
+def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[ListedImage]:
+    """Read the first `limit` lines of all lists together."""
+    found: list[ListedImage] = []
     seen: dict[str, str] = {}
     for part in parts.split("+"):
         folder, _, name = part.rpartition("/")
@@ -209,22 +223,26 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
             raise FileNotFoundError(f"{str(source)!r} does not exist")
         where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
         for number, line in enumerate(source.read_text("utf-8", "replace").splitlines(), 1):
-            stem, place = line.strip(), f"{source}:{number}"
+            stem, location = line.strip(), f"{source}:{number}"
             if not stem:
                 continue
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
-                raise IndexFormatError(f"{place}: expected an image's name, found {line[:200]!r}")
+                raise IndexFormatError(
+                    f"{location}: expected an image's name, found {line[:200]!r}"
+                )
             if stem in seen:
-                raise IndexFormatError(f"{place}: {stem!r} comes twice, also in {seen[stem]}")
-            seen[stem] = place
-            found.append(Listed(place, base, stem, where))
+                raise IndexFormatError(
+                    f"{location}: {stem!r} is listed twice, first in {seen[stem]}"
+                )
+            seen[stem] = location
+            found.append(ListedImage(location, base, stem, where))
     if not found:
         raise IndexFormatError(f"{parts}: the lists name no images")
     return found[:limit]
 
 
-def _image_files(listed: Sequence[Listed]) -> dict[Path, dict[str, str]]:
-    """Paths of images by folder and stem."""
+def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
+    """List the paths of images, by folder and stem."""
     found: dict[Path, dict[str, str]] = {}
     for base in {one.folder for one in listed}:
         folder = base / "JPEGImages"
@@ -239,34 +257,38 @@ def _image_files(listed: Sequence[Listed]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _in_threads(work: Callable[[Listed], T], listed: list[Listed]) -> Iterator[tuple[Listed, T]]:
+def _in_threads(
+    work: Callable[[ListedImage], T], listed: list[ListedImage]
+) -> Iterator[tuple[ListedImage, T]]:
+    """Yield each listed image with the result of `work`, in order."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
         yield from zip(listed, pool.map(work, listed), strict=True)
 
 
 def _size(path: str | None) -> tuple[int, int] | str:
-    """Height and width of an image, or why there are none."""
+    """Return height and width of an image, or the reason why it cannot be read."""
     if path is None:
         return "no such image"
     try:
         return image_size(path)
     except (OSError, ImageError) as error:
-        return reason(error)
+        return describe_error(error)
 
 
-def _annotation(one: Listed) -> list[Fields] | XmlError:
+def _annotation(one: ListedImage) -> list[Fields] | XmlError:
+    """Return the objects of an image, or the error."""
     try:
         return read_xml((one.folder / "Annotations" / f"{one.stem}.xml").read_bytes())
     except XmlError as error:
         return error
     except OSError as error:
-        return XmlError(0, reason(error))
+        return XmlError(0, describe_error(error))
 
 
 def _object(
     entry: Fields, classes: Sequence[str], height: int, width: int
 ) -> tuple[tuple[float, float, float, float], int, bool, bool]:
-    """Box, label, difficult and crowd."""
+    """Return box, label, difficult and crowd of an object."""
     at = entry[""][0]
     line, name = entry.get("name", (at, ""))
     if name not in classes:

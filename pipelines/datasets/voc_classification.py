@@ -1,4 +1,4 @@
-"""VOC2007 classification: several labels per image."""
+"""VOC2007 classification: any number of labels per image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.datasets.files import IndexFormatError, _folder, _lines
+from pipelines.datasets.files import IndexFormatError, read_lines, require_folder
 from pipelines.datasets.index import SampleIndex
 
 VOC_CLASSES = (
@@ -16,23 +16,23 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-"""VOC2007's classes, in the order of their files' names."""
+"""The classes of VOC2007, in alphabetical order."""
 
 
 @dataclass(frozen=True, eq=False)
-class MultiLabelled:
-    """Images that each have any number of classes."""
+class MultiLabelIndex:
+    """Images with any number of labels each."""
 
     images: SampleIndex
-    """The images; their own labels are -1."""
+    """The images. `images.labels` is -1 for all of them."""
     targets: npt.NDArray[np.int8]
-    """(N, C): 1 present, -1 absent, 0 present but difficult."""
+    """int8 (N, C): 1 present, -1 absent, 0 present but difficult."""
     classes: tuple[str, ...]
-    """(C,): names of the columns."""
+    """C names, one per column of `targets`."""
 
 
-def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
-    """VOC2007's classification task.
+def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelIndex:
+    """Read images and labels of the VOC2007 classification task.
 
     Args:
         root: The folder VOCdevkit/VOC2007.
@@ -40,29 +40,31 @@ def voc2007(root: str | os.PathLike[str], *, split: str) -> MultiLabelled:
 
     Raises:
         FileNotFoundError: A file, folder or image is missing.
-        IndexFormatError: A line is wrong, or the classes' files name different images.
+        IndexFormatError: A line is malformed, or the files of the classes name different images.
     """
-    base = _folder(root)
+    base = require_folder(root)
     columns: list[list[int]] = []
     listed: list[str] = []
-    places: list[str] = []
+    locations: list[str] = []
     for name in VOC_CLASSES:
         source = base / "ImageSets" / "Main" / f"{name}_{split}.txt"
         column: list[int] = []
-        for row, (place, line) in enumerate(_lines(source)):
+        for row, (location, line) in enumerate(read_lines(source)):
             entry, _, value = line.partition(" ")
             if value.strip() not in ("-1", "0", "1"):
-                raise IndexFormatError(f"{place}: expected `image -1|0|1`, found {line[:200]!r}")
+                raise IndexFormatError(f"{location}: expected `image -1|0|1`, found {line[:200]!r}")
             if not columns:
                 listed.append(entry)
-                places.append(place)
+                locations.append(location)
             elif row >= len(listed) or listed[row] != entry:
-                raise IndexFormatError(f"{place}: {entry!r} is not the image of other classes")
+                raise IndexFormatError(
+                    f"{location}: {entry!r} is not the image in this line of other classes"
+                )
             column.append(int(value))
         if len(column) != len(listed):
             raise IndexFormatError(f"{source}: {len(column)} lines, expected {len(listed)}")
         columns.append(column)
     names = [f"JPEGImages/{entry}.jpg" for entry in listed]
     images = SampleIndex.from_names(base, names, [-1] * len(names), ())
-    images.require_files(places.__getitem__)
-    return MultiLabelled(images, np.array(columns, np.int8).T.copy(), VOC_CLASSES)
+    images.require_files(locations.__getitem__)
+    return MultiLabelIndex(images, np.array(columns, np.int8).T.copy(), VOC_CLASSES)

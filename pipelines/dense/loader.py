@@ -1,7 +1,7 @@
-"""Batches for detection and segmentation.
+"""Data loader for detection and segmentation.
 
-Threads decode, resize and crop, each image as soon as a thread is free; uint8 goes to the device,
-which normalises. Batches are begun before they are asked for, in training across epochs.
+Threads decode, resize and crop single images. The device receives uint8 and normalises it. Batches
+are loaded ahead; in training also across epochs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pipelines.batch import DTYPES
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
 from pipelines.dense.batch import DenseBatch, Target
-from pipelines.dense.order import EndlessOrder, Places, SinglePassOrder, by_shape
+from pipelines.dense.order import BatchIndices, EndlessOrder, SinglePassOrder, by_shape
 from pipelines.dense.samples import (
     LoadedSample,
     SampleSlot,
     load_sample,
     open_dense_samples,
-    trained_on,
+    training_indices,
 )
 from pipelines.dense.spec import DenseSpec, RatioCrop
 from pipelines.dense.transforms import ResizePlan
@@ -41,14 +41,14 @@ from pipelines.spec import Precision, Shard
 
 log = logging.getLogger(__name__)
 
-_AHEAD = 2  # batches in work beside the one that is due
-_PATIENCE = 5.0  # seconds in which threads must end
+_AHEAD = 2  # batches loaded ahead of the next one to yield
+_CLOSE_TIMEOUT_SECONDS = 5.0  # seconds to wait for threads to end
 
 
-class _Work(NamedTuple):
-    """A batch that the threads have been given."""
+class _PendingBatch(NamedTuple):
+    """A batch submitted to the threads."""
 
-    places: Places
+    rows: BatchIndices
     plans: list[ResizePlan]
     images: torch.Tensor
     """uint8 (B, H, W, 3)."""
@@ -58,7 +58,10 @@ class _Work(NamedTuple):
 
 
 class DenseLoader:
-    """Batches of one data set on the device. Contract: see rotpred.training.loader_interface.Feed."""
+    """Loader of batches on the device, of images of variable size with boxes or masks.
+
+    Implements `rotpred.training.loader_interface.TrainingLoader`.
+    """
 
     engine = "dense"
 
@@ -81,9 +84,9 @@ class DenseLoader:
         self._scale = 1 / torch.tensor(spec.normalize.std, device=device).view(1, 3, 1, 1)
         self._order: EndlessOrder | SinglePassOrder
         if spec.train:
-            chosen = trained_on(samples, spec)
+            chosen = training_indices(samples, spec)
             one_size = isinstance(spec.geometry, RatioCrop)
-            groups = (chosen,) if one_size else _at(chosen, by_shape(samples.sizes[chosen]))
+            groups = (chosen,) if one_size else _select(chosen, by_shape(samples.sizes[chosen]))
             self._order = EndlessOrder(groups, spec.batch_size, shard, spec.seed)
             self._steps = spec.steps_per_epoch or max(
                 len(chosen) // (spec.batch_size * shard.world), 1
@@ -92,54 +95,59 @@ class DenseLoader:
             self._order = SinglePassOrder(len(samples), spec.batch_size, shard)
             self._steps = self._order.steps
         self._next = 0
-        self._begun: deque[_Work] = deque()
-        self._runners = _runners(
+        self._pending: deque[_PendingBatch] = deque()
+        self._workers = _workers(
             spec.workers or max(len(os.sched_getaffinity(0)) // shard.local_world, 1)
         )
-        self._turns = itertools.cycle(self._runners)
+        self._turns = itertools.cycle(self._workers)
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
         return self._steps
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[DenseBatch, None, None]:
-        """The batches of an epoch, from a step on: a pure function of both, and of the spec.
+        """Yield the batches of an epoch, starting at a step: a pure function of both and the spec.
+
+        Args:
+            epoch: Counted from 0.
+            start_step: Number of steps to skip. Their images are not read.
 
         Raises:
-            ImageError: an image or mask is damaged, or of another size than its data set says.
-            TimeoutError: no batch within the spec's timeout.
+            ImageError: An image or mask is damaged, or its size differs from its annotation.
+            TimeoutError: There was no batch within the spec's timeout.
+            ValueError: `start_step` is not in the epoch.
         """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} is not in an epoch of {len(self)} steps")
         first = epoch * len(self) if self.spec.train else 0
         for step in range(first + start_step, first + len(self)):
             if self._next != step:
-                self._drop()
+                self._cancel()
                 self._next = step
-            while len(self._begun) <= _AHEAD:
-                following = step + len(self._begun)
+            while len(self._pending) <= _AHEAD:
+                following = step + len(self._pending)
                 if not self.spec.train and following >= len(self):
                     break
-                self._begun.append(self._begin(self._order.at(following)))
-            work = self._begun.popleft()
+                self._pending.append(self._submit(self._order.at(following)))
+            work = self._pending.popleft()
             self._next += 1
             begin = time.perf_counter()
             with record_function("data wait"):
-                made = self._wait(work)
+                loaded = self._wait(work)
             self.wait_seconds += time.perf_counter() - begin
-            self._count(work, made)
+            self._count(work, loaded)
             with record_function("device"):
-                batch = self._batch(work, made)
+                batch = self._batch(work, loaded)
             yield batch
 
     def close(self) -> None:
-        """End the threads; one that is stuck ends with the process."""
-        self._drop()
-        end = time.monotonic() + _PATIENCE
-        ended = [runner.close(max(end - time.monotonic(), 0)) for runner in self._runners]
-        self._runners = []
+        """End the threads. A stuck thread ends with the process."""
+        self._cancel()
+        end = time.monotonic() + _CLOSE_TIMEOUT_SECONDS
+        ended = [worker.close(max(end - time.monotonic(), 0)) for worker in self._workers]
+        self._workers = []
         if not all(ended):
-            log.warning("%d loading threads are stuck and left behind", ended.count(False))
+            log.warning("%d loading threads are stuck and were abandoned", ended.count(False))
 
     def __enter__(self) -> DenseLoader:
         return self
@@ -147,22 +155,22 @@ class DenseLoader:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _drop(self) -> None:
-        """Forget what the threads were given."""
-        for work in self._begun:
+    def _cancel(self) -> None:
+        """Cancel all submitted batches."""
+        for work in self._pending:
             for future in work.futures:
                 future.cancel()
-        self._begun.clear()
+        self._pending.clear()
 
-    def _begin(self, places: Places) -> _Work:
-        """Give a batch to the threads."""
-        if not self._runners:
+    def _submit(self, rows: BatchIndices) -> _PendingBatch:
+        """Submit a batch to the threads."""
+        if not self._workers:
             raise RuntimeError("the loader is closed")
         spec, pin = self.spec, self._device.type == "cuda"
-        draws = transforms.draws(spec, places.passes, places.indices)
+        draws = transforms.draw_uniforms(spec, rows.passes, rows.indices)
         plans = [
-            transforms.place(spec, draw, *map(int, self.samples.sizes[i]))
-            for i, draw in zip(places.indices, draws, strict=True)
+            transforms.plan_resize(spec, draw, *map(int, self.samples.sizes[i]))
+            for i, draw in zip(rows.indices, draws, strict=True)
         ]
         sizes = [plan.size for plan in plans]
         if isinstance(spec.geometry, RatioCrop):
@@ -175,60 +183,60 @@ class DenseLoader:
         masks = None
         if spec.train and self.samples.kind == "masks":
             masks = torch.full(shape, IGNORED, dtype=torch.uint8, pin_memory=pin)
-        work = _Work(places, plans, images, masks, [])
+        work = _PendingBatch(rows, plans, images, masks, [])
         for row in range(len(plans)):
-            runner = next(self._turns)
-            room = SampleSlot(images[row], None if masks is None else masks[row])
+            worker = next(self._turns)
+            slot = SampleSlot(images[row], None if masks is None else masks[row])
             job = partial(
                 load_sample,
                 self.samples,
                 spec,
-                int(places.indices[row]),
+                int(rows.indices[row]),
                 plans[row],
                 draws[row],
-                room,
+                slot,
             )
-            work.futures.append(runner.submit(job))
+            work.futures.append(worker.submit(job))
         return work
 
-    def _wait(self, work: _Work) -> list[LoadedSample]:
-        """What the threads made of a batch."""
+    def _wait(self, work: _PendingBatch) -> list[LoadedSample]:
+        """Wait for a batch; returns one result per image."""
         end = time.monotonic() + self.spec.timeout
-        made = []
-        for i, future in zip(work.places.indices, work.futures, strict=True):
+        loaded = []
+        for i, future in zip(work.rows.indices, work.futures, strict=True):
             try:
-                made.append(future.result(max(end - time.monotonic(), 0)))
+                loaded.append(future.result(max(end - time.monotonic(), 0)))
             except TimeoutError as error:
-                if future.done():  # the image's own error
+                if future.done():  # raised by loading the image itself
                     raise
                 raise TimeoutError(
                     f"{self.samples.path(int(i))}: not loaded within {self.spec.timeout:g} s"
                 ) from error
-        return made
+        return loaded
 
-    def _count(self, work: _Work, made: Sequence[LoadedSample]) -> None:
-        indices, passes, valid = work.places
-        rows = [
+    def _count(self, work: _PendingBatch, loaded: Sequence[LoadedSample]) -> None:
+        indices, passes, valid = work.rows
+        boxes = [
             (number, plan.height, plan.width, plan.flip, *one.corner)
-            for number, plan, one in zip(passes, work.plans, made, strict=True)
+            for number, plan, one in zip(passes, work.plans, loaded, strict=True)
         ]
-        served = digest64(0, indices[valid], np.array(rows, np.int32)[valid])
-        self.digest = (self.digest + served) % (1 << 64)
+        batch_digest = digest64(0, indices[valid], np.array(boxes, np.int32)[valid])
+        self.digest = (self.digest + batch_digest) % (1 << 64)
 
-    def _batch(self, work: _Work, made: Sequence[LoadedSample]) -> DenseBatch:
-        """Normalise on the device."""
-        indices, _, valid = work.places
-        x = self._move(work.images).permute(0, 3, 1, 2).float()  # channels_last, as NHWC memory is
+    def _batch(self, work: _PendingBatch, loaded: Sequence[LoadedSample]) -> DenseBatch:
+        """Move a batch to the device and normalise it."""
+        indices, _, valid = work.rows
+        x = self._move(work.images).permute(0, 3, 1, 2).float()  # channels_last: the memory is NHWC
         x.sub_(self._mean).mul_(self._scale)
-        for row, (height, width) in zip(x, (one.size for one in made), strict=True):
+        for row, (height, width) in zip(x, (one.size for one in loaded), strict=True):
             row[:, height:], row[:, :, width:] = 0, 0
         return DenseBatch(
             x.to(self._dtype),
-            torch.tensor([one.size for one in made]),
+            torch.tensor([one.size for one in loaded]),
             torch.from_numpy(self.samples.sizes[indices]),
             torch.from_numpy(indices),
             torch.from_numpy(valid),
-            [self._target(one.target) for one in made if one.target is not None],
+            [self._target(one.target) for one in loaded if one.target is not None],
             None if work.masks is None else self._move(work.masks).long(),
         )
 
@@ -251,9 +259,15 @@ def open_dense(
 ) -> DenseLoader:
     """Open the data set that a spec names.
 
+    Args:
+        spec: Data set and options.
+        shard: The part of each global batch to load. None: all of it.
+        device: Device of the batches.
+        precision: Type of the emitted images.
+
     Raises:
-        FileNotFoundError: a folder, list or file is missing.
-        ValueError: the spec, a list or an annotation is wrong; in words, with file and line.
+        FileNotFoundError: A folder, list or file does not exist.
+        ValueError: The spec, a list or an annotation is invalid. Names file and line.
     """
     return DenseLoader(
         open_dense_samples(spec),
@@ -264,21 +278,21 @@ def open_dense(
     )
 
 
-def _at(chosen: Int64, groups: Sequence[Int64]) -> tuple[Int64, ...]:
+def _select(chosen: Int64, groups: Sequence[Int64]) -> tuple[Int64, ...]:
     return tuple(chosen[group] for group in groups)
 
 
-def _runners(count: int) -> list[DaemonWorker]:
-    """Threads in which torch uses one core each: a team for each of ours would be count squared."""
-    runners, cores = [DaemonWorker(f"dense-{i}") for i in range(count)], torch.get_num_threads()
+def _workers(count: int) -> list[DaemonWorker]:
+    """Start threads in which torch uses one core each. By default each would use all cores."""
+    workers, cores = [DaemonWorker(f"dense-{i}") for i in range(count)], torch.get_num_threads()
     try:
-        for ready in [runner.submit(_one_core) for runner in runners]:
-            ready.result(_PATIENCE)
+        for ready in [worker.submit(_one_core) for worker in workers]:
+            ready.result(_CLOSE_TIMEOUT_SECONDS)
     finally:
-        torch.set_num_threads(cores)  # the number for threads to come; each of those keeps its own
-    return runners
+        torch.set_num_threads(cores)  # for other threads; the new ones keep their own number
+    return workers
 
 
 def _one_core() -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # from now on this thread has its number
+    torch.get_num_threads()  # fixes the number for this thread

@@ -1,9 +1,9 @@
-"""Which images of variable size, in which order, on which rank.
+"""Order of images of variable size, for each rank.
 
-Pure functions of the data set, the seed and the step, like `pipelines.sampling.order`. In training, lying
-and standing images come in batches of their own, as in torchvision's and detectron2's references,
-for which less is padded. Groups take turns in proportion to their sizes, so that all images come
-equally often. A batch over all ranks is of one group: it does not depend on their number.
+Pure functions of the data set, the seed and the step, like `pipelines.sampling.order`. In training,
+landscape and portrait images form separate batches, as in torchvision's and detectron2's reference
+code, which reduces padding. Groups alternate in proportion to their sizes, so that all images are
+used equally often. A global batch is from one group: it does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from pipelines.sampling.order import permutation
 from pipelines.spec import Shard
 
 
-class Places(NamedTuple):
-    """A batch of one rank."""
+class BatchIndices(NamedTuple):
+    """Images of a batch of one rank."""
 
     indices: Int64
-    """(B,): images."""
+    """(B,): positions in the data set."""
     passes: Int64
-    """(B,): how often each has come before in training; 0 in evaluation."""
+    """(B,): earlier passes over the group of each image in training; 0 in evaluation."""
     valid: npt.NDArray[np.bool_]
     """(B,): False for padding."""
 
 
 def by_shape(sizes: Int64) -> tuple[Int64, ...]:
-    """Lying and square images, then standing ones; groups without images are left out.
+    """Group images: landscape and square ones, then portrait ones. Omits empty groups.
 
     Args:
         sizes: int64 (N, 2), heights and widths.
 
     Returns:
-        int64 positions, rising, of each group.
+        For each group int64 (n,), ascending positions.
     """
-    standing = sizes[:, 0] > sizes[:, 1]
-    groups = (np.flatnonzero(~standing), np.flatnonzero(standing))
+    portrait = sizes[:, 0] > sizes[:, 1]
+    groups = (np.flatnonzero(~portrait), np.flatnonzero(portrait))
     return tuple(group.astype(np.int64) for group in groups if len(group))
 
 
 @dataclass(frozen=True)
 class EndlessOrder:
-    """Training: one batch after the other, for ever."""
+    """Order of training: an endless sequence of batches."""
 
     groups: tuple[Int64, ...]
-    """Images that may share a batch; one or two groups."""
+    """Positions of images that may share a batch, int64 (n,) each; one or two groups."""
     batch_size: int
-    """On one rank."""
+    """Images per batch and rank."""
     shard: Shard
     seed: int
 
-    def at(self, step: int) -> Places:
-        """The batch of a step, counted over all epochs.
+    def at(self, step: int) -> BatchIndices:
+        """Return the batch of a step, counted over all epochs.
 
-        A group's images come in a new permutation in each pass over it; a batch may hold the end
-        of one and the begin of the next.
+        Each pass over a group has a new permutation. A batch may contain the end of one pass and
+        the start of the next.
         """
-        group, turn = self._turn(step)
+        group, turn = self._group_of_step(step)
         chosen = self.groups[group]
         first = (turn * self.shard.world + self.shard.rank) * self.batch_size
         passes, rows = np.divmod(first + np.arange(self.batch_size), len(chosen))
@@ -71,10 +71,10 @@ class EndlessOrder:
             epoch = int(number) * len(self.groups) + group
             order = permutation(len(chosen), seed=self.seed, epoch=epoch, at=rows[here])
             indices[here] = chosen[order]
-        return Places(indices, passes, np.ones(self.batch_size, bool))
+        return BatchIndices(indices, passes, np.ones(self.batch_size, bool))
 
-    def _turn(self, step: int) -> tuple[int, int]:
-        """The group of a step, and how many steps before it were of that group."""
+    def _group_of_step(self, step: int) -> tuple[int, int]:
+        """Return the group of a step, and the number of earlier steps of that group."""
         if len(self.groups) == 1:
             return 0, step
         second, total = len(self.groups[1]), sum(map(len, self.groups))
@@ -86,7 +86,7 @@ class EndlessOrder:
 
 @dataclass(frozen=True)
 class SinglePassOrder:
-    """Evaluation: every image once, in order."""
+    """Order of evaluation: every image once, in the order of the data set."""
 
     n: int
     batch_size: int
@@ -94,12 +94,12 @@ class SinglePassOrder:
 
     @property
     def steps(self) -> int:
-        """The same on every rank."""
+        """Number of steps, the same on every rank."""
         return -(-self.n // (self.batch_size * self.shard.world))
 
-    def at(self, step: int) -> Places:
-        """The batch of a step; the last image again, not valid, where there is none."""
+    def at(self, step: int) -> BatchIndices:
+        """Return the batch of a step. Padding repeats the last image and is not valid."""
         first = (step * self.shard.world + self.shard.rank) * self.batch_size
         indices = first + np.arange(self.batch_size, dtype=np.int64)
         valid = indices < self.n
-        return Places(np.minimum(indices, self.n - 1), np.zeros_like(indices), valid)
+        return BatchIndices(np.minimum(indices, self.n - 1), np.zeros_like(indices), valid)

@@ -1,4 +1,4 @@
-"""One image of a batch, from its file to pixels and targets; and which images there are."""
+"""Opening of data sets for detection and segmentation, and loading of single samples."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ log = logging.getLogger(__name__)
 
 
 class SampleSlot(NamedTuple):
-    """An image's part of a batch, to be written to."""
+    """The part of a batch that one sample is written to."""
 
     image: torch.Tensor
     """uint8 (H, W, 3)."""
     mask: torch.Tensor | None
-    """uint8 (H, W), in training on masks."""
+    """uint8 (H, W), when training on masks."""
 
 
 class LoadedSample(NamedTuple):
-    """What a thread tells of an image, beside its pixels."""
+    """What a thread returns besides the pixels it wrote."""
 
     size: tuple[int, int]
+    """Height and width of the image, without padding."""
     corner: tuple[int, int]
     """Top and left of the crop."""
     target: Target | None
+    """When training on objects."""
 
 
 def load_sample(
@@ -47,43 +49,43 @@ def load_sample(
     i: int,
     plan: ResizePlan,
     draw: Float64,
-    room: SampleSlot,
+    slot: SampleSlot,
 ) -> LoadedSample:
-    """Load an image, in a thread.
+    """Load a sample. Thread-safe.
 
     Args:
-        samples: the data set.
-        spec: how.
-        i: which one.
-        plan: what is done to it.
-        draw: float64 (count,), its random numbers (`joint.draws`).
-        room: where the pixels go, at the top left.
+        samples: The data set.
+        spec: Options.
+        i: Position of the sample.
+        plan: How to resize and crop it.
+        draw: float64 (count,), random numbers of the sample (`transforms.draw_uniforms`).
+        slot: Output, written at the top left.
 
     Raises:
-        ImageError: the image or its mask is damaged, or not of the size that is known of it.
+        ImageError: The image or its mask is damaged, or its size differs from its annotation.
     """
     scene = Scene(_image(samples, i))
     labels, top, left = None, 0, 0
     if spec.train and samples.kind == "objects":
-        objects = kept(samples.objects(i), spec)
+        objects = training_objects(samples.objects(i), spec)
         labels = torch.from_numpy(objects.labels + 1)
         scene = _with_objects(scene, objects, outlined=samples.outlined and spec.masks)
     elif spec.train:
         scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
-    scene = transforms.resized(scene, plan)
+    scene = transforms.resize_scene(scene, plan)
     if isinstance(spec.geometry, RatioCrop):
         assert scene.masks is not None
-        top, left = transforms.corner(scene.masks[0].numpy(), spec.geometry, draw)
-        scene = transforms.cut(scene, top, left, spec.geometry.size)
+        top, left = transforms.choose_corner(scene.masks[0].numpy(), spec.geometry, draw)
+        scene = transforms.crop_scene(scene, top, left, spec.geometry.size)
     image = scene.image.as_subclass(torch.Tensor)
     if spec.train and spec.photometric:
         image = transforms.distort(image, draw)
     height, width = plan.size
-    np.copyto(room.image[:height, :width].numpy(), image.permute(1, 2, 0).numpy())
-    if room.mask is not None:
+    np.copyto(slot.image[:height, :width].numpy(), image.permute(1, 2, 0).numpy())
+    if slot.mask is not None:
         assert scene.masks is not None
-        np.copyto(room.mask[:height, :width].numpy(), scene.masks[0].numpy())
-    pin = room.image.is_pinned()
+        np.copyto(slot.mask[:height, :width].numpy(), scene.masks[0].numpy())
+    pin = slot.image.is_pinned()
     return LoadedSample(
         plan.size, (top, left), None if labels is None else _target(scene, labels, pin)
     )
@@ -104,33 +106,40 @@ def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
 
 
 def open_dense_samples(spec: DenseSpec) -> DenseSamples:
-    """The data set that a spec names, without any thread. Errors as `open_dense`."""
+    """Open the data set that a spec names. Starts no threads.
+
+    Raises:
+        FileNotFoundError: A folder, list or file does not exist.
+        ValueError: The spec, a list or an annotation is invalid. Names file and line.
+    """
     kind, _, parts = spec.data.partition(":")
     problems = Problems(spec.max_undecodable)
     if spec.classes and kind not in ("voc", "vocseg"):
         raise ValueError(f"{spec.data}: classes are for voc and vocseg data")
     if not spec.masks and kind in ("vocseg", "cityscapes"):
-        raise ValueError(f"{spec.data}: masks are all that there is to learn: leave them on")
+        raise ValueError(f"{spec.data}: masks=False leaves nothing to learn")
     match kind:
         case "voc" | "vocseg":
-            read = voc.boxes if kind == "voc" else voc.masks
+            read = voc.index_boxes if kind == "voc" else voc.index_masks
             return read(
                 parts, spec.root, problems=problems, classes=spec.classes, limit=spec.max_samples
             )
         case "coco":
-            return coco.objects(parts, spec.root, problems=problems, limit=spec.max_samples)
+            return coco.index_objects(parts, spec.root, problems=problems, limit=spec.max_samples)
         case "cityscapes":
-            return cityscapes.masks(parts, spec.root, problems=problems, limit=spec.max_samples)
+            return cityscapes.index_masks(
+                parts, spec.root, problems=problems, limit=spec.max_samples
+            )
     raise ValueError(
         f"data {spec.data!r}: expected voc:DIR/LIST, vocseg:DIR/LIST, coco:NAME or cityscapes:SPLIT"
     )
 
 
-def trained_on(samples: DenseSamples, spec: DenseSpec) -> Int64:
-    """Positions of the images with something to learn from, rising.
+def training_indices(samples: DenseSamples, spec: DenseSpec) -> Int64:
+    """Return the positions of images that can be trained on, int64 (n,), ascending.
 
     Raises:
-        ValueError: there are none.
+        ValueError: There are none.
     """
     chosen = [
         i
@@ -139,18 +148,18 @@ def trained_on(samples: DenseSamples, spec: DenseSpec) -> Int64:
         and (
             samples.kind == "masks"
             or spec.keep_empty
-            or len(kept(samples.objects(i), spec).labels) > 0
+            or len(training_objects(samples.objects(i), spec).labels) > 0
         )
     ]
     if not chosen:
         raise ValueError(f"{spec.data}: no image has a box to train on")
     if len(chosen) < len(samples):
-        log.info("%s: %d of %d images are trained on", spec.data, len(chosen), len(samples))
+        log.info("%s: training on %d of %d images", spec.data, len(chosen), len(samples))
     return np.array(chosen, np.int64)
 
 
-def kept(objects: Objects, spec: DenseSpec) -> Objects:
-    """The objects that are trained on: no crowds, and difficult ones if the spec says so."""
+def training_objects(objects: Objects, spec: DenseSpec) -> Objects:
+    """Return the objects to train on: no crowds, and difficult ones only if the spec allows."""
     keep = ~objects.crowd
     if not spec.keep_difficult:
         keep &= ~objects.difficult
@@ -181,13 +190,13 @@ def _image(samples: DenseSamples, i: int) -> tv_tensors.Image:
 
 
 def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
-    """The image with boxes, and with masks where outlines are there and wanted."""
+    """Add boxes to a scene, and masks if `outlined`."""
     height, width = scene.image.shape[1:]
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)
     )
     masks = None
     if outlined:
-        pixels = coco.rasterised(objects.outlines, height, width)
+        pixels = coco.rasterize(objects.outlines, height, width)
         masks = tv_tensors.Mask(torch.from_numpy(pixels))
     return Scene(scene.image, boxes, masks)

@@ -1,6 +1,6 @@
-"""What to load for detection and segmentation, and the batches that come of it.
+"""Options of the data loader for detection and segmentation.
 
-The counterpart of `spec` and `batch` for images of variable size with boxes or masks.
+The counterpart of `pipelines.spec` for images of variable size with boxes or masks.
 """
 
 from __future__ import annotations
@@ -12,42 +12,46 @@ from pipelines.spec import IMAGENET, Normalize
 
 @dataclass(frozen=True)
 class ShortSide:
-    """The short side is resized to one of some lengths, the long one follows; for detection."""
+    """Resize the short side to one of several lengths, keeping the aspect ratio; for detection."""
 
     lengths: tuple[int, ...] = (800,)
-    """In pixels; one is drawn for every sample."""
+    """Lengths in pixels. One is drawn per sample."""
     longest: int = 1333
-    """Pixels that the long side may have; a longer one shrinks the image further."""
+    """Largest long side in pixels. A longer one shrinks the image further."""
 
 
 @dataclass(frozen=True)
 class FitWithin:
-    """The image is resized, in its own ratio, to the largest that lies within a frame.
+    """Resize the image to the largest size that fits a frame, keeping the aspect ratio.
 
-    The frame lies along the image: its long side along the image's.
+    The frame has the orientation of the image.
     """
 
     long: int = 2048
+    """Long side of the frame in pixels."""
     short: int = 512
+    """Short side of the frame in pixels."""
 
 
 @dataclass(frozen=True)
 class RatioCrop:
-    """`FitWithin` a frame that is scaled by a random ratio, then a square cut out; for segmentation.
+    """`FitWithin` a frame scaled by a random ratio, then a random square crop; for segmentation.
 
-    A crop of which one class covers more than `most` of all pixels that count is drawn again, up to
-    ten times. Images smaller than the crop are padded, right and below: 0 after normalisation,
-    `IGNORED` in the mask.
+    If one class covers more than `most` of the pixels that count, the crop is drawn again, up to
+    ten times. Images smaller than the crop are padded to the right and below: with 0 after
+    normalisation, with `IGNORED` in the mask.
     """
 
     size: int = 512
     """Side of the crop in pixels."""
     long: int = 2048
+    """Long side of the unscaled frame in pixels."""
     short: int = 512
+    """Short side of the unscaled frame in pixels."""
     ratio: tuple[float, float] = (0.5, 2.0)
-    """Range of the factor of both sides of the frame."""
+    """Range of the random factor of both sides of the frame."""
     most: float = 0.75
-    """Share of the pixels that one class may have."""
+    """Largest share of the pixels that one class may cover."""
 
 
 Geometry = ShortSide | FitWithin | RatioCrop
@@ -55,50 +59,50 @@ Geometry = ShortSide | FitWithin | RatioCrop
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """What to load and how. Paths are relative to the working directory."""
+    """All options of a dense loader. Paths are relative to the working directory."""
 
     data: str = "voc:2007/trainval+2012/trainval"
-    """FORMAT:PARTS. voc:DIR/LIST+... has boxes, vocseg:DIR/LIST+... masks (DIR 2007 stands for the
-    folder VOC2007, other names for themselves; LIST lies in ImageSets/Main or Segmentation);
-    coco:NAME boxes and masks of objects (annotations/instances_NAME.json); cityscapes:SPLIT
-    masks."""
+    """FORMAT:PARTS. voc:DIR/LIST+... has boxes, vocseg:DIR/LIST+... has masks (DIR 2007 means the
+    folder VOC2007; LIST is a file in ImageSets/Main or ImageSets/Segmentation). coco:NAME has boxes
+    and masks of objects (annotations/instances_NAME.json). cityscapes:SPLIT has masks."""
     root: str = "data/VOCdevkit"
-    """The data set's own folder."""
+    """Folder of the data set."""
     classes: tuple[str, ...] = ()
-    """Class names for voc and vocseg data of other classes than VOC's 20; empty: those."""
+    """Class names for voc and vocseg data. Empty: VOC's 20 classes."""
     batch_size: int = 2
-    """Images per step and process."""
+    """Images per process and step."""
     geometry: Geometry = field(default_factory=ShortSide)
-    """Sizes and crops."""
+    """Resize and crop."""
     flip: bool = True
-    """Mirror left to right with probability 0.5."""
+    """Flip horizontally with probability 0.5."""
     photometric: bool = False
-    """Random brightness, contrast, saturation and hue (SSD's distortion, as mmsegmentation's)."""
+    """Random brightness, contrast, saturation and hue (SSD's distortion, as in mmsegmentation)."""
     normalize: Normalize = IMAGENET
+    """Mean and standard deviation of each channel. Applied on the device."""
     divisor: int = 32
-    """Batches are padded, right and below, to multiples of so many pixels."""
+    """Batches are padded, to the right and below, to multiples of this many pixels."""
     keep_difficult: bool = True
-    """Train on boxes marked difficult, as detectron2 does; mmdetection ignores them."""
+    """Train on boxes marked difficult, as detectron2 does. mmdetection ignores them."""
     keep_empty: bool = False
-    """Train on images without any box to learn from. Evaluation reads every image."""
+    """Train on images without any box to train on. Evaluation reads every image."""
     masks: bool = True
-    """Of coco data, load the objects' masks beside their boxes. Without them training is cheaper;
-    images and boxes are the same. A network that learns no masks has them left out by itself."""
+    """For coco data, load the masks of objects besides their boxes. Without masks training is
+    cheaper; images and boxes are the same. Detectors without a mask head never load them."""
     train: bool = True
-    """An endless shuffled order, grouped by aspect ratio; else every image once, in order."""
+    """Endless shuffled order, grouped by aspect ratio. False: every image once, in order."""
     steps_per_epoch: int | None = None
-    """Where an epoch of training ends; None: after as many images as there are."""
+    """Steps per epoch of training. None: as many as one pass over the data takes."""
     max_samples: int | None = None
-    """Take the first so many images only."""
+    """Use only the first images, this many."""
     seed: int = 0
-    """Decides order and augmentation."""
+    """Seed of order and augmentation."""
     max_undecodable: int = 0
-    """Annotations that are wrong (no area, outside of the image, of an unknown class, of a
-    missing image) and left out with a warning; one more stops the run."""
+    """Invalid annotations to tolerate (no area, outside the image, unknown class, missing image).
+    They are left out with a warning. One more is an error."""
     workers: int = 0
-    """Threads that load; 0: all allowed cores, shared among the processes of a machine."""
+    """Loading threads per process. 0: divide the available cores among the local processes."""
     timeout: float = 300.0
-    """Seconds to wait for a batch before giving up."""
+    """Seconds to wait for a batch before an error."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "divisor"):
@@ -115,20 +119,23 @@ class DenseSpec:
 
     @property
     def view_count(self) -> int:
-        """Network inputs per image."""
+        """Views emitted per image."""
         return 1
 
     @property
     def drop_last(self) -> bool:
-        """Whether every batch is full of samples, without padding."""
+        """Whether all batches are full, without padding."""
         return self.train
 
     def scalars(self, _epoch: int, /) -> dict[str, float]:
-        """What the log shows beside the losses of an epoch: nothing."""
+        """Return values to log for an epoch, besides the losses: none."""
         return {}
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """Plain data: all that decides which pixels come in which order, but for the data."""
+        """Return the fields that decide which pixels come in which order, as plain data.
+
+        The data set itself is not included.
+        """
         fields = asdict(self)
         for name in (
             "data",

@@ -1,7 +1,7 @@
 """Transforms of an image together with its boxes or masks, on torchvision's kernels.
 
-Every parameter comes from uniform draws of the sample (`augment.uniforms`), so a sample in a pass
-over the data looks the same on any rank, in any thread, after any resume.
+All parameters come from uniform draws per sample (`pipelines.sampling.random_bits.uniforms`), so a
+sample in a pass over the data is the same on any rank, in any thread, after any resume.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.sampling.random_bits import uniforms
 
-_TRIES = 11  # a crop, and ten more: mmseg/datasets/transforms/transforms.py, RandomCrop
-_FLIP, _SCALE, _TINT, _CORNER = 0, 1, 2, 11  # first draw of each use
+_TRIES = 11  # one crop and ten retries: mmseg/datasets/transforms/transforms.py, RandomCrop
+_FLIP, _SCALE, _COLOR, _CORNER = 0, 1, 2, 11  # index of the first draw for each use
 _STREAM, _COUNT = 0xDE45E, _CORNER + 2 * _TRIES
 
 _BRIGHTNESS, _LOW, _HIGH = 32.0, 0.5, 1.5
@@ -31,19 +31,21 @@ _HUE = 18 / 180  # of the circle: OpenCV counts the hue of uint8 pixels in steps
 
 
 class ResizePlan(NamedTuple):
-    """What is done to an image, as far as its size alone decides."""
+    """Resize, flip and output size of an image: all that follows from its size and its draws."""
 
     height: int
-    """Of the resized image, in pixels."""
+    """Height of the resized image, in pixels."""
     width: int
+    """Width of the resized image, in pixels."""
     flip: bool
+    """Whether to flip it horizontally."""
     size: tuple[int, int]
-    """Height and width of what comes out: of the crop, or of the resized image."""
+    """Height and width of the output: of the crop, or of the resized image."""
 
 
 @dataclass
 class Scene:
-    """An image and what is to be transformed with it; K objects."""
+    """An image, and the boxes and masks of its K objects."""
 
     image: tv_tensors.Image
     """uint8 (3, H, W)."""
@@ -53,8 +55,17 @@ class Scene:
     """uint8 (K, H, W) of objects, or (1, H, W) of classes."""
 
 
-def draws(spec: DenseSpec, passes: Int64, indices: Int64) -> Float64:
-    """The random numbers of some samples, float64 (B, count)."""
+def draw_uniforms(spec: DenseSpec, passes: Int64, indices: Int64) -> Float64:
+    """Return the random numbers of samples.
+
+    Args:
+        spec: Gives the seed.
+        passes: int64 (B,), number of the pass over the data.
+        indices: int64 (B,), positions in the data set.
+
+    Returns:
+        float64 (B, count), uniform in [0, 1).
+    """
     rows = [
         uniforms(spec.seed, int(number), indices[i : i + 1], stream=_STREAM, count=_COUNT)
         for i, number in enumerate(passes)
@@ -62,48 +73,51 @@ def draws(spec: DenseSpec, passes: Int64, indices: Int64) -> Float64:
     return np.concatenate(rows)
 
 
-def within(height: int, width: int, *, long: float, short: float) -> tuple[int, int]:
-    """Height and width of the largest image of the same ratio within a frame.
+def fit_within(height: int, width: int, *, long: float, short: float) -> tuple[int, int]:
+    """Return height and width of the largest image of the same aspect ratio within a frame.
 
-    As mmcv (mmcv/image/geometric.py, rescale_size) and, to a pixel in rare ties, detectron2's
-    ResizeShortestEdge: both sides are scaled alike and halves are rounded up.
+    Both sides are scaled by the same factor, and halves are rounded up, as in mmcv
+    (mmcv/image/geometric.py, rescale_size). detectron2's ResizeShortestEdge differs by a pixel in
+    rare ties.
     """
     scale = min(long / max(height, width), short / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def place(spec: DenseSpec, draw: Float64, height: int, width: int) -> ResizePlan:
-    """What becomes of a stored image of this size.
+def plan_resize(spec: DenseSpec, draw: Float64, height: int, width: int) -> ResizePlan:
+    """Plan resize, flip and output size of an image.
 
     Args:
-        spec: geometry, flip and train are read; in evaluation nothing is random.
-        draw: float64 (count,), of the sample.
-        height: of the upright image.
-        width: as height.
+        spec: Gives geometry, flip and train. In evaluation images are not flipped.
+        draw: float64 (count,), random numbers of the sample.
+        height: Height of the upright image.
+        width: Width of the upright image.
     """
     flip = spec.train and spec.flip and bool(draw[_FLIP] < 0.5)
     match spec.geometry:
         case ShortSide(lengths, longest):
             chosen = lengths[int(draw[_SCALE] * len(lengths))]
-            size = within(height, width, long=longest, short=chosen)
+            size = fit_within(height, width, long=longest, short=chosen)
             return ResizePlan(*size, flip, size)
         case FitWithin(long, short):
-            size = within(height, width, long=long, short=short)
+            size = fit_within(height, width, long=long, short=short)
             return ResizePlan(*size, flip, size)
         case RatioCrop() as crop:
             low, high = crop.ratio
             ratio = low + (high - low) * float(draw[_SCALE])
-            size = within(height, width, long=int(crop.long * ratio), short=int(crop.short * ratio))
+            size = fit_within(
+                height, width, long=int(crop.long * ratio), short=int(crop.short * ratio)
+            )
             return ResizePlan(*size, flip, (min(size[0], crop.size), min(size[1], crop.size)))
 
 
-def resized(scene: Scene, place: ResizePlan) -> Scene:
+def resize_scene(scene: Scene, plan: ResizePlan) -> Scene:
     """Resize, then flip.
 
-    Images by the antialiased bilinear filter (as Pillow's, which detectron2 uses), masks to the
-    nearest pixel, by centres, so that they stay aligned with the images.
+    Images are resized with an antialiased bilinear filter, like Pillow's, which detectron2 uses.
+    Masks take the nearest pixel, by pixel centers, so that they remain aligned with the images.
     """
-    size = [place.height, place.width]
+    size = [plan.height, plan.width]
     image = scene.image
     if image.shape[1:] != torch.Size(size):
         image = F.resize(image, size, antialias=True)
@@ -111,28 +125,28 @@ def resized(scene: Scene, place: ResizePlan) -> Scene:
     if boxes is not None:
         boxes = F.resize(boxes, size)
     if masks is not None and masks.shape[1:] != torch.Size(size):
-        # As an image: resize of a Mask takes any interpolation for NEAREST in some versions.
+        # As an image: resize of a Mask uses NEAREST in some versions, whatever is requested.
         pixels = F.resize(
             masks.as_subclass(torch.Tensor), size, interpolation=InterpolationMode.NEAREST_EXACT
         )
         masks = tv_tensors.Mask(pixels)
-    if place.flip:
+    if plan.flip:
         image = F.horizontal_flip(image)
         boxes = None if boxes is None else F.horizontal_flip(boxes)
         masks = None if masks is None else F.horizontal_flip(masks)
     return Scene(image, boxes, masks)
 
 
-def corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple[int, int]:
-    """Where to cut: the first place drawn of which no class has too much, else the last one.
+def choose_corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple[int, int]:
+    """Choose a crop: the first one drawn that no class dominates, or the last one.
 
-    As mmsegmentation's RandomCrop, a place of one class alone, or where no pixel counts, has too
-    much.
+    As in mmsegmentation's RandomCrop, a crop is also rejected if it has only one class, or no pixel
+    that counts.
 
     Args:
-        mask: uint8 (h, w), of the resized image.
-        crop: size and share.
-        draw: float64 (count,), of the sample.
+        mask: uint8 (h, w), class ids of the resized image.
+        crop: Gives the size of the crop and the largest share of a class.
+        draw: float64 (count,), random numbers of the sample.
 
     Returns:
         Top and left in pixels.
@@ -152,8 +166,8 @@ def corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple
     return top, left
 
 
-def cut(scene: Scene, top: int, left: int, side: int) -> Scene:
-    """A square of an image with its mask, less what lies outside of it."""
+def crop_scene(scene: Scene, top: int, left: int, side: int) -> Scene:
+    """Cut a square out of an image and its mask. The part outside the image is left out."""
     height = min(side, scene.image.shape[1] - top)
     width = min(side, scene.image.shape[2] - left)
     masks = scene.masks
@@ -165,25 +179,25 @@ def cut(scene: Scene, top: int, left: int, side: int) -> Scene:
 
 
 def distort(image: torch.Tensor, draw: Sequence[float] | Float64) -> torch.Tensor:
-    """Random brightness, contrast, saturation and hue, each with probability one half.
+    """Change brightness, contrast, saturation and hue, each with probability one half.
 
-    mmsegmentation's PhotoMetricDistortion (mmseg/datasets/transforms/transforms.py), after SSD (Liu
-    et al., ECCV 2016): brightness adds up to 32 of 255; contrast multiplies by 0.5 to 1.5, before
-    or after the next two; saturation and hue of the HSV model are multiplied by 0.5 to 1.5 and
-    turned by up to a tenth of the circle. Values are cut off at 0 and 255 after each, and rounded
-    once, at the end.
+    This is mmsegmentation's PhotoMetricDistortion (mmseg/datasets/transforms/transforms.py), after
+    SSD (Liu et al., ECCV 2016). Brightness adds up to 32 of 255, with either sign. Contrast
+    multiplies by 0.5 to 1.5, before or after the next two. Saturation (HSV) is multiplied by 0.5 to
+    1.5. Hue is rotated by up to a tenth of the circle. Values are clipped to 0..255 after each step
+    and rounded once, at the end.
 
     Args:
         image: uint8 (3, H, W).
-        draw: (count,), of the sample.
+        draw: float64 (count,), random numbers of the sample.
 
     Returns:
         uint8 (3, H, W).
     """
     brighter, delta, late, contrast, factor, saturate, more, hue, turn = (
-        float(v) for v in draw[_TINT:_CORNER]
+        float(v) for v in draw[_COLOR:_CORNER]
     )
-    x = image.contiguous().float()  # channel by channel, in which hue takes two thirds of the time
+    x = image.contiguous().float()  # planar: hue takes two thirds of the time
     scale = _LOW + (_HIGH - _LOW) * factor
     if brighter < 0.5:
         x = (x + _BRIGHTNESS * (2 * delta - 1)).clamp_(0, 255)
@@ -199,11 +213,13 @@ def distort(image: torch.Tensor, draw: Sequence[float] | Float64) -> torch.Tenso
 
 
 def _saturate(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """Multiply HSV's saturation, at most to 1: hue and value stay, so the distance of each channel
-    from the largest one grows by the factor."""
+    """Multiply HSV's saturation, limited to 1.
+
+    Hue and value are unchanged, so the distance of each channel from the largest one is multiplied.
+    """
     value = x.amax(0, keepdim=True)
     span = value - x.amin(0, keepdim=True)
     if factor <= 1:
         return value - (value - x) * factor
-    most = value / span.clamp_(min=1e-6)  # grey has no span, and stays grey by any factor
+    most = value / span.clamp_(min=1e-6)  # grey has no span and remains grey
     return value - (value - x) * most.clamp_(max=factor)

@@ -1,10 +1,10 @@
-"""Color jitter and PCA lighting, on the device: a pure function of (seed, epoch, sample index).
+"""Color jitter and PCA lighting on the device: a pure function of (seed, epoch, sample index).
 
-Brightness, contrast, saturation and hue are torchvision's `ColorJitter`: each sample has its own
-factors and its own order of the operations, and every operation rounds down to whole values of 0 to
-255, as it does on uint8 images there. Lighting is AlexNet's noise along the principal colors of
-ImageNet (Krizhevsky et al. 2012, section 4.1), added last and not rounded; constants and order as
-mmselfsup 0.x (mmselfsup/datasets/pipelines/transforms.py) has them.
+Brightness, contrast, saturation and hue follow torchvision's `ColorJitter`: each sample has its own
+factors and its own order of operations. Every operation rounds down to integers of 0 to 255, as
+torchvision does for uint8 images. Lighting is AlexNet's noise along the principal colors of
+ImageNet (Krizhevsky et al. 2012, section 4.1), added last and not rounded. Constants and order are
+those of mmselfsup 0.x (mmselfsup/datasets/pipelines/transforms.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pipelines.spec import ColorJitter, Normalize
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of `JitterParams.factors`, and values of `JitterParams.order`."""
 
-_STREAM = 0xC0104  # keeps these draws apart from those of boxes
+_STREAM = 0xC0104  # separates these random numbers from those of crop boxes
 _UNIT = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _GREY = (0.2989, 0.587, 0.114)
-# Principal colors of ImageNet on a scale of 0 to 1: deviations, and directions in columns.
+# Principal components of ImageNet's colors, in units of 0 to 1: deviations; directions as columns.
 _DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 _DIRECTIONS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
@@ -36,31 +36,34 @@ _DIRECTIONS = np.array(
 
 
 class JitterParams(NamedTuple):
-    """What is done to the colors of some samples; on the CPU."""
+    """Parameters of color jitter and lighting for B samples, on the CPU."""
 
     factors: npt.NDArray[np.float32]
-    """(B, 4): of brightness, contrast and saturation (1 changes nothing), and the turn of hue."""
+    """(B, 4), factors of brightness, contrast and saturation (1: unchanged), and the hue shift."""
     order: npt.NDArray[np.int64]
-    """(B, n): the operations of each sample one after the other, those that change anything."""
+    """(B, n), the n enabled operations in the order of each sample."""
     shifts: npt.NDArray[np.float32]
-    """(B, 3): what lighting adds to red, green and blue, in units of 0 to 255."""
+    """(B, 3), what lighting adds to red, green and blue, in units of 0 to 255."""
 
 
 def draw_jitter(color: ColorJitter, *, seed: int, epoch: int, indices: Int64) -> JitterParams:
-    """Draw what is done to some samples.
+    """Draw the parameters of B samples.
 
     Args:
-        color: ranges and deviations.
-        seed: with epoch and index, the key.
-        epoch: counted from 0.
+        color: Ranges of the factors and deviation of lighting.
+        seed: Seed; together with epoch and index, the key of the random numbers.
+        epoch: Counted from 0.
         indices: int64 (B,), positions in the data set's index.
+
+    Returns:
+        The parameters, a pure function of the arguments.
     """
     draws = uniforms(seed, epoch, indices, stream=_STREAM, count=14)
     strengths = (color.brightness, color.contrast, color.saturation)
     low = np.array([*(max(0.0, 1 - s) for s in strengths), -color.hue])
     high = np.array([*(1 + s for s in strengths), color.hue])
     used = np.flatnonzero([*strengths, color.hue])
-    # Box and Muller's normal numbers; 1 - u is never zero.
+    # Normal numbers by the Box-Muller transform; 1 - u is never zero.
     radius = np.sqrt(-2 * np.log(1 - draws[:, 8:11]))
     alphas = color.lighting * radius * np.cos(2 * np.pi * draws[:, 11:14])
     return JitterParams(
@@ -71,60 +74,75 @@ def draw_jitter(color: ColorJitter, *, seed: int, epoch: int, indices: Int64) ->
 
 
 def jitter_views(
-    images: torch.Tensor | Regions, tints: JitterParams, *, normalize: Normalize, dtype: torch.dtype
+    images: torch.Tensor | Regions,
+    params: JitterParams,
+    *,
+    normalize: Normalize,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As `normalize_views` with one view, with other colors.
+    """Jitter the colors, then normalise: `normalize_views` with one view and changed colors.
 
     Args:
         images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
-        tints: of the same samples.
-        normalize: mean and standard deviation per channel, in units of 0 to 255.
-        dtype: of the result.
+        params: Parameters of the same samples.
+        normalize: Mean and standard deviation per channel, in units of 0 to 255.
+        dtype: Dtype of the result.
 
     Returns:
         (B, 3, S, S) in channels_last memory format, on the device of the images.
+
+    Raises:
+        ValueError: As `normalize_views`.
     """
     x = normalize_views(images, views=1, normalize=_UNIT, dtype=torch.float32)
-    x = shift(jitter(x, tints), tints)
+    x = add_lighting(jitter(x, params), params)
     mean, scale = _statistics(normalize, x.device)
     return ((x - mean) * scale).to(dtype, memory_format=torch.channels_last)
 
 
 @functools.cache
 def _statistics(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / std, float32 (1, 3, 1, 1), made once."""
+    """Mean and 1 / std, float32 (1, 3, 1, 1), copied to the device once."""
     mean = torch.tensor(normalize.mean).view(1, 3, 1, 1)
     scale = torch.tensor([1 / std for std in normalize.std]).view(1, 3, 1, 1)
     return mean.to(device), scale.to(device)
 
 
-def jitter(x: torch.Tensor, tints: JitterParams) -> torch.Tensor:
-    """The four operations in each sample's order: (B, 3, S, S), whole values of 0 to 255."""
-    for operations in tints.order.T:
+def jitter(x: torch.Tensor, params: JitterParams) -> torch.Tensor:
+    """Apply the enabled operations in each sample's own order.
+
+    Args:
+        x: float32 (B, 3, S, S), RGB, integers of 0 to 255.
+        params: Parameters of the same samples.
+
+    Returns:
+        float32 (B, 3, S, S), integers of 0 to 255.
+    """
+    for operations in params.order.T:
         rows = np.arange(len(operations))
-        chosen = _on(tints.factors[rows, operations], x)
-        blended, turned = operations != HUE, np.flatnonzero(operations == HUE)
+        factors = _to_device(params.factors[rows, operations], x)
+        blended, hue_rows = operations != HUE, np.flatnonzero(operations == HUE)
         grey = _grey(x)
         mean = grey.mean((1, 2, 3), keepdim=True)
-        kind = _on(operations, x)
+        kind = _to_device(operations, x)
         toward = torch.where(kind == CONTRAST, mean, grey)
         toward = torch.where(kind == BRIGHTNESS, torch.zeros_like(mean), toward)
-        factor = torch.where(_on(blended, x), chosen, torch.ones_like(chosen))
+        factor = torch.where(_to_device(blended, x), factors, torch.ones_like(factors))
         result = (factor * x + (1 - factor) * toward).clamp_(0, 255).floor_()
-        if len(turned):
-            picked = _on(turned, x).view(-1)
-            result[picked] = _turn_hue(x[picked], chosen[picked])
+        if len(hue_rows):
+            picked = _to_device(hue_rows, x).view(-1)
+            result[picked] = _shift_hue(x[picked], factors[picked])
         x = result
     return x
 
 
-def shift(x: torch.Tensor, tints: JitterParams) -> torch.Tensor:
-    """Lighting: add each sample's three constants to (B, 3, S, S). Nothing is cut off."""
-    return x + _on(tints.shifts, x).view(-1, 3, 1, 1)
+def add_lighting(x: torch.Tensor, params: JitterParams) -> torch.Tensor:
+    """Add each sample's three lighting constants to float32 (B, 3, S, S), without clipping."""
+    return x + _to_device(params.shifts, x).view(-1, 3, 1, 1)
 
 
-def _on(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
-    """Values to (..., 1, 1, 1) beside x. Pinned on the way to a GPU: the host must not wait."""
+def _to_device(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
+    """Copy values to x's device as (..., 1, 1, 1). Pinned memory keeps the host from waiting."""
     tensor = torch.from_numpy(values)
     if x.is_cuda:
         tensor = tensor.pin_memory().to(x.device, non_blocking=True)
@@ -132,13 +150,13 @@ def _on(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
-    """Luma, rounded down: (B, 1, S, S)."""
+    """Compute luma, rounded down: (B, 1, S, S)."""
     red, green, blue = x.unbind(1)
     return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).floor_()[:, None]
 
 
-def _turn_hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Through hue, saturation and value, as torchvision does it on uint8."""
+def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Shift the hue in HSV space, as torchvision does for uint8 images."""
     unit = x / 255
     value, low = unit.amax(1, keepdim=True), unit.amin(1, keepdim=True)
     span = value - low
@@ -149,7 +167,7 @@ def _turn_hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     is_green = (unit[:, 1:2] == value) & ~is_red
     hue = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))
     hue = (hue / 6 + 1) % 1
-    hue = (hue + turn) % 1
+    hue = (hue + shift) % 1
     sector = (hue * 6).floor()
     part = hue * 6 - sector
     p = (value * (1 - saturation)).clamp(0, 1)

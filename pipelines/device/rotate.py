@@ -1,7 +1,7 @@
-"""The four rotations of RotNet (Gidaris et al., ICLR 2018), made on the device after the crop.
+"""The four rotations of RotNet (Gidaris et al., ICLR 2018), computed on the device after the crop.
 
-Order of operations: crop, flip, rotate. Rotating before the crop would leave black bars that give
-the answer away; flipping after it would make 90 and 270 degrees inseparable, because a mirrored
+Order of operations: crop, flip, rotate. Rotating before the crop would leave black bars that reveal
+the label. Flipping after the rotation would make 90 and 270 degrees inseparable, because a mirrored
 quarter turn is the opposite quarter turn of the mirrored image.
 """
 
@@ -21,29 +21,32 @@ def normalize_views(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Uint8 crops to normalised views, rotation-major, in one pass over memory.
+    """Turn uint8 crops into normalised views, rotation-major, in one pass over memory.
 
-    A pixel becomes (x - mean) * (1 / std) in float32, rounded to dtype once; turning is a pure
-    permutation. Regions are resized first, with the antialiased bilinear filter of
-    `pipelines.imaging.resize`, and flipped as they say.
+    A pixel becomes (x - mean) * (1 / std) in float32, rounded to dtype once; rotation is a pure
+    permutation. Regions are first resized with the antialiased bilinear filter of
+    `pipelines.imaging.resize`, and flipped where their `flips` are set.
 
     Args:
         images: uint8 (B, S, S, 3), RGB, or regions to be resized to S; on the CPU or a CUDA device.
-        views: 1 (as it is) or 4 (0, 90, 180 and 270 degrees counter-clockwise).
-        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        views: 1 (unrotated) or 4 (0, 90, 180 and 270 degrees counter-clockwise).
+        normalize: Mean and standard deviation per channel, in units of 0 to 255.
         dtype: float32, bfloat16 or float16.
-        out: where to write, of the shape, dtype, layout and device that is returned; None
-            allocates. A new buffer costs more than the work itself on a CPU.
+        out: Output tensor of the shape, dtype, layout and device of the result; None allocates one.
+            On a CPU a new buffer costs more than the work itself.
 
     Returns:
         (views * B, 3, S, S) in channels_last memory format, on the device of the images.
 
     Raises:
-        ValueError: the images are not uint8, not square, or have not three channels; regions lie
-            outside their pixels (checked on a CPU); or out is not as it should be.
+        ValueError: The images are not uint8, not square or do not have three channels; a region
+            lies outside its pixels (checked on a CPU only); dtype, views, device or out is not
+            supported.
     """
     if dtype not in DTYPES.values() or views not in (1, 4):
-        raise ValueError(f"no {views} views in {dtype}: there are 1 and 4, in fp32, bf16 and fp16")
+        raise ValueError(
+            f"cannot make {views} views in {dtype}: expected 1 or 4, in fp32, bf16 or fp16"
+        )
     if isinstance(images, Regions):
         batch, side, device = len(images.offsets), images.side, images.pixels.device
     else:
@@ -67,7 +70,7 @@ def normalize_views(
     memory = out.permute(0, 2, 3, 1).view(views, batch, side, side, 3)
     if batch == 0:
         return out
-    # Imported where they are needed: each brings a compiler, of which a run needs one.
+    # Imported on demand: each brings a compiler, and a run needs only one of them.
     if device.type == "cuda":
         from pipelines.device import rotate_triton
 
@@ -77,7 +80,7 @@ def normalize_views(
 
         rotate_cpu.write_views(images, memory, normalize=normalize)
     else:
-        raise ValueError(f"views are made on the CPU or on a CUDA device, not on {device}")
+        raise ValueError(f"views can be made on the CPU or on a CUDA device, not on {device}")
     return out
 
 
@@ -86,14 +89,21 @@ def _check_crops(x_NHWC: torch.Tensor) -> None:
         raise ValueError(f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}")
     if x_NHWC.shape[1] != x_NHWC.shape[2]:
         height, width = x_NHWC.shape[1:3]
-        raise ValueError(f"crops must be square to be turned, got {height}x{width}")
+        raise ValueError(f"crops must be square to be rotated, got {height}x{width}")
 
 
 def rotation_labels(batch: int, *, device: torch.device) -> torch.Tensor:
-    """Labels of rotation-major views: int64 (4 * batch,), k for k * 90 degrees counter-clockwise.
+    """Return the labels of rotation-major views.
 
     The direction is that of the paper's code (gidariss/FeatureLearningRotNet, dataloader.py), of
-    `torch.rot90` and of PIL; mmselfsup 1.x turns clockwise, which swaps labels 1 and 3.
+    `torch.rot90` and of PIL. mmselfsup 1.x rotates clockwise, which swaps labels 1 and 3.
+
+    Args:
+        batch: Number of crops.
+        device: Device of the result.
+
+    Returns:
+        int64 (4 * batch,), k for k * 90 degrees counter-clockwise.
     """
     return torch.arange(4, device=device).repeat_interleave(batch)
 
@@ -105,20 +115,20 @@ def rotate4(
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four views of each crop, with their labels, so that the two cannot drift apart.
+    """Make the four views of each crop together with their labels.
 
     Args:
         images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
-        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        normalize: Mean and standard deviation per channel, in units of 0 to 255.
         dtype: float32, bfloat16 or float16.
-        out: where to write the images, as in `normalize_views`; None allocates.
+        out: Output tensor for the images, as in `normalize_views`; None allocates one.
 
     Returns:
         Images (4B, 3, S, S) in channels_last and labels int64 (4B,). Rows are rotation-major: row
-        k * B + i is crop i turned by k * 90 degrees counter-clockwise.
+        k * B + i is crop i rotated by k * 90 degrees counter-clockwise.
 
     Raises:
-        ValueError: as `normalize_views`.
+        ValueError: As `normalize_views`.
     """
-    turned = normalize_views(images, views=4, normalize=normalize, dtype=dtype, out=out)
-    return turned, rotation_labels(len(turned) // 4, device=turned.device)
+    rotated = normalize_views(images, views=4, normalize=normalize, dtype=dtype, out=out)
+    return rotated, rotation_labels(len(rotated) // 4, device=rotated.device)

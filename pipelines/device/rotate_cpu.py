@@ -1,8 +1,9 @@
-"""The four views in one pass on the CPU: every pixel is read once and looked up in a table.
+"""CPU kernel for rotation and normalisation: every pixel is read once and looked up in a table.
 
-A band of rows is looked up into a buffer that stays in the cache, and written from there to the
-four views: rows of 0 and 180 degrees, and columns, a few pixels long, of 90 and 270. Threads are
-Python's own over calls without the GIL: numba's would meet FFCV's, which its layer forbids.
+The lookup of a band of rows goes to a buffer that stays in the cache. From there it is written to
+the four views: as rows for 0 and 180 degrees, and as columns of a few pixels for 90 and 270. The
+threads are Python's, running GIL-free code: numba's threading layer does not allow concurrent use,
+and FFCV uses it too.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from numba.extending import intrinsic
 from pipelines.batch import Regions
 from pipelines.imaging.resize import resize_region, scratch_size
 from pipelines.native.jit import njit
-from pipelines.native.llvm import I32, I64, build, load, shuffle, store
+from pipelines.native.llvm import I32, I64, cgutils, load, shuffle, store
 from pipelines.native.threads import LaneThreads
 from pipelines.spec import Normalize
 
 _BAND = 16  # rows; at 224 pixels the buffer takes 28 KB, or 56 KB for float32
 _WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
-# The functions below take a tuple of addresses, all int64, and a word at its end for its type. A
-# pixel in the buffer is four words: three channels and a zero.
+# The intrinsics below take a tuple of int64 addresses. The type of its last element sets the word
+# size. A pixel in the buffer is four words: three channels and a zero.
 
 
 def _word(signature: Any) -> Any:
     return ir.IntType(signature.args[0][-1].bitwidth)
 
 
-def _look_up(_typing: Any, arguments: Any) -> Any:
-    """Join the entries at three addresses, and store the pixel at a fourth."""
+def _put_pixel_ir(_typing: Any, arguments: Any) -> Any:
+    """Combine the table entries at three addresses, and store the pixel at a fourth."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        *entries, out, _ = build.unpack_tuple(builder, values[0])
+        *entries, out, _ = cgutils.unpack_tuple(builder, values[0])
         kind = ir.VectorType(_word(signature), 4)
         red, green, blue = (load(builder, entry, kind) for entry in entries)
         store(builder, builder.or_(builder.or_(red, green), blue), out)
@@ -48,29 +49,29 @@ def _look_up(_typing: Any, arguments: Any) -> Any:
     return types.void(arguments), generate
 
 
-def _move_four(_typing: Any, arguments: Any) -> Any:
-    """Write four pixels, which lie `step` bytes apart, without their zeros: 12 words."""
+def _copy_four_ir(_typing: Any, arguments: Any) -> Any:
+    """Copy four pixels, `step` bytes apart, without their zeros: 12 words."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        source, step, out, _ = build.unpack_tuple(builder, values[0])
+        source, step, out, _ = cgutils.unpack_tuple(builder, values[0])
         word = _word(signature)
         addresses = [builder.add(source, builder.mul(step, I64(i))) for i in range(4)]
         a, b, c, d = (load(builder, address, ir.VectorType(word, 4)) for address in addresses)
         low, high = (shuffle(builder, *pair, list(range(8))) for pair in ((a, b), (c, d)))
-        places = [i for i in range(16) if i % 4 < 3]
-        store(builder, shuffle(builder, low, high, places[:8]), out)
-        rest = shuffle(builder, low, high, places[8:])
+        indices = [i for i in range(16) if i % 4 < 3]
+        store(builder, shuffle(builder, low, high, indices[:8]), out)
+        rest = shuffle(builder, low, high, indices[8:])
         store(builder, rest, builder.add(out, I64(word.width)))  # 8 words of width / 8 bytes
         return context.get_dummy_value()
 
     return types.void(arguments), generate
 
 
-def _move_one(_typing: Any, arguments: Any) -> Any:
-    """Write one pixel without its zero: 3 words."""
+def _copy_one_ir(_typing: Any, arguments: Any) -> Any:
+    """Copy one pixel without its zero: 3 words."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        source, out, _ = build.unpack_tuple(builder, values[0])
+        source, out, _ = cgutils.unpack_tuple(builder, values[0])
         word = _word(signature)
         pixel = load(builder, source, ir.VectorType(word, 4))
         store(builder, shuffle(builder, pixel, pixel, [0, 1]), out)
@@ -81,20 +82,20 @@ def _move_one(_typing: Any, arguments: Any) -> Any:
     return types.void(arguments), generate
 
 
-_pixel: Any = intrinsic(_look_up)
-_four: Any = intrinsic(_move_four)
-_one: Any = intrinsic(_move_one)
+_put_pixel: Any = intrinsic(_put_pixel_ir)
+_copy_four: Any = intrinsic(_copy_four_ir)
+_copy_one: Any = intrinsic(_copy_one_ir)
 
 
 @njit
-def _move(
+def _copy_row(
     source: Any, step: Any, out: Any, count: Any, size: Any, word: Any
 ) -> None:  # pragma: no cover - compiled
-    """Write `count` pixels, which lie `step` bytes apart, next to one another."""
+    """Copy `count` pixels, `step` bytes apart, to contiguous memory."""
     for i in range(0, count - 3, 4):
-        _four((source + i * step, step, out + i * 3 * size, word))
+        _copy_four((source + i * step, step, out + i * 3 * size, word))
     for i in range(count // 4 * 4, count):
-        _one((source + i * step, out + i * 3 * size, word))
+        _copy_one((source + i * step, out + i * 3 * size, word))
 
 
 @njit
@@ -103,11 +104,11 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
 
     Args:
         x: uint8 (B, S, S, 3).
-        out: int64 (V,): addresses of the first crop's views; the next crop's lie behind them, words
-            (S, S, 3); V is 1 or 4.
-        table: words (3, 256, 4): channel c of value v at [c, v, c], zeros beside it.
-        buffer: words (band, S, 4). The caller's: numba would free its own after the last use of
-            its name, while the address is in use.
+        out: int64 (V,), addresses of the first crop's views, words (S, S, 3), each followed by the
+            next crop's; V is 1 or 4.
+        table: Words (3, 256, 4), channel c of value v at [c, v, c], zeros elsewhere.
+        buffer: Words (band, S, 4), owned by the caller: numba would free its own after the last use
+            of its name, while the address is still in use.
     """
     side, size, word = x.shape[1], table.itemsize, table[0, 0, 3]
     wide, line = 4 * size, side * 3 * size  # bytes of a pixel in the buffer, of a row in a view
@@ -124,29 +125,29 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
                     red = reds + wide * x[i, top + y, c, 0]
                     green = greens + wide * x[i, top + y, c, 1]
                     blue = blues + wide * x[i, top + y, c, 2]
-                    _pixel((red, green, blue, begin + wide * (y * side + c), word))
-            plain = out[0] + image + top * line
+                    _put_pixel((red, green, blue, begin + wide * (y * side + c), word))
+            upright = out[0] + image + top * line
             for y in range(rows):
-                _move(begin + y * side * wide, wide, plain + y * line, side, size, word)
+                _copy_row(begin + y * side * wide, wide, upright + y * line, side, size, word)
             if len(out) == 1:
                 continue
             bottom = begin + (rows - 1) * side * wide
-            quarter = out[1] + image + (side - 1) * line + top * 3 * size
-            half = out[2] + image + (side - top - rows) * line
-            three = out[3] + image + (side - top - rows) * 3 * size
+            turned90 = out[1] + image + (side - 1) * line + top * 3 * size
+            turned180 = out[2] + image + (side - top - rows) * line
+            turned270 = out[3] + image + (side - top - rows) * 3 * size
             for y in range(rows):
                 last = bottom + (side - 1 - y * side) * wide
-                _move(last, -wide, half + y * line, side, size, word)
+                _copy_row(last, -wide, turned180 + y * line, side, size, word)
             for c in range(side):
-                _move(begin + c * wide, side * wide, quarter - c * line, rows, size, word)
-                _move(bottom + c * wide, -side * wide, three + c * line, rows, size, word)
+                _copy_row(begin + c * wide, side * wide, turned90 - c * line, rows, size, word)
+                _copy_row(bottom + c * wide, -side * wide, turned270 + c * line, rows, size, word)
 
 
 @njit
 def _resize(
     pixels: Any, offsets: Any, shapes: Any, flips: Any, out: Any, scratch: Any
 ) -> None:  # pragma: no cover - compiled
-    """Resize some regions, as in `Regions`, to out, uint8 (B, S, S, 3)."""
+    """Resize regions, given by the fields of `Regions`, into out, uint8 (B, S, S, 3)."""
     side = np.int64(out.shape[1])
     source, target = np.int64(pixels.ctypes.data), np.int64(out.ctypes.data)
     for i in range(len(out)):
@@ -158,7 +159,7 @@ def _resize(
 
 @functools.cache
 def _table(normalize: Normalize, dtype: torch.dtype) -> torch.Tensor:
-    """What each value becomes, (3, 256, 4): channel c of value v at [c, v, c], zeros beside it."""
+    """Normalised values as a table (3, 256, 4): channel c of value v at [c, v, c], else zeros."""
     mean, std = (torch.tensor(v, dtype=torch.float32) for v in (normalize.mean, normalize.std))
     values = torch.arange(256, dtype=torch.float32)[:, None]
     table = torch.zeros(3, 256, 4, dtype=dtype)
@@ -168,12 +169,12 @@ def _table(normalize: Normalize, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def _crew(threads: int) -> LaneThreads:
+def _threads(threads: int) -> LaneThreads:
     return LaneThreads(threads, "rotate")
 
 
 def _check(regions: Regions) -> None:
-    """Raise `ValueError` where a region would be read outside the pixels."""
+    """Raise `ValueError` if a region lies outside the pixels."""
     shapes = regions.shapes.long()
     ends = regions.offsets + shapes[:, 0] * shapes[:, 1] * 3
     wrong = (shapes < 1).any(1) | (regions.offsets < 0) | (ends > len(regions.pixels))
@@ -186,17 +187,15 @@ def _check(regions: Regions) -> None:
 
 
 def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize: Normalize) -> None:
-    """Resize regions where they are given, turn and normalise.
-
-    Works on up to `torch.get_num_threads()` threads.
+    """Resize regions if given, rotate and normalise, on up to `torch.get_num_threads()` threads.
 
     Args:
         images: uint8 (B, S, S, 3), or regions to be resized to S, on the CPU.
-        out: (V, B, S, S, 3), contiguous, float32, bfloat16 or float16, to be written; V is 1 or 4.
-        normalize: mean and standard deviation per channel, in units of 0 to 255.
+        out: Output (V, B, S, S, 3), contiguous, float32, bfloat16 or float16; V is 1 or 4.
+        normalize: Mean and standard deviation per channel, in units of 0 to 255.
 
     Raises:
-        ValueError: a region does not lie inside its pixels.
+        ValueError: A region does not lie inside its pixels.
     """
     if isinstance(images, Regions):
         _check(images)
@@ -215,12 +214,12 @@ def write_views(images: torch.Tensor | Regions, out: torch.Tensor, *, normalize:
         else:
             crops = images[part].numpy()
         buffer = np.empty((_BAND, side, 4), views.dtype)
-        # Addresses, because a part of an array would be another type, and be compiled again.
-        places = np.array([view[part.start].ctypes.data for view in views], np.int64)
-        _write_views(crops, places, table, buffer)
+        # Addresses, because slices are of another array type and would be compiled again.
+        addresses = np.array([view[part.start].ctypes.data for view in views], np.int64)
+        _write_views(crops, addresses, table, buffer)
 
     threads = min(torch.get_num_threads(), batch)
     bounds = [batch * i // max(threads, 1) for i in range(threads + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     if parts:
-        _crew(threads).run(lambda lane: work(parts[lane]), threads)
+        _threads(threads).run(lambda lane: work(parts[lane]), threads)

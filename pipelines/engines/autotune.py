@@ -1,8 +1,8 @@
-"""How many threads decode: a share of the cores, and no more of it than makes a difference.
+"""Number of decoding threads: a share of the cores, then the fewest threads that are as fast.
 
-Busy cores slow the thread that launches kernels, so beside a GPU decoding gets a share of them, and
-threads that add nothing (memory, a lock or a disk is the limit) are not started. The number of
-threads changes no sample, no crop and no pixel.
+Busy cores slow down the thread that launches kernels, so decoding gets only a share of the cores if
+there is a GPU. Threads that add no speed (because memory, a lock or a disk is the limit) are not
+started. The number of threads changes no sample, no crop and no pixel.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.spec import LoaderSpec, Shard
 
 log = logging.getLogger(__name__)
 
-_BESIDE_A_GPU = 0.4
-"""Share of the cores for decoding: with more, launches wait for a core."""
-_ENOUGH = 0.95  # of the best rate: what fewer threads must reach to be taken
-_COLD = 0.8  # of the rate of a second reading: below, the first one waited for a disk
-_SLICE_SECONDS = 0.2  # length of a trial, at least
-_TOTAL_SECONDS = 2.0  # no trial begins that would end later
-_LEAST_SAMPLES = 10_000  # in an epoch: a smaller one is over before a trial pays
+_GPU_SHARE = 0.4
+"""Share of the cores for decoding beside a GPU. With more, kernel launches wait for a core."""
+_ENOUGH = 0.95  # fraction of the best rate that fewer threads must reach
+_COLD = 0.8  # a first reading below this fraction of the second one waited for a disk
+_SLICE_SECONDS = 0.2  # minimum length of a trial
+_TOTAL_SECONDS = 2.0  # no trial starts that would end later
+_LEAST_SAMPLES = 10_000  # per epoch; a smaller epoch ends before a trial pays off
 
 
 class Budget(NamedTuple):
-    """The most threads that decoding in this process may use, and why."""
+    """Maximum number of decoding threads in this process, and how it was computed."""
 
     threads: int
     share: float
-    """Of the allowed cores, for all local processes together."""
+    """Share of the allowed cores, for all local processes together."""
     cores: int
-    """That this process may run on."""
+    """Number of cores that this process may run on."""
     processes: int
-    """That share them."""
+    """Number of local processes that share them."""
 
     def __str__(self) -> str:
         among = f" among {self.processes} processes" if self.processes > 1 else ""
@@ -51,46 +51,51 @@ class Budget(NamedTuple):
 class Tunable(Protocol):
     """A `pipelines.engines.source.Source` whose number of threads can be changed between epochs."""
 
-    bad: DecodeErrors
+    bad: DecodeErrorBudget
     workers: int
 
     def __len__(self) -> int:
         """Steps per epoch."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.engines.source.Source.epoch`."""
+        """See `pipelines.engines.source.Source.epoch`."""
 
 
-class _Ignored(DecodeErrors):
-    """Trials mask what cannot be decoded, but neither count it nor name it: the epoch will."""
+class _Ignored(DecodeErrorBudget):
+    """Neither counts nor reports undecodable samples in trials: the epoch will do so."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
     def report(self, name: str, reason: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def thread_budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budget:
-    """Threads for decoding in this process, at least one.
+    """Return the maximum number of decoding threads in this process, at least one.
 
-    The allowed cores are those of the affinity mask, which job schedulers and containers narrow.
+    The available cores are those of the affinity mask, which job schedulers and containers narrow.
     """
     share = spec.cpu_budget
     if share is None:
-        share = _BESIDE_A_GPU if device.type == "cuda" else 1.0
+        share = _GPU_SHARE if device.type == "cuda" else 1.0
     cores = len(os.sched_getaffinity(0))
-    # A little more, so that 0.29 of 100 cores is 29 in floating point, too.
+    # The epsilon makes 0.29 of 100 cores 29, despite rounding.
     threads = max(1, math.floor(share * cores / shard.local_world + 1e-9))
     return Budget(threads, share, cores, shard.local_world)
 
 
 def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
-    """Give an engine, built with the whole budget, the fewest threads that are as fast.
+    """Set an engine to the fewest threads that are as fast as the whole budget.
 
-    Decodes the first batches of an epoch, and throws them away: with the budget, half of it, and so
-    on, as long as the rate holds. Takes about two seconds at most, besides what a first batch costs
-    anyway, and logs one line.
+    Decodes the first batches of an epoch and discards them: with the budget, half of it, and so on,
+    until the rate drops. Takes about two seconds at most, plus the cost of a first batch. Logs one
+    line.
+
+    Args:
+        source: The engine, opened with `limit.threads`.
+        spec: Gives the batch size.
+        limit: The budget.
     """
     if limit.threads == 1:
         reason = "the whole budget"
@@ -110,7 +115,7 @@ def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
 
 
 def _choose(source: Tunable, batch: int, threads: int) -> tuple[int, str]:
-    """The number of threads, and what was measured."""
+    """Return the number of threads, and the measured rates as text."""
     begin = time.perf_counter()
     cold = _rate(source, batch)
     if 2 * batch / cold > _TOTAL_SECONDS / 2:
@@ -121,7 +126,7 @@ def _choose(source: Tunable, batch: int, threads: int) -> tuple[int, str]:
         start = time.perf_counter()
         rates[threads] = _rate(source, batch)
         now = time.perf_counter()
-        # Half as many threads may take twice as long.
+        # The next trial, with half as many threads, may take twice as long.
         late = now + 2 * (now - start) > begin + _TOTAL_SECONDS
         if late or threads == 1 or rates[threads] < _ENOUGH * max(rates.values()):
             break
@@ -129,13 +134,13 @@ def _choose(source: Tunable, batch: int, threads: int) -> tuple[int, str]:
     most = max(rates)
     measured = "images/s: " + ", ".join(f"{r:.0f} with {n}" for n, r in rates.items())
     if cold < _COLD * rates[most]:
-        return most, f"{measured}; all of them, as the first reading ran at {cold:.0f}"
+        return most, f"{measured}; all of them, because the first reading ran at {cold:.0f}"
     best = max(rates.values())
     return min(n for n, rate in rates.items() if rate >= _ENOUGH * best), measured
 
 
 def _rate(source: Tunable, batch: int) -> float:
-    """Images per second at the beginning of an epoch, after its first batch."""
+    """Return images per second at the start of an epoch, after its first batch."""
     batches = source.epoch(0)
     try:
         next(batches)

@@ -1,4 +1,4 @@
-"""Choose the engine for a data set, and open it."""
+"""Choice of the engine for a data set, and opening it."""
 
 from __future__ import annotations
 
@@ -20,35 +20,49 @@ _MODULES = {
     "dali": "pipelines.engines.dali.source",
     "folder": "pipelines.engines.folder",
 }
-_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
+ENGINE_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
+"""Third-party package of each engine."""
 
 
 def missing_engines() -> dict[str, str]:
-    """Engines that cannot be used here, each with the reason in one line. Imports all of them."""
-    return {engine: reason for engine in _PACKAGES if (reason := _missing(engine)) is not None}
+    """Return the engines that cannot be used here, each with a reason in one line.
+
+    Imports the packages of all engines.
+    """
+    return {
+        engine: reason
+        for engine in ENGINE_PACKAGES
+        if (reason := missing_reason(engine)) is not None
+    }
 
 
-def _missing(engine: str) -> str | None:
-    """Why an engine cannot be used here, or None. Imports its package, which may take seconds."""
+def missing_reason(engine: str) -> str | None:
+    """Return why an engine cannot be used here in one line, or None if it can.
+
+    Imports the engine's package, which may take seconds.
+
+    Args:
+        engine: A key of `ENGINE_PACKAGES`.
+    """
     try:
-        # Our module, not the bare package: it undoes what importing ffcv does to torch.
+        # Our module, not the bare package: it undoes the side effects of importing ffcv on torch.
         importlib.import_module(_MODULES[engine])
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
-        # The last three: what a package built for another numpy or numba fails with.
+        # The last three are raised by packages built for another version of numpy or numba.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{_PACKAGES[engine]} cannot be imported ({reason})"
+        return f"{ENGINE_PACKAGES[engine]} cannot be imported ({reason})"
     return None
 
 
 def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
-    """The engine that `auto` means for this data: the fastest one present. Logs why.
+    """Return the engine to use. `auto` means the fastest one installed; logs why.
 
     Args:
-        spec: names the data and the engine.
-        raw: whether the beton holds uncompressed samples, which DALI cannot read.
+        spec: Gives the data and the engine.
+        raw: Whether the beton holds uncompressed samples, which DALI cannot read.
 
     Raises:
-        ValueError: the engine that the spec names cannot read this data, or is not installed.
+        ValueError: The engine that the spec names cannot read this data, or is not installed.
     """
     beton = spec.data.endswith(".beton")
     if spec.data == "synthetic" or spec.engine == "synthetic":
@@ -62,7 +76,7 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     if spec.engine == "folder":
         return "folder"
     if spec.engine != "auto":
-        missing = _missing(spec.engine)
+        missing = missing_reason(spec.engine)
         if missing is not None:
             raise ValueError(f"engine={spec.engine}: {missing}; README says how to install it")
         return spec.engine
@@ -75,7 +89,7 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
             notes.append("not dali: it cannot mask undecodable samples (max_undecodable)")
         elif engine == "dali" and raw:
             notes.append("not dali: it cannot read uncompressed samples")
-        elif (missing := _missing(engine)) is not None:
+        elif (missing := missing_reason(engine)) is not None:
             notes.append(f"not {engine}: {missing}")
         else:
             reason = "; ".join(notes) if notes else "the fastest for a .beton file"
@@ -84,10 +98,23 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     raise ValueError(f"no engine can read {spec.data}: " + "; ".join(notes))
 
 
-def _open_source(
+def open_engine(
     engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
 ) -> Source:
-    """Engines are imported here only, and only when asked for: each is a heavy package."""
+    """Open an engine that reads `samples`, and autotune its threads if `spec.workers` is 0.
+
+    Imports the engine's package, which may take seconds.
+
+    Args:
+        engine: ffcv, dali or folder. ffcv needs a beton.
+        samples: The data set. The engine closes it.
+        spec: Options.
+        shard: The part of each global batch to load.
+        device: Device of the batches.
+
+    Raises:
+        ValueError: The engine cannot read this data, or does not support an option.
+    """
     limit = thread_budget(spec, shard, device)
     workers = spec.workers or limit.threads
     source: Source

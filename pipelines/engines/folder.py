@@ -1,8 +1,8 @@
 """Engine: torchvision's decoder and antialiased resize, in threads. Reads every data set.
 
-Threads, not processes: decoding and resizing release the interpreter lock, batches need no copy
-between processes, an exception arrives where it belongs, and an abandoned epoch leaves nothing
-behind. The other engines are compared with this one.
+It uses threads, not worker processes: decoding and resizing release the GIL, batches are not copied
+between processes, exceptions reach the consumer, and an abandoned epoch leaves nothing behind. It
+is the reference for the other engines.
 """
 
 from __future__ import annotations
@@ -21,57 +21,56 @@ import torch
 from pipelines.arrays import Int32, Int64
 from pipelines.batch import RawBatch
 from pipelines.beton.reader import Beton
-from pipelines.engines import samples as data_sets
-from pipelines.engines.samples import RAW, Samples
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.samples import RAW, Samples, close_samples, read_encoded, sample_name
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import crop, decode
 from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
-_AHEAD = 3  # batches in work: enough to cover one slow image, small enough for memory
-_CHUNK = 16  # samples per task: boxes are drawn for a chunk at once
+_AHEAD = 3  # batches decoded ahead: enough to hide one slow image, few enough for memory
+_CHUNK = 16  # samples per task: crop boxes are drawn for a chunk at once
 
 
-class _Work(NamedTuple):
-    """A batch that the threads have been given."""
+class _PendingBatch(NamedTuple):
+    """A batch submitted to the threads."""
 
     indices: Int64
     valid: npt.NDArray[np.bool_]
     images: torch.Tensor
     boxes: Int32
     bad: dict[int, str]
-    """Reasons why rows could not be decoded."""
+    """Undecodable rows, each with the reason."""
     futures: list[Future[None]]
 
 
 class _Run:
-    """Batches given to the threads, in order, from one place on."""
+    """Batches submitted to the threads, in order, from one step on."""
 
-    def __init__(self, batches: Iterator[_Work], stop: threading.Event) -> None:
+    def __init__(self, batches: Iterator[_PendingBatch], stop: threading.Event) -> None:
         self._batches, self._stop = batches, stop
-        self._begun: deque[_Work] = deque()
+        self._pending: deque[_PendingBatch] = deque()
 
-    def next(self) -> _Work:
-        """The next batch, which may not be finished; gives the threads more."""
-        self._begun.extend(itertools.islice(self._batches, _AHEAD + 1 - len(self._begun)))
-        return self._begun.popleft()
+    def next(self) -> _PendingBatch:
+        """Return the next batch, which may be unfinished. Submits more batches."""
+        self._pending.extend(itertools.islice(self._batches, _AHEAD + 1 - len(self._pending)))
+        return self._pending.popleft()
 
     def stop(self) -> None:
-        """Let the threads drop what they were given: nobody will ask for it."""
+        """Tell the threads to skip the submitted batches."""
         self._stop.set()
 
 
 class FolderSource:
-    """Decoded crops of a folder, list or beton, by torchvision on the CPU."""
+    """Crops of a folder, list or beton, decoded by torchvision on the CPU."""
 
     def __init__(
         self, samples: Samples, spec: LoaderSpec, *, shard: Shard, workers: int, pin: bool
     ) -> None:
         self._samples, self._spec, self._pin = samples, spec, pin
         self._order = Order(len(samples), spec, shard, samples.labels)
-        self.bad = DecodeErrors(spec.max_undecodable)
+        self.bad = DecodeErrorBudget(spec.max_undecodable)
         self._pool = _pool(workers)
         self._workers = workers
         self._kept: tuple[int, _Run] | None = None
@@ -81,7 +80,7 @@ class FolderSource:
 
     @property
     def workers(self) -> int:
-        """Decoding threads; may be set while no epoch runs."""
+        """Number of decoding threads. May be set while no epoch runs."""
         return self._workers
 
     @workers.setter
@@ -91,10 +90,10 @@ class FolderSource:
         self._pool, self._workers = _pool(count), count
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.engines.source.Source.epoch`.
+        """See `pipelines.engines.source.Source.epoch`.
 
-        Where samples are shuffled, as they are in training, the next epoch's first batches are
-        begun before this one ends.
+        If samples are shuffled, as in training, decoding of the next epoch starts before this one
+        ends.
         """
         run = self._resume(epoch, start_step)
         self.bad.start_epoch()
@@ -111,13 +110,13 @@ class FolderSource:
                 self._keep((epoch + 1, run))
 
     def close(self) -> None:
-        """End the decoding threads and release the file."""
+        """End the decoding threads and close the data set."""
         self._keep(None)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        data_sets.close(self._samples)
+        close_samples(self._samples)
 
     def _resume(self, epoch: int, start_step: int) -> _Run:
-        """The run that stands at this place already, or a new one."""
+        """Return the run that has already reached this step, or a new one."""
         if self._kept is not None and self._kept[0] == epoch and start_step == 0:
             run, self._kept = self._kept[1], None
             return run
@@ -126,7 +125,7 @@ class FolderSource:
         return _Run(self._batches(epoch, first, stop), stop)
 
     def _keep(self, kept: tuple[int, _Run] | None) -> None:
-        """Remember a run that stands at the beginning of an epoch, in place of any other."""
+        """Keep a run that has reached the start of an epoch, and stop the one kept before."""
         if self._kept is not None:
             self._kept[1].stop()
         self._kept = kept
@@ -136,8 +135,8 @@ class FolderSource:
         epoch: int,
         first: tuple[Int64, npt.NDArray[np.bool_]],
         stop: threading.Event,
-    ) -> Iterator[_Work]:
-        """Batches as they are given to the threads, shuffled ones from epoch to epoch."""
+    ) -> Iterator[_PendingBatch]:
+        """Submit batches one by one; if shuffled, without end, epoch after epoch."""
         for indices, valid in zip(*first, strict=True):
             yield self._submit(epoch, indices, valid, stop)
         while self._spec.shuffle:
@@ -145,8 +144,8 @@ class FolderSource:
             for indices, valid in zip(*self._order.batches(epoch), strict=True):
                 yield self._submit(epoch, indices, valid, stop)
 
-    def _finish(self, work: _Work) -> RawBatch:
-        """Wait until the threads are done with a batch, and count what they could not decode."""
+    def _finish(self, work: _PendingBatch) -> RawBatch:
+        """Wait for a batch, and report its undecodable samples."""
         limit = self._spec.timeout
         late = wait(work.futures, timeout=limit, return_when=FIRST_EXCEPTION).not_done
         for future in work.futures:
@@ -157,7 +156,7 @@ class FolderSource:
         ok = work.valid.copy()
         for i, reason in work.bad.items():
             if ok[i]:
-                self.bad.report(data_sets.name(self._samples, int(work.indices[i])), reason)
+                self.bad.report(sample_name(self._samples, int(work.indices[i])), reason)
             ok[i] = False
         return RawBatch(
             work.images,
@@ -169,17 +168,17 @@ class FolderSource:
 
     def _submit(
         self, epoch: int, indices: Int64, valid: npt.NDArray[np.bool_], stop: threading.Event
-    ) -> _Work:
+    ) -> _PendingBatch:
         side = self._spec.side(epoch)
         images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
-        work = _Work(indices, valid, images, np.zeros((len(indices), 5), np.int32), {}, [])
+        work = _PendingBatch(indices, valid, images, np.zeros((len(indices), 5), np.int32), {}, [])
         work.futures.extend(
             self._pool.submit(self._decode, epoch, slice(i, i + _CHUNK), work, stop)
             for i in range(0, len(indices), _CHUNK)
         )
         return work
 
-    def _decode(self, epoch: int, rows: slice, work: _Work, stop: threading.Event) -> None:
+    def _decode(self, epoch: int, rows: slice, work: _PendingBatch, stop: threading.Event) -> None:
         indices = work.indices[rows]
         images: list[torch.Tensor] = []
         for i, sample in enumerate(indices):
@@ -189,7 +188,7 @@ class FolderSource:
                 images.append(self._image(int(sample)))
             except ImageError as error:
                 work.bad[rows.start + i] = str(error)
-                # Any size that a crop fits into: the pixels are blanked below.
+                # Any size that a crop fits into: the crop is black.
                 side = self._spec.crop.size
                 images.append(torch.zeros((3, side, side), dtype=torch.uint8))
         work.boxes[rows] = crop_boxes(
@@ -201,12 +200,12 @@ class FolderSource:
         )
         for row, image in enumerate(images, rows.start):
             square = crop(image, work.boxes[row], work.images.shape[1])
-            # numpy's copy: torch's would start a team of threads for each of ours.
+            # numpy's copy: torch's would start its own threads for each of ours.
             np.copyto(work.images[row].numpy(), square.permute(1, 2, 0).numpy())
 
     def _image(self, i: int) -> torch.Tensor:
         samples = self._samples
-        payload = data_sets.encoded(samples, i)
+        payload = read_encoded(samples, i)
         if isinstance(samples, Beton) and samples.modes[i] == RAW:
             shape = (int(samples.heights[i]), int(samples.widths[i]), 3)
             pixels = np.asarray(payload).reshape(shape)

@@ -1,4 +1,4 @@
-"""The data sets that engines read: encoded images with labels, from files or from a beton."""
+"""Data sets that engines read: encoded images with labels, in files or in a beton."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from pipelines.imaging.decode import ImageError
 Samples = SampleIndex | Beton
 
 RAW = 1
-"""Value of `Beton.modes` for uncompressed pixels (stock FFCV writes them; we do not)."""
+"""Value of `Beton.modes` for uncompressed pixels. Stock FFCV writes them, we do not."""
 
 SIZED = 1024
-"""Files that `fingerprint` asks for their size: few enough for a network's file system."""
+"""Number of files whose size `fingerprint` reads: few enough for a network file system."""
 
 
 def open_samples(data: str, root: str = "") -> Samples:
-    """Open what `LoaderSpec.data` names: a .beton file, or what `open_images` finds in files.
+    """Open the data set of a spec: a .beton file, or image files (see `open_images`).
 
     Args:
-        data: as `LoaderSpec.data`.
-        root: as `LoaderSpec.root`.
+        data: See `LoaderSpec.data`.
+        root: See `LoaderSpec.root`.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: it is not a data set, or one that must be converted first, in words.
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: It is not a data set, or must be converted to a beton first.
     """
     if Path(data).suffix == ".beton":
         if root:
-            raise ValueError(f"{data}: a root goes with a list file, not with a beton")
+            raise ValueError(f"{data}: root is for list files, not for a beton")
         return Beton.open(Path(data))
     if data == "digits" or data.startswith("torchvision:"):
-        raise ValueError(f"{data}: not in files of its own; convert it with scripts/to_beton.py")
+        raise ValueError(f"{data}: not stored as image files; convert it with scripts/to_beton.py")
     found = open_images(data, root=root or None)
     assert isinstance(found, SampleIndex)
     return found
 
 
-def encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:
-    """The bytes of sample i as they are stored: from a beton a view, without a copy.
+def read_encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:
+    """Return the stored bytes of sample `i`; of a beton a view, uint8 (bytes,).
 
     Raises:
-        ImageError: the file cannot be read; like one that cannot be decoded, it may be masked.
+        ImageError: The file cannot be read. Callers treat it like an undecodable sample.
     """
     if isinstance(samples, Beton):
         return samples.payload(i)
@@ -58,26 +58,26 @@ def encoded(samples: Samples, i: int) -> bytes | npt.NDArray[np.uint8]:
         raise ImageError(error.strerror or str(error)) from error
 
 
-def name(samples: Samples, i: int) -> str:
-    """How messages call sample i: its file, or its number in the beton."""
+def sample_name(samples: Samples, i: int) -> str:
+    """Return the name of sample `i` for messages: its file, or its index in the beton."""
     if isinstance(samples, Beton):
         return f"{samples.path}: sample {i}"
     return str(samples.path(i))
 
 
-def close(samples: Samples) -> None:
-    """Release the file that a beton holds open and locked."""
+def close_samples(samples: Samples) -> None:
+    """Close a beton and release its lock. Does nothing for image files."""
     if isinstance(samples, Beton):
         samples.close()
 
 
 def fingerprint(samples: Samples) -> str:
-    """A short hash that identifies the data set: of a beton its tables.
+    """Return a short hash that identifies the data set. For a beton, a hash of its tables.
 
-    Of files it is paths, labels, and the sizes of up to `SIZED` files, evenly spaced. So other
-    images under the same names are noticed, also where every file was made anew; a few replaced
-    ones among many may not be, nor is one of the very same length. Times do not count: a copy on
-    another machine is the same data set.
+    For image files, it covers paths, labels, and the sizes of up to `SIZED` evenly spaced files. So
+    it detects that all files were replaced under the same names. It may miss a few replaced files
+    among many, and misses a replacement of equal size. Modification times are not included: a copy
+    on another machine has the same fingerprint.
     """
     if isinstance(samples, Beton):
         return samples.fingerprint

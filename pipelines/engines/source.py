@@ -1,4 +1,4 @@
-"""`Source`, the interface of every engine, and its limit on undecodable samples."""
+"""The interface of engines, `Source`, and the limit on undecodable samples."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from pipelines.imaging.decode import ImageError
 
 
 class Source(Protocol):
-    """What an engine implements."""
+    """The interface of an engine: decoded crops of a data set, in batches."""
 
-    bad: DecodeErrors
-    """Undecodable samples met so far."""
+    bad: DecodeErrorBudget
+    """Undecodable samples so far."""
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """The batches of an epoch from a step on: a pure function of both, and of the spec.
+        """Yield the batches of an epoch, starting at a step: a pure function of both and the spec.
 
-        Each item is borrowed until the next one is asked for. Closing the iterator early releases
-        what it holds; a second epoch may follow at once.
+        Each batch is borrowed until the next one is requested. Closing the iterator early releases
+        its resources; another epoch may start at once.
+
+        Raises:
+            ImageError: More samples are undecodable than the spec allows.
+            TimeoutError: There was no batch within the spec's timeout.
         """
 
     def close(self) -> None:
@@ -33,29 +37,34 @@ class Source(Protocol):
 log = logging.getLogger(__name__)
 
 
-class DecodeErrors:
-    """The budget of undecodable samples per epoch (`LoaderSpec.max_undecodable`)."""
+class DecodeErrorBudget:
+    """Counts undecodable samples against a limit per epoch (`LoaderSpec.max_undecodable`)."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.total = 0
-        """Over the life of the source."""
+        """Count over the lifetime of the source."""
         self._in_epoch = 0
 
     def start_epoch(self) -> None:
+        """Reset the count of the epoch."""
         self._in_epoch = 0
 
     def report(self, name: str, reason: str) -> None:
-        """Count one sample.
+        """Count one undecodable sample, and log it.
+
+        Args:
+            name: Name of the sample for messages.
+            reason: Why it cannot be decoded.
 
         Raises:
-            ImageError: the budget of this epoch is spent.
+            ImageError: The limit of this epoch is exceeded.
         """
         self.total += 1
         self._in_epoch += 1
         if self._in_epoch > self._limit:
             raise ImageError(
                 f"{name}: {reason} ({self._in_epoch} undecodable this epoch, max_undecodable is "
-                f"{self._limit}; raise it, or convert the data anew, which sets them aside)"
+                f"{self._limit}; raise it, or convert the data again, which leaves them out)"
             )
         log.warning("masked %s: %s", name, reason)

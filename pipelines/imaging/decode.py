@@ -1,7 +1,7 @@
-"""Image bytes of any supported format to upright RGB pixels, or one sentence why not.
+"""Image decoding with Pillow: bytes of any supported format to upright RGB pixels.
 
-Every engine that decodes without FFCV or DALI, and the converter, decodes here: one rule for
-orientation, color and broken files.
+The converter and every engine that decodes without FFCV or DALI use this module, so that there is
+one rule for orientation, color and broken files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pipelines.jpeg.markers import MAX_PIXELS, JpegError, JpegHeader, read_heade
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """The only decoders that Pillow may use."""
 
-# Process-wide on purpose: Pillow has no per-call limit, and its own warning must never be the
-# only thing between a small file and gigabytes of memory.
+# Process-wide on purpose: Pillow has no limit per call. A mere warning must never be the only
+# protection against small files that expand to gigabytes of memory.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -35,7 +35,7 @@ _PILLOW_ERRORS = (
     TypeError,
     OverflowError,
     Image.DecompressionBombError,
-    Warning,  # Its remarks on metadata, where the caller's filters make errors of them.
+    Warning,  # Warnings about metadata, if the caller's filters turn them into errors.
 )
 
 _TURN = {
@@ -50,7 +50,7 @@ _TURN = {
 
 
 class ImageError(ValueError):
-    """The bytes are no image we can use; the message says why in one line."""
+    """The bytes are not a usable image; the message says why in one line."""
 
 
 def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
@@ -60,10 +60,11 @@ def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
         data: A whole file in one of `FORMATS`, recognised by content.
 
     Returns:
-        (H, W, 3) pixels, contiguous and owned by the caller.
+        uint8 (H, W, 3), contiguous and owned by the caller.
 
     Raises:
-        ImageError: Unknown format, truncated or damaged data, or more than `MAX_PIXELS` pixels.
+        ImageError: The format is unknown, the data are truncated or damaged, or the image has more
+            than `MAX_PIXELS` pixels.
     """
     header = _jpeg_header(data)
     try:
@@ -78,19 +79,19 @@ def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
     except ImageError:
         raise
     except _PILLOW_ERRORS as error:
-        raise ImageError(_reason(error)) from error
+        raise ImageError(_describe_pillow_error(error)) from error
 
 
 def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
-    """Decode all of a JPEG's coefficients, but only an eighth of its size.
+    """Check a JPEG: decode all of its coefficients, but only at an eighth of its size.
 
-    A quarter cheaper than a full decode, and finds the same truncations. Neither finds damage that
-    libjpeg papers over with a warning, which Pillow does not pass on: flipped bits, or an end
+    This is a quarter cheaper than a full decode and finds the same truncations. Neither finds
+    damage for which libjpeg only warns, which Pillow does not report: flipped bits, or an end
     marker that comes too early.
 
     Args:
         data: The JPEG stream.
-        header: Its header, where the caller has read it already.
+        header: Its header, if the caller has read it already.
 
     Returns:
         The reason why the image is unusable, or None.
@@ -101,32 +102,36 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
                 return f"header says {header.width} x {header.height}, decoder {image.size}"
-            # Grey drops the work on chroma pixels, not that on chroma's coefficients.
+            # Grey saves the work on chroma pixels, but chroma coefficients are still decoded.
             image.draft("L" if header.components == 3 else None, (1, 1))
             image.load()
     except (JpegError, ImageError) as error:
         return str(error)
     except _PILLOW_ERRORS as error:
-        return _reason(error)
+        return _describe_pillow_error(error)
     return None
 
 
 def _open(data: bytes) -> Image.Image:
-    """Open without decoding, refusing what is empty, unknown or too large."""
+    """Open without decoding; reject empty, unknown and too large files."""
     if not data:
         raise ImageError("the file is empty")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: begins with {data[:8]!r}"
+            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: it begins with {data[:8]!r}"
         ) from error
     check_size(*image.size)
     return image
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise `ImageError` where there are no pixels or more than `MAX_PIXELS`."""
+    """Check the size of an image.
+
+    Raises:
+        ImageError: The image has no pixels or more than `MAX_PIXELS`.
+    """
     if width < 1 or height < 1:
         raise ImageError(f"the image has {width} x {height} pixels")
     if width * height > MAX_PIXELS:
@@ -146,7 +151,7 @@ def _jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
-    """Apply the orientation. JPEG: of the Exif block alone, as DALI does, never of XMP."""
+    """Apply the orientation. For JPEG only the Exif block counts, as in DALI, never XMP."""
     if header is None:
         return ImageOps.exif_transpose(image)
     turn = _TURN.get(header.orientation)
@@ -154,31 +159,32 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
 
 
 def _scale16(grey: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
-    """(H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
+    """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
     scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(scaled[:, :, None], 3, axis=2)
 
 
-def _reason(error: BaseException) -> str:
-    """One line for a Pillow error."""
+def _describe_pillow_error(error: BaseException) -> str:
+    """Format a Pillow error as one line."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more pixels than the limit of {MAX_PIXELS}"
     text = " ".join(str(error).split())
     return text or type(error).__name__
 
 
-_HEAD = 1 << 16  # bytes of a file in which most headers lie
+_HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
 _ORIENTATION = 0x0112
 
 
-def read_numbers(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
-    """The numbers in a PNG file of one 8-bit channel: a palette's entries, or levels of grey.
+def read_label_png(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Read a PNG file of one 8-bit channel: palette indices or grey levels.
 
     Returns:
-        uint8 (h, w).
+        uint8 (H, W).
 
     Raises:
-        ImageError: there is no such file, or it is no such image; it begins with the path.
+        ImageError: The file does not exist or is not such an image; the message begins with the
+            path.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
@@ -187,38 +193,38 @@ def read_numbers(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
                 raise ImageError(f"pixels of mode {image.mode}, expected a palette or 8-bit grey")
             return np.array(image)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ImageError(f"{os.fspath(path)}: {reason(error)}") from error
+        raise ImageError(f"{os.fspath(path)}: {describe_error(error)}") from error
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Height and width of an image, upright, by its header alone.
+    """Read height and width of an upright image from its header alone.
 
     Raises:
-        ImageError: no image.
-        OSError: not readable.
+        ImageError: The file is not an image.
+        OSError: The file cannot be read.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("a file that does not exist")
     with open(path, "rb") as file:
-        data = file.read(_HEAD)
+        data = file.read(_HEADER_BYTES)
         try:
             if data[:2] == b"\xff\xd8":
                 try:
                     return read_header(data).upright
-                except JpegError:  # Long metadata come before the frame's header.
+                except JpegError:  # Long metadata precede the frame header.
                     return read_header(data + file.read()).upright
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
-                # Of PNG files, asking for the orientation would decode all of it.
+                # For PNG, asking for the orientation would decode the whole file.
                 turn = 1 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 1)
                 return (width, height) if turn >= 5 else (height, width)
         except (JpegError, SyntaxError, ValueError, OSError) as error:
-            raise ImageError(reason(error)) from error
+            raise ImageError(describe_error(error)) from error
 
 
-def reason(error: BaseException) -> str:
-    """An error in one line, without the file's name."""
+def describe_error(error: BaseException) -> str:
+    """Format an error as one line, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

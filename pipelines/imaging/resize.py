@@ -1,10 +1,10 @@
-"""Antialiased bilinear resize of a region of an image: the filter of Pillow's BILINEAR and of
-torchvision's `resize(antialias=True)`, separable, in 16-bit fixed point.
+"""Antialiased bilinear resize of image regions, separable, in 16-bit fixed point.
 
-Samples lie at half-pixel centres. The filter is a triangle whose half-width is one source pixel
-where the region grows and the ratio of the sides where it shrinks; taps outside the region are
-dropped and the rest made to sum to one. A product keeps the upper 16 bits of (8.8 bit pixel) x
-(0.16 bit weight); half a unit per tap is added back, because those bits are cut and not rounded.
+The filter is that of Pillow's BILINEAR and torchvision's `resize(antialias=True)`: a triangle
+around half-pixel centres. Its half-width is one source pixel for enlarging, and the ratio of the
+sides for shrinking. Taps outside the region are dropped and the rest normalised to sum to one. A
+product keeps the upper 16 bits of (8.8 bit pixel) x (0.16 bit weight); half a unit per tap is added
+back, because the lower bits are truncated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.imaging.resize_simd import GROUP, four_columns, rows_from_0, rows_from_4
+from pipelines.imaging.resize_simd import GROUP, filter_columns, filter_rows, filter_rows_skip4
 from pipelines.native.jit import njit
 from pipelines.native.llvm import copy_bytes, get_byte, set_byte
 
@@ -23,10 +23,10 @@ _HALF = 128  # half a grey level in 8.8 bits
 
 
 def scratch_size(height: int, width: int, side: int) -> int:
-    """Words that are enough for `resize_region` with regions up to height x width, outputs up to side.
+    """Number of uint32 words of scratch memory that `resize_region` needs.
 
-    A table has at most 4 * extent + 2 * entries weights: a smaller output has fewer entries, but
-    more taps for each.
+    The size suffices for all regions up to height x width and outputs up to side. A table has at
+    most 4 * extent + 2 * entries weights: a smaller output has fewer entries with more taps each.
     """
     entries = math.ceil(side / GROUP) * GROUP
     return 8 * width + 2 * entries + 4 * (height + width + entries)
@@ -36,18 +36,18 @@ def scratch_size(height: int, width: int, side: int) -> int:
 def _fill_taps(
     extent: Any, side: Any, mirror: Any, taps: Any, starts: Any, weights: Any
 ) -> None:  # pragma: no cover - compiled
-    """First source pixel and weights of each output.
+    """Compute the first source pixel and the weights of each output.
 
-    Outputs stand in groups of four; the last group is moved back to end at the last output.
+    Outputs are in groups of four; the last group is moved back to end at the last output.
 
     Args:
-        extent: source pixels.
-        side: outputs.
-        mirror: whether output 0 shows the far end.
-        taps: of each output.
-        starts: uint32 (4 * groups,), to be written.
-        weights: uint32 (groups * taps * 4,), to be written: the 16-bit weight in both halves; tap k
-            of an output of a group beside those of the other three.
+        extent: Number of source pixels.
+        side: Number of outputs.
+        mirror: Whether output 0 shows the far end.
+        taps: Taps per output.
+        starts: uint32 (4 * groups,), output.
+        weights: uint32 (groups * taps * 4,), output: the 16-bit weight in both halves. Tap k of the
+            four outputs of a group is contiguous.
     """
     ratio = extent / side
     support = max(ratio, 1.0)
@@ -70,7 +70,7 @@ def _fill_taps(
             if weight > largest:
                 largest, where = weight, k
             weights[at + GROUP * k] = weight * 65537 if weight < _ONE else 0
-        # All of the rounding error goes to one tap: a flat region stays as it is.
+        # All of the rounding error goes to one tap, so that a flat region stays unchanged.
         largest = min(largest + rest, _ONE - 1)
         weights[at + GROUP * where] = largest * 65537
         starts[entry] = start
@@ -78,7 +78,7 @@ def _fill_taps(
 
 @njit
 def _entry(output: int, side: int) -> int:  # pragma: no cover - compiled
-    """Where a table of `_fill_taps` holds an output."""
+    """Index of an output in the tables of `_fill_taps`."""
     last = (side - 1) // GROUP * GROUP
     return output if output < last else last + output - max(side - GROUP, 0)
 
@@ -88,15 +88,15 @@ def _resample_plain(
     source: Any, stride: Any, width: Any, out: Any, side: Any, row_taps: Any, column_taps: Any,
     rows: Any, row_weights: Any, columns: Any, column_weights: Any, line: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Pixel by pixel: for what is too small for `_resample_blocks`, and its reference."""
+    """Resample pixel by pixel: for sizes too small for `_resample_blocks`, and as its reference."""
     for y in range(side):
         entry = _entry(y, side)
         for x in range(3 * width):
             at = source + rows[entry] * stride + x
             total = row_taps // 2
             for k in range(row_taps):
-                place = (entry // GROUP * row_taps + k) * GROUP + entry % GROUP
-                weight = np.int64(row_weights[place] & 0xFFFF)
+                index = (entry // GROUP * row_taps + k) * GROUP + entry % GROUP
+                weight = np.int64(row_weights[index] & 0xFFFF)
                 total += (get_byte(at + k * stride) << 8) * weight >> 16
             line[x] = min(total, 65535)
         for x in range(side):
@@ -104,8 +104,8 @@ def _resample_plain(
             for c in range(3):
                 total = column_taps // 2 + _HALF
                 for k in range(column_taps):
-                    place = (entry_x // GROUP * column_taps + k) * GROUP + entry_x % GROUP
-                    weight = np.int64(column_weights[place] & 0xFFFF)
+                    index = (entry_x // GROUP * column_taps + k) * GROUP + entry_x % GROUP
+                    weight = np.int64(column_weights[index] & 0xFFFF)
                     pixel = np.int64(line[3 * (columns[entry_x] + k) + c])
                     total += pixel * weight >> 16
                 set_byte(out + 3 * (y * side + x) + c, min(total, 65535) >> 8)
@@ -116,7 +116,7 @@ def _resample_blocks(
     source: Any, stride: Any, width: Any, out: Any, side: Any, row_taps: Any, column_taps: Any,
     rows: Any, row_weights: Any, columns: Any, column_weights: Any, line: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """As `_resample_plain`, four outputs of four rows at a time."""
+    """Resample as `_resample_plain`, in blocks of four outputs in four rows."""
     pitch, middle = 3 * side, np.int64(line.ctypes.data)
     starts, column_table = np.int64(columns.ctypes.data), np.int64(column_weights.ctypes.data)
     for entry in range(0, len(rows), GROUP):
@@ -127,13 +127,15 @@ def _resample_blocks(
         c = source + np.int64(rows[entry + 2]) * stride
         d = source + np.int64(rows[entry + 3]) * stride
         rest = (stride, row_taps, weights, row_taps // 2)
-        rows_from_0((a, b, c, d, *rest, middle))
+        filter_rows((a, b, c, d, *rest, middle))
         for pixel in range(4, width + 3, 4):
-            # The 16 bytes of the last block end with the row: they begin before its first pixel.
+            # The 16 bytes end with the block's last pixel, so that none is read beyond the row.
             x = 3 * min(pixel, width - 4)
-            rows_from_4((a + x - 4, b + x - 4, c + x - 4, d + x - 4, *rest, middle + 32 * x // 3))
+            filter_rows_skip4(
+                (a + x - 4, b + x - 4, c + x - 4, d + x - 4, *rest, middle + 32 * x // 3)
+            )
         for at in range(0, len(columns), GROUP):
-            four_columns(
+            filter_columns(
                 (
                     middle, starts + 4 * at, column_taps,
                     column_table + 4 * at * column_taps, column_taps // 2 + _HALF,
@@ -148,16 +150,16 @@ def resize_region(
 ) -> None:  # pragma: no cover - compiled
     """Resize a region of an image to a square; no byte outside the region is read.
 
-    Takes addresses, int64, because every layout of an array would be compiled anew.
+    Takes int64 addresses, because numba would compile again for every array layout.
 
     Args:
-        source: address of the region's first byte, uint8 (height, width, 3), not empty.
-        stride: bytes from a row to the next.
-        height, width: of the region.
-        out: address of the square, uint8 (side, side, 3), contiguous.
-        side: of the square.
-        flip: mirror left to right.
-        scratch: uint32, at least `scratch_size(height, width, side)` long; one for each thread.
+        source: Address of the region's first byte, uint8 (height, width, 3), not empty.
+        stride: Bytes from one row to the next.
+        height, width: Size of the region.
+        out: Address of the square, uint8 (side, side, 3), contiguous.
+        side: Side of the square.
+        flip: Whether to mirror left to right.
+        scratch: uint32 (at least `scratch_size(height, width, side)`,); one per thread.
     """
     if height == side and width == side:
         for y in range(side):
@@ -169,7 +171,7 @@ def resize_region(
                 for c in range(3):
                     set_byte(line + 3 * (side - 1 - x) + c, get_byte(row + 3 * x + c))
         return
-    # The most pixels that lie under the filter at any place.
+    # The largest number of pixels under the filter at any position.
     row_taps = min(height, math.ceil(2.0 * max(height / side, 1.0)))
     column_taps = min(width, math.ceil(2.0 * max(width / side, 1.0)))
     entries = (side + GROUP - 1) // GROUP * GROUP

@@ -1,5 +1,8 @@
-"""One image: encoded bytes to upright pixels to a crop, with torchvision. The reference engine's
-arithmetic, and what other engines fall back on for a single sample that their decoder refused."""
+"""Decoding and cropping of single images with torchvision.
+
+This is the reference arithmetic, used by the folder engine. Other engines fall back on it for
+single samples that their own decoder rejects.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode(data: bytes | Pixels) -> torch.Tensor:
-    """Encoded image to upright RGB pixels.
+    """Decode an image to upright RGB pixels.
+
+    Args:
+        data: The encoded image, or its bytes as uint8 (bytes,).
 
     Returns:
-        uint8 (3, H, W); memory is laid out as (H, W, 3) for JPEG files.
+        uint8 (3, H, W); the memory layout is (H, W, 3) for JPEG files.
 
     Raises:
-        ImageError: not decodable, or too large.
+        ImageError: The image cannot be decoded or is too large.
     """
     head = bytes(data[:2])
     if head != b"\xff\xd8":
@@ -32,14 +38,14 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
         header = read_header(data if isinstance(data, bytes) else data.tobytes())
     except JpegError as error:
         raise ImageError(str(error)) from error
-    # The decoder allocates what the header claims, 13 GB from a lie of 80 KB: look first.
+    # The decoder allocates what the header claims (13 GB for a false one of 80 KB): check first.
     if header.height * header.width > MAX_PIXELS:
         raise ImageError(f"{header.width}x{header.height} pixels are over the limit {MAX_PIXELS}")
     if header.components not in (1, 3) or header.precision != 8:
         return torch.from_numpy(decode_rgb(bytes(data))).permute(2, 0, 1)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    # Deprecated since torchvision 0.29, in favour of TorchCodec, which is no dependency of this
-    # project; torchvision itself has no other decoder.
+    # Deprecated since torchvision 0.29 in favour of TorchCodec, which this project does not depend
+    # on; torchvision itself has no other decoder.
     try:
         image: torch.Tensor = decode_jpeg(
             buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True
@@ -50,19 +56,21 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
 
 
 def crop(image: torch.Tensor, box: Int32, size: int) -> torch.Tensor:
-    """Cut a box out of an image, black outside, resized with an antialiased bilinear filter.
+    """Cut a crop box out of an image and resize it with an antialiased bilinear filter.
+
+    Pixels outside the image are black.
 
     Args:
         image: uint8 (3, H, W).
-        box: int32 (5,): top, left, height, width, flip.
-        size: side of the output in pixels.
+        box: int32 (5,), top, left, height, width, flip.
+        size: Side of the output in pixels.
 
     Returns:
         uint8 (3, size, size).
     """
     top, left, height, width, flip = (int(v) for v in box)
-    # Cut, copied and flipped by numpy, in (H, W, 3): torch would start a team of threads for each
-    # of the folder engine's own.
+    # numpy cuts, copies and flips, in (H, W, 3): torch would start a thread team for each of the
+    # folder engine's threads.
     pixels = image.permute(1, 2, 0).numpy()
     region = np.zeros((height, width, 3), np.uint8)
     y0, y1 = max(top, 0), min(top + height, pixels.shape[0])

@@ -1,8 +1,8 @@
-"""Compiled walk over the Huffman-coded scan of a baseline JPEG: every code, no coefficient.
+"""Compiled walk over the Huffman codes of a baseline JPEG scan, without decoding coefficients.
 
-It sees all that a decoder of coefficients sees, in a fraction of the time, and notes where each
-block's DC code lies so that `pipelines.jpeg.restart_markers` can begin a segment there. ITU-T T.81, annexes B
-and F.
+It finds the same damage as a coefficient decoder in a fraction of the time. It also records where
+each block's DC code lies, so that `pipelines.jpeg.restart_markers` can start a segment there.
+ITU-T T.81, annexes B and F.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.jpeg.huffman_tables import LOOK, SIZE, build, chain, find_long, read_tables
+from pipelines.jpeg.huffman_tables import (
+    LOOK,
+    SIZE,
+    build_lookup,
+    chain_symbols,
+    find_long_code,
+    read_huffman_tables,
+)
 from pipelines.native.jit import njit
 from pipelines.native.llvm import load_bits
 
-FINE: Final = 0
+OK: Final = 0
 BAD_TABLE: Final = 1
 NO_CODE: Final = 2
 LONG_BLOCK: Final = 3
@@ -34,12 +41,12 @@ REASONS: Final = {
 }
 
 BLOCK: Final = np.dtype([("at", np.int64), ("value", np.int32), ("bits", np.int32)])
-"""A block's DC difference: bit at which its code begins in the unstuffed data, the difference, and
-the bits of code and value."""
+"""A block's DC difference: `at` is the bit where its code starts in the unstuffed data, `value` the
+difference, `bits` the length of code and value together."""
 
 _MAX_DC: Final = 2047
 PAD: Final = 272
-"""Readable bytes that the unstuffed data need behind them: for a block's longest codes."""
+"""Readable bytes required after the unstuffed data: room for a block of the longest codes."""
 
 _WINDOW: Final = np.uint64(64 - LOOK)
 _ONES: Final = np.uint64(0x0101010101010101)
@@ -51,14 +58,15 @@ def _unstuff(data: Any, start: int, clean: Any, starts: Any) -> Any:
     """Copy entropy-coded data without stuffed zeros and restart markers.
 
     Args:
-        data: (bytes,) of the stream.
-        start: Where the scan's data begin.
-        clean: Takes the copy.
-        starts: Takes the offset in `clean` behind each restart marker, from its second entry on.
+        data: uint8 (bytes,), the stream.
+        start: Offset of the scan's first coded byte.
+        clean: uint8, output: the copy.
+        starts: int64, output: the offset in `clean` after each restart marker, from entry 1 on.
 
     Returns:
-        Bytes copied, restart markers found (-1: wrong number or too many), and the offset of the
-        marker that ends the scan (the length of `data`: there is none).
+        The number of bytes copied; the number of restart markers (-1 if one has the wrong number
+        or there are too many); the offset of the marker that ends the scan, or the length of `data`
+        if there is none.
     """
     source = np.uint64(data.ctypes.data)
     stop = len(data) - 1
@@ -67,7 +75,7 @@ def _unstuff(data: Any, start: int, clean: Any, starts: Any) -> Any:
     one, two = np.uint64(1), np.uint64(2)
     far = np.uint64(max(stop - 8, 0))
     while i < last:
-        while i < far:  # Eight bytes at a time while none is FF.
+        while i < far:  # Eight bytes at a time while none of them is FF.
             word = load_bits(source, i << np.uint64(3))
             if (~word - _ONES) & word & _TOPS:
                 break
@@ -103,36 +111,36 @@ def walk(
     data: npt.NDArray[np.uint8], start: int, bounds: Any, units: Any, slots: Any, mcus: int,
     restart: int, clean: Any, starts: Any, ends: Any, blocks: Any,
 ) -> tuple[int, int, int, int]:  # fmt: skip
-    """Walk one interleaved scan of a sequential frame of 8 bits.
+    """Walk one interleaved scan of a sequential 8-bit frame.
 
     Args:
-        data: (bytes,): the stream.
+        data: uint8 (bytes,), the stream.
         start: Offset of the first entropy-coded byte.
-        bounds: int64 (n, 2): bodies of the DHT segments before the scan.
-        units: int64 (U,): component of each block of an MCU.
-        slots: int64 (3, 2): rows of each component's DC and AC table, 4 * class + number.
-        mcus: How many there must be.
-        restart: MCUs between restart markers; 0 without.
-        clean: uint8 (bytes of the scan and `PAD` more) out: the data without stuffing.
-        starts: int64 (segments + 1,) out: where in `clean` each restart segment begins.
-        ends: int64 (segments,) out: bit behind the last block of each.
-        blocks: `BLOCK` (mcus * U,) out.
+        bounds: int64 (n, 2), start and end of each DHT segment's body before the scan.
+        units: int64 (U,), component of each block of an MCU.
+        slots: int64 (3, 2), rows of each component's DC and AC table: 4 * class + number.
+        mcus: The number of MCUs expected.
+        restart: MCUs between restart markers; 0 if there are none.
+        clean: uint8 (bytes of the scan + `PAD`,), output: the data without stuffing.
+        starts: int64 (segments + 1,), output: where each restart segment starts in `clean`.
+        ends: int64 (segments,), output: the bit after the last block of each segment.
+        blocks: `BLOCK` (mcus * U,), output.
 
     Returns:
-        `FINE` or a key of `REASONS`, the MCU where that was found, the offset of the marker that
-        ends the scan, and the whole bytes that no block uses.
+        `OK` or a key of `REASONS`; the MCU where the error was found; the offset of the marker that
+        ends the scan; the number of whole bytes that belong to no block.
     """
     counts, symbols = np.zeros((8, 17), np.int64), np.zeros((8, 256), np.uint8)
     single, lengths = np.zeros((8, SIZE), np.uint16), np.zeros((8, SIZE), np.uint8)
     chains = np.empty((8, SIZE), np.uint16)
     limits, base = np.zeros((8, 17), np.int64), np.zeros((8, 17), np.int64)
-    if not read_tables(data, bounds, counts, symbols):
+    if not read_huffman_tables(data, bounds, counts, symbols):
         return BAD_TABLE, 0, start, 0
     for slot in set(slots.reshape(-1).tolist()):
-        if not build(counts, symbols, slot, single, lengths, limits, base):
+        if not build_lookup(counts, symbols, slot, single, lengths, limits, base):
             return BAD_TABLE, 0, start, 0
         if slot >= 4:
-            chain(single, lengths, slot, chains)
+            chain_symbols(single, lengths, slot, chains)
     starts[0] = 0
     size, found, end = _unstuff(data, start, clean, starts)
     if found != len(ends) - 1:
@@ -148,10 +156,11 @@ def walk(
 
 @njit
 def _walk(
-    units: Any, slots: Any, mcus: Any, per: Any, clean: Any, starts: Any, ends: Any, blocks: Any,
-    predicted: Any, counts: Any, symbols: Any, singles: Any, joined: Any, limits: Any, base: Any,
+    units: Any, slots: Any, mcus: Any, interval: Any, clean: Any, starts: Any, ends: Any,
+    blocks: Any, predicted: Any, counts: Any, symbols: Any, singles: Any, joined: Any,
+    limits: Any, base: Any,
 ) -> Any:  # fmt: skip
-    """The walk itself: arguments as of `walk`, and its tables; returns all but the offset."""
+    """The compiled part of `walk`: takes its arguments and the tables, returns no offset."""
     source = np.uint64(clean.ctypes.data)
     n = 0
     spare = np.int64(0)
@@ -159,14 +168,14 @@ def _walk(
         bit = np.uint64(starts[segment] * 8)
         stop = np.uint64(starts[segment + 1] * 8)
         predicted[0] = predicted[1] = predicted[2] = 0
-        for mcu in range(segment * per, min(segment * per + per, mcus)):
+        for mcu in range(segment * interval, min(segment * interval + interval, mcus)):
             for u in range(len(units)):
                 component = units[u]
                 dc, ac = slots[component, 0], slots[component, 1]
                 word = load_bits(source, bit)
                 entry: Any = np.int64(singles[np.uint64(dc << LOOK) + (word >> _WINDOW)])
                 if entry == 0:
-                    entry = find_long(word, counts, symbols, limits, base, dc)
+                    entry = find_long_code(word, counts, symbols, limits, base, dc)
                     if entry == 0:
                         return NO_CODE, mcu, 0
                 length, width = entry & 31, entry >> 5
@@ -188,13 +197,13 @@ def _walk(
                 k, row = 1, np.uint64(ac << LOOK)
                 while k < 64:
                     word = load_bits(source, bit)
-                    for _ in range(2):  # The second code begins at most 31 of the 57 bits later.
-                        place = row + (word >> _WINDOW)
-                        entry = np.int64(joined[place])
+                    for _ in range(2):  # The second code starts at most 31 of the 57 bits later.
+                        index = row + (word >> _WINDOW)
+                        entry = np.int64(joined[index])
                         if entry == 0 or k + (entry >> 5 & 255) > 64:
-                            entry = np.int64(singles[place])
+                            entry = np.int64(singles[index])
                             if entry == 0:
-                                entry = find_long(word, counts, symbols, limits, base, ac)
+                                entry = find_long_code(word, counts, symbols, limits, base, ac)
                             if entry == 0:
                                 return NO_CODE, mcu, 0
                             if k + (entry >> 5 & 255) > 64:
@@ -209,4 +218,4 @@ def _walk(
                     return TOO_SHORT, mcu, 0
         ends[segment] = np.int64(bit)
         spare += np.int64((stop - bit) >> np.uint64(3))
-    return FINE, 0, spare
+    return OK, 0, spare

@@ -1,4 +1,4 @@
-"""JPEG bytes: what the markers say. No pixels are decoded here."""
+"""JPEG marker parser: headers and stream structure, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 MAX_PIXELS = 100_000_000
-"""Images with more pixels than this are refused before anything is allocated for them."""
+"""Limit on the pixels of an image; larger ones are rejected before any allocation."""
 
 _SOI, _EOI, _SOS, _DHT, _DQT, _DRI, _DNL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD, 0xDC
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
@@ -24,7 +24,7 @@ class JpegError(ValueError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What a JPEG stream says about its image before any of it is decoded."""
+    """What the markers of a JPEG stream say about its image."""
 
     height: int
     """Rows as stored, before the orientation is applied."""
@@ -35,27 +35,27 @@ class JpegHeader:
     precision: int
     """Bits per component."""
     frame: int
-    """The start-of-frame marker's second byte, 0xC0 to 0xCF: how the image is coded."""
+    """Second byte of the start-of-frame marker, 0xC0 to 0xCF: the coding process."""
     orientation: int
-    """Exif orientation, 1 to 8; 1 where the stream has none that is valid."""
+    """Exif orientation, 1 to 8; 1 if the stream has no valid one."""
     adobe_transform: int | None
-    """Color transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None without one."""
+    """Color transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None if there is none."""
     frame_at: int
     """Offset of the start-of-frame marker."""
     tables: tuple[tuple[int, int], ...]
-    """Where the bodies of the Huffman table segments before the first scan begin and end."""
+    """Start and end of the body of each Huffman table segment before the first scan."""
     quantizers: frozenset[int]
     """Numbers of the quantization tables before the first scan."""
     restart: int
-    """MCUs between restart markers in the first scan; 0 without them."""
+    """MCUs between restart markers in the first scan; 0 if there are none."""
     scan: int
     """Offset of the first start-of-scan marker."""
     coded: int
-    """Offset of the first entropy-coded byte behind it."""
+    """Offset of the first scan's first entropy-coded byte."""
     end: int | None
-    """Offset just behind the end marker; None where only the header was read."""
-    odd: str | None
-    """The first thing that a strict decoder warns of though it can go on; None in clean streams."""
+    """Offset just after the end marker; None if only the header was read."""
+    warning: str | None
+    """The first recoverable oddity that a strict decoder warns about; None in clean streams."""
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class JpegHeader:
 
 
 class _Walk:
-    """State gathered while the markers are walked."""
+    """Parser state collected while walking the markers."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -92,31 +92,31 @@ class _Walk:
         self.orientation: int | None = None
         self.adobe: int | None = None
         self.restart = 0
-        self.odd: str | None = None
+        self.warning: str | None = None
         self._markers: list[int] | None = None
 
-    def note(self, what: str) -> None:
-        """Keep the first oddity."""
-        self.odd = self.odd or what
+    def warn(self, what: str) -> None:
+        """Record an oddity; only the first one is kept."""
+        self.warning = self.warning or what
 
     def marker(self, pos: int) -> tuple[int, int]:
-        """Read the marker at or behind `pos`: its code and the offset behind it."""
+        """Find the marker at or after `pos`; return its code and the offset after it."""
         start = self.data.find(b"\xff", pos)
         if start > pos:
-            self.note(f"{start - pos} stray bytes before a marker at byte {pos}")
+            self.warn(f"{start - pos} stray bytes before a marker at byte {pos}")
         while 0 <= start < len(self.data) - 1:
             code = self.data[start + 1]
             if code == 0xFF:
                 start += 1
             elif code == 0:
-                self.note(f"stray bytes before a marker at byte {pos}")
+                self.warn(f"stray bytes before a marker at byte {pos}")
                 start = self.data.find(b"\xff", start + 2)
             else:
                 return code, start + 2
         raise JpegError(f"the stream ends at byte {len(self.data)} where a marker was expected")
 
     def segment(self, code: int, pos: int) -> tuple[int, int]:
-        """Bounds of the body of the segment whose length field is at `pos`."""
+        """Return start and end of the body of the segment whose length field is at `pos`."""
         if pos + 2 > len(self.data):
             raise JpegError(f"the stream ends inside marker FF{code:02X} at byte {pos - 2}")
         length = int.from_bytes(self.data[pos : pos + 2], "big")
@@ -125,24 +125,24 @@ class _Walk:
         if pos + length > len(self.data):
             raise JpegError(
                 f"marker FF{code:02X} at byte {pos - 2} wants {length} bytes, "
-                f"{len(self.data) - pos} are left"
+                f"only {len(self.data) - pos} are left"
             )
         return pos + 2, pos + length
 
     def body(self, code: int, start: int, stop: int) -> None:
-        """Take what one segment tells."""
+        """Read the body of one segment."""
         if code in _FRAMES:
             self._frame(code, start, stop)
         elif code == _APP0 and self.data[start : start + 5] == b"JFIF\0" and stop - start >= 7:
             if self.data[start + 5] != 1:
-                self.note(f"JFIF version {self.data[start + 5]} at byte {start + 5}")
+                self.warn(f"JFIF version {self.data[start + 5]} at byte {start + 5}")
         elif code == _APP1 and self.data[start : start + 6] == b"Exif\0\0":
             if self.orientation is None:
                 self.orientation = _exif_orientation(self.data[start + 6 : stop])
         elif code == _APP14 and self.data[start : start + 5] == b"Adobe" and stop - start >= 12:
             self.adobe = self.data[start + 11]
             if self.adobe > 2:
-                self.note(f"Adobe transform {self.adobe} at byte {start + 11}")
+                self.warn(f"Adobe transform {self.adobe} at byte {start + 11}")
         elif code == _DHT:
             self.tables.append((start, stop))
         elif code == _DQT:
@@ -169,13 +169,13 @@ class _Walk:
         self.frame = (code, precision, height, width, components)
 
     def check_scan(self, start: int, stop: int) -> None:
-        """Note parameters that a sequential scan must not have."""
+        """Record parameters that a sequential scan must not have."""
         if self.frame is not None and self.frame[0] in (0xC0, 0xC1):
             if self.data[stop - 3 : stop] != b"\x00\x3f\x00":
-                self.note(f"a sequential scan with other parameters at byte {start}")
+                self.warn(f"a sequential scan with other parameters at byte {start}")
 
     def entropy(self, pos: int) -> int:
-        """Offset of the marker that ends the entropy-coded data at `pos`."""
+        """Return the offset of the marker that ends the entropy-coded data at `pos`."""
         if self._markers is None:
             # In entropy-coded data FF is followed by 00 (a stuffed FF), FF (fill) or a marker.
             stream = np.frombuffer(self.data, np.uint8)
@@ -189,7 +189,7 @@ class _Walk:
             if not 0xD0 <= code <= 0xD7:
                 return found
             if not self.restart or code != 0xD0 + expected:
-                self.note(f"an unexpected restart marker FF{code:02X} at byte {found}")
+                self.warn(f"an unexpected restart marker FF{code:02X} at byte {found}")
             expected = (code - 0xD0 + 1) % 8
         raise JpegError(f"truncated: no end marker in {len(self.data)} bytes")
 
@@ -197,14 +197,14 @@ class _Walk:
 def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
     """Walk the markers up to the first scan, or with `whole` through all scans to the end marker.
 
-    Bytes behind the end marker are not looked at. Work is linear in the bytes walked over.
+    Bytes after the end marker are ignored. Time is linear in the bytes walked.
 
     Args:
         data: The JPEG stream, from its first byte.
-        whole: Also find the end marker and look for oddities between and inside the scans.
+        whole: Also find the end marker and check for oddities between and inside the scans.
 
     Raises:
-        JpegError: Where a marker is missing, cut short or contradicts another.
+        JpegError: A marker is missing, cut short or contradicts another.
     """
     if data[:2] != b"\xff\xd8":
         raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
@@ -218,12 +218,12 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
             end = pos
             break
         if code in _ALONE:
-            walk.note(f"stray marker FF{code:02X} at byte {pos - 2}")
+            walk.warn(f"stray marker FF{code:02X} at byte {pos - 2}")
             continue
         if code == _SOI:
             raise JpegError(f"a second start marker at byte {pos - 2}")
         if code == _DNL:
-            walk.note(f"a line-count segment at byte {pos - 2}")
+            walk.warn(f"a line-count segment at byte {pos - 2}")
         start, stop = walk.segment(code, pos)
         if code != _SOS:
             walk.body(code, start, stop)
@@ -256,12 +256,12 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
         scan=scan[0],
         coded=scan[1],
         end=end,
-        odd=walk.odd,
+        warning=walk.warning,
     )
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
-    """Orientation in the first directory of an Exif block; None where there is no valid one."""
+    """Read the orientation in the first directory of an Exif block; None if it is not valid."""
     order: Literal["little", "big"]
     if tiff[:4] == b"II*\0":
         order = "little"

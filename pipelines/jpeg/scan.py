@@ -1,4 +1,4 @@
-"""The one scan of a baseline JPEG, walked from end to end: is it whole, where are its blocks?"""
+"""Full check of a baseline JPEG's scan: is it complete, and where are its blocks?"""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.jpeg.huffman import BAD_TABLE, BLOCK, FINE, PAD, REASONS, walk
+from pipelines.jpeg.huffman import BAD_TABLE, BLOCK, OK, PAD, REASONS, walk
 from pipelines.jpeg.markers import JpegError, JpegHeader
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The only scan of a sequential image, walked from end to end."""
+    """The only scan of a sequential image, checked to its end."""
 
     header: JpegHeader
     end: int
-    """Offset just behind the end marker."""
+    """Offset just after the end marker."""
     spare: int
-    """Whole bytes of coded data that belong to no block."""
+    """Number of whole coded bytes that belong to no block."""
     columns: int
-    """MCUs in a row."""
+    """MCUs per row."""
     rows: int
     """Rows of MCUs."""
     mcu_width: int
@@ -29,23 +29,27 @@ class Scan:
     mcu_height: int
     """Pixels."""
     units: npt.NDArray[np.int64]
-    """(U,): component of each block in an MCU."""
+    """(U,), component of each block in an MCU."""
     slots: npt.NDArray[np.int64]
-    """(3, 2): rows of each component's Huffman tables, as `huffman.walk` takes them."""
+    """(3, 2), rows of each component's Huffman tables, as `huffman.walk` takes them."""
     clean: npt.NDArray[np.uint8]
-    """Coded data without stuffing."""
+    """(bytes,), coded data without stuffing."""
     ends: npt.NDArray[np.int64]
-    """(segments,): bit behind the last block of each restart segment that was there already."""
+    """(segments,), the bit after the last block of each restart segment of the input."""
     blocks: npt.NDArray[np.void]
-    """(blocks,) of `huffman.BLOCK`."""
+    """(blocks,), of dtype `huffman.BLOCK`."""
 
 
 def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     """Walk over every Huffman code of a baseline image.
 
+    Args:
+        data: The JPEG stream.
+        header: Its header.
+
     Returns:
-        What was found; None where the image is not sequential with 8 bits, 1 or 3 components of
-        sampling factors 1, 2 or 4, and one scan of them all.
+        The scan; None if the image is not supported. Supported are sequential 8-bit images with 1
+        or 3 components, sampling factors 1, 2 or 4, and a single scan of all components.
 
     Raises:
         JpegError: The coded data are damaged; the message says how and where.
@@ -71,7 +75,7 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
         return None
     if not all(h in (1, 2, 4) and v in (1, 2, 4) for h, v in factors):
         return None
-    if count == 1:  # Whatever its factors: a scan of one component is not interleaved.
+    if count == 1:  # A scan of one component is not interleaved, whatever its factors.
         factors = [(1, 1)]
     repeats = [h * v for h, v in factors]
     if sum(repeats) > 10:
@@ -80,7 +84,8 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     columns, rows = -(-header.width // width), -(-header.height // height)
     mcus, units = columns * rows, np.repeat(np.arange(count), repeats)
     slots = np.array([(t >> 4, 4 + (t & 3)) for _, t in chosen] * (3 // count), np.int64)
-    if mcus * len(units) > 4 * len(data):  # No block has less than two codes of one bit.
+    # Every block has at least two codes of at least one bit each.
+    if mcus * len(units) > 4 * len(data):
         raise JpegError(f"{header.width} x {header.height} pixels in {len(data)} bytes of data")
     segments = -(-mcus // header.restart) if header.restart else 1
     clean = np.empty(len(data) - header.coded + PAD, np.uint8)
@@ -92,8 +97,8 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     if end >= len(data):
         raise JpegError(f"truncated: no end marker in {len(data)} bytes")
     if status == BAD_TABLE:
-        return None  # Some decoders have tables of their own for streams that lack them.
-    if status != FINE:
+        return None  # Some decoders supply default tables to streams that lack them.
+    if status != OK:
         raise JpegError(f"damaged: {REASONS[status]}, in MCU {mcu} of {mcus}")
     if data[end + 1] != 0xD9:
         return None
@@ -104,5 +109,5 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
 
 
 def table_bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
-    """(n, 2): where the bodies of the DHT segments begin and end."""
+    """(n, 2), start and end of each DHT segment's body."""
     return np.array(header.tables, np.int64).reshape(-1, 2)

@@ -1,12 +1,12 @@
-"""The part of a JPEG that a crop needs, as a small JPEG of its own.
+"""JPEG splicing: build a small JPEG from only those segments of a stream that a crop needs.
 
-A stream with restart markers is a row of entropy-coded segments that can be decoded one without the
-other. Those under the crop are copied behind the stream's own head, whose frame size is set to
-theirs; any decoder reads the result, and its pixels equal those of the whole image's decode.
+A stream with restart markers is a sequence of entropy-coded segments that can be decoded
+independently. The segments under the crop are copied after the stream's own header, whose frame
+size is set to theirs. Any decoder can read the result, and its pixels equal those of the fully
+decoded image.
 
-Where a component is subsampled, libjpeg interpolates it from the two nearest samples: so the region
-reaches `_MARGIN` pixels beyond the crop there, except at the image's edges, where the small
-image ends as the whole one does.
+libjpeg interpolates subsampled components from the two nearest samples. For these the copied area
+extends `_MARGIN` pixels beyond the crop, except at the image's edges, where both images end.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from pipelines.native.jit import njit
 from pipelines.native.llvm import copy_bytes
 
 MISMATCH = -1
-"""In place of a number of bytes: the side file and the sample's bytes contradict each other."""
+"""Returned instead of a number of bytes: the side file contradicts the sample's bytes."""
 
-MISMATCH_REASON = "its bytes do not fit the side file of segments: convert the data anew"
-"""What such a sample is reported for."""
+MISMATCH_REASON = "its bytes do not fit the side file of segments: convert the data again"
+"""The error message for such a sample."""
 
-_MARGIN = 2  # one chroma sample at half resolution; those at a quarter are not interpolated
+_MARGIN = 2  # one chroma sample at half resolution; quarter resolution is not interpolated
 
 
 @njit
-def region(
+def segment_range(
     record: Any, height: Any, width: Any, box: Any
 ) -> tuple[Any, Any, Any, Any]:  # pragma: no cover - compiled
-    """Segments under a crop: first row of MCUs and the end, first segment of a row and the end.
+    """Find the segments under a crop.
 
     Args:
-        record: of `segments.RECORD`, one that can be cut.
-        height, width: of the image.
-        box: top, left, height, width; clamped to the image.
+        record: One entry of `segments.RECORD` dtype, of a stream that can be cut.
+        height, width: Size of the image.
+        box: int32 (4 or more,), top, left, height, width; clamped to the image.
+
+    Returns:
+        First and end row of MCUs; first and end segment in each of these rows.
     """
     mcu_height, mcu_width = np.int64(record.mcu_height), np.int64(record.mcu_width)
     y_margin = _MARGIN if mcu_height > 8 else 0
@@ -54,24 +57,24 @@ def splice(
     data: Any, start: Any, size: Any, record: Any, lengths: Any, height: Any, width: Any, box: Any,
     out: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:  # pragma: no cover - compiled  # fmt: skip
-    """Write the small JPEG that holds a crop.
+    """Write the small JPEG that contains a crop.
 
-    Every length, marker and size that is used is checked against the bytes first: damage is
-    reported and never read or written out of bounds.
+    Every length, marker and size is checked against the bytes before use. Damage is reported and
+    never causes an out-of-bounds read or write.
 
     Args:
-        data: uint8 (bytes,), in which the sample lies.
-        start, size: where.
-        record: of `segments.RECORD`.
-        lengths: uint16, as `Segments.lengths`.
-        height, width: of the image.
-        box: int32 (4 or more,): top, left, height, width; it may stick out.
-        out: uint8, at least `size` long.
+        data: uint8 (bytes,), a buffer that contains the sample.
+        start, size: Offset and length of the sample in it.
+        record: The sample's entry of `segments.RECORD` dtype.
+        lengths: uint16 (segments,), as `Segments.lengths`.
+        height, width: Size of the image.
+        box: int32 (4 or more,), top, left, height, width; it may extend beyond the image.
+        out: uint8 (at least `size`,), output.
 
     Returns:
-        The number of bytes written; 0 where the stored bytes are to be decoded as they are, because
-        all of them are needed or they cannot be cut; `MISMATCH` where the record does not fit them.
-        Then row and column of the small image's corner in the whole one, its height and width.
+        The number of bytes written, or 0 if the stored bytes must be decoded as they are (all are
+        needed or they cannot be cut), or `MISMATCH` if the record does not match them. Then the top
+        and left of the small image in the whole one, and its height and width.
     """
     interval = np.int64(record.interval)
     if interval == 0:
@@ -83,16 +86,16 @@ def splice(
         return bad
     if -(-height // mcu_height) != rows or -(-width // mcu_width) != columns:
         return bad
-    first_row, end_row, first, end = region(record, height, width, box)
+    first_row, end_row, first, end = segment_range(record, height, width, box)
     row_count = columns // interval
     if end_row - first_row == rows and end - first == row_count:
         return 0, 0, 0, height, width
-    head, count, place = np.int64(record.head), rows * row_count, np.int64(record.first)
+    head, count, offset = np.int64(record.head), rows * row_count, np.int64(record.first)
     if size > len(out) or size > len(data) or start < 0 or start > len(data) - size:
         return bad
-    if place < 0 or count > len(lengths) or place > len(lengths) - count:
+    if offset < 0 or count > len(lengths) or offset > len(lengths) - count:
         return bad
-    sample, lengths = data[start : start + size], lengths[place : place + count]
+    sample, lengths = data[start : start + size], lengths[offset : offset + count]
     total = np.int64(0)
     for one in range(count):
         total += np.int64(lengths[one])
@@ -127,7 +130,7 @@ def splice(
             k += 1
         at += source - begin
         copy_bytes(to + at_row, origin + begin, at - at_row)
-        # The markers behind the copied segments count from 0 to 7 in the small stream's own order.
+        # Renumber the markers after the copied segments: 0 to 7, in the small stream's order.
         mark, k = at_row, row * row_count + first
         for _ in range(end - first):
             mark += np.int64(lengths[k]) + 2
@@ -143,7 +146,7 @@ def splice(
 
 @njit
 def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma: no cover - compiled
-    """Whether the marker in front of `end` is the one behind segment k of count."""
+    """Whether the marker that ends at `end` is the right one for segment k of count."""
     if k < 0:
         return True
     marker = 0xD9 if k == count - 1 else 0xD0 + (k & 7)
@@ -154,7 +157,7 @@ def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma:
 def _head_fits(
     sample: Any, record: Any, height: Any, width: Any
 ) -> bool:  # pragma: no cover - compiled
-    """Whether the stream has a baseline frame of this size and MCU, and its scan ends at `head`."""
+    """Whether the baseline frame has this size and MCU, and the scan header ends at `head`."""
     head, frame = np.int64(record.head), np.int64(record.frame)
     if head > len(sample) or frame < 7 or frame + 5 > head or sample[0] != 0xFF:
         return False

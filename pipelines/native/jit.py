@@ -1,11 +1,11 @@
-"""Compilation with numba whose machine code on disk follows every source that it was made of.
+"""`njit` with an on-disk cache that is keyed on all sources of the package.
 
-numba keys what it keeps of a function on the file of that function alone: after a change of
-`splice.py` it would go on with the old splicing inside the kernels of `kernels.py`. So the folder
-it is kept in is named by a hash of all modules here, whose constants are part of the machine code
-wherever they are, and of the compiler's versions.
+numba keys its cache of a function on that function's file alone. After a change in
+`pipelines.jpeg.splice`, the kernels in `pipelines.engines.ffcv.kernels` would still contain the old
+splicing. Therefore the cache folder is named by a hash of all modules of `pipelines`, because their
+constants end up in the machine code, and of the versions of numba and llvmlite.
 
-`python -m pipelines.precompile` compiles them all, so that a first run need not.
+`python -m pipelines.precompile` compiles all functions ahead of the first run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,29 +32,38 @@ _PREFIX = "rotpred-"
 _STALE_SECONDS = 30 * 24 * 3600.0
 
 
-def digest(sources: Iterable[Path]) -> str:
-    """16 hexadecimal digits that change with any byte or name of these files, or the compiler.
+def digest(package: Path) -> str:
+    """Hash the paths and contents of a package's source files and the versions of the compiler.
 
     Args:
-        sources: Python files.
+        package: Folder of the package; sub-packages count.
+
+    Returns:
+        16 hexadecimal digits.
     """
-    found = hashlib.sha256(f"numba {numba.__version__} llvmlite {llvmlite.__version__} ".encode())
-    for path in sorted(sources):
+    hasher = hashlib.sha256(f"numba {numba.__version__} llvmlite {llvmlite.__version__} ".encode())
+    for path in sorted(package.rglob("*.py")):
         text = path.read_bytes()
-        found.update(f"{path.name} {len(text)} ".encode() + text)
-    return found.hexdigest()[:16]
+        hasher.update(f"{path.relative_to(package)} {len(text)} ".encode() + text)
+    return hasher.hexdigest()[:16]
 
 
 def cache_folder(package: Path = _PACKAGE) -> Path | None:
-    """Where the machine code of a package's sources is kept; None where nothing can be written.
+    """Choose and create the folder that caches a package's machine code.
 
-    Below NUMBA_CACHE_DIR where that is set, else beside the package's own compiled files, else in
-    the user's cache folder. Folders of other sources that nobody has used for a month are removed.
+    It lies below NUMBA_CACHE_DIR if that is set, else in the package's `__pycache__`, else in the
+    user's cache folder. Folders of other sources that have not been used for a month are removed.
+
+    Args:
+        package: Folder of the package.
+
+    Returns:
+        The folder; None if none of these places can be written.
     """
     given = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     roots = [Path(given)] if given else [package / "__pycache__", user / "rotpred"]
-    name = _PREFIX + digest(package.rglob("*.py"))
+    name = _PREFIX + digest(package)
     for root in roots:
         folder = root / name
         try:
@@ -65,7 +74,10 @@ def cache_folder(package: Path = _PACKAGE) -> Path | None:
             continue
         _remove_stale(root)
         return folder
-    log.warning("compiled code cannot be kept in %s: compiling anew", " or ".join(map(str, roots)))
+    log.warning(
+        "compiled code cannot be kept in %s: every process compiles it again",
+        " or ".join(map(str, roots)),
+    )
     return None
 
 
@@ -73,22 +85,22 @@ def _remove_stale(root: Path) -> None:
     for folder in root.glob(_PREFIX + "*"):
         try:
             old = time.time() - folder.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:  # Another process was faster.
+        except FileNotFoundError:  # Another process has removed it.
             continue
         if old:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 _FOLDER = cache_folder()
-_DECORATING = threading.Lock()  # Modules may be imported by several threads.
+_DECORATING = threading.Lock()  # Several threads may import modules.
 
 
 def njit(function: _F) -> _F:
-    """Compile a function when first called: without the GIL, kept on disk, numpy's arithmetic."""
+    """Compile a function on its first call: no GIL, cached on disk, numpy's error model."""
     config: Any = numba.config
     with _DECORATING:
         before = config.CACHE_DIR
-        # Read while decorating only; other packages' functions stay where they were.
+        # numba reads it only while decorating, so functions of other packages are unaffected.
         config.CACHE_DIR = str(_FOLDER) if _FOLDER else before
         try:
             compiled: Any = numba.njit(cache=_FOLDER is not None, nogil=True, error_model="numpy")(

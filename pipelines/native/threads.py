@@ -1,4 +1,4 @@
-"""A few threads over a compiled function that lets go of the GIL, and one that may get stuck."""
+"""Threads for functions that release the GIL, and for calls that may block forever."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from typing import Any
 
 
 class LaneThreads:
-    """Threads for the lanes of a batch, the caller's among them.
+    """A thread pool for the lanes of a batch. The caller's thread works on lane 0.
 
-    Python's own: numba's parallel loops take twenty seconds to compile, have one size and one
-    caller at a time for a whole process, and two of their layers die in a forked child.
+    The threads are Python's. numba's parallel loops take twenty seconds to compile, allow one size
+    and one caller at a time per process, and two of their threading layers fail in a forked child.
     """
 
-    def __init__(self, most: int, name: str = "lane") -> None:
-        self._most, self._name = most, name
+    def __init__(self, max_threads: int, name: str = "lane") -> None:
+        self._max_threads, self._name = max_threads, name
         self._process = 0
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, work: Callable[[int], object], lanes: int) -> None:
-        """Call work(0), ..., work(lanes - 1) at the same time, and return when all have ended.
+        """Call work(0), ..., work(lanes - 1) in parallel, and return when all have ended.
 
         Args:
-            work: compiled without the GIL, or next to nothing beside such a call.
-            lanes: 1 to `most`; more than that wait for one another.
+            work: A function that spends its time in compiled code without the GIL.
+            lanes: 1 to `max_threads`; lanes beyond that wait for a free thread.
 
         Raises:
-            BaseException: what the first lane that failed has raised.
+            BaseException: Whatever a lane has raised; of several errors, that of the lowest lane.
         """
-        if self._process != os.getpid():  # Threads of a parent do not survive a fork.
+        if self._process != os.getpid():  # Threads of the parent do not survive a fork.
             self._process, self._pool = os.getpid(), None
         if self._pool is None and lanes > 1:
-            self._pool = ThreadPoolExecutor(self._most - 1, thread_name_prefix=self._name)
+            self._pool = ThreadPoolExecutor(self._max_threads - 1, thread_name_prefix=self._name)
         others: list[Future[object]] = []
         try:
             if self._pool is not None:
                 others.extend(self._pool.submit(work, lane) for lane in range(1, lanes))
             work(0)
         finally:
-            # Also where lane 0, or starting another, failed: those that run write to buffers that
-            # are used again.
+            # Wait even if lane 0 or the start of a thread has failed: the running lanes write to
+            # buffers that are reused.
             wait(others)
         for other in others:
             other.result()
 
     def close(self) -> None:
-        """End the threads. They are made again when there is work."""
+        """End the threads. The next `run` starts new ones."""
         if self._pool is not None and self._process == os.getpid():
             self._pool.shutdown()
         self._pool = None
@@ -60,28 +60,32 @@ _Calls = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonWorker:
-    """One thread for calls that may never return: the end of the process does not wait for it.
+    """A daemon thread for calls that may never return.
 
-    A pool's threads are joined when the interpreter ends, however long that takes.
+    The process can exit while it is blocked. The interpreter would join the threads of a
+    ThreadPoolExecutor at exit, however long that takes.
     """
 
     def __init__(self, name: str) -> None:
         self._calls: _Calls = queue.SimpleQueue()
         self._thread = threading.Thread(target=_run, args=(self._calls,), name=name, daemon=True)
         self._thread.start()
-        weakref.finalize(self, self._calls.put, None)  # A runner that is dropped ends, too.
+        weakref.finalize(self, self._calls.put, None)  # Ends the thread of a dropped worker.
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Call work() behind all that was submitted before."""
+        """Queue work() after all earlier calls."""
         done: Future[Any] = Future()
         self._calls.put((done, work))
         return done
 
     def close(self, seconds: float) -> bool:
-        """End the thread behind all that was submitted and not cancelled.
+        """End the thread after all submitted calls that are not cancelled.
+
+        Args:
+            seconds: How long to wait for that.
 
         Returns:
-            Whether it has ended within so many seconds.
+            Whether the thread has ended.
         """
         self._calls.put(None)
         self._thread.join(seconds)
@@ -94,6 +98,6 @@ def _run(calls: _Calls) -> None:
         if done.set_running_or_notify_cancel():
             try:
                 done.set_result(work())
-            except BaseException as error:  # handed to who waits for the result
+            except BaseException as error:  # Re-raised by `Future.result`.
                 done.set_exception(error)
-        del call, done, work  # Else kept until the next call.
+        del call, done, work  # Otherwise kept alive until the next call.

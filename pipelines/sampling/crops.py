@@ -1,8 +1,8 @@
-"""Crop box and flip of a sample: a pure function of (seed, epoch, sample index).
+"""Crop boxes and flips: pure functions of (seed, epoch, sample index).
 
-All engines cut the boxes made here, so they differ only in decoder and resampling filter, and a
-run resumed at any step, on any number of workers or ranks, sees the same crops. Random numbers come
-from a counter-based generator: no state, no order of calls.
+All engines use these boxes. They differ only in decoder and resize filter. A run resumed at any
+step, with any number of workers or ranks, sees the same crops. The random generator is
+counter-based: it has no state, and the order of calls does not matter.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ from pipelines.arrays import Float64, Int32, Int64
 from pipelines.sampling.random_bits import uniforms
 from pipelines.spec import CenterCrop, Crop, LoaderSpec, RandomCrop, RandomResizedCrop, Resize
 
-_TRIES = 10  # torchvision's RandomResizedCrop draws ten boxes before it falls back to the centre
-_FLIP, _PLACE, _SHAPE = 0, 1, 3  # first draw of each use; _SHAPE takes 2 * _TRIES
+_TRIES = 10  # torchvision's RandomResizedCrop draws ten boxes, then falls back to the center
+# Columns of the random numbers: flip 1, position 2, shape 2 * _TRIES.
+_FLIP, _POSITION, _SHAPE = 0, 1, 3
 _DRAWS = _SHAPE + 2 * _TRIES
 
 
 def crop_boxes(
     spec: LoaderSpec, *, epoch: int, indices: Int64, heights: Int32, widths: Int32
 ) -> Int32:
-    """Boxes of some samples.
+    """Compute the crop boxes and flips of samples.
 
     Args:
-        spec: crop, flip and seed are read.
-        epoch: counted from 0.
+        spec: Gives crop, flip and seed.
+        epoch: Counted from 0.
         indices: int64 (B,), positions in the data set's index.
-        heights: int32 (B,), of the upright images, in pixels.
-        widths: as heights.
+        heights: int32 (B,), heights of the upright images, in pixels.
+        widths: int32 (B,), their widths.
 
     Returns:
         int32 (B, 5): top, left, height, width in pixels of the upright image, and flip as 0 or 1.
-        Boxes of a padded crop may begin above or left of the image or end beyond it.
+        With padding, boxes may extend beyond the image on any side.
+
+    Raises:
+        ValueError: An image is too small for a `RandomCrop`.
     """
     draws = uniforms(spec.seed, epoch, indices, count=_DRAWS)
     out = np.empty((len(indices), 5), np.int32)
@@ -42,6 +46,7 @@ def crop_boxes(
 
 
 def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
+    """Compute top, left, height and width, int64 (B, 4), from random numbers (B, _DRAWS)."""
     match crop:
         case RandomResizedCrop():
             return _random_resized(crop, draws, heights, widths)
@@ -50,7 +55,7 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
             return np.stack([zero, zero, heights, widths], axis=1)
         case CenterCrop():
             side = _side(crop.size, crop.resize, heights, widths)
-            # Floor division also centres a box that is larger than the image.
+            # Floor division also centers boxes that are larger than the image.
             return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
         case RandomCrop():
             side = _side(crop.size, crop.resize, heights, widths)
@@ -64,46 +69,55 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
                     f"an image of {widths[i]}x{heights[i]} pixels with {crop.padding} pixels of "
                     f"padding is too small for a crop of {crop.size}; set crop.resize"
                 )
-            corner = _below(draws[:, _PLACE : _PLACE + 2], room + 1) - pad[:, None]
+            corner = _below(draws[:, _POSITION : _POSITION + 2], room + 1) - pad[:, None]
             return np.concatenate([corner, side[:, None], side[:, None]], axis=1)
 
 
 def _side(length: int, resize: int | None, heights: Int64, widths: Int64) -> Int64:
-    """A length of the resized image in pixels of the stored one, at least one pixel."""
+    """Convert a length in the resized image to pixels of the stored image, at least 1."""
     if resize is None:
         return np.full_like(heights, length)
     short = np.minimum(heights, widths)
     return np.maximum(np.rint(short * (length / resize)).astype(np.int64), 1)
 
 
-def may_stick_out(crop: Crop) -> bool:
-    """Whether any box of this crop can leave its image, whatever the image's size."""
+def can_exceed_image(crop: Crop) -> bool:
+    """Return whether boxes of this crop can extend beyond the image, for any image size."""
     match crop:
         case RandomCrop():
-            return crop.padding > 0  # without padding, too small an image is refused
+            return crop.padding > 0  # without padding, `_crop` refuses images that are too small
         case CenterCrop():
             return crop.resize is None or crop.size > crop.resize
         case RandomResizedCrop() | Resize():
             return False
 
 
-def patch_side(crop: Crop, heights: Int32, widths: Int32) -> int:
-    """Longest side in pixels of any box that may stick out of its image; 1 where none can."""
-    if isinstance(crop, RandomResizedCrop | Resize) or not may_stick_out(crop):
+def padded_side(crop: Crop, heights: Int32, widths: Int32) -> int:
+    """Return the longest side of all boxes that can extend beyond their image.
+
+    Args:
+        crop: The crop.
+        heights: int32 (N,), heights of the upright images, in pixels.
+        widths: int32 (N,), their widths.
+
+    Returns:
+        The side in pixels; 1 if no box can extend beyond its image.
+    """
+    if isinstance(crop, RandomResizedCrop | Resize) or not can_exceed_image(crop):
         return 1
     h, w = heights.astype(np.int64), widths.astype(np.int64)
     return int(_side(crop.size, crop.resize, h, w).max())
 
 
 def _below(draws: Float64, stop: Int64) -> Int64:
-    """Uniform integers in [0, stop) from uniforms in [0, 1)."""
+    """Map uniform numbers in [0, 1) to integers in [0, stop)."""
     return np.minimum((draws * stop).astype(np.int64), stop - 1)
 
 
 def _random_resized(
     crop: RandomResizedCrop, draws: Float64, heights: Int64, widths: Int64
 ) -> Int64:
-    """Ten draws at once, the first that fits, else the largest centred box of allowed shape."""
+    """Try ten random boxes. Take the first that fits, else the largest centered allowed box."""
     shape = draws[:, _SHAPE:].reshape(-1, 2, _TRIES)
     low, high = crop.scale
     area = (heights * widths)[:, None] * (low + (high - low) * shape[:, 0])
@@ -115,13 +129,13 @@ def _random_resized(
     first = fits.argmax(axis=1)
     rows = np.arange(len(heights))
     found = fits[rows, first]
-    # The fallback: the whole image, cut to the nearest allowed aspect ratio.
+    # Fallback: the whole image, cropped to the nearest allowed aspect ratio.
     aspect_in = widths / heights
     h_fall = np.where(aspect_in < crop.ratio[0], np.rint(widths / crop.ratio[0]), heights)
     w_fall = np.where(aspect_in > crop.ratio[1], np.rint(heights * crop.ratio[1]), widths)
     h = np.where(found, h[rows, first], np.clip(h_fall, 1, heights).astype(np.int64))
     w = np.where(found, w[rows, first], np.clip(w_fall, 1, widths).astype(np.int64))
-    place = draws[:, _PLACE : _PLACE + 2]
-    top = np.where(found, _below(place[:, 0], heights - h + 1), (heights - h) // 2)
-    left = np.where(found, _below(place[:, 1], widths - w + 1), (widths - w) // 2)
+    position = draws[:, _POSITION : _POSITION + 2]
+    top = np.where(found, _below(position[:, 0], heights - h + 1), (heights - h) // 2)
+    left = np.where(found, _below(position[:, 1], widths - w + 1), (widths - w) // 2)
     return np.stack([top, left, h, w], axis=1)

@@ -1,12 +1,12 @@
-"""Which samples, in which order, on which rank: pure functions of (n, seed, epoch, step, world).
+"""Order of samples: a pure function of (n, seed, epoch, step, rank, world).
 
-The order does not depend on the world: one permutation of the epoch is cut into global batches of
-batch_size * world samples, and each rank takes its slice. Stopping at any step and going on with
-another number of ranks (and the same global batch) meets the same samples.
+Each epoch has one permutation, independent of the number of ranks. It is cut into global batches
+of batch_size * world samples, and each rank takes its slice. A run can be resumed at any step with
+another number of ranks: with the same global batch it sees the same samples.
 
-Up to two million samples the permutation is drawn. Of a larger data set, a rank computes its own
-places only, by a keyed bijection: drawing fourteen million numbers would cost every process two
-seconds and a third of a gigabyte per epoch, most of it for other ranks' batches.
+Up to two million samples, the whole permutation is drawn. For larger data sets, a keyed bijection
+computes the positions of one rank only. Drawing fourteen million numbers would cost every process
+two seconds and a third of a gigabyte per epoch, mostly for the batches of other ranks.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from pipelines.arrays import Int64, Uint32
 from pipelines.sampling.random_bits import key64
 from pipelines.spec import LoaderSpec, Shard
 
-_DRAWN = 1 << 21  # samples up to which the permutation is drawn whole: 60 ms, 16 MB
-_BLOCK = 1 << 15  # places computed at once: their words stay in the cache
+_MAX_DRAWN = 1 << 21  # largest permutation that is drawn whole: 60 ms, 16 MB
+_BLOCK = 1 << 15  # positions computed at once: they fit into the CPU cache
 _ROUNDS = 6
-_LIMIT_STREAM = 0x11317  # keeps the draw of `max_samples` apart from every epoch's permutation
+_SUBSET_STREAM = 0x11317  # separates the choice of a subset from the permutations of epochs
 
 
 def permutation(n: int, *, seed: int, epoch: int, at: Int64 | None = None) -> Int64:
-    """The order of n samples in an epoch: a pure function of the arguments.
+    """Return the order of n samples in an epoch: a pure function of the arguments.
 
     Args:
-        n: How many samples.
-        seed: With the epoch, the key.
-        epoch: Counted from 0; negative numbers are streams for other uses.
-        at: (m,): the places of the order to return, each in [0, n); None returns all.
+        n: Number of samples.
+        seed: Key, together with the epoch.
+        epoch: Counted from 0. Negative numbers are independent streams for other uses.
+        at: int64 (m,), the positions to return, each in [0, n). None: all.
 
     Returns:
-        int64 (n,), or (m,) with `at`: which sample stands at each place.
+        int64 (n,), or (m,) with `at`: the sample at each position.
+
+    Raises:
+        ValueError: There are more than 2**32 samples.
     """
-    if n <= _DRAWN:
+    if n <= _MAX_DRAWN:
         generator = np.random.Generator(np.random.Philox(key=int(key64(seed, epoch))))
         order = generator.permutation(n)
         return order if at is None else order[at]
@@ -48,13 +51,24 @@ def permutation(n: int, *, seed: int, epoch: int, at: Int64 | None = None) -> In
 
 
 def bijection(x: Int64, n: int, *key: int) -> Int64:
-    """Where a keyed bijection of [0, n) sends each x in [0, n), for n up to 2**32.
+    """Apply a keyed bijection of [0, n), for n up to 2**32.
 
-    A Feistel network on pairs of a quotient and a remainder (Black and Rogaway, CT-RSA 2002). The
-    pairs are up to sqrt(n) more than n: what lands beyond n goes round again.
+    A Feistel network on pairs of quotient and remainder (Black and Rogaway, CT-RSA 2002). There are
+    up to sqrt(n) more pairs than n. A result of n or more is passed through the network again.
+
+    Args:
+        x: int64 (m,), numbers in [0, n).
+        n: Size of the domain.
+        *key: The key.
+
+    Returns:
+        int64 (m,), numbers in [0, n).
+
+    Raises:
+        ValueError: n is above 2**32.
     """
     if n > 1 << 32:
-        raise ValueError(f"an order holds at most {1 << 32} samples, not {n}")
+        raise ValueError(f"an order has at most {1 << 32} samples, not {n}")
     moduli = (math.isqrt(n - 1) + 1, -(-n // (math.isqrt(n - 1) + 1)))
     keys = [np.uint32(key64(*key, 0xFE157, i) >> np.uint64(32)) for i in range(_ROUNDS)]
     out = np.empty(len(x), np.int64)
@@ -67,23 +81,23 @@ def bijection(x: Int64, n: int, *key: int) -> Int64:
 
 
 def _feistel(x: Int64, moduli: tuple[int, int], keys: list[np.uint32]) -> Int64:
-    """One pass of the network over [0, moduli[0] * moduli[1]), both at most 2**16."""
+    """Pass x through the network once. Its domain is [0, moduli[0] * moduli[1]), both <= 2**16."""
     halves = [half.astype(np.uint32) for half in np.divmod(x, moduli[1])]
     for i, key in enumerate(keys):
         moved, modulus = halves[i % 2], np.uint32(moduli[i % 2])
         noise = _mix32(halves[1 - i % 2] ^ key)
-        # The upper 16 bits of the hash, scaled to the modulus: division would take most time.
+        # Scale the upper 16 bits of the hash to the modulus. A division would dominate the time.
         noise >>= np.uint32(16)
         noise *= modulus
         noise >>= np.uint32(16)
         moved += noise
-        np.subtract(moved, modulus, out=noise)  # below the modulus this wraps to a huge number
+        np.subtract(moved, modulus, out=noise)  # wraps to a huge number if moved < modulus
         np.minimum(moved, noise, out=moved)
     return halves[0].astype(np.int64) * moduli[1] + halves[1]
 
 
 def _mix32(x: Uint32) -> Uint32:
-    """Scramble 32-bit words in place (C. Wellons, "Prospecting for Hash Functions", 2018)."""
+    """Hash 32-bit words in place (C. Wellons, "Prospecting for Hash Functions", 2018)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x ^= x >> np.uint32(shift)
         x *= np.uint32(factor)
@@ -91,19 +105,19 @@ def _mix32(x: Uint32) -> Uint32:
     return x
 
 
-def balanced(labels: Int64, count: int, *, seed: int) -> Int64:
-    """Draw as many samples of every class: a pure function of the arguments.
+def draw_balanced(labels: Int64, count: int, *, seed: int) -> Int64:
+    """Draw the same number of samples from every class: a pure function of the arguments.
 
     Args:
         labels: int64 (n,), class ids.
-        count: samples per class.
-        seed: decides which; a larger count adds to what a smaller one draws.
+        count: Samples per class.
+        seed: Decides which. With the same seed, a larger count contains a smaller one.
 
     Returns:
-        int64 (classes * count,), rising.
+        int64 (classes * count,), sorted sample indices.
 
     Raises:
-        ValueError: a sample without a label, or a class with fewer samples.
+        ValueError: A sample has no label, or a class has fewer samples.
     """
     if labels.min() < 0:
         raise ValueError("samples_per_class needs a label for every sample")
@@ -113,7 +127,7 @@ def balanced(labels: Int64, count: int, *, seed: int) -> Int64:
         raise ValueError(
             f"samples_per_class={count}: class {small[0]} has {sizes[small[0]]} samples only"
         )
-    order = permutation(len(labels), seed=seed, epoch=-_LIMIT_STREAM)
+    order = permutation(len(labels), seed=seed, epoch=-_SUBSET_STREAM)
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = (np.cumsum(sizes) - sizes)[sizes > 0]
     return np.sort(by_class[(starts[:, None] + np.arange(count)).reshape(-1)])
@@ -121,14 +135,14 @@ def balanced(labels: Int64, count: int, *, seed: int) -> Int64:
 
 @dataclass(frozen=True)
 class Order:
-    """The sequence of batches of one rank."""
+    """The batches of one rank: sample indices, epoch by epoch."""
 
     n: int
-    """Samples in the data set, before `max_samples`."""
+    """Samples in the data set, before `max_samples` and `samples_per_class`."""
     spec: LoaderSpec
     shard: Shard
     labels: Int64 | None = None
-    """(n,): class ids, which `samples_per_class` needs."""
+    """int64 (n,): class ids. Needed for `samples_per_class` only."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -147,16 +161,16 @@ class Order:
 
     @cached_property
     def _chosen(self) -> Int64 | None:
-        """The samples in use, rising; None: all."""
+        """The samples in use, sorted. None: all."""
         spec = self.spec
         if spec.samples_per_class is not None:
             if self.labels is None:
                 raise ValueError("samples_per_class needs labels")
-            return balanced(self.labels, spec.samples_per_class, seed=spec.seed)
+            return draw_balanced(self.labels, spec.samples_per_class, seed=spec.seed)
         if spec.max_samples is None or spec.max_samples >= self.n:
             return None
         first = np.arange(spec.max_samples, dtype=np.int64)
-        return np.sort(permutation(self.n, seed=spec.seed, epoch=-_LIMIT_STREAM, at=first))
+        return np.sort(permutation(self.n, seed=spec.seed, epoch=-_SUBSET_STREAM, at=first))
 
     @property
     def global_batch(self) -> int:
@@ -171,11 +185,11 @@ class Order:
         return -(-self.size // self.global_batch)
 
     def samples(self, epoch: int, at: Int64 | None = None) -> Int64:
-        """The epoch's sample indices over all ranks.
+        """Return the sample indices of an epoch over all ranks, in order.
 
         Args:
             epoch: Counted from 0.
-            at: (m,): the places of the epoch to return, each in [0, size); None returns all.
+            at: int64 (m,), the positions to return, each in [0, size). None: all.
 
         Returns:
             int64 (size,), or (m,) with `at`.
@@ -188,17 +202,20 @@ class Order:
         return at if self._chosen is None else self._chosen[at]
 
     def batches(self, epoch: int, start_step: int = 0) -> tuple[Int64, npt.NDArray[np.bool_]]:
-        """This rank's indices and validity for the steps from start_step on.
+        """Return this rank's sample indices for the steps from `start_step` on.
 
         Returns:
-            int64 (steps - start_step, B) and bool of the same shape. Padding repeats the epoch's
-            last sample and is not valid.
+            Indices, int64 (steps - start_step, B), and validity, bool of the same shape. Padding
+            repeats the last sample of the epoch and is not valid.
+
+        Raises:
+            ValueError: `start_step` is not in [0, steps].
         """
         if not 0 <= start_step <= self.steps:
             raise ValueError(f"start_step {start_step} is not in an epoch of {self.steps} steps")
         size = self.spec.batch_size
         first = np.arange(start_step, self.steps, dtype=np.int64) * self.global_batch
-        places = (first + self.shard.rank * size)[:, None] + np.arange(size)
-        valid = places < self.size
-        np.minimum(places, self.size - 1, out=places)
-        return self.samples(epoch, places.reshape(-1)).reshape(places.shape), valid
+        positions = (first + self.shard.rank * size)[:, None] + np.arange(size)
+        valid = positions < self.size
+        np.minimum(positions, self.size - 1, out=positions)
+        return self.samples(epoch, positions.reshape(-1)).reshape(positions.shape), valid

@@ -1,4 +1,4 @@
-"""Counter-based random numbers and digests: pure functions of integers."""
+"""Counter-based random numbers and hashes: pure functions of integers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, count: int) -> Float64:
-    """The random numbers of some samples, float64 (B, count) in [0, 1), independent per row.
+    """Return random numbers of samples, uniform in [0, 1).
 
-    Another stream is for another use: its numbers are independent as well.
+    Args:
+        seed: Key, together with epoch and stream.
+        epoch: Counted from 0.
+        indices: int64 (B,), sample indices.
+        stream: One number per use. Different streams are independent.
+        count: Numbers per sample.
+
+    Returns:
+        float64 (B, count). Rows of different samples are independent.
     """
     keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, stream))
     with np.errstate(over="ignore"):
@@ -22,10 +30,15 @@ def uniforms(seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, cou
 
 
 def digest64(epoch: int, indices: Int64, boxes: Int32) -> int:
-    """A 64-bit sum over samples of the hash of (epoch, index, box): equal for equal crops.
+    """Hash the crops of samples: the sum of the hashes of (epoch, index, box), modulo 2**64.
 
-    The sum does not depend on the order of samples, so digests of all ranks can be added (modulo
-    2**64) and compared across world sizes and engines.
+    The sum does not depend on the order of samples. Digests of all ranks can be added (modulo
+    2**64) and compared across engines and numbers of ranks.
+
+    Args:
+        epoch: Counted from 0.
+        indices: int64 (B,), sample indices.
+        boxes: int32 (B, 5), crop boxes as `pipelines.sampling.crops.crop_boxes` returns them.
     """
     with np.errstate(over="ignore"):
         words = mix64(indices.astype(np.uint64) + key64(epoch, 0xD16E))
@@ -35,7 +48,7 @@ def digest64(epoch: int, indices: Int64, boxes: Int32) -> int:
 
 
 def mix64(x: Uint64) -> Uint64:
-    """Scramble 64-bit words: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Hash 64-bit words: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -43,9 +56,9 @@ def mix64(x: Uint64) -> Uint64:
 
 
 def key64(*words: int) -> np.uint64:
-    """One 64-bit key from several integers, each hashed in turn.
+    """Hash several integers to one 64-bit key.
 
-    Hashing, not adding: with seed + epoch, seed 0 in epoch 1 would repeat seed 1 in epoch 0.
+    Adding them would not do: with seed + epoch, seed 0 in epoch 1 would repeat seed 1 in epoch 0.
     """
     state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):

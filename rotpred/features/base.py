@@ -1,4 +1,4 @@
-"""The feature arrays of a data set, and their names."""
+"""`Features`: the feature arrays of a data set."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import numpy as np
 import numpy.typing as npt
 
 AVGPOOL = "avgpool"
-"""The global average of the last map, beside the names of the stages."""
+"""Name of the global average of the last feature map, used like the name of a stage."""
 
 Store = Literal["float32", "float16"]
+"""Dtype of feature arrays on disk."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of one data set, N samples; large arrays are memory-mapped and read-only."""
+    """Features of a data set of N samples; large arrays are memory-mapped and read-only."""
 
     stages: dict[str, npt.NDArray[np.floating]]
-    """(N, D) by name of the stage, or `AVGPOOL`."""
+    """By name of the stage, or `AVGPOOL`: (N, D)."""
     labels: npt.NDArray[np.int64]
     """(N,): class ids, -1 without labels."""
     indices: npt.NDArray[np.int64]
-    """(N,): position of each sample in the data set's index, rising."""
+    """(N,): position of each sample in the data set's index, ascending."""
     data_id: str
-    """What the loader calls the data set."""
+    """The loader's fingerprint of the data set."""
     classes: tuple[str, ...] = ()
     """Class names, empty where the data set has none."""

@@ -1,8 +1,8 @@
-"""Features of a frozen backbone over whole data sets, computed once and kept on disk.
+"""Feature extraction: a frozen backbone over whole data sets, computed once and cached on disk.
 
-A row per sample, whatever the number of processes: padding is dropped, and rows lie in the order of
-the samples' indices. A stage is computed only where the folder does not have it yet, so that sweeps
-over classifiers read files; of jobs that want the same features at once, one computes them.
+Arrays have one row per sample for any number of processes: padding is dropped, and rows are in the
+order of the samples' indices. A stage is computed only if the cache lacks it, so that sweeps over
+classifiers read files. If several jobs need the same features at once, one computes them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.features.base import AVGPOOL, Features, Store
-from rotpred.features.npy_writer import Append, alone, rows
+from rotpred.features.npy_writer import Append, exclusive_writer, npy_writer
 from rotpred.files import check_space, plain, write_json
 from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
+from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
 from rotpred.training.data import open_data
 from rotpred.training.precision import autocast
@@ -35,18 +36,18 @@ from rotpred.training.settings import RunSettings
 logger = logging.getLogger(__name__)
 
 
-def open_images(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
-    """Open this rank's part of data whose features are wanted.
+def open_extraction_loader(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+    """Open this rank's shard of the data whose features are extracted.
 
     Raises:
-        ValueError: the spec leaves something to chance, or it and the data do not fit together.
-        FileNotFoundError: there are no such data.
+        ValueError: The spec has random transforms or drops samples, or does not fit the data.
+        FileNotFoundError: There are no such data.
     """
-    chance = spec.flip or spec.shuffle or spec.color_jitter.active
-    if chance or spec.drop_last or spec.views != "plain":
+    random = spec.flip or spec.shuffle or spec.color_jitter.active
+    if random or spec.drop_last or spec.views != "plain":
         raise ValueError(
-            "features need every image once, as it is: views plain, no flip, no shuffle and no "
-            "drop_last"
+            "features need every image once, unchanged: views plain, no flip, no shuffle, no color "
+            "jitter and no drop_last"
         )
     return open_data(spec, rank, RunSettings(precision=precision))
 
@@ -61,23 +62,23 @@ def extract(
     cache: Path,
     store: Store = "float32",
 ) -> Features:
-    """Return the features of every sample; all ranks call, and get the same.
+    """Return the features of every sample. All ranks must call; all get the same.
 
     Args:
-        backbone: of `backbone.load_frozen_backbone`.
-        loader: of `open_images`.
-        rank: who computes which part.
-        names: stages of the backbone, pooled as `heads.stage_pools` does it, or `AVGPOOL`.
-        precision: of the network; pools work in float32.
-        cache: folder for the arrays, in one subfolder per backbone and data; on several machines they
-            must share it. Where another job writes the same arrays, a single process waits for
-            them; several raise, as they would wait for longer than their group may.
-        store: type of the arrays.
+        backbone: From `load_frozen_backbone`.
+        loader: From `open_extraction_loader`.
+        rank: This process.
+        names: Stages of the backbone, pooled by `rotpred.models.heads.stage_pools`, or `AVGPOOL`.
+        precision: Precision of the network; pooling is in float32.
+        cache: Folder for the arrays, with one subfolder per backbone and data. Several machines
+            must share it. If another job is writing the same arrays, a job of one process waits for
+            them; a job of several raises, because waiting could exceed the group's timeout.
+        store: Dtype of the arrays.
 
     Raises:
-        ValueError: there is no such stage, the folder cannot be written, is being written by
+        ValueError: There is no such stage, or the folder cannot be written, is being written by
             another job, or has no space for the arrays.
-        RuntimeError: the ranks have other data.
+        RuntimeError: The ranks have different data.
     """
     unknown = [name for name in names if name not in (*backbone.stage_names, AVGPOOL)]
     if unknown or not names:
@@ -87,22 +88,22 @@ def extract(
         )
     check_equal(len(loader), rank, what="steps in an epoch")
     check_equal(int(loader.data_id or "0", 16) >> 1, rank, what="fingerprints of the data")
-    about = _about(backbone, loader, precision, store)
+    about = _description(backbone, loader, precision, store)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
     folder = cache / key
-    with contextlib.ExitStack() as held:
-        missing = _missing(backbone, loader, rank, names, store, folder, held)
+    with contextlib.ExitStack() as locks:
+        missing = _missing(backbone, loader, rank, names, store, folder, locks)
         if missing:
             _compute(backbone, loader, rank, missing, precision, store, folder)
             if rank.main:
                 write_json(folder / "features.json", about)
         elif rank.main:
-            logger.info("features of %s are in %s already", loader.spec.data, folder)
+            logger.info("features of %s: cached in %s", loader.spec.data, folder)
     if missing:
         barrier(rank)
     if not folder.is_dir():
         raise ValueError(
-            f"process {rank.rank} does not see {folder}: the folder for features must lie on a "
+            f"process {rank.rank} does not see {folder}: the folder for features must be on a "
             "file system that all machines share"
         )
     return Features(
@@ -114,18 +115,18 @@ def extract(
     )
 
 
-def _about(
+def _description(
     backbone: Backbone, loader: Loader, precision: Precision, store: Store
 ) -> dict[str, object]:
-    """All that decides the values, but for the engine, which changes pixels by rounding only."""
+    """Return everything that determines the features. The engine only affects rounding."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     spec = asdict(loader.spec)
-    drawn = {} if spec["max_samples"] is None and loader.data_id else {"seed": spec["seed"]}
+    sampling = {} if spec["max_samples"] is None and loader.data_id else {"seed": spec["seed"]}
     if spec["samples_per_class"] is not None:
-        drawn = {"samples_per_class": spec["samples_per_class"], "seed": spec["seed"]}
+        sampling = {"samples_per_class": spec["samples_per_class"], "seed": spec["seed"]}
     result = plain(
         {
             "arch": backbone.arch,
@@ -133,13 +134,15 @@ def _about(
             "data": loader.data_id or f"synthetic {spec['samples']}",
             **{name: spec[name] for name in ("normalize", "max_samples", "max_undecodable")},
             "crop": {"kind": type(loader.spec.crop).__name__, **spec["crop"]},
-            **drawn,
+            **sampling,
             "precision": precision,
             "store": store,
         }
     )
-    assert isinstance(result, dict)
-    return result
+    # Arrays of version 0.1 are found again: up to 226 GB, and hours of work.
+    description = restore_names(result)
+    assert isinstance(description, dict)
+    return description
 
 
 def _missing(
@@ -149,20 +152,23 @@ def _missing(
     names: Sequence[str],
     store: Store,
     folder: Path,
-    held: contextlib.ExitStack,
+    locks: contextlib.ExitStack,
 ) -> list[str]:
-    """The stages to compute, the same on all ranks; `held` keeps the folder for their writer.
+    """Return the stages to compute, the same on all ranks; `locks` then holds the folder's lock.
 
-    The main process looks alone: where others ask for files that are not there yet, a network's
-    file system tells them the same again for a while after the files have come.
+    Only rank 0 looks for files. A network file system caches that a file is missing, so that a rank
+    that looked too early would not see the file for a while after it was written.
+
+    Raises:
+        ValueError: The folder cannot be written, is locked, or has no space.
     """
-    said: dict[str, list[str] | str] = {}
+    answer: dict[str, list[str] | str] = {}
     if rank.main:
         try:
             missing = [name for name in names if not (folder / f"{name}.npy").exists()]
             if missing:
-                held.enter_context(alone(folder, wait=rank.world == 1))
-                # Once more: another job may have written them in the meantime.
+                locks.enter_context(exclusive_writer(folder, wait=rank.world == 1))
+                # Look again: another job may have written them while this one waited.
                 missing = [name for name in missing if not (folder / f"{name}.npy").exists()]
             if missing:
                 dims, _ = _pooled(backbone, loader.spec.crop.size)
@@ -170,19 +176,19 @@ def _missing(
                 count = len(loader) * loader.spec.batch_size * rank.world
                 what = f"{', '.join(missing)} of {count:,} images as {store}"
                 check_space(folder, count * (width + 2 * np.dtype(np.int64).itemsize), what=what)
-            said["missing"] = missing
+            answer["missing"] = missing
         except OSError as error:
-            said["error"] = f"cannot write features into {folder}: {error}"
+            answer["error"] = f"cannot write features into {folder}: {error}"
         except ValueError as error:
-            said["error"] = str(error)
-    said = json.loads(broadcast_str(json.dumps(said), rank))
-    if isinstance(found := said.get("missing"), list):
+            answer["error"] = str(error)
+    answer = json.loads(broadcast_str(json.dumps(answer), rank))
+    if isinstance(found := answer.get("missing"), list):
         return found
-    raise ValueError(said["error"])
+    raise ValueError(answer["error"])
 
 
 def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn.Module]]:
-    """Length of a sample's features, and what pools the maps to them, by name of the stage."""
+    """Return by stage: length D of a sample's features, and the module that pools a feature map."""
     names, pools = (*backbone.stage_names, AVGPOOL), stage_pools(backbone, size)
     dims = (*pooled_dims(backbone, size, pools), backbone.dim)
     pools = [*pools, nn.AdaptiveAvgPool2d(1)]
@@ -199,26 +205,29 @@ def _compute(
     store: Store,
     folder: Path,
 ) -> None:
-    """Write the arrays of some stages; the main process has the pen."""
+    """Extract the given stages. All ranks compute; rank 0 alone writes."""
     dims, pools = _pooled(backbone, loader.spec.crop.size)
-    places = {name: backbone.stage_names.index(name) if name != AVGPOOL else -1 for name in names}
+    positions = {
+        name: backbone.stage_names.index(name) if name != AVGPOOL else -1 for name in names
+    }
     with contextlib.ExitStack() as stack:
         files: dict[str, Append] = {}
         if rank.main:
-            # Files get their names in the opposite order: a stage that is there has its labels.
+            # Files are renamed in reverse order, so that a stage that exists has its labels.
             files = {
-                **{n: stack.enter_context(rows(folder, n, store, dims[n])) for n in names},
-                "labels": stack.enter_context(rows(folder, "labels", "int64")),
-                "indices": stack.enter_context(rows(folder, "indices", "int64")),
+                **{n: stack.enter_context(npy_writer(folder, n, store, dims[n])) for n in names},
+                "labels": stack.enter_context(npy_writer(folder, "labels", "int64")),
+                "indices": stack.enter_context(npy_writer(folder, "indices", "int64")),
             }
             progress = Progress(f"features of {loader.spec.data}", len(loader))
             stack.enter_context(contextlib.closing(progress))
         last = -1
         for step, batch in enumerate(loader.epoch(0), start=1):
             with autocast(rank.device, precision):
-                maps = backbone.stages(batch.images)
+                feature_maps = backbone.stages(batch.images)
             gathered = {
-                name: pools[name](maps[place].float()).flatten(1) for name, place in places.items()
+                name: pools[name](feature_maps[i].float()).flatten(1)
+                for name, i in positions.items()
             }
             gathered["labels"] = batch.labels
             gathered["indices"] = batch.indices
@@ -228,7 +237,9 @@ def _compute(
                 continue
             order = gathered["indices"][keep].cpu().numpy()
             if len(order) and not (np.diff(order, prepend=last) > 0).all():
-                raise RuntimeError(f"{loader.engine} gave samples in another order than the index")
+                raise RuntimeError(
+                    f"{loader.engine} returned samples in another order than the index"
+                )
             last = int(order[-1]) if len(order) else last
             for name, part in gathered.items():
                 files[name](part[keep].cpu().numpy())

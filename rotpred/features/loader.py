@@ -1,9 +1,9 @@
-"""Batches of features that lie on disk, in place of images: classifiers without the backbone's work.
+"""`FeatureLoader`: batches of cached features in place of images, to train without the backbone.
 
-Rows are read when their batch is due, in shuffled order: from memory where the system can keep the
-files there, else from the disk in every epoch (`in1k_mhead`: 226 GB as float32). Order, batches,
-masks and resuming are those of images (`pipelines.sampling.order`); what is lost is the augmentation,
-because a sample has the same features in every epoch.
+Rows are read in shuffled order when their batch is due: from the page cache if the files fit there,
+else from disk in every epoch (`in1k_mhead`: 226 GB as float32). Order, batches, masks and resuming
+are those of images (`pipelines.sampling.order`). There is no augmentation: a sample has the same
+features in every epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from pipelines.arrays import Int64
 from pipelines.batch import IGNORE, Batch, RawBatch
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.loader import Loader
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
@@ -25,10 +25,10 @@ from rotpred.features.base import Features
 
 
 class _Rows:
-    """The rows of several stages side by side, as the bytes that the loader sends to the device."""
+    """Data source: rows of several stages side by side, as uint8 (B, 4*D) for the transfer."""
 
     def __init__(self, features: Features, names: Sequence[str], order: Order) -> None:
-        self.bad = DecodeErrors(0)
+        self.bad = DecodeErrorBudget(0)
         self._features, self._names, self._order = features, names, order
 
     def __len__(self) -> int:
@@ -52,22 +52,22 @@ class _Rows:
 
 
 class FeatureLoader(Loader):
-    """A loader whose images are features: float32 (B, D), the stages side by side."""
+    """Loader whose images are features: float32 (B, D), stages side by side."""
 
     def __init__(
         self, features: Features, spec: LoaderSpec, *, names: Sequence[str], rank: Rank
     ) -> None:
-        """Serve extracted features.
+        """Open a loader over extracted features.
 
         Args:
-            features: of every sample that the spec asks for.
-            spec: what they were extracted with; batch size, shuffling and drop_last are free.
-            names: stages, in the order in which they lie side by side.
-            rank: takes its part of each global batch.
+            features: Features of every sample that the spec selects.
+            spec: As for the extraction, except batch size, shuffle and drop_last.
+            names: Stages, in the order of their columns.
+            rank: This process; it gets its shard of each global batch.
         """
-        # The features are those of the chosen samples already: none are drawn again.
-        all_of_them = replace(spec, max_samples=None, samples_per_class=None)
-        order = Order(len(features.labels), all_of_them, Shard(rank.rank, rank.world))
+        # The features are already those of the selected samples: select all of them.
+        all_samples = replace(spec, max_samples=None, samples_per_class=None)
+        order = Order(len(features.labels), all_samples, Shard(rank.rank, rank.world))
         super().__init__(
             _Rows(features, names, order),
             spec,
@@ -81,7 +81,7 @@ class FeatureLoader(Loader):
 
     def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:  # noqa: ARG002
         assert isinstance(raw.images, torch.Tensor)
-        # A copy: the buffer of bytes is overwritten by a later batch.
+        # A copy: a later batch overwrites the buffer.
         values = raw.images.view(torch.float32).clone()
         targets = torch.where(raw.valid, raw.labels, IGNORE)
         return Batch(values, targets, raw.valid, raw.labels, raw.indices)

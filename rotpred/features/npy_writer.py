@@ -1,4 +1,4 @@
-"""Arrays that are written row by row, in a folder that several jobs share."""
+"""Writing .npy files row by row, in a folder that several jobs share."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from rotpred.files import replaced
 logger = logging.getLogger(__name__)
 
 Append = Callable[[npt.NDArray[np.generic]], None]
+"""Appends rows: (n, dim), or (n,) for one-dimensional arrays."""
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Write into a folder alone; make it where missing.
+def exclusive_writer(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the write lock of a folder; create the folder if needed.
 
-    The lock is the kernel's (`flock` on folder/.lock) and ends with the process that holds it,
-    however that ends. What killed processes left under temporary names is removed.
+    The lock is `flock` on folder/.lock, which the kernel releases when the process ends for any
+    reason. Temporary files of killed processes are removed. Reading needs no lock: files are
+    renamed into place when complete.
 
     Args:
-        folder: may be read by anybody at any time: its files get their names when they are whole.
-        wait: for another writer, without limit, after a line in the log.
+        folder: The folder to lock.
+        wait: Whether to wait for another writer, without limit, after a log line.
 
     Raises:
-        ValueError: another process writes, and `wait` is False; the message says which.
+        ValueError: Another process holds the lock and `wait` is False; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: on a full disk, closing the file must not try to write once more.
+    # Unbuffered: on a full disk, closing the file must not try to write again.
     with (folder / ".lock").open("a+b", buffering=0) as file:
         if _locked(file.fileno(), folder, wait=wait):
-            # Only now: without the lock they may be another job's, which is writing them.
-            for left in folder.glob(".*.tmp"):
-                left.unlink(missing_ok=True)
+            # Only with the lock: otherwise another job may be writing these files.
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -49,18 +51,18 @@ def alone(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _locked(file: int, folder: Path, *, wait: bool) -> bool:
-    """Whether the open file is locked now: not every network file system can."""
+    """Lock the open file; return False if its file system does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            logger.warning("cannot lock %s (%s); jobs may do its work twice", folder, error)
+            logger.warning("cannot lock %s (%s); several jobs may compute the same", folder, error)
             return False
         holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
         if not wait:
             raise ValueError(
-                f"{folder} is being written by {holder}, for which a job of several processes does "
-                "not wait: start it again when that one is done"
+                f"{folder} is being written by {holder}, and a job of several processes does not "
+                "wait: start it again when that one is done"
             ) from None
         logger.info("%s is being written by %s: waiting for it", folder, holder)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -68,8 +70,15 @@ def _locked(file: int, folder: Path, *, wait: bool) -> bool:
 
 
 @contextlib.contextmanager
-def rows(folder: Path, name: str, dtype: str, dim: int | None = None) -> Iterator[Append]:
-    """Write NAME.npy row by row: yields a function that appends (n, dim), or (n,) without dim."""
+def npy_writer(folder: Path, name: str, dtype: str, dim: int | None = None) -> Iterator[Append]:
+    """Write NAME.npy atomically, row by row; yield a function that appends rows.
+
+    Args:
+        folder: Where the file is written.
+        name: Name without suffix.
+        dtype: Dtype of the array.
+        dim: Length of a row: the array is (N, dim). None: it is (N,).
+    """
     kind = np.dtype(dtype)
     count = 0
     with replaced(folder / f"{name}.npy") as temporary:
@@ -89,5 +98,5 @@ def rows(folder: Path, name: str, dtype: str, dim: int | None = None) -> Iterato
             start = file.tell()
             yield append
             file.seek(0)
-            header()  # numpy leaves room in it for a length that grows
+            header()  # numpy pads it, so that a longer shape fits
             assert file.tell() == start

@@ -1,8 +1,8 @@
-"""Counts on the device, ratios at the end.
+"""Classification metrics: top-k accuracy and confusion matrices.
 
-Every metric is one integer tensor of sums: samples that are not valid add nothing, the tensor is
-added over ranks, and only `compute` divides and reads back. So results are exact for any number of
-ranks and any padding, and an update never waits for a GPU.
+A metric is one integer tensor of counts on the device. Invalid samples count nothing. `compute`
+sums over ranks, reads back and divides; `update` does none of that. So results are exact for any
+number of ranks and any padding, and an update never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rotpred.distributed import Rank, all_sum
 class TopK:
     """Top-k accuracy of one or several classifiers (probes) on the same targets.
 
-    `sums` is int64 (heads, len(ks) + 2): hits for each k, valid samples, valid samples whose target
-    is no class (a broken data set: `compute` refuses).
+    `sums` is int64 (heads, len(ks) + 2): hits for each k, valid samples, and valid samples whose
+    target is not a class (the data set is broken, and `compute` raises).
     """
 
     def __init__(
@@ -29,7 +29,16 @@ class TopK:
         heads: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Start at zero; each of `ks` must not exceed the number of classes."""
+        """Start at zero.
+
+        Args:
+            ks: Each at least 1 and at most the number of classes.
+            heads: Number of classifiers.
+            device: Device of the logits.
+
+        Raises:
+            ValueError: `ks` is empty, or one of them or `heads` is below 1.
+        """
         if not ks or min(ks) < 1 or heads < 1:
             raise ValueError(f"ks and heads must be at least 1, got {tuple(ks)} and {heads}")
         self.ks = tuple(ks)
@@ -45,12 +54,12 @@ class TopK:
         """Count a batch.
 
         Args:
-            logits: (N, classes), or one such tensor per head.
-            targets: int64 (N,); anything where not valid.
+            logits: Float (N, classes), or one such tensor per head.
+            targets: int64 (N,); any value where not valid.
             valid: bool (N,).
 
         Raises:
-            ValueError: another number of heads, or fewer classes than the largest k.
+            ValueError: The number of heads is wrong, or there are fewer classes than the largest k.
         """
         outputs = [logits] if isinstance(logits, torch.Tensor) else logits
         if len(outputs) != len(self.sums):
@@ -61,26 +70,26 @@ class TopK:
                 raise ValueError(f"top-{max(self.ks)} needs more than {classes} classes")
             best = output.topk(max(self.ks), dim=1).indices
             hit = (best == targets[:, None]) & valid[:, None]
-            alien = valid & ((targets < 0) | (targets >= classes))
+            outside = valid & ((targets < 0) | (targets >= classes))
             counts = [hit[:, :k].sum() for k in self.ks]
-            self.sums[head] += torch.stack([*counts, valid.sum(), alien.sum()])
+            self.sums[head] += torch.stack([*counts, valid.sum(), outside.sum()])
 
     def compute(self, rank: Rank | None = None) -> list[dict[str, float]]:
         """Return {"top1": share, ..., "n": valid samples} per head; shares are from 0 to 1.
 
         Args:
-            rank: give it to sum over all ranks first; every rank must then call.
+            rank: If given, counts are summed over all ranks first, and every rank must call.
 
         Raises:
-            ValueError: nothing valid was counted, or a valid target was no class.
+            ValueError: No valid sample was counted, or a valid target is not a class.
         """
         sums = (self.sums if rank is None else all_sum(self.sums, rank)).tolist()
         results = []
-        for *hits, n, alien in sums:
+        for *hits, n, outside in sums:
             if n == 0:
                 raise ValueError("no valid sample was counted")
-            if alien:
-                raise ValueError(f"{alien} of {n} valid targets are not among the classes")
+            if outside:
+                raise ValueError(f"{outside} of {n} valid targets are not among the classes")
             shares = {f"top{k}": hit / n for k, hit in zip(self.ks, hits, strict=True)}
             results.append({**shares, "n": float(n)})
         return results
@@ -88,33 +97,37 @@ class TopK:
 
 @dataclass(frozen=True)
 class ConfusionResult:
-    """Ratios of a confusion matrix, from 0 to 1; None where a class never occurred."""
+    """A confusion matrix and its ratios, from 0 to 1; None for a class that never occurred."""
 
     matrix: list[list[int]]
     """Row: target, column: prediction."""
     n: int
-    """Valid samples or pixels."""
+    """Number of valid samples or pixels."""
     accuracy: float
-    """Share of all samples that were right."""
+    """Share of all samples that are correct."""
     recall: list[float | None]
-    """Per class: right among its samples."""
+    """Per class: correct / targets."""
     mean_recall: float
-    """Over classes that occur as targets."""
+    """Mean over classes that occur as targets."""
     iou: list[float | None]
-    """Per class: right / (targets + predictions - right)."""
+    """Per class: correct / (targets + predictions - correct)."""
     mean_iou: float
-    """Over classes that occur as targets or predictions."""
+    """Mean over classes that occur as targets or predictions."""
 
 
 class Confusion:
-    """Confusion matrix of n classes: of rotations, or of pixels (accuracy, mean IoU).
+    """Confusion matrix of n classes, for rotations or for pixels (accuracy, mean IoU).
 
-    `sums` is int64 (n * n + 1,): cell [target * n + prediction], and last the valid samples whose
-    target or prediction is no class (`compute` refuses).
+    `sums` is int64 (n * n + 1,): the count of each [target * n + prediction]; last, the valid
+    samples whose target or prediction is not a class (`compute` then raises).
     """
 
     def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
-        """Start at zero."""
+        """Start at zero.
+
+        Raises:
+            ValueError: `n` is below 1.
+        """
         if n < 1:
             raise ValueError(f"a confusion matrix needs at least 1 class, got {n}")
         self.n = n
@@ -122,7 +135,16 @@ class Confusion:
 
     @torch.no_grad()
     def update(self, predictions: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> None:
-        """Count a batch: integer tensors of one shape, and bool of that shape."""
+        """Count a batch.
+
+        Args:
+            predictions: Integers of any shape, (N,) or (N, H, W).
+            targets: Integers of the same shape; any value where not valid.
+            valid: bool of the same shape.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
         if not predictions.shape == targets.shape == valid.shape:
             raise ValueError(
                 f"shapes differ: predictions {tuple(predictions.shape)}, targets "
@@ -131,35 +153,35 @@ class Confusion:
         n = self.n
         known = (targets >= 0) & (targets < n) & (predictions >= 0) & (predictions < n)
         cell = torch.where(known, targets.long() * n + predictions.long(), n * n)
-        # Not bincount: on a GPU that reads its maximum back even where minlength is given.
+        # Not bincount: on a GPU it reads back its maximum, even if minlength is given.
         self.sums.scatter_add_(0, cell.flatten(), valid.flatten().long())
 
     def compute(self, rank: Rank | None = None) -> ConfusionResult:
         """Return the matrix and its ratios.
 
         Args:
-            rank: give it to sum over all ranks first; every rank must then call.
+            rank: If given, counts are summed over all ranks first, and every rank must call.
 
         Raises:
-            ValueError: nothing valid was counted, or a valid target or prediction was no class.
+            ValueError: No valid sample was counted, or a valid target or prediction is not a class.
         """
         sums = (self.sums if rank is None else all_sum(self.sums, rank)).cpu()
-        alien = int(sums[-1])
+        outside = int(sums[-1])
         matrix = sums[:-1].view(self.n, self.n)
         total = int(matrix.sum())
-        if alien:
-            raise ValueError(f"{alien} valid targets or predictions are not among the classes")
+        if outside:
+            raise ValueError(f"{outside} valid targets or predictions are not among the classes")
         if total == 0:
             raise ValueError("no valid sample was counted")
-        right = matrix.diagonal().tolist()
+        correct = matrix.diagonal().tolist()
         actual, predicted = matrix.sum(1).tolist(), matrix.sum(0).tolist()
-        recall = [r / a if a else None for r, a in zip(right, actual, strict=True)]
-        unions = [a + p - r for r, a, p in zip(right, actual, predicted, strict=True)]
-        iou = [r / u if u else None for r, u in zip(right, unions, strict=True)]
+        recall = [r / a if a else None for r, a in zip(correct, actual, strict=True)]
+        unions = [a + p - r for r, a, p in zip(correct, actual, predicted, strict=True)]
+        iou = [r / u if u else None for r, u in zip(correct, unions, strict=True)]
         return ConfusionResult(
             matrix=matrix.tolist(),
             n=total,
-            accuracy=sum(right) / total,
+            accuracy=sum(correct) / total,
             recall=recall,
             mean_recall=_mean(recall),
             iou=iou,

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks, by pycocotools."""
+"""COCO's average precision of boxes and masks, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.datasets.annotations import DenseSamples
-from pipelines.datasets.coco import api, decompressed
+from pipelines.datasets.coco import decode_run_lengths, import_pycocotools
 from rotpred.metrics.detections import ImageDetections
 
 _NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
-"""The first of what COCOeval.summarize leaves in `stats`."""
+"""Names of the first entries of COCOeval's `stats`."""
 
 
 def coco_metrics(
     found: Sequence[ImageDetections], samples: DenseSamples, *, masks: bool
 ) -> dict[str, float]:
-    """COCO's AP of boxes, and of masks where asked for, shares from 0 to 1.
+    """Return COCO's AP of boxes and, with `masks`, of masks; shares from 0 to 1.
 
     Names are box/AP (mean over ten overlaps), box/AP50, box/AP75, box/AP-small, box/AP-medium and
-    box/AP-large, and with mask/ the same of masks. Objects count as small below 32 x 32 pixels and
-    as large above 96 x 96; a size that no object has is left out. The area of an object is that of
-    its polygons, as in COCO's own files, else of its run lengths, else of its box. Difficult
-    objects, which COCO does not have, are ignored as crowds are, but each for one detection only.
+    box/AP-large, and the same with mask/. Objects are small below 32 x 32 pixels and large above
+    96 x 96; a size that no object has is left out. The area of an object is that of its polygons,
+    as in COCO's own files, else of its run lengths, else of its box. Difficult objects, which COCO
+    does not have, are ignored like crowds, but each absorbs only one detection.
 
     Args:
-        found: one per image, in the order of the data set; all with masks where `masks`.
-        samples: the truth; with outlines where `masks`.
+        found: One per image, in the order of the data set; all need masks if `masks`.
+        samples: Ground truth; needs outlines if `masks`.
+        masks: Whether to evaluate masks as well.
 
     Raises:
-        ValueError: another number of images, a label that is no class, masks are lacking, no
+        ValueError: The number of images is wrong, a label is not a class, masks are missing, no
             object counts, or pycocotools is not installed.
     """
     if len(found) != len(samples):
         raise ValueError(f"detections of {len(found)} images for a data set of {len(samples)}")
     for i, one in enumerate(found):
         if len(one.labels) and not 0 <= one.labels.min() <= one.labels.max() < len(samples.classes):
-            raise ValueError(f"{samples.names[i]}: a detection's label is no class")
+            raise ValueError(f"{samples.names[i]}: a detection's label is not a class")
         if masks and len(one.masks) != len(one.labels):
             raise ValueError(f"{samples.names[i]}: detections without masks")
     truth = _truth(samples, masks=masks)
@@ -52,23 +53,28 @@ def coco_metrics(
 
 
 def check_runs(mask: Mapping[str, Any], height: int, width: int) -> None:
-    """Refuse compressed run lengths that are not of an image: pycocotools hangs on some.
+    """Refuse compressed run lengths that do not fit an image; pycocotools hangs on some.
+
+    Args:
+        mask: {"size": [height, width], "counts": str or bytes}.
+        height: Of the image.
+        width: Of the image.
 
     Raises:
-        ValueError: another size, or lengths that do not add up to it.
+        ValueError: The size differs, or the run lengths do not add up to it.
     """
     if list(mask["size"]) != [height, width]:
         raise ValueError(f"run lengths of size {mask['size']}, the image has {[height, width]}")
     counts = mask["counts"].encode() if isinstance(mask["counts"], str) else mask["counts"]
-    runs = decompressed(counts)
-    # The sixth bit of the last character would make pycocotools read on behind the end.
-    open_end = bool(counts) and (counts[-1] - 48) & 32 != 0
-    if open_end or runs.min(initial=0) < 0 or runs.sum() != height * width:
+    runs = decode_run_lengths(counts)
+    # A sixth bit in the last character makes pycocotools read past the end.
+    unterminated = bool(counts) and (counts[-1] - 48) & 32 != 0
+    if unterminated or runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise ValueError(f"run lengths that do not add up to {width}x{height} pixels")
 
 
 def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
-    """Annotations as pycocotools knows them; image and class numbers count from 1."""
+    """Return annotations in pycocotools' format; image and class numbers count from 1."""
     rows: list[dict[str, Any]] = []
     for i in range(len(samples)):
         objects = samples.objects(i)
@@ -95,8 +101,8 @@ def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
 
 
 def _runs(outline: Any, height: int, width: int) -> Any:
-    """Compressed run lengths of an outline."""
-    tools = api("mask")
+    """Return the compressed run lengths of an outline."""
+    tools = import_pycocotools("mask")
     if isinstance(outline, list):
         return tools.merge(tools.frPyObjects(outline, height, width))
     if isinstance(outline["counts"], list):
@@ -107,7 +113,7 @@ def _runs(outline: Any, height: int, width: int) -> Any:
 
 def _area(outline: Any, runs: Any) -> float:
     if not isinstance(outline, list):
-        return float(api("mask").area(runs))
+        return float(import_pycocotools("mask").area(runs))
     total = 0.0
     for polygon in outline:
         x, y = polygon[::2], polygon[1::2]
@@ -120,7 +126,11 @@ def _detections(found: Sequence[ImageDetections], kind: str) -> list[dict[str, A
     rows: list[dict[str, Any]] = []
     for i, one in enumerate(found):
         boxes = one.boxes.astype(float).tolist()
-        areas = api("mask").area(list(one.masks)).tolist() if kind == "mask" and one.masks else []
+        areas = (
+            import_pycocotools("mask").area(list(one.masks)).tolist()
+            if kind == "mask" and one.masks
+            else []
+        )
         for k, (left, top, right, bottom) in enumerate(boxes):
             row = {
                 "id": len(rows) + 1,
@@ -148,13 +158,15 @@ def _evaluated(
         ],
         "categories": [{"id": i, "name": name} for i, name in enumerate(samples.classes, 1)],
     }
-    evaluation = api("cocoeval").COCOeval(iouType="bbox" if kind == "box" else "segm")
-    # It tells the console each of its steps.
+    evaluation = import_pycocotools("cocoeval").COCOeval(
+        iouType="bbox" if kind == "box" else "segm"
+    )
+    # It prints each step.
     with contextlib.redirect_stdout(io.StringIO()):
         sides = []
         for rows in (truth, detections):
-            # It marks the annotations that it is given.
-            side = api("coco").COCO()
+            # It modifies the annotations, so it gets copies.
+            side = import_pycocotools("coco").COCO()
             side.dataset = {**frame, "annotations": [dict(row) for row in rows]}
             side.createIndex()
             sides.append(side)

@@ -1,4 +1,4 @@
-"""Detections of one image."""
+"""`ImageDetections`: the detected objects of one image."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, eq=False)
 class ImageDetections:
-    """What was detected in one image, K objects, in pixels of the upright stored image."""
+    """K detected objects of one image, in pixels of the stored, upright image."""
 
     boxes: npt.NDArray[np.float32]
-    """(K, 4): left, top, right, bottom; right - left is the width, as in `Objects`."""
+    """(K, 4): left, top, right, bottom; the width is right - left, as in `Objects`."""
     labels: npt.NDArray[np.int64]
-    """(K,): position among the classes, from 0."""
+    """(K,): class numbers from 0."""
     scores: npt.NDArray[np.float32]
-    """(K,), higher for surer."""
+    """(K,): confidences, higher is more confident."""
     masks: tuple[Mapping[str, object], ...] = ()
-    """K run lengths {"size": [height, width], "counts": text}, compressed as COCO has them (counts
-    may be given as bytes); () where there are boxes only."""
+    """K masks {"size": [height, width], "counts": str}, COCO's compressed run lengths (counts may
+    be bytes); () for boxes only."""
 
     def __post_init__(self) -> None:
         k = len(self.boxes)

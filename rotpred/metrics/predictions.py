@@ -1,4 +1,4 @@
-"""Detections and masks in files, of this project or of other programs, and over processes."""
+"""Predicted detections and masks: reading and writing files, gathering from all processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
-from pipelines.imaging.decode import ImageError, read_numbers
+from pipelines.imaging.decode import ImageError, read_label_png
 from rotpred.distributed import Rank, gather_rows
 from rotpred.files import write_atomic
 from rotpred.metrics.coco_detection import check_runs
@@ -24,8 +24,8 @@ _HIGHEST = float(np.finfo(np.float32).max)
 
 
 @runtime_checkable
-class _Numbered(Protocol):
-    """A data set whose classes have numbers of their own, as COCO's."""
+class _HasCategoryIds(Protocol):
+    """Data set whose classes have numbers of their own, like COCO's."""
 
     category_ids: tuple[int, ...]
 
@@ -33,37 +33,40 @@ class _Numbered(Protocol):
 def gather_detections(
     found: Mapping[int, ImageDetections], n: int, rank: Rank
 ) -> list[ImageDetections]:
-    """Bring what each process detected together: one per image, in order, on all ranks.
+    """Gather the detections of all processes: one per image, in order, on all ranks.
 
-    All ranks call. What travels is numbers and JSON text: nothing is unpickled.
+    All ranks must call. Only numbers and JSON text are sent; nothing is unpickled.
 
     Args:
-        found: of this process's images, by their position; any number of them.
-        n: images in the data set.
-        rank: of this process.
+        found: By position in the data set: detections of this process's images.
+        n: Number of images in the data set.
+        rank: This process.
 
     Raises:
-        ValueError: on all ranks: an image is lacking, comes twice, or is not below n.
+        ValueError: An image is missing, occurs twice, or is not below n. Raised on all ranks.
     """
     images = sorted(found)
     parts = [found[i] for i in images]
-    heads = [[i, len(one.boxes), len(one.masks)] for i, one in zip(images, parts, strict=True)]
+    counts = [[i, len(one.boxes), len(one.masks)] for i, one in zip(images, parts, strict=True)]
     boxes = [np.zeros((0, 4), np.float32), *(one.boxes for one in parts)]
     labels = [np.zeros(0, np.int64), *(one.labels for one in parts)]
     scores = [np.zeros(0, np.float32), *(one.scores for one in parts)]
     masks = json.dumps([mask for one in parts for mask in one.masks]).encode()
     gathered = zip(
-        _ragged(torch.tensor(heads, dtype=torch.int64).reshape(-1, 3), rank),
-        *(_ragged(torch.from_numpy(np.concatenate(x)), rank) for x in (boxes, labels, scores)),
-        _ragged(torch.frombuffer(bytearray(masks), dtype=torch.uint8), rank),
+        _gather_ragged(torch.tensor(counts, dtype=torch.int64).reshape(-1, 3), rank),
+        *(
+            _gather_ragged(torch.from_numpy(np.concatenate(x)), rank)
+            for x in (boxes, labels, scores)
+        ),
+        _gather_ragged(torch.frombuffer(bytearray(masks), dtype=torch.uint8), rank),
         strict=True,
     )
     everything: dict[int, ImageDetections] = {}
     twice: set[int] = set()
-    for heads_of, boxes_of, labels_of, scores_of, masks_of in gathered:
+    for counts_of, boxes_of, labels_of, scores_of, masks_of in gathered:
         every_mask = json.loads(masks_of.numpy().tobytes())
         at = at_mask = 0
-        for i, k, k_masks in heads_of.tolist():
+        for i, k, k_masks in counts_of.tolist():
             if i in everything:
                 twice.add(i)
             everything[i] = ImageDetections(
@@ -75,12 +78,14 @@ def gather_detections(
             at, at_mask = at + k, at_mask + k_masks
     wrong = sorted(twice | set(everything) ^ set(range(n)))
     if wrong:
-        raise ValueError(f"{len(wrong)} images lack, come twice or are not below {n}: {wrong[:5]}")
+        raise ValueError(
+            f"{len(wrong)} images are missing, duplicate or not below {n}: {wrong[:5]}"
+        )
     return [everything[i] for i in range(n)]
 
 
-def _ragged(tensor: torch.Tensor, rank: Rank) -> list[torch.Tensor]:
-    """The tensors (N, ...) of all ranks, where N differs."""
+def _gather_ragged(tensor: torch.Tensor, rank: Rank) -> list[torch.Tensor]:
+    """Gather tensors (N, ...) from all ranks, where N may differ."""
     lengths = gather_rows(torch.tensor([len(tensor)]), rank).tolist()
     if not any(lengths):
         return [tensor] * rank.world
@@ -91,15 +96,20 @@ def _ragged(tensor: torch.Tensor, rank: Rank) -> list[torch.Tensor]:
 
 
 def write_detections(path: Path, found: Sequence[ImageDetections], samples: DenseSamples) -> None:
-    """Write detections as COCO's results are written: a JSON list of objects.
+    """Write detections in COCO's results format: a JSON list of objects.
 
-    image_id is the image's name, a number where it is one without leading zeros; category_id is
-    COCO's where the data set has such, else counts from 1 in the order of the classes.
+    image_id is the image's name, as a number if it is one without leading zeros. category_id is
+    COCO's if the data set has such ids, else counts from 1 in the order of the classes.
+
+    Args:
+        path: Replaced atomically.
+        found: One per image, in the order of the data set.
+        samples: The data set.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is there as before.
+        OSError: The file cannot be written; an existing file is unchanged.
     """
-    categories = _categories(samples)
+    category_ids = _category_ids(samples)
     rows = []
     for i, one in enumerate(found):
         name = samples.names[i]
@@ -108,7 +118,7 @@ def write_detections(path: Path, found: Sequence[ImageDetections], samples: Dens
         for k, (left, top, right, bottom) in enumerate(boxes):
             row: dict[str, object] = {
                 "image_id": image,
-                "category_id": categories[labels[k]],
+                "category_id": category_ids[labels[k]],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": scores[k],
             }
@@ -119,23 +129,23 @@ def write_detections(path: Path, found: Sequence[ImageDetections], samples: Dens
 
 
 def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
-    """Read detections: a JSON file as `write_detections` writes, or a folder of VOC's text files.
+    """Read detections from a JSON file like `write_detections`'s, or a folder of VOC's text files.
 
-    The folder has a file [ANYTHING_]CLASS.txt for every class, as comp3_det_test_dog.txt, possibly
-    empty, with lines `NAME SCORE XMIN YMIN XMAX YMAX`, corners counted from 1 and both part of the
-    box. An image without a line or entry has no detections.
+    The folder has a file [ANYTHING_]CLASS.txt for every class, such as comp3_det_test_dog.txt. Its
+    lines are `NAME SCORE XMIN YMIN XMAX YMAX`; pixels count from 1, and both corners belong to the
+    box. A file may be empty. An image without a line or entry has no detections.
 
     Returns:
-        One per image, in the order of the data set, detections in the order of the file.
+        One per image, in the order of the data set; detections in the order of the file.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: an entry or line that is wrong, or a class without a file; says which.
+        FileNotFoundError: There is no such file or folder.
+        ValueError: An entry or line is invalid, or a class has no file. The message names it.
     """
     if path.is_dir():
-        rows = _devkit(path, samples)
+        rows = _read_text_files(path, samples)
     elif path.is_file():
-        rows = _results(path, samples)
+        rows = _read_json(path, samples)
     else:
         raise FileNotFoundError(f"{str(path)!r} does not exist")
     found = []
@@ -155,23 +165,25 @@ def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
 
 
 _Row = tuple[tuple[float, float, float, float], int, float, Mapping[str, object] | None]
+"""Box, label, score and mask of a detection."""
 
 
-def _categories(samples: DenseSamples) -> tuple[int, ...]:
-    if isinstance(samples, _Numbered):
+def _category_ids(samples: DenseSamples) -> tuple[int, ...]:
+    """Return the number of each class in a results file."""
+    if isinstance(samples, _HasCategoryIds):
         return samples.category_ids
     return tuple(range(1, len(samples.classes) + 1))
 
 
-def _results(path: Path, samples: DenseSamples) -> list[list[_Row]]:
+def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
     try:
         entries = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of detections, got a {type(entries).__name__}")
     images = {name: i for i, name in enumerate(samples.names)}
-    labels = {number: label for label, number in enumerate(_categories(samples))}
+    labels = {number: label for label, number in enumerate(_category_ids(samples))}
     rows: list[list[_Row]] = [[] for _ in images]
     for number, entry in enumerate(entries):
         try:
@@ -186,7 +198,7 @@ def _results(path: Path, samples: DenseSamples) -> list[list[_Row]]:
                 if not isinstance(mask, dict) or not isinstance(mask["counts"], str):
                     raise ValueError("segmentation must be compressed run lengths")
                 check_runs(mask, *samples.sizes[i].tolist())
-            _checked(left, top, left + width, top + height, score := float(entry["score"]))
+            _check_finite(left, top, left + width, top + height, score := float(entry["score"]))
             box = left, top, left + width, top + height
             rows[i].append((box, labels[entry["category_id"]], score, mask))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,14 +207,14 @@ def _results(path: Path, samples: DenseSamples) -> list[list[_Row]]:
     return rows
 
 
-def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
+def _read_text_files(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.txt")):
-        # The longest: of the classes dog and hot_dog, x_hot_dog.txt belongs to the second.
-        fitting = [name for name in samples.classes if f"_{file.stem}".endswith(f"_{name}")]
-        if not fitting:
-            raise ValueError(f"{file}: no class is called like the end of its name")
-        name = max(fitting, key=len)
+        # The longest match: with classes dog and hot_dog, x_hot_dog.txt is hot_dog's.
+        matching = [name for name in samples.classes if f"_{file.stem}".endswith(f"_{name}")]
+        if not matching:
+            raise ValueError(f"{file}: its name does not end in a class")
+        name = max(matching, key=len)
         if name in files:
             raise ValueError(f"{files[name]} and {file} are both of class {name}: keep one")
         files[name] = file
@@ -210,7 +222,7 @@ def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
     rows: list[list[_Row]] = [[] for _ in images]
     for label, name in enumerate(samples.classes):
         if name not in files:
-            raise ValueError(f"{folder}: no file *_{name}.txt; one without detections is empty")
+            raise ValueError(f"{folder}: no file *_{name}.txt; for no detections, leave it empty")
         lines = files[name].read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
             try:
@@ -220,7 +232,7 @@ def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
                 if parts[0] not in images:
                     raise ValueError(f"no image is called {parts[0]!r}")
                 score, left, top, right, bottom = (float(part) for part in parts[1:])
-                _checked(score, left, top, right, bottom)
+                _check_finite(score, left, top, right, bottom)
                 box = left - 1, top - 1, right, bottom
                 rows[images[parts[0]]].append((box, label, score, None))
             except ValueError as error:
@@ -228,8 +240,8 @@ def _devkit(folder: Path, samples: DenseSamples) -> list[list[_Row]]:
     return rows
 
 
-def _checked(*values: float) -> None:
-    """Refuse numbers that float32 has not as finite ones."""
+def _check_finite(*values: float) -> None:
+    """Raise ValueError for a number that is not finite in float32."""
     for value in values:
         if not abs(value) <= _HIGHEST:
             raise ValueError(f"{value} is not finite")
@@ -238,35 +250,35 @@ def _checked(*values: float) -> None:
 def read_masks(
     folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False
 ) -> npt.NDArray[np.uint8]:
-    """Read the predicted classes of an image's pixels from NAME.png or NAME_ANYTHING.png.
+    """Read the predicted class of each pixel of an image from NAME.png or NAME_ANYTHING.png.
 
-    The file lies in the folder or, as Cityscapes' do, in one below it that is called as the name
-    begins: NAME up to the first underscore. Palette or grey, 8 bits; the number is the class.
+    The file is in the folder or, as for Cityscapes, in the subfolder named by NAME up to its first
+    underscore. It has 8 bits, palette or grey; a pixel's number is its class.
 
     Args:
-        folder: of all predictions.
-        samples: of which data set.
-        i: position of the image.
-        label_ids: the numbers are Cityscapes' label ids, as its server takes them, not train ids.
+        folder: Folder of all predictions.
+        samples: The data set.
+        i: Position of the image.
+        label_ids: Numbers are Cityscapes' label ids, as its server expects, not train ids.
 
     Returns:
-        uint8 (h, w), classes; `IGNORED` where the file says so or the label id has no class.
+        uint8 (h, w): classes; `IGNORED` for pixels so marked and for label ids without a class.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there are several, or it is no such image; says which.
+        FileNotFoundError: There is no such file.
+        ValueError: There are several files, or the file is not a valid mask. The message names it.
     """
     name = samples.names[i]
-    places = [folder, folder / name.split("_")[0]]
-    files = [place / f"{name}.png" for place in places if (place / f"{name}.png").is_file()]
+    folders = [folder, folder / name.split("_")[0]]
+    files = [one / f"{name}.png" for one in folders if (one / f"{name}.png").is_file()]
     if not files:
-        files = [file for place in places for file in sorted(place.glob(f"{escape(name)}_*.png"))]
+        files = [file for one in folders for file in sorted(one.glob(f"{escape(name)}_*.png"))]
     if not files:
         raise FileNotFoundError(f"{folder}: no {name}.png or {name}_*.png")
     if len(files) > 1:
         raise ValueError(f"{files[0]} and {files[1]} are both of image {name}: keep one")
     try:
-        mask = read_numbers(files[0])
+        mask = read_label_png(files[0])
     except ImageError as error:
         raise ValueError(str(error)) from error
     height, width = samples.sizes[i].tolist()
@@ -276,7 +288,9 @@ def read_masks(
         table = np.full(256, IGNORED, np.uint8)
         table[list(LABEL_IDS)] = np.arange(len(LABEL_IDS))
         mask = table[mask]
-    alien = mask[(mask >= len(samples.classes)) & (mask != IGNORED)]
-    if len(alien):
-        raise ValueError(f"{files[0]}: {alien[0]} is none of the {len(samples.classes)} classes")
+    invalid = mask[(mask >= len(samples.classes)) & (mask != IGNORED)]
+    if len(invalid):
+        raise ValueError(
+            f"{files[0]}: {invalid[0]} is not among the {len(samples.classes)} classes"
+        )
     return mask

@@ -1,4 +1,4 @@
-"""VOC's average precision of detected boxes, at ten overlaps."""
+"""VOC's average precision of detected boxes, at ten overlap thresholds."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
-"""Intersection over union that a hit must exceed."""
+"""Thresholds of intersection over union (IoU) that a hit must exceed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassAps:
-    """AP of every class at every overlap of `OVERLAPS`, shares from 0 to 1."""
+    """AP of every class at every threshold of `OVERLAPS`; shares from 0 to 1."""
 
     eleven: Float64
-    """(C, 10): mean precision at 11 recalls, VOC2007's. NaN: no object of the class counts."""
+    """(C, 10): VOC2007's mean precision at 11 recalls. NaN if no object of the class counts."""
     area: Float64
-    """(C, 10): area under the precision envelope, VOC's since 2010."""
+    """(C, 10): area under the precision envelope, VOC's AP since 2010. NaN as above."""
 
 
 def voc_metrics(found: Sequence[ImageDetections], samples: DenseSamples) -> dict[str, float]:
-    """Means over classes of VOC's AP: AP50, AP (over ten overlaps) and AP75, shares from 0 to 1.
+    """Return class means of VOC's AP50, AP (over ten overlaps) and AP75; shares from 0 to 1.
 
-    Names without an ending are VOC2007's 11-point AP, those that end in /area the area under the
-    precision envelope. Classes of which no object counts are left out of the means.
+    Plain names are VOC2007's 11-point AP; names ending in /area are the area under the precision
+    envelope. Classes without an object that counts are left out.
 
     Args:
-        found: one per image, in the order of the data set.
-        samples: the truth.
+        found: One per image, in the order of the data set.
+        samples: Ground truth.
 
     Raises:
-        ValueError: as `per_class`.
+        ValueError: As for `class_aps`.
     """
-    return means(per_class(found, samples))
+    return means(class_aps(found, samples))
 
 
 def means(aps: ClassAps) -> dict[str, float]:
-    """Return what `voc_metrics` does, of APs at hand."""
+    """Return the metrics of `voc_metrics` from the APs of `class_aps`."""
     values = {}
     for ending, table in (("", aps.eleven), ("/area", aps.area)):
         known = table[~np.isnan(table).any(axis=1)]
@@ -56,22 +56,22 @@ def means(aps: ClassAps) -> dict[str, float]:
     return values
 
 
-def per_class(found: Sequence[ImageDetections], samples: DenseSamples) -> ClassAps:
-    """VOC's AP of each class, as detectron2 computes it.
+def class_aps(found: Sequence[ImageDetections], samples: DenseSamples) -> ClassAps:
+    """Compute VOC's AP of each class, as detectron2 does.
 
-    Source: detectron2, detectron2/evaluation/pascal_voc_evaluation.py. Scores count with 3 decimals
-    and boxes with 1, as they stood in VOC's text files. By falling score each detection takes the
-    object of its class that it overlaps most; it is right where the overlap exceeds the threshold
-    and nothing took the object before, and it does not count where the object is difficult.
-    Deviations: detections of equal score keep the order of images and detections (theirs is any),
-    and recall and overlap are compared exactly, where theirs go through rounded sums.
+    Source: detectron2, detectron2/evaluation/pascal_voc_evaluation.py. Scores are rounded to 3
+    decimals and boxes to 1, as in VOC's text files. In order of descending score, each detection is
+    matched to the object of its class that it overlaps most. It is correct if the overlap exceeds
+    the threshold and the object is not yet matched; it is ignored if the object is difficult.
+    Deviations: detections of equal score keep the order of images and detections (detectron2's
+    order is unspecified), and recall and overlap are compared exactly, not through rounded sums.
 
     Args:
-        found: one per image, in the order of the data set.
-        samples: the truth.
+        found: One per image, in the order of the data set.
+        samples: Ground truth.
 
     Raises:
-        ValueError: another number of images, a label that is no class, or no object that counts.
+        ValueError: The number of images is wrong, a label is not a class, or no object counts.
     """
     n, classes = len(samples), len(samples.classes)
     if len(found) != n:
@@ -86,14 +86,14 @@ def per_class(found: Sequence[ImageDetections], samples: DenseSamples) -> ClassA
     positives = np.bincount(gt_labels[~difficult], minlength=classes)
     if not positives.any():
         raise ValueError("average precision needs an object that is not difficult")
-    # In tenths of a pixel, and thousandths: areas of whole and of rounded boxes are exact then.
+    # Boxes in tenths of a pixel, scores in thousandths: areas are then exact.
     boxes = np.rint(10 * np.concatenate([f.boxes for f in found]).astype(np.float64))
     gt_boxes = 10 * np.concatenate([t.boxes for t in truth]).astype(np.float64)
     scores = np.rint(1000 * np.concatenate([f.scores for f in found]).astype(np.float64))
-    # Only objects of one class and image meet: one number for both.
+    # Only boxes of the same class and image are compared: one number for both.
     group = labels * n + np.repeat(np.arange(n), [len(f.labels) for f in found])
     gt_group = gt_labels * n + np.repeat(np.arange(n), [len(t.labels) for t in truth])
-    target, overlap = _best(boxes, group, gt_boxes, gt_group)
+    target, overlap = _best_match(boxes, group, gt_boxes, gt_group)
 
     order = np.lexsort((-scores, labels))
     bounds = np.searchsorted(labels[order], np.arange(classes + 1))
@@ -111,21 +111,21 @@ def per_class(found: Sequence[ImageDetections], samples: DenseSamples) -> ClassA
     return ClassAps(eleven=aps[1], area=aps[0])
 
 
-def _best(
+def _best_match(
     boxes: Float64, group: Int64, gt_boxes: Float64, gt_group: Int64
 ) -> tuple[Int64, Float64]:
-    """Return for each of M boxes the object of its group that it overlaps most, and how much.
+    """Return (M,) objects and (M,) IoUs: the object of its group that each box overlaps most.
 
-    The first one where several are even; 0 and an overlap of 0 where the group has none.
+    The first such object if several overlap equally; 0 and an IoU of 0 if the group is empty.
     """
     order = np.argsort(gt_group, kind="stable")
     start, stop = (np.searchsorted(gt_group[order], group, side) for side in ("left", "right"))
     counts = stop - start
-    # All pairs below each other, those of one box in a row.
+    # One row per pair of box and object; pairs of one box are adjacent.
     box = np.repeat(np.arange(len(boxes)), counts)
     begin = np.cumsum(counts) - counts
-    place = np.arange(len(box)) - begin[box]
-    gt = order[start[box] + place]
+    offset = np.arange(len(box)) - begin[box]
+    gt = order[start[box] + offset]
     corner = np.maximum(boxes[box, :2], gt_boxes[gt, :2])
     inside = np.minimum(boxes[box, 2:], gt_boxes[gt, 2:]) - corner
     common = inside.clip(min=0).prod(axis=1)
@@ -136,6 +136,6 @@ def _best(
     some = np.flatnonzero(counts)
     if len(some):
         most[some] = np.maximum.reduceat(overlap, begin[some])
-        candidate = np.where(overlap == most[box], place, len(gt_boxes))
+        candidate = np.where(overlap == most[box], offset, len(gt_boxes))
         target[some] = order[start[some] + np.minimum.reduceat(candidate, begin[some])]
     return target, most

@@ -1,0 +1,6 @@
+"""Networks: backbones, and the heads, probes and segmentation network on them.
+
+Public: `backbone` (`build_backbone`), `base` (`Backbone`), `fcn`, `heads`, `memory_format`
+(`channels_last`), `probes` and `resnet` (`ResNet`); the package `detection`.
+Imports: `pipelines`, and of `rotpred` distributed and files.
+"""

@@ -11,10 +11,10 @@ from rotpred.models.base import Backbone
 class AlexNet(Backbone):
     """The five convolutions of the RotNet authors' AlexNet (architectures/AlexNet.py).
 
-    Every convolution keeps its bias and is followed by BN and ReLU; no local response
-    normalisation, groups or dropout. The max pools (3, stride 2) stand between stages, after
-    conv1 and conv2; the one after conv5 belongs to the rotation head. Stages are the maps before
-    their pool, as the authors' linear probes read them: 64x55x55, 192x27x27, 384x13x13, 256x13x13,
+    Every convolution has a bias and is followed by BN and ReLU. There are no local response
+    normalisation, groups or dropout. The max pools (3, stride 2) are between stages, after conv1
+    and conv2; the one after conv5 belongs to the rotation head. Stages are the feature maps before
+    their pool, as in the authors' linear probes: 64x55x55, 192x27x27, 384x13x13, 256x13x13,
     256x13x13 at 224 pixels.
     """
 
@@ -22,7 +22,7 @@ class AlexNet(Backbone):
     stage_channels = (64, 192, 384, 256, 256)
 
     def __init__(self) -> None:
-        """Build it with torch's default initialisation, as the authors did."""
+        """Build the network with torch's default initialisation, as the authors did."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 11, stride=4, padding=2)
         self.bn1 = nn.BatchNorm2d(64)
@@ -38,7 +38,7 @@ class AlexNet(Backbone):
         self.pool = nn.MaxPool2d(3, stride=2)
 
     def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the maps of conv1 to conv5, each after BN and ReLU and before any pool."""
+        """Return the feature maps (N, C, H, W) of conv1 to conv5: after ReLU, before pooling."""
         conv1 = self.relu(self.bn1(self.conv1(x)))
         conv2 = self.relu(self.bn2(self.conv2(self.pool(conv1))))
         conv3 = self.relu(self.bn3(self.conv3(self.pool(conv2))))
@@ -47,7 +47,7 @@ class AlexNet(Backbone):
         return [conv1, conv2, conv3, conv4, conv5]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the map of conv5, before its pool."""
+        """Return the feature map of conv5, (N, 256, H, W), before its pool."""
         x = self.pool(self.relu(self.bn1(self.conv1(x))))
         x = self.pool(self.relu(self.bn2(self.conv2(x))))
         x = self.relu(self.bn3(self.conv3(x)))

@@ -1,7 +1,7 @@
-"""The networks: ResNet, the RotNet authors' AlexNet, and network-in-network.
+"""Registry of the backbones: ResNet, the RotNet authors' AlexNet, and network-in-network.
 
-All of them give their stages as a list of maps, which the probes of linear evaluation read. What
-sits on top (rotation heads, probe pooling) is in `heads.py`.
+Each returns its stages as a list of feature maps, for linear probes. Rotation heads and the pooling
+of the probes are in `heads.py`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ BACKBONES = (
     "nin4",
     "nin5",
 )
-"""The names that `build_backbone` knows."""
+"""Names that `build_backbone` accepts."""
 
 
 def build_backbone(name: str) -> Backbone:
     """Build a randomly initialised backbone by its name, one of `BACKBONES`.
 
-    resnet18_small is for 32 pixels: 3x3 stem of stride 2, no max pool. resnet18_tiny keeps the
-    max pool: a quarter of the work, for a CPU. nin3, nin4 and nin5 have as
-    many blocks.
+    resnet18_small is for 32 pixels: 3x3 stem of stride 2, no max pool. resnet18_tiny keeps the max
+    pool: a quarter of the work, for a CPU. nin3, nin4 and nin5 have 3, 4 and 5 blocks.
 
     Raises:
-        ValueError: no backbone has this name.
+        ValueError: No backbone has this name.
     """
     backbone: Backbone
     match name:

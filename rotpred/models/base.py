@@ -8,26 +8,26 @@ from torch import nn
 
 
 class Backbone(nn.Module):
-    """What the protocols rely on. Inputs are float (N, 3, S, S), channels_last or not."""
+    """Base class of the backbones. Inputs are float (N, 3, S, S), channels_last or not."""
 
     arch: str
-    """The name that `build_backbone` made it by; weights files carry it."""
+    """The name given to `build_backbone`; weight files hold it."""
     stage_names: tuple[str, ...]
     stage_channels: tuple[int, ...]
 
     @property
     def dim(self) -> int:
-        """Channels of the last map, the length D of `pooled`."""
+        """Channels of the last feature map."""
         return self.stage_channels[-1]
 
     def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return one map (N, C, H, W) per stage, after its last ReLU, in forward order."""
+        """Return one feature map (N, C, H, W) per stage, after its last ReLU, in forward order."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the last map (N, dim, H, W) alone, so that the others can be freed."""
+        """Return only the last feature map (N, dim, H, W), so that the others can be freed."""
         raise NotImplementedError
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the global average of the last map, (N, dim)."""
+        """Return the global average of the last feature map, (N, dim)."""
         return F.adaptive_avg_pool2d(self(x), 1).flatten(1)

@@ -1,7 +1,7 @@
-"""The fully convolutional network for segmentation: a dilated ResNet and two heads.
+"""Fully convolutional network (FCN) for segmentation: a dilated ResNet and two heads.
 
-FCN-R50-d8 of mmsegmentation (configs/_base_/models/fcn_r50-d8.py), over our backbone: its stem is
-the plain 7x7 one.
+FCN-R50-d8 of mmsegmentation (configs/_base_/models/fcn_r50-d8.py) on our backbone, whose stem is a
+plain 7x7 convolution.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from rotpred.models.resnet import ResNet
 
 
 def dilate(backbone: Backbone) -> ResNet:
-    """Replace the strides of res4 and res5 by dilation, in place: their maps have res3's size.
+    """Replace the strides of res4 and res5 by dilation, in place, so that they keep res3's size.
 
     Strides become (1, 2, 1, 1) and dilations (1, 1, 2, 4). The first 3x3 convolution of a dilated
-    stage, which loses its stride, has the rate of its input (1 in res4, 2 in res5): for a
-    Bottleneck that is torchvision's `replace_stride_with_dilation` and mmsegmentation's
-    `contract_dilation`. Every fourth value of res5 is then the strided network's, for BasicBlock
-    as well.
+    stage, which loses its stride, has the dilation of its input (1 in res4, 2 in res5). For a
+    Bottleneck this equals torchvision's `replace_stride_with_dilation` and mmsegmentation's
+    `contract_dilation`. Every fourth value of res5 then equals the strided network's; this holds
+    for BasicBlock as well.
 
     Returns:
-        The backbone, of output stride 8 where its stem has stride 4.
+        The same backbone; its output stride is 8 if its stem has stride 4.
 
     Raises:
-        ValueError: it is no ResNet.
+        ValueError: The backbone is not a ResNet.
     """
     if not isinstance(backbone, ResNet):
         raise ValueError(f"{backbone.arch} cannot be dilated: segmentation needs a ResNet backbone")
@@ -47,22 +47,22 @@ def dilate(backbone: Backbone) -> ResNet:
 class FcnHead(nn.Module):
     """3x3 convolutions with BN and ReLU, dropout of whole channels, and a 1x1 classifier.
 
-    Source: mmseg/models/decode_heads/fcn_head.py and decode_head.py. Convolutions start from
-    Kaiming's normal (fan out, ReLU) and have no bias; the classifier from N(0, 0.01) and 0.
+    Source: mmseg/models/decode_heads/fcn_head.py and decode_head.py. Convolutions have no bias and
+    are initialised with Kaiming normal (fan out, ReLU); the classifier with N(0, 0.01) and bias 0.
     """
 
     def __init__(
         self, inputs: int, channels: int, classes: int, *, convs: int, concat: bool, dropout: float
     ) -> None:
-        """Build it.
+        """Build the head.
 
         Args:
-            inputs: channels of the map.
-            channels: width of the convolutions.
-            classes: channels of the logits.
-            convs: number of convolutions.
-            concat: one more, on the map and the last convolution's result together.
-            dropout: probability that a channel of the last result is dropped.
+            inputs: Channels of the input feature map.
+            channels: Channels of the convolutions.
+            classes: Channels of the logits.
+            convs: Number of convolutions.
+            concat: Add a convolution on the input and the last output, concatenated.
+            dropout: Probability of dropping a channel before the classifier.
         """
         super().__init__()
         widths = [inputs, *[channels] * convs]
@@ -89,14 +89,14 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Fcn(nn.Module):
-    """A decode head on res5 (two convolutions of 512, concatenated input) and, in training, an
-    auxiliary one on res4 (one of 256)."""
+    """Dilated ResNet with a decode head on res5 (two convolutions of 512, concatenated input) and,
+    in training, an auxiliary head on res4 (one convolution of 256)."""
 
     def __init__(self, backbone: Backbone, classes: int, *, dropout: float = 0.1) -> None:
-        """Take over a ResNet, which is dilated in place.
+        """Build the network on a ResNet, which is dilated in place.
 
         Raises:
-            ValueError: the backbone is no ResNet.
+            ValueError: The backbone is not a ResNet.
         """
         super().__init__()
         self.backbone = dilate(backbone)
@@ -107,7 +107,7 @@ class Fcn(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Map images (B, 3, H, W) to logits (B, classes, H / 8, W / 8), rounded up.
 
-        In training a pair: the decode head's and the auxiliary head's.
+        In training, return a pair: logits of the decode head and of the auxiliary head.
         """
         if not self.training:
             logits: torch.Tensor = self.decode(self.backbone(images))
@@ -116,16 +116,18 @@ class Fcn(nn.Module):
         return self.decode(res5), self.auxiliary(res4)
 
 
-def resized(logits: torch.Tensor, size: tuple[int, int], *, align_corners: bool) -> torch.Tensor:
-    """Logits (B, classes, h, w) at another height and width, bilinear, in float32."""
+def resize_logits(
+    logits: torch.Tensor, size: tuple[int, int], *, align_corners: bool
+) -> torch.Tensor:
+    """Resize logits (B, classes, h, w) to `size` (height, width), bilinear, in float32."""
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
 
 
 def pixel_loss(logits: torch.Tensor, masks: torch.Tensor, ignored: int) -> torch.Tensor:
-    """Cross entropy of logits (B, classes, H, W) with classes int64 (B, H, W), a scalar.
+    """Return the cross entropy of logits (B, classes, H, W) and masks int64 (B, H, W), a scalar.
 
-    The mean is over all pixels; the `ignored` ones add 0 to it. So it is in mmsegmentation, whose
-    `avg_non_ignore` is off by default (mmseg/models/losses/cross_entropy_loss.py), and in the
-    published results.
+    The mean is over all pixels; the `ignored` ones add 0 to it. This is the default of
+    mmsegmentation (`avg_non_ignore` is off, mmseg/models/losses/cross_entropy_loss.py), and was
+    used for the published results.
     """
     return F.cross_entropy(logits, masks, ignore_index=ignored, reduction="sum") / masks.numel()

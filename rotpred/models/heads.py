@@ -1,4 +1,4 @@
-"""What sits on a backbone: rotation heads, and the pools between its stages and linear probes."""
+"""Rotation heads, and pooling between the stages of a backbone and linear probes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from rotpred.models.base import Backbone
 PoolKind = Literal["auto", "specified", "adaptive"]
 
 PROBE_DIM = 9216
-"""Length that the pooled features of every stage come near to, whatever their channels: 12*12*64.
-The RotNet authors' pools of AlexNet (12/7/5/6/6) and mmselfsup's of ResNet-50 (12/6/4/3/2) all are
-the whole side nearest to sqrt(9216 / channels)."""
+"""Approximate length of the pooled features of every stage: 12*12*64. The RotNet authors' pools of
+AlexNet (12/7/5/6/6) and mmselfsup's of ResNet-50 (12/6/4/3/2) all have the integer side nearest to
+sqrt(9216 / channels)."""
 
 RESNET50_POOLS = ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))
 """Kernel, stride and padding of the average pools for stem to res5 of ResNet-50 at 224 pixels
 (mmselfsup/models/utils/multi_pooling.py, and VISSL's linear evaluation): 9216, 9216, 8192, 9216 and
-8192 features. Padding counts in the mean, which matters for the stem."""
+8192 features. The mean includes the padding, which matters for the stem."""
 
 
 class PooledLinear(nn.Module):
-    """Global average, then one linear layer."""
+    """Global average pooling and one linear layer."""
 
     def __init__(self, dim: int, *, classes: int) -> None:
-        """Build it with torch's default initialisation."""
+        """Build the head with torch's default initialisation."""
         super().__init__()
         self.fc = nn.Linear(dim, classes)
 
@@ -43,12 +43,12 @@ class PooledLinear(nn.Module):
 class AlexNetHead(nn.Module):
     """Pool 5, fc6, fc7 and the classifier of the RotNet authors (architectures/AlexNet.py).
 
-    fc6 and fc7 have BN and ReLU, no bias and no dropout. Needs a conv5 map of 13x13 or 14x14
-    (images of 223 to 254 pixels), because fc6 reads all 9216 = 256*6*6 values.
+    fc6 and fc7 have BN and ReLU, no bias and no dropout. fc6 reads all 9216 = 256*6*6 values, so
+    the feature map of conv5 must be 13x13 or 14x14 (images of 223 to 254 pixels).
     """
 
     def __init__(self, *, classes: int, dim: int = 256) -> None:
-        """Build it with torch's default initialisation."""
+        """Build the head with torch's default initialisation."""
         super().__init__()
         self.pool5 = nn.MaxPool2d(3, stride=2)
         self.fc6 = nn.Linear(dim * 6 * 6, 4096, bias=False)
@@ -71,7 +71,7 @@ class RotNet(nn.Module):
     """A backbone and a head; the state dict has the prefixes `backbone.` and `head.`."""
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
-        """Join them; the head reads the backbone's last map."""
+        """Combine them; the head reads the backbone's last feature map."""
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -83,11 +83,14 @@ class RotNet(nn.Module):
 
 
 def make_rotnet(name: str, classes: int = 4) -> RotNet:
-    """Build the network of the pretext task on the backbone of that name.
+    """Build the network of the pretext task on the backbone `name`.
 
-    ResNet: global average and Linear, drawn from Normal(0, 0.01) with bias 0 (mmselfsup
-    models/heads/cls_head.py). NIN: the same with torch's default draw, AlexNet: fc6, fc7 and the
-    classifier (both as the paper's code).
+    ResNet: global average and Linear, initialised with N(0, 0.01) and bias 0 (mmselfsup
+    models/heads/cls_head.py). NIN: the same with torch's default initialisation. AlexNet: fc6, fc7
+    and the classifier. NIN and AlexNet follow the paper's code.
+
+    Raises:
+        ValueError: No backbone has this name.
     """
     backbone = build_backbone(name)
     if name == "alexnet":
@@ -100,36 +103,37 @@ def make_rotnet(name: str, classes: int = 4) -> RotNet:
 
 
 def stage_shapes(backbone: Backbone, input_size: int) -> list[tuple[int, int, int]]:
-    """Return (channels, height, width) of each stage's map for a square input. Computes no pixels.
+    """Return (channels, height, width) of each stage's feature map for a square input.
 
     Raises:
-        ValueError: the input is too small for this backbone.
+        ValueError: The input is too small for this backbone.
     """
-    # A twin without storage: the real one may be frozen, in training mode, compiled or on a GPU.
+    # A copy on the meta device, without storage: the original may be frozen, in training mode,
+    # compiled or on a GPU.
     with torch.device("meta"):
-        twin = build_backbone(backbone.arch).eval()
+        meta = build_backbone(backbone.arch).eval()
         image = torch.empty(1, 3, input_size, input_size)
     try:
         with torch.no_grad():
-            maps = twin.stages(image)
+            features = meta.stages(image)
     except RuntimeError as error:
         raise ValueError(f"{input_size} pixels are too few for {backbone.arch}: {error}") from error
-    return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
+    return [(x.shape[1], x.shape[2], x.shape[3]) for x in features]
 
 
 def stage_pools(backbone: Backbone, input_size: int, kind: PoolKind = "auto") -> list[nn.Module]:
-    """Return one pooling module per stage, which brings its map to about `PROBE_DIM` values.
+    """Return a pooling module per stage that leaves about `PROBE_DIM` values of its feature map.
 
     Args:
-        backbone: one that `build_backbone` made.
-        input_size: side of the input in pixels.
-        kind: "specified" is mmselfsup's and VISSL's table, made for ResNet-50 at 224 pixels;
-            "adaptive" pools to the side nearest to sqrt(PROBE_DIM / channels), at most the map's
-            own, by maximum for AlexNet (the authors' and VISSL's probes), else by mean; "auto" is
-            specified where there is a table, else adaptive.
+        backbone: A backbone that `build_backbone` returned.
+        input_size: Side of the input in pixels.
+        kind: "specified" is mmselfsup's and VISSL's table for ResNet-50 at 224 pixels. "adaptive"
+            pools to the side nearest to sqrt(PROBE_DIM / channels), at most that of the feature
+            map; by maximum for AlexNet (the authors' and VISSL's probes), else by mean. "auto" is
+            "specified" if there is a table, else "adaptive".
 
     Raises:
-        ValueError: specified pools were asked for where there is no table.
+        ValueError: `kind` is "specified", but there is no table.
     """
     tabled = backbone.arch == "resnet50" and input_size == 224
     if kind == "specified" and not tabled:
@@ -147,7 +151,7 @@ def stage_pools(backbone: Backbone, input_size: int, kind: PoolKind = "auto") ->
 
 
 def pooled_dims(backbone: Backbone, input_size: int, pools: Sequence[nn.Module]) -> list[int]:
-    """Return the number of values per image that each pool leaves: the probes' input lengths."""
+    """Return the number of values per image after each pool: the probes' input lengths."""
     shapes = stage_shapes(backbone, input_size)
     return [
         math.prod(pool(torch.empty(1, *shape, device="meta")).shape)

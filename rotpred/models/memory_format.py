@@ -11,5 +11,5 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def channels_last(module: M, device: torch.device) -> M:
-    """Move a network to its device, weights laid out for channels_last convolutions."""
+    """Move a network to the device and convert its weights to channels_last."""
     return module.to(device).to(memory_format=torch.channels_last)

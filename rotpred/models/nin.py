@@ -14,14 +14,18 @@ class NIN(Backbone):
     """Network-in-network of the RotNet authors (architectures/NetworkInNetwork.py), for CIFAR-10.
 
     A block is three convolutions (the first 5x5 or 3x3, then 1x1 twice, without bias), each with BN
-    and ReLU. Blocks 1 and 2 end in a pool, which is part of the stage: 96x16x16, 192x8x8 and
-    192x8x8 from there on, at 32 pixels. No pool after block 3, as in the authors' rotation
-    configurations (`use_avg_on_conv3=False`). torch's default initialisation: theirs is never
-    called.
+    and ReLU. Blocks 1 and 2 end in a pool, which is part of the stage. At 32 pixels the stages are
+    96x16x16, then 192x8x8. There is no pool after block 3, as in the authors' rotation
+    configurations (`use_avg_on_conv3=False`). Weights have torch's default initialisation, because
+    the authors' code never calls theirs.
     """
 
     def __init__(self, blocks: int = 4) -> None:
-        """Build it with 3, 4 or 5 blocks."""
+        """Build the network with 3, 4 or 5 blocks.
+
+        Raises:
+            ValueError: `blocks` is another number.
+        """
         super().__init__()
         if blocks not in (3, 4, 5):
             raise ValueError(f"a NIN has 3, 4 or 5 blocks, not {blocks}")
@@ -33,15 +37,15 @@ class NIN(Backbone):
             self.add_module(f"block{k}", _nin_block(192, (192, 192, 192), 3))
 
     def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return one map per block, pooled where the block ends in a pool."""
-        maps = []
+        """Return one feature map (N, C, H, W) per block, after the block's pool if it has one."""
+        features = []
         for block in self.children():
             x = block(x)
-            maps.append(x)
-        return maps
+            features.append(x)
+        return features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the map of the last block."""
+        """Return the feature map of the last block, (N, 192, H, W)."""
         for block in self.children():
             x = block(x)
         return x

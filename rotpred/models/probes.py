@@ -1,4 +1,4 @@
-"""Classifiers on the maps of a frozen backbone."""
+"""Probes: classifiers on the feature maps of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HIDDEN = 192  # width of the authors' conv probe (architectures/NonLinearClassi
 
 
 def _linear(dim: int, classes: int) -> nn.Linear:
-    """N(0, 0.01) and zero bias, as mmselfsup's ClsHead."""
+    """Linear layer initialised with N(0, 0.01) and zero bias, as mmselfsup's ClsHead."""
     layer = nn.Linear(dim, classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -23,58 +23,59 @@ def _linear(dim: int, classes: int) -> nn.Linear:
 
 
 class StageProbe(nn.Module):
-    """A classifier that reads the map of one stage."""
+    """A classifier on the feature map of one stage."""
 
     def __init__(self, name: str, stage: int, layers: nn.Module) -> None:
         super().__init__()
         self.name, self.stage, self.layers = name, stage, layers
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """All stages' maps to logits (N, classes)."""
-        logits: torch.Tensor = self.layers(maps[self.stage].float())
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Map all stages' feature maps, each (N, C, H, W), to logits (N, classes)."""
+        logits: torch.Tensor = self.layers(features[self.stage].float())
         return logits
 
 
 class ProbeSet(nn.ModuleList):
-    """Classifiers side by side; one forward pass gives the logits of all."""
+    """Independent probes; one forward pass returns the logits of all."""
 
     @property
     def names(self) -> list[str]:
-        """What results call the probes, in order."""
+        """The probes' names in results, in order."""
         return [str(probe.name) for probe in self]
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All stages' maps to one (N, classes) per probe."""
-        return [probe(maps) for probe in self]
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Map all stages' feature maps to logits (N, classes), one tensor per probe."""
+        return [probe(features) for probe in self]
 
 
 def avgpool(backbone: Backbone, classes: int) -> list[StageProbe]:
-    """Linear on the global average of the last map (MoCo main_lincls.py; mmselfsup)."""
+    """Build Linear on the global average of the last stage (MoCo main_lincls.py; mmselfsup)."""
     layers = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), _linear(backbone.dim, classes))
     return [StageProbe("avgpool", len(backbone.stage_names) - 1, layers)]
 
 
-def on_features(probe: StageProbe, place: int, shape: tuple[int, int, int]) -> StageProbe:
-    """The same classifier, which reads pooled features where it read maps and pooled them.
+def on_features(probe: StageProbe, index: int, shape: tuple[int, int, int]) -> StageProbe:
+    """Return the same classifier for features that are already pooled.
 
     Args:
-        probe: of `avgpool` or `stages`; its layers after the pool are shared.
-        place: index of its features in what `forward` is given.
-        shape: channels, height and width of its pooled map; (N, C * H * W) lies flat.
+        probe: From `avgpool` or `stages`; its layers after the pool are shared.
+        index: Index of the features in the argument of `forward`.
+        shape: Channels, height and width of the pooled feature map, which is given as
+            (N, C * H * W).
     """
     assert isinstance(probe.layers, nn.Sequential)
     _pool, *rest = probe.layers
-    return StageProbe(probe.name, place, nn.Sequential(nn.Unflatten(1, shape), *rest))
+    return StageProbe(probe.name, index, nn.Sequential(nn.Unflatten(1, shape), *rest))
 
 
 def stages(
     backbone: Backbone, classes: int, input_size: int, *, affine: bool = False
 ) -> list[StageProbe]:
-    """Pool, batch norm (by default without affine parameters), Linear, on every stage.
+    """Build pool, batch norm and Linear on every stage.
 
-    Source: mmselfsup mmselfsup/models/utils/multi_pooling.py and its mhead configs; with affine
-    parameters as VISSL's vissl/models/heads/linear_eval_mlp.py. Pools that fit the table only at
-    224 pixels are replaced by adaptive ones elsewhere (`heads.stage_pools`).
+    Source: mmselfsup mmselfsup/models/utils/multi_pooling.py and its mhead configs. With `affine`
+    batch norm has affine parameters, as in VISSL's vissl/models/heads/linear_eval_mlp.py. The table
+    of pools is for 224 pixels; other sizes use adaptive pools (`heads.stage_pools`).
     """
     pools = stage_pools(backbone, input_size)
     dims = pooled_dims(backbone, input_size, pools)
@@ -93,12 +94,12 @@ def stages(
     ]
 
 
-def _as_authors(layers: nn.Sequential) -> nn.Sequential:
-    """Their initialisation: N(0, sqrt(2 / fan)) by what a layer puts out, biases zero.
+def _init_as_authors(layers: nn.Sequential) -> nn.Sequential:
+    """Initialise weights with N(0, sqrt(2 / fan out)) and biases with zero, in place.
 
-    Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py, `initilize`. Batch
-    norm hides the scale of a weight from the output, but not from its learning rate: torch's
-    default weights of a layer with 12,288 inputs are twenty times smaller.
+    Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py, `initilize`.
+    Before batch norm the scale of a weight does not change the output, only the effective learning
+    rate: torch's default weights of a layer with 12,288 inputs are twenty times smaller.
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -114,7 +115,7 @@ def _as_authors(layers: nn.Sequential) -> nn.Sequential:
 
 
 def conv(backbone: Backbone, classes: int) -> list[StageProbe]:
-    """Three convolutions (3x3, 1x1, 1x1; 192), global average, Linear, on every stage.
+    """Build three convolutions (3x3, 1x1, 1x1; 192), global average and Linear on every stage.
 
     Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py.
     """
@@ -127,7 +128,7 @@ def conv(backbone: Backbone, classes: int) -> list[StageProbe]:
         StageProbe(
             f"{name}/conv",
             i,
-            _as_authors(
+            _init_as_authors(
                 nn.Sequential(
                     *unit(backbone.stage_channels[i], 3),
                     *unit(_HIDDEN, 1),
@@ -143,10 +144,10 @@ def conv(backbone: Backbone, classes: int) -> list[StageProbe]:
 
 
 def nonlinear(backbone: Backbone, classes: int, input_size: int) -> list[StageProbe]:
-    """Two hidden layers of min(20 * classes, 2048) on the flat map of every stage.
+    """Build two hidden layers of min(20 * classes, 2048) on the flat feature map of every stage.
 
-    Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py: hidden layers
-    without bias, each with batch norm and ReLU.
+    Source: gidariss/FeatureLearningRotNet, architectures/NonLinearClassifier.py. The hidden layers
+    have no bias; each is followed by batch norm and ReLU.
     """
     width = min(20 * classes, 2048)
 
@@ -158,7 +159,7 @@ def nonlinear(backbone: Backbone, classes: int, input_size: int) -> list[StagePr
         StageProbe(
             f"{name}/nonlinear",
             i,
-            _as_authors(
+            _init_as_authors(
                 nn.Sequential(
                     nn.Flatten(),
                     *unit(channels * height * width_),

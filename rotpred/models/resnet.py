@@ -13,11 +13,11 @@ from rotpred.models.base import Backbone
 
 
 class ResNet(Backbone, torchvision.models.ResNet):  # type: ignore[misc]  # torchvision is untyped
-    """torchvision's ResNet without `fc`: same keys, same values, stride in the 3x3 convolution.
+    """torchvision's ResNet without `fc`: same keys, same outputs, stride in the 3x3 convolution.
 
     Stages: stem (conv1 + BN + ReLU, before the max pool), res2 to res5 (torchvision's layer1 to
-    layer4). The names avoid counting from zero here and from one there. Convolutions start from
-    Kaiming's normal (fan out, ReLU), BN from weight 1, as in mmselfsup
+    layer4). Named stages avoid confusion between counting from 0 and from 1. Convolutions are
+    initialised with Kaiming normal (fan out, ReLU), BN with weight 1, as in mmselfsup
     (mmselfsup/models/backbones/resnet.py).
     """
 
@@ -38,12 +38,12 @@ class ResNet(Backbone, torchvision.models.ResNet):  # type: ignore[misc]  # torc
         *,
         stem: Literal["imagenet", "small_stride1", "small_stride2", "small_pooled"] = "imagenet",
     ) -> None:
-        """Build it.
+        """Build the network with random weights.
 
         Args:
             block: torchvision's BasicBlock (ResNet-18) or Bottleneck (ResNet-50).
-            layers: number of blocks in res2 to res5.
-            stem: "imagenet" is 7x7 stride 2 and a max pool; the small ones, for images of about
+            layers: Number of blocks in res2 to res5.
+            stem: "imagenet" is 7x7 of stride 2 and a max pool. The small ones, for images of about
                 32 pixels, are 3x3: stride 1 or 2 without max pool, or stride 2 with it.
         """
         super().__init__(block, list(layers))
@@ -58,9 +58,9 @@ class ResNet(Backbone, torchvision.models.ResNet):  # type: ignore[misc]  # torc
         self.stage_channels = (64, *(width * block.expansion for width in (64, 128, 256, 512)))
 
     def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the maps of stem, res2, res3, res4 and res5.
+        """Return the feature maps of stem, res2, res3, res4 and res5, each (N, C, H, W).
 
-        At 224 pixels ResNet-50 gives 64x112x112, 256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+        At 224 pixels ResNet-50 has 64x112x112, 256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
         """
         stem = self.relu(self.bn1(self.conv1(x)))
         res2 = self.layer1(self.maxpool(stem))
@@ -69,7 +69,7 @@ class ResNet(Backbone, torchvision.models.ResNet):  # type: ignore[misc]  # torc
         return [stem, res2, res3, res4, self.layer4(res4)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the map of res5."""
+        """Return the feature map of res5, (N, dim, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         last: torch.Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return last

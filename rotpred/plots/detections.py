@@ -1,4 +1,4 @@
-"""Images with what was found in them: boxes and masks of objects, classes of pixels."""
+"""Figures of predictions on images: boxes and masks of objects, classes of pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from pipelines.datasets.annotations import IGNORED, Objects
-from pipelines.datasets.coco import rasterised
+from pipelines.datasets.coco import rasterize
 from pipelines.dense.batch import Target
 from rotpred.metrics.detections import ImageDetections
 from rotpred.plots.training import INK, MUTED
@@ -31,19 +31,19 @@ CITYSCAPES_PALETTE: Pixels = np.array(
     ],
     np.uint8,
 )  # fmt: skip
-"""(19, 3): colors of the classes, by train id (cityscapesscripts/helpers/labels.py)."""
+"""uint8 (19, 3): class colors by train id (cityscapesscripts/helpers/labels.py)."""
 
 _COLORS = (
     "#e6194b", "#0b8f3c", "#2f5fd0", "#c85a00", "#8e1fb0", "#007f87", "#b8007a", "#6b7d00",
     "#7a4a1e", "#005c9e", "#a3192e", "#4a6b3a",
 )  # fmt: skip
-"""Dark enough for white type."""
-_TRUTH = "#ffffff"
-_TAG = FontProperties(size=7.5, weight="bold")
+"""Box colors, dark enough for white text."""
+_TRUTH_COLOR = "#ffffff"
+_LABEL_FONT = FontProperties(size=7.5, weight="bold")
 
 
 def voc_palette(n: int = 21) -> Pixels:
-    """VOC's colors, uint8 (n, 3): the bits of the class, three at a time, from the highest."""
+    """Return VOC's class colors, uint8 (n, 3): bits of the class number, three at a time."""
     colors = np.zeros((n, 3), np.uint8)
     for number in range(n):
         for bit in range(8):
@@ -58,23 +58,23 @@ def boxes_figure(
     classes: Sequence[str],
     *,
     truth: Sequence[Objects] | None = None,
-    least: float = 0.5,
+    min_score: float = 0.5,
     columns: int = 3,
     title: str = "Detections",
 ) -> Figure:
-    """A grid of images with boxes, names and scores; masks as a tint; the truth dashed.
+    """Draw a grid of images with boxes, names and scores; masks tinted, ground truth dashed.
 
     Args:
         images: uint8 (h, w, 3) each.
-        found: detections of each, or what it is trained with, in its pixels.
-        classes: names.
-        truth: what is to be found.
-        least: detections of a lower score are not drawn.
-        columns: images side by side.
-        title: above all.
+        found: Detections or training targets of each image, in its pixels.
+        classes: Class names.
+        truth: Ground truth of each image.
+        min_score: Detections of a lower score are not drawn.
+        columns: Images per row.
+        title: Title of the figure.
 
     Raises:
-        ValueError: no images, or another number of results than of images.
+        ValueError: There are no images, or the numbers of images and results differ.
     """
     others = {len(found), len(truth) if truth is not None else len(found)}
     if len(images) == 0 or others != {len(images)}:
@@ -82,20 +82,20 @@ def boxes_figure(
     columns = min(columns, len(images))
     fig, axes = _grid([image.shape[:2] for image in images], columns, title, foot=truth is not None)
     for i, (ax, image, one) in enumerate(zip(axes, images, found, strict=True)):
-        shapes = _shapes(one, classes, least, image.shape[:2])
+        shapes = _shapes(one, classes, min_score, image.shape[:2])
         ax.imshow(_tinted(image, shapes))
         if truth is not None:
             for left, top, right, bottom in truth[i].boxes.tolist():
-                # Dark below, so that the dashes show on any ground.
-                for color, style, width in (("black", "-", 1.8), (_TRUTH, (0, (3, 3)), 1.0)):
-                    ax.add_patch(_frame((left, top, right, bottom), color, style, width))
+                # A dark line below, so that the dashes are visible on any background.
+                for color, style, width in (("black", "-", 1.8), (_TRUTH_COLOR, (0, (3, 3)), 1.0)):
+                    ax.add_patch(_outline((left, top, right, bottom), color, style, width))
         for shape in shapes:
-            ax.add_patch(_frame(shape.box, shape.color, "-", 1.8))
-        _tags(ax, shapes)
+            ax.add_patch(_outline(shape.box, shape.color, "-", 1.8))
+        _draw_labels(ax, shapes)
     if truth is not None:
         dashes = Line2D([], [], color=INK, ls=(0, (3, 3)), lw=1.0)
         line = Line2D([], [], color=INK, lw=1.8)
-        names = [f"found (score at least {least:g})", "truth"]
+        names = [f"found (score at least {min_score:g})", "truth"]
         fig.legend([line, dashes], names, **_FOOT, ncols=2)
     return fig
 
@@ -107,17 +107,18 @@ def masks_figure(
     classes: Sequence[str],
     palette: Pixels,
 ) -> Figure:
-    """Rows of an image, its predicted classes and the true ones; a legend of those that occur.
+    """Draw a row per image: image, predicted classes, true classes; with a legend.
 
     Args:
         images: uint8 (h, w, 3) each.
         predicted: uint8 (h, w) each: classes.
         truth: uint8 (h, w) each: classes, and `IGNORED`, which is drawn white.
-        classes: names.
-        palette: uint8 (C, 3): their colors.
+        classes: Class names; the legend lists those that occur.
+        palette: uint8 (C, 3): class colors.
 
     Raises:
-        ValueError: no images, other numbers of masks or colors, or masks of another size.
+        ValueError: There are no images, the numbers of images and masks differ, there are too few
+            colors, or a mask has another size than its image.
     """
     if len(images) == 0 or not len(images) == len(predicted) == len(truth):
         raise ValueError(f"{len(images)} images, {len(predicted)} and {len(truth)} masks")
@@ -143,7 +144,7 @@ def masks_figure(
         row = axes[3 * i : 3 * i + 3]
         counted = true != IGNORED
         right = 100 * (mine == true)[counted].mean() if counted.any() else np.nan
-        captions = ("image", f"predicted: {right:.1f} % right", "truth")
+        captions = ("image", f"predicted: {right:.1f} % correct", "truth")
         for ax, pixels, caption in zip(
             row, (image, table[mine], table[true]), captions, strict=True
         ):
@@ -169,15 +170,15 @@ class _Shape(NamedTuple):
 
 
 def _shapes(
-    one: ImageDetections | Target, classes: Sequence[str], least: float, size: tuple[int, int]
+    one: ImageDetections | Target, classes: Sequence[str], min_score: float, size: tuple[int, int]
 ) -> list[_Shape]:
-    """What is to be drawn, the surest first."""
+    """Return the objects to draw, by descending score."""
     scores: list[float] | None = None
     if isinstance(one, ImageDetections):
-        keep = np.flatnonzero(one.scores >= least)
+        keep = np.flatnonzero(one.scores >= min_score)
         keep = keep[np.argsort(-one.scores[keep], kind="stable")]
         boxes, labels, scores = one.boxes[keep], one.labels[keep], one.scores[keep].tolist()
-        masks = rasterised([one.masks[k] for k in keep], *size) if one.masks else None
+        masks = rasterize([one.masks[k] for k in keep], *size) if one.masks else None
     else:
         boxes, labels = one["boxes"].cpu().numpy(), one["labels"].cpu().numpy() - 1
         masks = one["masks"].cpu().numpy() if "masks" in one else None
@@ -190,7 +191,7 @@ def _shapes(
 
 
 def _tinted(image: Pixels, shapes: Sequence[_Shape]) -> Pixels:
-    """The image with every mask as a tint of its color and a clear rim."""
+    """Return the image with each mask tinted in its color, with a solid outline."""
     result = image.astype(np.float32)
     for shape in shapes:
         if shape.mask is None:
@@ -203,19 +204,19 @@ def _tinted(image: Pixels, shapes: Sequence[_Shape]) -> Pixels:
     return result.round().astype(np.uint8)
 
 
-def _frame(
+def _outline(
     box: tuple[float, float, float, float], color: str, style: Any, width: float
 ) -> Rectangle:
     left, top, right, bottom = box
-    # imshow has the middle of the first pixel at 0.
+    # imshow places the center of the first pixel at 0.
     return Rectangle(
         (left - 0.5, top - 0.5), right - left, bottom - top,
         fill=False, edgecolor=color, lw=width, ls=style, joinstyle="miter",
     )  # fmt: skip
 
 
-def _tags(ax: Axes, shapes: Sequence[_Shape]) -> None:
-    """Write the names beside the boxes, outside of them where there is room, over no other name."""
+def _draw_labels(ax: Axes, shapes: Sequence[_Shape]) -> None:
+    """Label the boxes, outside of them if there is room, without covering other labels."""
     fig = ax.figure
     assert isinstance(fig, Figure)
     renderer = FigureCanvasAgg(fig).get_renderer()  # type: ignore[no-untyped-call]
@@ -224,7 +225,7 @@ def _tags(ax: Axes, shapes: Sequence[_Shape]) -> None:
     taken: list[tuple[float, float, float, float]] = []
     for shape in shapes:
         left, top, right, bottom = shape.box
-        dots = renderer.get_text_width_height_descent(shape.text, _TAG, ismath=False)
+        dots = renderer.get_text_width_height_descent(shape.text, _LABEL_FONT, ismath=False)
         w, h = (dots[0] + 8) * per_dot, (dots[1] + 6) * per_dot
         places = [
             *((x, y) for y in (top - h, bottom) for x in (left, right - w)),
@@ -235,20 +236,20 @@ def _tags(ax: Axes, shapes: Sequence[_Shape]) -> None:
         inside = [(min(max(x, 0), max(width - w, 0)), y) for x, y in places]
         boxes = [(x, y, x + w, y + h) for x, y in inside if 0 <= y <= height - h]
         boxes = boxes or [(inside[0][0], max(0.0, top), inside[0][0] + w, max(0.0, top) + h)]
-        # The first that hides no other name; else the one that hides least of them.
-        place = min(boxes, key=lambda box: sum(_common(box, other) for other in taken))
+        # The first place that covers no other label, else the one that covers least.
+        place = min(boxes, key=lambda box: sum(_overlap_area(box, other) for other in taken))
         taken.append(place)
         ax.add_patch(
             Rectangle((place[0] - 0.5, place[1] - 0.5), w, h, color=shape.color, lw=0, zorder=3)
         )
         ax.text(
             place[0] + w / 2 - 0.5, place[1] + h / 2 - 0.5, shape.text,
-            fontproperties=_TAG, color="white", ha="center", va="center_baseline", zorder=4,
+            fontproperties=_LABEL_FONT, color="white", ha="center", va="center_baseline", zorder=4,
         )  # fmt: skip
 
 
-def _common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """The area that two boxes share."""
+def _overlap_area(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Return the area of the intersection of two boxes."""
     width, height = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
     return max(0.0, width) * max(0.0, height)
 
@@ -261,9 +262,9 @@ def _grid(
     foot: int,
     captions: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Axes in rows of one height each, which fill the width unless they grew too high.
+    """Create axes in rows of equal height that fill the width, up to a greatest height.
 
-    Fixed places, in inches: how long a name is in pixels of an image must be known beforehand.
+    Positions are fixed in inches, because placing labels needs the scale of each image.
     """
     cell = 3.6 if columns > 1 else 5.0
     gap, head, line = 0.12, 0.42, 0.24
@@ -273,7 +274,7 @@ def _grid(
     heights: list[float] = []
     for row in rows:
         filling = (space - (len(row) - 1) * gap) / sum(w / h for h, w in row)
-        # The last row may be short: it is no higher than the one before.
+        # The last row may be short: it must not be higher than the one before.
         most = heights[-1] if heights and len(row) < columns else 1.1 * cell
         heights.append(min(most, filling))
     total = head + sum(heights) + len(rows) * (gap + above) + line * foot + gap

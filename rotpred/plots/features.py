@@ -1,6 +1,6 @@
-"""What features look like: attention maps, a projection to two dimensions, nearest neighbours.
+"""Figures of features: attention maps, two-dimensional projections, nearest neighbours.
 
-Functions return figures that nobody shows, as in `figures.py`; equal inputs give equal pixels.
+Figures are plain, as in `rotpred.plots.training`. Equal inputs give equal pixels.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ Rows = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 POWERS = (1, 2, 4)
-"""Exponents of the maps of the first, the second and all later stages: the higher, the more a few
-strong activations count, of which the many channels of late stages have few."""
+"""Attention exponents of the first, the second and all later stages. Late stages have many channels
+with few strong activations; a higher exponent gives those more weight."""
 
-LEGEND = 20
-"""Classes that a legend still tells apart."""
+MAX_LEGEND_CLASSES = 20
+"""Figures with more classes have no legend."""
 
 
 def examples(labels: Ids, count: int) -> list[int]:
-    """Choose samples of as many classes as there are, in turn: rising rows, at most `count`.
+    """Choose sample rows from as many classes as possible; return at most `count`, ascending.
 
     Args:
-        labels: (N,), class ids, -1 without labels.
-        count: how many.
+        labels: int64 (N,): class ids, -1 without labels.
+        count: Number of samples.
     """
-    # The place of each sample within its class; first come all first ones, then all second ones.
+    # Number of each sample within its class: take the first of every class, then the second.
     turn = np.zeros(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = labels == label
         turn[members] = np.arange(members.sum())
     order = np.lexsort((labels, turn))
     first = order[turn[order] == 0]
-    if len(first) > count:  # spread over the classes rather than the first few of them
+    if len(first) > count:  # spread over all classes, not just the first few
         order = first[np.linspace(0, len(first) - 1, count).round().astype(int)]
     return sorted(int(i) for i in order[:count])
 
 
-def attention(maps: torch.Tensor, *, power: int) -> torch.Tensor:
-    """Where a stage is active: the sum over channels of |activation| ** power, free of gradients.
+def attention(feature_map: torch.Tensor, *, power: int) -> torch.Tensor:
+    """Return the attention map of a stage: the sum over channels of |activation| ** power.
 
     Source: Zagoruyko and Komodakis, ICLR 2017 (activation-based attention), as used for rotation
     prediction by Gidaris et al., ICLR 2018.
 
     Args:
-        maps: float (N, C, H, W), any device and precision.
-        power: of the activations, at least 1.
+        feature_map: Float (N, C, H, W), any device and precision.
+        power: Exponent of the activations, at least 1.
 
     Returns:
-        float32 (N, H, W) on the CPU, each from 0 to 1; all 0 where a map is the same everywhere.
+        float32 (N, H, W) on the CPU, without gradient, each scaled to 0..1; all 0 if constant.
     """
-    size = maps.detach().float().abs().cpu()
-    # Relative to the strongest activation, so that no power overflows; scale cancels below.
+    size = feature_map.detach().float().abs().cpu()
+    # Relative to the strongest activation, so that no power overflows; the scale cancels below.
     size = size / size.amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
     total = size.pow(power).sum(1)
     low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
@@ -73,13 +73,15 @@ def attention(maps: torch.Tensor, *, power: int) -> torch.Tensor:
     return torch.where(flat, 0.0, (total - low) / torch.where(flat, 1.0, span))
 
 
-def attention_grid(images: Images, maps: Sequence[torch.Tensor], *, names: Sequence[str]) -> Figure:
-    """Images, one a row, and the attention of every stage laid over them.
+def attention_grid(
+    images: Images, feature_maps: Sequence[torch.Tensor], *, names: Sequence[str]
+) -> Figure:
+    """Draw a row per image: the image, and the attention of every stage over it.
 
     Args:
-        images: (N, S, S, 3).
-        maps: of each stage, (N, C, H, W).
-        names: of the stages.
+        images: uint8 (N, S, S, 3).
+        feature_maps: One per stage, float (N, C, H, W).
+        names: Stage names.
     """
     colors = matplotlib.colormaps["inferno"]
     side = images.shape[1]
@@ -91,7 +93,7 @@ def attention_grid(images: Images, maps: Sequence[torch.Tensor], *, names: Seque
         title = "image"
         if column:
             power = POWERS[min(column, len(POWERS)) - 1]
-            heat = attention(maps[column - 1], power=power)[:, None]
+            heat = attention(feature_maps[column - 1], power=power)[:, None]
             large = F.interpolate(heat, size=(side, side), mode="bilinear", align_corners=False)
             shown = 0.4 * shown + 0.6 * colors(large[:, 0].numpy())[..., :3]
             title = f"{names[column - 1]}, p = {power}"
@@ -103,21 +105,21 @@ def attention_grid(images: Images, maps: Sequence[torch.Tensor], *, names: Seque
 
 
 def project(features: Rows) -> tuple[Rows, Rows]:
-    """Project to two dimensions by principal components, and by t-SNE of the first 50 of them.
+    """Project to two dimensions by PCA, and by t-SNE of the first 50 principal components.
 
     Args:
-        features: (N, D), at least five rows.
+        features: float64 (N, D), at least five rows.
 
     Returns:
-        Twice (N, 2).
+        PCA and t-SNE coordinates, float64 (N, 2) each.
 
     Raises:
-        ValueError: fewer than five rows.
+        ValueError: There are fewer than five rows.
     """
     count = len(features)
     if count < 5:
-        raise ValueError(f"{count} samples are too few to be projected: at least 5")
-    # One thread: sums in another order would move the points a little, from run to run.
+        raise ValueError(f"{count} samples are too few for a projection: at least 5")
+    # One thread: another order of summation would move the points slightly between runs.
     with threadpool_limits(1):
         axes = min(50, *features.shape)
         parts = PCA(axes, svd_solver="full").fit_transform(features)
@@ -128,17 +130,20 @@ def project(features: Rows) -> tuple[Rows, Rows]:
 
 
 def projection(features: Rows, labels: Ids, *, classes: Sequence[str]) -> Figure:
-    """Features of a data set as points, colored by class: principal components and t-SNE.
+    """Draw features as points colored by class: PCA and t-SNE.
 
     Args:
-        features: (N, D), at least five rows.
-        labels: (N,), class ids, -1 without labels.
-        classes: names; ids take the place of those that are not there.
+        features: float64 (N, D), at least five rows.
+        labels: int64 (N,): class ids, -1 without labels.
+        classes: Class names; a class without a name is shown by its id.
+
+    Raises:
+        ValueError: There are fewer than five rows.
     """
     fig = Figure(figsize=(9.2, 4.6), dpi=120, layout="constrained")
     present = np.unique(labels)
     colors = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
-    if len(present) > LEGEND:
+    if len(present) > MAX_LEGEND_CLASSES:
         colors = matplotlib.colormaps["hsv"].resampled(len(present) + 1)
     panels = zip(fig.subplots(1, 2), project(features), ("PCA", "t-SNE"), strict=True)
     for ax, points, title in panels:
@@ -150,7 +155,7 @@ def projection(features: Rows, labels: Ids, *, classes: Sequence[str]) -> Figure
         ax.set_title(title, fontsize=10, loc="left", color=INK)
         ax.set_xticks([])
         ax.set_yticks([])
-    if len(present) <= LEGEND:
+    if len(present) <= MAX_LEGEND_CLASSES:
         marks, words = ax.get_legend_handles_labels()
         fig.legend(
             marks, words, loc="outside lower center", ncols=5, fontsize=8, frameon=False,
@@ -160,22 +165,25 @@ def projection(features: Rows, labels: Ids, *, classes: Sequence[str]) -> Figure
 
 
 def nearest(features: Rows, queries: Sequence[int], *, k: int) -> tuple[Ids, Rows]:
-    """Find the other rows with the highest cosine similarity; equal ones: the lower row first.
+    """Find the other rows with the highest cosine similarity; ties go to the lower row.
 
     Args:
-        features: (N, D).
-        queries: rows to find neighbours of.
-        k: how many, fewer than N.
+        features: float64 (N, D).
+        queries: Row numbers (Q,) to find neighbours of.
+        k: Number of neighbours, below N.
 
     Returns:
-        Rows (Q, k) and their similarities (Q, k).
+        Row numbers, int64 (Q, k), and similarities, float64 (Q, k).
+
+    Raises:
+        ValueError: `k` is not between 1 and N - 1.
     """
     if not 0 < k < len(features):
         raise ValueError(f"{k} neighbours of {len(features) - 1} other samples")
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = features / np.maximum(lengths, 1e-30)
     similar = unit[list(queries)] @ unit.T
-    similar[np.arange(len(queries)), list(queries)] = -np.inf  # not itself
+    similar[np.arange(len(queries)), list(queries)] = -np.inf  # exclude the query itself
     rows = np.argsort(-similar, axis=1, kind="stable")[:, :k]
     return rows, np.take_along_axis(similar, rows, axis=1)
 
@@ -189,15 +197,15 @@ def retrieval(
     classes: Sequence[str],
     k: int = 5,
 ) -> Figure:
-    """Images, one a row, and those whose features are nearest, nearest first.
+    """Draw a row per query image: the image and its nearest neighbours, nearest first.
 
     Args:
-        images: (N, S, S, 3).
-        features: (N, D).
-        labels: (N,), class ids, -1 without labels; neighbours of another class are marked.
-        queries: rows that are asked for.
-        classes: names; ids take the place of those that are not there.
-        k: neighbours shown, fewer where there are fewer.
+        images: uint8 (N, S, S, 3).
+        features: float64 (N, D).
+        labels: int64 (N,): class ids, -1 without labels; neighbours of another class are marked.
+        queries: Row numbers (Q,) of the query images.
+        classes: Class names; a class without a name is shown by its id.
+        k: Number of neighbours, reduced if there are fewer.
     """
     k = min(k, len(features) - 1)
     rows, similar = nearest(features, queries, k=k)

@@ -1,4 +1,4 @@
-"""The figure of a fine-tuning grid."""
+"""Figure of a fine-tuning grid search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ def grid_figure(
     lrs: tuple[float, ...],
     head_lr_mults: tuple[float, ...],
 ) -> Figure:
-    """A heat map of accuracies in percent: (len(lrs), len(head_lr_mults)); NaN: not finite."""
+    """Draw a heat map of accuracies.
+
+    Args:
+        tops: float64 (len(lrs), len(head_lr_mults)), in percent; NaN for runs that were not finite.
+        lrs: Learning rates.
+        head_lr_mults: Factors on the head's learning rate.
+    """
     size = (1.8 + 1.2 * len(head_lr_mults), 1.6 + 0.9 * len(lrs))
     fig = Figure(figsize=size, dpi=120, layout="constrained")
     ax = fig.subplots()

@@ -1,4 +1,4 @@
-"""Images of results of linear SVMs."""
+"""Figures of linear SVM results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rotpred.plots.training import ACCENT, INK
 from rotpred.svm.low_shot import ShotResult
 
 
-def per_class(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) -> Figure:
-    """Bars of the average precision (0 to 1, shown in percent) of every class, a row per stage.
+def class_ap_figure(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) -> Figure:
+    """Draw bars of the average precision of every class, a row per stage.
 
     Args:
-        aps: by stage, (C,).
-        names: of the C classes.
+        aps: By stage: float64 (C,), from 0 to 1; shown in percent.
+        names: Names of the C classes.
     """
     fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.9), dpi=120, layout="constrained")
     axes = fig.subplots(len(aps), 1, squeeze=False, sharex=True)
@@ -28,14 +28,14 @@ def per_class(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) 
         ax.set_ylim(0, 100)
         ax.set_ylabel("AP (%)", fontsize=8)
         _plain_axes(ax)
-    # Once, below all rows: the columns stand under one another.
+    # Only once, below all rows: they share the x axis.
     ax.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor")
     ax.set_xlabel("class", fontsize=9)
     return fig
 
 
 def low_shot_curve(results: Mapping[str, Sequence[ShotResult]], shots: Sequence[int]) -> Figure:
-    """The mAP over the number of positives per class; bars are one standard deviation."""
+    """Draw mAP against the number of positives per class; error bars are one standard deviation."""
     fig = Figure(figsize=(5.6, 3.8), dpi=120, layout="constrained")
     ax = fig.subplots()
     for stage, rows in results.items():

@@ -1,7 +1,7 @@
-"""Images for the run folder and TensorBoard. Every function returns a figure that nobody shows.
+"""Figures of training runs, for the run folder and TensorBoard.
 
-They are plain `matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
-`RunLog.figure` draws and saves them.
+Functions return plain `matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
+`RunLog.figure` renders and saves them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.batch import IGNORE
 from pipelines.spec import Normalize
 
 ROTATIONS = ("0°", "90°", "180°", "270°")
-"""Names of the classes of rotation prediction: turned counter-clockwise."""
+"""Class names of rotation prediction; angles are counter-clockwise."""
 
 INK, ACCENT, MUTED = "#222222", "#1f5fa8", "#8a8a8a"
 
@@ -27,16 +27,17 @@ INK, ACCENT, MUTED = "#222222", "#1f5fa8", "#8a8a8a"
 def views_grid(
     images: torch.Tensor, *, targets: torch.Tensor, normalize: Normalize, n: int = 8
 ) -> Figure:
-    """The four views of the first samples of a batch, each under the label it is trained with.
+    """Draw the four views of the first samples of a batch, titled by their training labels.
 
     Args:
-        images: float (4*B, 3, S, S), rotation-major, normalised; any device and precision.
+        images: Float (4*B, 3, S, S), rotation-major, normalised; any device and precision.
         targets: int64 (4*B,), 0 to 3; IGNORE is shown as "masked".
-        normalize: what the images were normalised with, to be undone.
-        n: samples shown, one a column; fewer where the batch is smaller.
+        normalize: The normalisation of the images, which is undone.
+        n: Number of samples, one per column; reduced if the batch is smaller.
 
     Raises:
-        ValueError: the number of rows is not a multiple of four.
+        ValueError: The number of images is not a positive multiple of four, or targets differ in
+            number.
     """
     rows = len(images)
     if rows == 0 or rows % 4 or len(targets) != rows:
@@ -53,7 +54,7 @@ def views_grid(
     fig.suptitle("Views and their labels (counter-clockwise)", fontsize=11, color=INK)
     axes = fig.subplots(4, n, squeeze=False)
     for ax, view, label in zip(axes.flat, views_NHWC, labels, strict=True):
-        # Small images are shown as the pixels they are, large ones scaled down smoothly.
+        # Small images show their pixels, large ones are smoothly downscaled.
         ax.imshow(view, interpolation="nearest" if len(view) < 100 else "antialiased")
         masked = label == IGNORE
         title = "masked" if masked else ROTATIONS[label]
@@ -65,14 +66,14 @@ def views_grid(
 def confusion(
     counts: torch.Tensor | npt.NDArray[np.int64], *, names: Sequence[str] = ROTATIONS
 ) -> Figure:
-    """A confusion matrix: color and large type are the share of a row, small type the count.
+    """Draw a confusion matrix: color and large text are the share of a row, small text the count.
 
     Args:
-        counts: (K, K), row = truth, column = prediction.
-        names: of the K classes.
+        counts: Integers (K, K), row = truth, column = prediction.
+        names: Names of the K classes.
 
     Raises:
-        ValueError: the matrix is not square or does not fit the names.
+        ValueError: The matrix is not (K, K).
     """
     matrix = torch.as_tensor(counts).detach().cpu().double().numpy()
     if matrix.shape != (len(names), len(names)):
@@ -99,7 +100,7 @@ def confusion(
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
-    ax.set_title(f"{right:.1f} % of {matrix.sum():,.0f} right", fontsize=11, color=INK)
+    ax.set_title(f"{right:.1f} % of {matrix.sum():,.0f} correct", fontsize=11, color=INK)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = fig.colorbar(image, ax=ax, shrink=0.8, format=FuncFormatter(lambda v, _: f"{v:.0f} %"))
@@ -108,13 +109,13 @@ def confusion(
 
 
 def filters(weight: torch.Tensor) -> Figure:
-    """The filters of a first convolution, each stretched to its own range of colors.
+    """Draw the filters of a first convolution, each scaled to its own range of colors.
 
     Args:
-        weight: float (O, 3, kh, kw); any device and precision.
+        weight: Float (O, 3, kh, kw); any device and precision.
 
     Raises:
-        ValueError: the filters do not have three input channels.
+        ValueError: The filters do not have three input channels.
     """
     if weight.ndim != 4 or weight.shape[1] != 3:
         raise ValueError(f"weight is {tuple(weight.shape)}, expected (O, 3, kh, kw)")
@@ -123,11 +124,11 @@ def filters(weight: torch.Tensor) -> Figure:
     low, high = w_NHWC.amin((1, 2, 3), keepdim=True), w_NHWC.amax((1, 2, 3), keepdim=True)
     tiles = ((w_NHWC - low) / (high - low).clamp_min(1e-12)).numpy()
 
-    # A full rectangle where the count allows one that is not much wider than it is high.
+    # A full rectangle if the count allows one that is not much wider than high.
     square = int(np.ceil(np.sqrt(count)))
     columns = next((c for c in range(square, 3 * square) if count % c == 0), square)
     rows = -(-count // columns)
-    # Enlarged to whole pixels, with a gap that stays thin however small the filters are.
+    # Enlarged by a whole factor; the gap does not scale with it.
     zoom, gap = max(1, 42 // max(height, width)), 4
     cell = (height * zoom + gap, width * zoom + gap)
     sheet = np.ones((rows * cell[0] + gap, columns * cell[1] + gap, 3), dtype=np.float32)
@@ -146,14 +147,14 @@ def filters(weight: torch.Tensor) -> Figure:
 
 
 def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
-    """Loss, accuracy, learning rate and throughput over the steps of a run.
+    """Draw loss, accuracy, learning rate and throughput against the step of a run.
 
     Args:
-        rows: of log.jsonl (`rotpred.records.log.read_rows`). A panel whose values were never logged is
-            left out; a value that was not finite leaves a gap.
+        rows: Rows of log.jsonl, from `rotpred.records.folder.read_rows`. A panel whose values were
+            never logged is left out; a value that is not finite leaves a gap.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: There is nothing to draw.
     """
     if not rows:
         raise ValueError("no rows to draw: the log is empty")
@@ -183,7 +184,7 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 
 def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
-    """One panel: a line per name, over the step."""
+    """Draw one panel: a line per name against the step."""
     for name, color in zip(names, (ACCENT, "#c8641e"), strict=False):
         points = [
             (row["step"], value if isinstance(value := row.get(name), int | float) else np.nan)
@@ -193,7 +194,7 @@ def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[st
         if not points:
             continue
         steps, values = np.array(points, dtype=np.float64).T
-        # A run of one interval is a point, which a line would not show.
+        # Markers for short runs: a line would not show a single point.
         marker = "o" if len(points) < 30 else ""
         label = name.replace("_per_s", "/s")
         ax.plot(steps, values, color=color, lw=1.5, marker=marker, ms=3, label=label)

@@ -1,4 +1,4 @@
-"""Check that training and test data have the same classes."""
+"""Number of classes, and the check that training and test data agree on them."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from typing import NamedTuple
 from pipelines.loader import Loader
 
 
-class LabeledData(NamedTuple):
-    """What a data set says of its classes."""
+class LabelledData(NamedTuple):
+    """Classes and label range of a data set."""
 
     data: str
-    """How messages call it."""
+    """Name of the data set in messages."""
     names: tuple[str, ...]
-    """By id. Empty where there are none (stock FFCV's betons); a list of files has ids as text."""
+    """Names by id. Empty if unknown (stock FFCV's betons); a list of files has ids as text."""
     low: int
-    """Smallest label of a sample; -1 stands for none."""
+    """Smallest label; -1 for a sample without one."""
     high: int
-    """Largest one."""
+    """Largest label."""
 
     @property
     def unnamed(self) -> bool:
-        """Whether ids are all that is known."""
+        """Whether only the ids are known."""
         return self.names == tuple(map(str, range(len(self.names))))
 
 
 def number_of_classes(train: Loader, val: Loader) -> int:
-    """`shared_classes` of what two loaders read."""
+    """Return `shared_classes` of two loaders; raises as it does."""
     return shared_classes(
-        *(LabeledData(part.spec.data, part.classes, *part.label_range) for part in (train, val))
+        *(LabelledData(part.spec.data, part.classes, *part.label_range) for part in (train, val))
     )
 
 
-def shared_classes(train: LabeledData, val: LabeledData) -> int:
-    """Number of classes, which training and test data must share by name and order.
+def shared_classes(train: LabelledData, val: LabelledData) -> int:
+    """Return the number of classes. Training and test data must have the same, in the same order.
 
-    Data that have ids only go with any names for them, as many as there are.
+    Data with ids only match any names, if there are enough of them.
 
     Raises:
-        ValueError: the data carry no labels, or not the same ones.
+        ValueError: A sample has no label, or the classes differ.
     """
     for part in (train, val):
         if part.low < 0:
             raise ValueError(f"{part.data} has samples without a label")
     for one, other in ((train, val), (val, train)):
-        # Folders 0, 1, 10, 2 are in the order of text: those names are no ids.
+        # Folders 0, 1, 10, 2 are sorted as text: such names are not ids.
         numbers = not other.unnamed and all(name.isdecimal() for name in other.names)
         if one.unnamed and not numbers:
             if not other.unnamed and one.high >= len(other.names):
                 raise ValueError(
                     f"{one.data} has label {one.high}, but {other.data} has "
-                    f"{len(other.names)} classes, which are counted from 0"
+                    f"{len(other.names)} classes, counted from 0"
                 )
             return max(one.high + 1, other.high + 1, len(one.names), len(other.names))
     if train.names != val.names:
-        pairs = enumerate(itertools.zip_longest(train.names, val.names, fillvalue="nothing"))
+        pairs = enumerate(itertools.zip_longest(train.names, val.names, fillvalue="missing"))
         i, (ours, theirs) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
         raise ValueError(
             f"{train.data} and {val.data} have different classes ({len(train.names)} and "
-            f"{len(val.names)}): number {i} is {ours} and {theirs}"
+            f"{len(val.names)}): number {i} is {ours} in the first, {theirs} in the second"
         )
     return len(train.names)

@@ -1,4 +1,4 @@
-"""What detection and segmentation have in common: scaling, training, validation, results."""
+"""Training, validation and results that detection and segmentation share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule
 from rotpred.training.settings import RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import SyncBn, check, synced
+from rotpred.training.sync_bn import SyncBn, check_sync_bn, convert_sync_bn
 from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone
 
 logger = logging.getLogger(__name__)
@@ -39,18 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DenseResult:
-    """What a validation found, the same on all ranks."""
+    """Result of a validation, the same on all ranks."""
 
     values: Mapping[str, float]
-    """Metrics by name, shares from 0 to 1; the first one decides which checkpoint is the best."""
+    """Metrics by name, from 0 to 1. The first one selects the best checkpoint."""
     n: int
-    """Images."""
+    """Number of images."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    """Images by name, on the main rank."""
+    """Figures by name, on the main rank only."""
 
 
 class DenseRecipe(HasWeights, Protocol):
-    """What recipes of dense tasks have."""
+    """Fields of dense recipes: `Detection` and `Segmentation`."""
 
     @property
     def train(self) -> DenseSpec:
@@ -70,7 +70,7 @@ class DenseRecipe(HasWeights, Protocol):
 
     @property
     def sync_bn(self) -> SyncBn:
-        """Batch norm over all processes, or over each process's own images."""
+        """Batch norm statistics over all processes, or per process."""
 
     @property
     def predictions(self) -> str:
@@ -82,40 +82,50 @@ class DenseRecipe(HasWeights, Protocol):
 
     @property
     def run(self) -> RunSettings:
-        """How it is driven."""
+        """Length, precision, logs and checkpoints."""
 
 
 class Task(Protocol):
-    """What dense tasks do differently."""
+    """The part of a dense protocol that depends on the task."""
 
     def network(self, backbone: Backbone, classes: int) -> nn.Module:
-        """The network around a backbone in training mode, on the CPU."""
+        """Build the network on a backbone that is on the CPU and in training mode."""
 
     def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
-        """Loss and scalars of a batch; calls state.model, under state.autocast()."""
+        """Return loss and logged scalars of a batch. Calls state.model under state.autocast()."""
 
     def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
-        """Exact metrics over the validation data; all ranks call, in evaluation mode, without
-        gradients."""
+        """Return exact metrics over the validation data.
+
+        All ranks call it, with the network in evaluation mode and without gradients.
+        """
 
     def identity(self) -> dict[str, object]:
-        """What decides the weights beside data, optimiser and schedule, as plain JSON."""
+        """Return, as JSON, what determines the weights besides data, optimiser and schedule."""
 
 
 R = TypeVar("R", bound=DenseRecipe)
 
 
 def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
-    """Train, validate, and write the run folder; on a folder with checkpoints, go on.
+    """Train, validate and write the run folder. Resumes if the folder has checkpoints.
+
+    Args:
+        recipe: Detection or segmentation.
+        rank: All ranks call.
+        make: Builds the task, given the recipe after `scaled`.
+
+    Returns:
+        The run folder.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The weights, data and recipe do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     recipe = scaled(recipe, rank)
     if recipe.run.cuda_graph:
-        raise ValueError(f"{recipe.name}: no CUDA graph holds its steps: pass --run.no-cuda-graph")
-    check(recipe.sync_bn, rank, recipe.run)
+        raise ValueError(f"{recipe.name} cannot use CUDA graphs: pass --run.no-cuda-graph")
+    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     task = make(recipe)
     with open_run(recipe, rank, _open) as job:
         assert job.val is not None
@@ -123,7 +133,8 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
             raise ValueError("training and validation data have different classes")
         backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
         module = task.network(backbone.cpu().requires_grad_(True).train(), len(job.loader.classes))
-        module = channels_last(synced(module, recipe.sync_bn, rank, recipe.run), rank.device)
+        module = convert_sync_bn(module, recipe.sync_bn, rank, recipe.run)
+        module = channels_last(module, rank.device)
         state = job.train_state(
             module.train(),
             [OptimizedPart(module, recipe.optim, recipe.schedule)],
@@ -145,16 +156,19 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     return job.out
 
 
-def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], DenseResult]) -> Path:
-    """Compare predictions in files with the validation data, and write the run folder.
+def score_predictions(recipe: R, rank: Rank, count: Callable[[DenseLoader], DenseResult]) -> Path:
+    """Score predictions in files on the validation data, and write the run folder.
 
-    The page counts them among the results of trained weights, or of those that recipe.weights names
-    beside the predictions ("random", "imagenet").
+    The results page lists them under trained weights, or under `recipe.weights` if that is
+    "random" or "imagenet".
 
     Args:
-        recipe: its validation data, and where the files are.
-        rank: all ranks call.
-        count: reads the files and compares; returns the same on all ranks.
+        recipe: Names the validation data and the files.
+        rank: All ranks call.
+        count: Reads and scores the files; returns the same on all ranks.
+
+    Returns:
+        The run folder.
     """
     path = Path(recipe.predictions)
     out = Path(recipe.run.out or f"runs/{recipe.name}_predictions")
@@ -177,8 +191,8 @@ def score(recipe: R, rank: Rank, count: Callable[[DenseLoader], DenseResult]) ->
 
 
 @contextlib.contextmanager
-def any_shape() -> Iterator[None]:
-    """Let cuDNN choose without trials, which it would make anew for nearly every image."""
+def no_cudnn_benchmark() -> Iterator[None]:
+    """Turn off cuDNN's benchmark mode, which would time kernels again for nearly every image."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -188,12 +202,12 @@ def any_shape() -> Iterator[None]:
 
 
 def scaled(recipe: R, rank: Rank) -> R:
-    """The recipe for this many processes: the same epochs of images, the rate by linear scaling.
+    """Return the recipe for this number of processes: the same images per epoch, a scaled rate.
 
-    An epoch of `train.steps_per_epoch` steps belongs to `optim.reference_batch` images a step;
-    with a k-th of them it has k times as many steps, and `Optim.lr_for` takes a k-th of the rate
-    (Goyal et al. 2017, section 2.1); where `run.accumulate` adds up the gradients of several steps,
-    the rate is that of all their images. Milestones and warm-up count epochs, so they follow.
+    `train.steps_per_epoch` is for `optim.reference_batch` images per step. With 1/k of these, an
+    epoch has k times as many steps, and `Optim.lr_for` gives 1/k of the learning rate (Goyal et al.
+    2017, section 2.1). If `run.accumulate` sums the gradients of several steps, the rate is for all
+    their images. Milestones and warm-up are in epochs and stay as they are.
     """
     reference, batch = recipe.optim.reference_batch, recipe.train.batch_size * rank.world
     length = recipe.train.steps_per_epoch
@@ -217,8 +231,8 @@ def _open(spec: DenseSpec, rank: Rank, run: RunSettings) -> DenseLoader:
 def _train(
     recipe: DenseRecipe, task: Task, state: TrainState, job: Job[DenseLoader], log: RunLog
 ) -> DenseResult:
-    """Train to the end; returns the validation of the final weights."""
-    last: tuple[int, DenseResult] | None = None  # not all: their figures are large images
+    """Train to the end. Return the validation of the final weights."""
+    last: tuple[int, DenseResult] | None = None  # only the last: figures are large
 
     def validate(_finished: int) -> float:
         nonlocal last
@@ -236,14 +250,14 @@ def _train(
     data, pace = job.loader, recipe.eval_every_epochs
     for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
         state.train_step(objective, batch)
-    if last is None or last[0] != state.step:  # max_steps ended it inside an epoch
+    if last is None or last[0] != state.step:  # max_steps ended it mid-epoch
         validate(0)
     assert last is not None
     return last[1]
 
 
 def evaluate(task: Task, state: TrainState, val: DenseLoader) -> DenseResult:
-    """Validate the weights as they are, on all ranks."""
+    """Validate the current weights; all ranks call."""
     state.sync_buffers()
     state.module.eval()
     try:
@@ -261,7 +275,7 @@ def _finish(
     log: RunLog,
     sha: str,
 ) -> None:
-    logger.info("digest of all sample ids and crops: %s", state.digest)
+    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
     if not state.rank.main:
         return
     about: dict[str, Any] = {"checkpoint_sha256": sha or None, "weights": Path(recipe.weights).name}

@@ -1,4 +1,4 @@
-"""Detection: training of a two-stage detector, and exact average precision."""
+"""Detection: training of a two-stage detector, exact average precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.datasets.coco import api
+from pipelines.datasets.coco import import_pycocotools
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
 from pipelines.imaging.torchvision_decode import decode
@@ -36,41 +36,44 @@ SHOWN = 6
 """Validation images in the figure."""
 
 PREDICTIONS = "predictions.json"
-"""What the last validation found, in the run folder, as COCO's JSON results."""
+"""File in the run folder with the detections of the last validation, in COCO's JSON format."""
 
 
 def run(recipe: Detection, rank: Rank) -> Path:
-    """Train and count exact average precision, or score a file; write the run folder.
+    """Train and compute exact average precision, or score a file; write the run folder.
+
+    Returns:
+        The run folder.
 
     Raises:
-        ValueError: weights, data, predictions and recipe do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The weights, data, predictions and recipe do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     if recipe.predictions:
-        return score(recipe, rank)
+        return score_predictions(recipe, rank)
     if recipe.run.compile:
         raise ValueError(
-            f"{recipe.name} has images of many sizes, for each of which torch.compile would "
-            "begin anew: pass --run.no-compile"
+            f"{recipe.name} has images of many sizes, and torch.compile would compile again for "
+            "each: pass --run.no-compile"
         )
     if has_masks(recipe) and not recipe.train.masks:
         raise ValueError(f"{recipe.name}: {recipe.model} learns masks: pass --train.masks")
     if recipe.train.data.startswith("coco:") and recipe.train.masks and not has_masks(recipe):
-        logger.info("%s learns no masks: those of %s stay away", recipe.model, recipe.train.data)
+        logger.info("%s learns no masks, those of %s are skipped", recipe.model, recipe.train.data)
         recipe = replace(recipe, train=replace(recipe.train, masks=False))
-    with dense.any_shape():
-        return dense.run(recipe, rank, Detect)
+    with dense.no_cudnn_benchmark():
+        return dense.run(recipe, rank, DetectionTask)
 
 
-class Detect:
-    """What detection does differently: `dense.Task`."""
+class DetectionTask:
+    """Detection as a `dense.Task`."""
 
     def __init__(self, recipe: Detection) -> None:
-        """Touch nothing yet."""
+        """Keep the recipe; nothing is loaded yet."""
         self.recipe = recipe
 
     def network(self, backbone: Backbone, classes: int) -> nn.Module:
-        """The detector around the backbone."""
+        """Build the detector on the backbone."""
         recipe = self.recipe
         if recipe.model == "faster_rcnn_c4":
             return faster_rcnn_c4(backbone, classes, recipe.proposals)
@@ -83,9 +86,9 @@ class Detect:
         )
 
     def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
-        """The sum of all losses, each in float32 and logged."""
-        # The random choice of proposals is a function of seed, step and image: a run that goes
-        # on draws the same, and so does one of another number of processes.
+        """Return the sum of all losses, float32 (), and every loss for the log."""
+        # Proposals are sampled as a function of seed, step and image. So a resumed run samples the
+        # same ones, and so does a run with another number of processes.
         seeds = [
             int(
                 np.random.SeedSequence([self.recipe.train.seed, state.step, i]).generate_state(1)[0]
@@ -100,39 +103,41 @@ class Detect:
         return loss, {"loss": loss, **{f"loss/{name}": part for name, part in losses.items()}}
 
     def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
-        """Average precision over all images; what was found is written into the run folder."""
+        """Return average precision over all images; write the detections to the run folder."""
         mine: dict[int, ImageDetections] = {}
         for batch in val.epoch(0):
             with state.autocast():
                 results: list[Detections] = state.module(batch.images, batch.sizes.tolist())
             for k in batch.valid.nonzero().flatten().tolist():
                 size, original = batch.sizes[k].tolist(), batch.originals[k].tolist()
-                mine[int(batch.indices[k])] = stored(results[k], size, original)
+                mine[int(batch.indices[k])] = to_stored_pixels(results[k], size, original)
         found = gather_detections(mine, len(val.samples), state.rank)
         if state.rank.main:
             write_detections(state.folder.parent / PREDICTIONS, found, val.samples)
         masks = has_masks(self.recipe)
-        return evaluation(val, found, masks=masks, rank=state.rank)
+        return detection_result(val, found, masks=masks, rank=state.rank)
 
     def identity(self) -> dict[str, object]:
-        """The detector."""
+        """Return the fields that define the detector."""
         recipe = self.recipe
         about = {"model": recipe.model, "proposals": vars(recipe.proposals)}
         return about | ({"box_head": recipe.box_head} if recipe.model == "mask_rcnn_fpn" else {})
 
 
 def has_masks(recipe: Detection) -> bool:
-    """Whether masks of objects are learnt and predicted."""
+    """Return whether object masks are learnt and predicted."""
     return recipe.model == "mask_rcnn_fpn" and recipe.train.data.startswith("coco:")
 
 
-def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> ImageDetections:
-    """Detections in the pixels of the image as it is stored, masks as run lengths.
+def to_stored_pixels(
+    result: Detections, size: Sequence[int], original: Sequence[int]
+) -> ImageDetections:
+    """Convert detections to the pixels of the stored image; masks become run lengths.
 
     Args:
-        result: in the pixels of the resized image.
-        size: its height and width.
-        original: those of the stored image.
+        result: Detections in the pixels of the resized image.
+        size: Height and width of the resized image.
+        original: Height and width of the stored image.
     """
     height, width = original
     down, across = height / size[0], width / size[1]
@@ -141,7 +146,7 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     masks: list[dict[str, object]] = []
     if "masks" in result:
-        run_lengths = api("mask")
+        run_lengths = import_pycocotools("mask")
         for plane in paste_masks(result["masks"], boxes, (height, width)).cpu().numpy():
             lengths = run_lengths.encode(np.asfortranarray(plane, dtype=np.uint8))
             masks.append({"size": [height, width], "counts": lengths["counts"].decode("ascii")})
@@ -153,16 +158,19 @@ def stored(result: Detections, size: Sequence[int], original: Sequence[int]) -> 
     )
 
 
-def evaluation(
+def detection_result(
     val: DenseLoader, found: Sequence[ImageDetections], *, masks: bool, rank: Rank
 ) -> DenseResult:
-    """Average precision by the rules of the data set; all ranks call, the main one has a figure.
+    """Compute average precision by the rules of the data set. Only the main rank draws the figure.
 
     Args:
-        val: whose data are compared with.
-        found: one per image.
-        masks: of COCO's data, compare masks as well.
-        rank: of this process.
+        val: Loader of the ground truth.
+        found: One per image.
+        masks: Score masks as well (COCO only).
+        rank: All ranks call.
+
+    Raises:
+        ValueError: The detections cannot be scored; raised on all ranks.
     """
     samples = val.samples
 
@@ -171,7 +179,7 @@ def evaluation(
             return coco_metrics(found, samples, masks=masks)
         return voc_metrics(found, samples)
 
-    values = _by_main(count, rank)
+    values = _on_main_rank(count, rank)
     figures = {}
     if rank.main:
         some = range(min(SHOWN, len(samples)))
@@ -185,29 +193,34 @@ def evaluation(
     return DenseResult(values, n=len(samples), figures=figures)
 
 
-def _by_main(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
-    """What the main process counts, on all ranks: pycocotools takes gigabytes in each that does."""
-    said: dict[str, dict[str, float] | str] = {}
+def _on_main_rank(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
+    """Compute on the main rank only and send to all: pycocotools takes gigabytes per process."""
+    message: dict[str, dict[str, float] | str] = {}
     if rank.main:
         try:
-            said["values"] = count()
+            message["values"] = count()
         except ValueError as error:
-            said["error"] = str(error)
-    said = json.loads(broadcast_str(json.dumps(said), rank))
-    if isinstance(values := said.get("values"), dict):
+            message["error"] = str(error)
+    message = json.loads(broadcast_str(json.dumps(message), rank))
+    if isinstance(values := message.get("values"), dict):
         return values
-    raise ValueError(said["error"])
+    raise ValueError(message["error"])
 
 
-def score(recipe: Detection, rank: Rank) -> Path:
-    """Compare a file of detections with the validation data, and write the run folder.
+def score_predictions(recipe: Detection, rank: Rank) -> Path:
+    """Score a file of detections on the validation data, and write the run folder.
+
+    Returns:
+        The run folder.
 
     Raises:
-        ValueError: an entry is of an unknown image or class, or senseless; it says which.
+        FileNotFoundError: There is no such file.
+        ValueError: An entry names an unknown image or class, or has impossible values.
     """
 
     def count(val: DenseLoader) -> DenseResult:
         found = read_detections(Path(recipe.predictions), val.samples)
-        return evaluation(val, found, masks=any(one.masks for one in found), rank=rank)
+        masks = any(one.masks for one in found)
+        return detection_result(val, found, masks=masks, rank=rank)
 
-    return dense.score(recipe, rank, count)
+    return dense.score_predictions(recipe, rank, count)

@@ -1,4 +1,4 @@
-"""What evaluations on extracted features set up alike: folder, weights, data, features, log."""
+"""Session of an evaluation on extracted features: run folder, weights, data, features, log."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, any_true
 from rotpred.features.base import Features, Store
-from rotpred.features.extract import extract, open_images
+from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.files import plain, write_json
 from rotpred.models.base import Backbone
 from rotpred.records.folder import DONE
+from rotpred.records.former_names import translate_names
 from rotpred.records.log import RunLog, lock
 from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureRunSettings(Protocol):
-    """Where and in which type an evaluation works (`recipes.frozen.FeatureRunSettings`)."""
+    """Run folder, precision and feature cache, as in `recipes.base.CachedFeatureRun`."""
 
     @property
     def out(self) -> str:
@@ -35,7 +36,7 @@ class FeatureRunSettings(Protocol):
 
     @property
     def precision(self) -> Precision:
-        """Of the network."""
+        """Autocast type of the network."""
 
     @property
     def cache(self) -> str:
@@ -43,39 +44,39 @@ class FeatureRunSettings(Protocol):
 
 
 class FeatureRecipe(HasWeights, Protocol):
-    """What these evaluations have in common."""
+    """Fields that recipes of evaluations on features share."""
 
     @property
     def train(self) -> LoaderSpec:
-        """Data that the classifier learns from."""
+        """Training data of the classifier."""
 
     @property
     def val(self) -> LoaderSpec:
-        """Data that it is tested on."""
+        """Test data."""
 
     @property
     def run(self) -> FeatureRunSettings:
-        """Where it works."""
+        """Run folder, precision and feature cache."""
 
 
 @dataclass(frozen=True)
 class FeatureSession:
-    """An open evaluation: its folder is locked, its data are open."""
+    """An open evaluation: the run folder is locked, the loaders are open."""
 
     recipe: FeatureRecipe
     rank: Rank
     out: Path
     backbone: Backbone
     sha: str
-    """Checksum of the weights, "" for random ones."""
+    """SHA-256 of the weights, "" for random ones."""
     data: tuple[Loader, Loader]
-    """Training and test data, open: what does not fit can be refused before the long work."""
-    held: contextlib.ExitStack
-    """What closes them."""
+    """Open training and test data, so that misfits are found before the long extraction."""
+    loaders: contextlib.ExitStack
+    """ExitStack that owns both loaders."""
 
     @property
     def samples(self) -> int:
-        """Training samples after the spec has chosen: at most, as ids may have gaps."""
+        """Most training samples that the spec can select; fewer if class ids have gaps."""
         part = self.data[0]
         spec = part.spec
         chosen = spec.max_samples
@@ -86,14 +87,14 @@ class FeatureSession:
     def features(
         self, stages: Sequence[str], store: Store = "float32"
     ) -> tuple[Features, Features]:
-        """Extract the features of training and test data, or find them, and close the data.
+        """Return the features of training and test data, from the cache if there; close the data.
 
         Args:
-            stages: the features that are needed.
-            store: type of the features on disk.
+            stages: Names of the needed stages.
+            store: Type of the features on disk.
 
         Raises:
-            ValueError: as `extract`.
+            ValueError: As for `extract`.
         """
         run = self.recipe.run
         found = [
@@ -108,18 +109,18 @@ class FeatureSession:
             )
             for part in self.data
         ]
-        self.held.close()
+        self.loaders.close()
         return found[0], found[1]
 
     @contextlib.contextmanager
     def begin(self, units: int) -> Iterator[RunLog | None]:
-        """Open the log, and mark the folder as finished in the end.
+        """Open the log; mark the run folder as finished at the end.
 
         Args:
-            units: of work, over all processes, for the progress bar.
+            units: Units of work over all processes, for the progress bar.
 
         Yields:
-            The log, to which only the main process writes; None where all is finished already.
+            The log, which only the main process writes; None if the run is finished already.
         """
         rank, done = self.rank, self.out / DONE
         identity = {
@@ -128,7 +129,11 @@ class FeatureSession:
             "data": self.data[0].data_id,
             "val": self.data[1].data_id,
         }
-        finished = rank.main and done.exists() and json.loads(done.read_bytes()) == identity
+        finished = (
+            rank.main
+            and done.exists()
+            and translate_names(json.loads(done.read_bytes())) == identity
+        )
         if any_true(finished, rank):
             logger.info("%s is finished already", self.out)
             yield None
@@ -146,7 +151,7 @@ class FeatureSession:
                 write_json(done, identity)
 
     def result(self, log: RunLog, metric: str, value: float, *, n: int, **extra: Any) -> None:
-        """Add a share of one, as percent, to results.json; `n` is the number of test samples."""
+        """Add a value from 0 to 1, as percent, to results.json; `n` counts the test samples."""
         log.result(
             self.recipe.name,
             metric=metric,
@@ -164,27 +169,27 @@ def open_evaluation(recipe: FeatureRecipe, rank: Rank) -> Iterator[FeatureSessio
     """Lock the run folder, load the weights, open the data.
 
     Args:
-        recipe: what to evaluate.
-        rank: this process.
+        recipe: The evaluation.
+        rank: All ranks call.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, or the folder is in use, in words.
-        FileNotFoundError: there are no such data or weights.
+        ValueError: The weights, data and recipe do not fit together, or another job has the folder.
+        FileNotFoundError: There are no such data or weights.
     """
     out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.train.seed)  # of the random control's weights
+    torch.manual_seed(recipe.train.seed)  # for the random control's weights
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out, recipe.name))
         backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-        held = stack.enter_context(contextlib.ExitStack())
+        loaders = stack.enter_context(contextlib.ExitStack())
         train, val = (
-            held.enter_context(open_images(spec, rank, recipe.run.precision))
+            loaders.enter_context(open_extraction_loader(spec, rank, recipe.run.precision))
             for spec in (recipe.train, recipe.val)
         )
-        yield FeatureSession(recipe, rank, out, backbone, sha, (train, val), held)
+        yield FeatureSession(recipe, rank, out, backbone, sha, (train, val), loaders)
 
 
-def share(count: int, rank: Rank) -> slice:
-    """This rank's part of `count` units; neighbours stay together, as they need the same things."""
+def shard_slice(count: int, rank: Rank) -> slice:
+    """Return this rank's contiguous part of `count` units: neighbours share inputs."""
     return slice(count * rank.rank // rank.world, count * (rank.rank + 1) // rank.world)

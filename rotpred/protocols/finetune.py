@@ -1,4 +1,4 @@
-"""FineTuning-supervised evaluation: fine-tuning of all layers on a part of the labels."""
+"""Semi-supervised evaluation: fine-tuning of all layers on a fraction of the labels."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import NotFiniteError, steps
 from rotpred.training.precision import autocast
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import synced
+from rotpred.training.sync_bn import convert_sync_bn
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[float, float]
-"""Learning rate and head multiple."""
+"""Learning rate, and multiple of it for the head."""
 
 
 class Classifier(RotNet):
-    """Backbone and head; the head works in fp32 under autocast as well.
+    """Backbone and head. The head computes in fp32, also under autocast.
 
-    Otherwise bf16 logits of a thousand classes tie too often to be ranked.
+    In bf16, logits of a thousand classes tie too often to be ranked.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (N, 3, S, S) to logits (N, classes)."""
-        maps = self.backbone(x)
-        with torch.autocast(maps.device.type, enabled=False):
-            logits: torch.Tensor = self.head(maps.float())
+        """Map images (N, 3, S, S) to float32 logits (N, classes)."""
+        features = self.backbone(x)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: torch.Tensor = self.head(features.float())
         return logits
 
 
 def run(recipe: FineTuning, rank: Rank) -> Path:
-    """Fine-tune, count exact top-1 and top-5, write the run folder; the whole grid if so asked.
+    """Fine-tune, compute exact top-1 and top-5, write the run folder. `recipe.grid`: for all pairs.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The weights, data and recipe do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     with deterministic() if recipe.deterministic else contextlib.nullcontext():
         if recipe.grid:
@@ -70,14 +70,14 @@ def run(recipe: FineTuning, rank: Rank) -> Path:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let torch use deterministic kernels only, and raise where there is none."""
+    """Restrict torch to deterministic kernels. An operation without one raises RuntimeError."""
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark)
     strict = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    # Read by cuBLAS when a device is used first; without it torch refuses matrix products.
+    # cuBLAS reads it at the first use of a device. Without it torch refuses matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn.deterministic, cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True)
@@ -89,7 +89,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _point(recipe: FineTuning, rank: Rank) -> Path:
-    """One learning rate and one head multiple."""
+    """Train one pair of learning rate and head multiple."""
     with open_job(recipe, rank, views="plain") as job:
         assert job.val is not None
         model, sha = _network(recipe, number_of_classes(job.loader, job.val), rank)
@@ -111,12 +111,12 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
         with job.begin(state) as log:
             if log is not None:
                 logger.info(
-                    "%s: %s (%s), rate %g, head x%g, engine %s, %d steps",
+                    "%s: %s (%s), learning rate %g, head x%g, engine %s, %d steps",
                     recipe.name, recipe.backbone, recipe.weights, recipe.optim.lr,
                     recipe.head_lr_mult, job.loader.engine, job.total,
                 )  # fmt: skip
                 scores = _train(recipe, state, job, log)
-                if scores is None:  # max_steps ended it inside an epoch
+                if scores is None:  # max_steps ended it mid-epoch
                     scores = evaluate(recipe, state, job.val)
                 _finish(recipe, state, job, scores, log, sha)
     return job.out
@@ -126,11 +126,11 @@ def _network(recipe: FineTuning, classes: int, rank: Rank) -> tuple[Classifier, 
     backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
     head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
     model = Classifier(backbone.requires_grad_(True), head)
-    return synced(model, recipe.sync_bn, rank, recipe.run).train(), sha
+    return convert_sync_bn(model, recipe.sync_bn, rank, recipe.run).train(), sha
 
 
 def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
-    """Train to the end; returns the validation of the final weights, where an epoch ended there."""
+    """Train to the end. Return the last validation, if it is of the final weights."""
     results: dict[int, Scores] = {}
 
     def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
@@ -153,7 +153,7 @@ def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog)
 
 
 def evaluate(recipe: FineTuning, state: TrainState, val: Loader) -> Scores:
-    """Top-1, and top-5 where there are more than five classes, of the one classifier, ""."""
+    """Return top-1, and top-5 if there are more than five classes, of the only classifier, ""."""
     state.sync_buffers()
     model, rank = state.module, state.rank
 
@@ -192,7 +192,7 @@ def _finish(
 
 
 def _grid(recipe: FineTuning, rank: Rank) -> Path:
-    """All pairs, one after the other; finished ones are read from their folders."""
+    """Train all pairs in turn. Finished ones are read from their folders."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     points: dict[Pair, dict[str, dict[str, Any]]] = {}
     with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
@@ -208,8 +208,8 @@ def _grid(recipe: FineTuning, rank: Rank) -> Path:
             points[lr, mult] = {}
             try:
                 _point(point, rank)
-            except NotFiniteError as error:  # on all ranks together: a result of its own
-                logger.warning("rate %g, head x%g: %s", lr, mult, error)
+            except NotFiniteError as error:  # raised on all ranks; counts as a result
+                logger.warning("learning rate %g, head x%g: %s", lr, mult, error)
                 continue
             if rank.main:
                 rows = read_results(folder / "results.json")
@@ -228,7 +228,7 @@ def _grid(recipe: FineTuning, rank: Rank) -> Path:
 
 
 def _report(recipe: FineTuning, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:
-    """The whole table, and the best of it, as rows of results.json and as an image."""
+    """Write all results, the best again, and the figure of the grid."""
     trained = {pair: rows for pair, rows in points.items() if rows}
     if not trained:
         raise ValueError(f"no learning rate of the grid gave a finite loss: {sorted(points)}")

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features."""
+"""Weighted k-nearest-neighbour classification on frozen features."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch.nn.functional as F
 
 from rotpred.distributed import Rank, all_sum
 from rotpred.protocols.classes import number_of_classes
-from rotpred.protocols.feature_session import open_evaluation, share
+from rotpred.protocols.feature_session import open_evaluation, shard_slice
 from rotpred.recipes.knn import Knn
 
 BANK_ROWS = 8192
 QUERY_ROWS = 1024
-"""Similarities computed at once: 32 MB."""
+"""BANK_ROWS x QUERY_ROWS similarities are computed at once: 32 MB."""
 
 TOPS = (1, 5)
-"""A hit is the right class among as many with the most votes."""
+"""k of top-k: a hit has the true class among the k classes with the most votes."""
 
 
 def run(recipe: Knn, rank: Rank) -> Path:
-    """Count exact top-1 and top-5 for every number of neighbours, write the run folder.
+    """Compute exact top-1 and top-5 for every number of neighbours, write the run folder.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
+        ValueError: The weights, data and recipe do not fit together.
     """
     with open_evaluation(recipe, rank) as evaluation:
         classes = number_of_classes(*evaluation.data)
@@ -41,7 +41,7 @@ def run(recipe: Knn, rank: Rank) -> Path:
         with evaluation.begin(blocks * rank.world) as log:
             if log is None:
                 return evaluation.out
-            rows = share(len(val.labels), rank)
+            rows = shard_slice(len(val.labels), rank)
             found = neighbours(
                 train.stages[recipe.stage],
                 val.stages[recipe.stage][rows],
@@ -68,7 +68,9 @@ def run(recipe: Knn, rank: Rank) -> Path:
 
 def _check_enough(recipe: Knn, samples: int) -> None:
     if max(recipe.neighbours) > samples:
-        raise ValueError(f"{max(recipe.neighbours)} neighbours of {samples} training samples")
+        raise ValueError(
+            f"cannot take {max(recipe.neighbours)} neighbours of {samples} training samples"
+        )
 
 
 def neighbours(
@@ -80,20 +82,20 @@ def neighbours(
     device: torch.device,
     tick: Callable[[int], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the k rows of the bank with the largest dot products. Equal ones: the lower row first.
+    """Find the k rows of the bank with the largest dot products. On ties the lower row comes first.
 
-    The bank is read once, in blocks, and need not fit in memory.
+    The bank is read once, in blocks, and may exceed the memory.
 
     Args:
-        bank: (M, D), M at least k.
-        queries: (Q, D).
-        k: neighbours per query.
-        normalize: divide all rows by their lengths first, so that products are cosines.
-        device: where to compute, in float32.
-        tick: told the number of blocks of the bank that are done.
+        bank: Float (M, D), with M at least k.
+        queries: Float (Q, D).
+        k: Neighbours per query.
+        normalize: Scale all rows to unit length first, so that products are cosines.
+        device: Device of the computation, which is in float32.
+        tick: Called with the number of finished blocks of the bank.
 
     Returns:
-        Similarities float32 (Q, k), falling, and rows int64 (Q, k), on the CPU.
+        Similarities float32 (Q, k), descending, and rows int64 (Q, k), on the CPU.
     """
 
     def rows_of(source: npt.NDArray[np.floating], first: int, count: int) -> torch.Tensor:
@@ -102,13 +104,13 @@ def neighbours(
         return F.normalize(rows, dim=1) if normalize else rows
 
     asked = [rows_of(queries, q, QUERY_ROWS) for q in range(0, len(queries), QUERY_ROWS)]
-    # One integer orders by similarity, then by row: `topk` may order equal floats as it likes.
+    # One integer key for similarity, then row: `topk` does not define the order of equal floats.
     best = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in asked]
     for done, first in enumerate(range(0, len(bank), BANK_ROWS), start=1):
         part = rows_of(bank, first, BANK_ROWS)
         numbers = torch.arange(first, first + len(part), device=device)
         for i, query in enumerate(asked):
-            # -0.0 and 0.0 are equal, but not as bits.
+            # + 0.0 turns -0.0 into 0.0: equal values must have equal bits.
             bits = (query @ part.T + 0.0).view(torch.int32)
             rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
             keys = torch.cat([best[i], (rising << 32) + (0xFFFFFFFF - numbers)], dim=1)
@@ -130,24 +132,24 @@ def count_hits(
     temperature: float,
     classes: int,
 ) -> torch.Tensor:
-    """Let the neighbours vote: exp(similarity / temperature) each, for their own class.
+    """Count hits of the vote: each neighbour gives exp(similarity / temperature) to its class.
 
-    Source: mmselfsup, mmselfsup/evaluation/functional/knn_eval.py. There, sorting decides between
-    classes with equal votes, also between those that have none; here the lower class id comes
-    first, and a class without votes is no hit. Votes are taken relative to the nearest neighbour's,
-    which changes no order and keeps the exponential finite for features of any length.
+    Source: mmselfsup, mmselfsup/evaluation/functional/knn_eval.py. There, sorting breaks ties, also
+    among classes without votes. Here the lower class id wins a tie, and a class without votes is
+    not a hit. Votes are relative to the nearest neighbour's: the order is the same, and the
+    exponential stays finite for features of any length.
 
     Args:
-        similar: float (Q, k), falling, of `neighbours`.
-        rows: int64 (Q, k).
+        similar: Float (Q, k), descending: similarities from `neighbours`.
+        rows: int64 (Q, k): rows from `neighbours`.
         bank_labels: int64 (M,).
-        labels: int64 (Q,), the truth.
-        ks: numbers of neighbours that vote, each at most k.
+        labels: int64 (Q,): true classes.
+        ks: Numbers of neighbours that vote, each at most k.
         temperature: T.
-        classes: number of classes.
+        classes: Number of classes.
 
     Returns:
-        int64 (len(ks), 2): how many queries are right, by `TOPS`.
+        int64 (len(ks), 2): numbers of hits, by `TOPS`.
     """
     hits = torch.zeros(len(ks), 2, dtype=torch.int64)
     for first in range(0, len(rows), QUERY_ROWS):

@@ -1,4 +1,4 @@
-"""Classification with a frozen backbone: several kinds of probes, trained in one pass of it."""
+"""Linear evaluation: probes on a frozen backbone, all trained in one pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.features.base import AVGPOOL
-from rotpred.features.extract import extract, open_images
+from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.features.loader import FeatureLoader
 from rotpred.models import probes
 from rotpred.models.base import Backbone
@@ -37,10 +37,11 @@ from rotpred.weights.frozen_backbone import load_frozen_backbone
 logger = logging.getLogger(__name__)
 
 CACHED = "features of the validation crop, no augmentation"
-"""What results say of probes that were trained on cached features."""
+"""Value of `protocol` in the results of probes that were trained on cached features."""
 
-# What chooses samples; all else of the training data's spec is replaced by that of the validation.
-_OF_DATA = (
+# Fields of the training spec that select and read samples. A cache takes the rest from the
+# validation spec.
+_DATA_FIELDS = (
     "data",
     "root",
     "engine",
@@ -53,19 +54,19 @@ _OF_DATA = (
 )
 
 Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-"""The images of a batch to what probes read: the maps of all stages, or features."""
+"""Maps a batch to the inputs of the probes: feature maps of all stages, or cached features."""
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """An open job with its backbone."""
+    """An open job and its backbone."""
 
     job: Job[Loader]
     backbone: Backbone
     sha: str
-    """Checksum of the weights, "" for random ones."""
+    """SHA-256 of the weights, "" for random ones."""
     names: tuple[str, ...] = ()
-    """Stages of which there are features; empty where the backbone reads images."""
+    """Stages with cached features; empty if the backbone reads images."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class _Part:
 
 
 def run(recipe: Linear, rank: Rank) -> Path:
-    """Train the probes, count exact top-1 and top-5 over the validation set, write the run folder.
+    """Train the probes, compute exact top-1 and top-5 on the validation set, write the run folder.
 
     Returns:
-        The run folder, with one row per probe and metric in results.json.
+        The run folder; results.json has one row per probe and metric.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The weights, data and recipe do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     with _open(recipe, rank) as setup:
         job, sha = setup.job, setup.sha
@@ -103,8 +104,8 @@ def run(recipe: Linear, rank: Rank) -> Path:
             raise ValueError(f"two probes have the same name: {', '.join(heads.names)}")
         if rank.world > 1 and rank.device.type == "cuda":
             if recipe.run.cuda_graph:
-                raise ValueError("run.cuda_graph trains probes on one GPU only: they use SyncBN")
-            # As mmselfsup's heads; in place, below the StageProbes that the optimisers hold.
+                raise ValueError("run.cuda_graph trains probes on one GPU only: SyncBN on several")
+            # As mmselfsup's heads. In place: the optimisers hold the StageProbes.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
         state = job.train_state(
             heads,
@@ -123,14 +124,14 @@ def run(recipe: Linear, rank: Rank) -> Path:
                     classes, job.total,
                 )  # fmt: skip
                 scores = _train(recipe, state, setup, log)
-                if scores is None:  # max_steps ended it inside an epoch
+                if scores is None:  # max_steps ended it mid-epoch
                     scores = evaluate(state, _reader(recipe, setup, rank), job.val)
                 _finish(recipe, state, setup, parts, scores, log)
     return job.out
 
 
 def build_probes(probe: Probe, backbone: Backbone, classes: int, size: int) -> list[StageProbe]:
-    """The classifiers that a recipe's entry stands for."""
+    """Build the classifiers of one `Probe` for images of `size` pixels."""
     match probe.kind:
         case "avgpool":
             return probes.avgpool(backbone, classes)
@@ -144,28 +145,30 @@ def build_probes(probe: Probe, backbone: Backbone, classes: int, size: int) -> l
 
 @contextlib.contextmanager
 def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
-    """The job with its backbone; with `recipe.cache`, on features that are extracted first."""
+    """Open the job and its backbone. With `recipe.cache`, extract features first and read those."""
     if not recipe.cache:
         if recipe.cache_store != "float32":
-            raise ValueError(f"cache_store {recipe.cache_store} is for a cache: name its folder")
+            raise ValueError(f"cache_store {recipe.cache_store} needs a cache: pass --cache FOLDER")
         with open_job(recipe, rank, views="plain") as job:
             yield _Setup(job, *load_frozen_backbone(recipe.backbone, recipe.weights, rank))
         return
     kinds = {probe.kind for probe in recipe.probes}
     if not kinds <= {"avgpool", "stages"}:
-        raise ValueError("cache is for probes of kind avgpool and stages, which read pooled maps")
+        raise ValueError("cache works with probes of kind avgpool and stages only")
     out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.train.seed)  # as open_job: of random weights and the probes'
+    torch.manual_seed(recipe.train.seed)  # as open_job, for random weights and the probes'
     with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
         backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
         names = backbone.stage_names if "stages" in kinds else ()
         names = (*names, AVGPOOL) if "avgpool" in kinds else names
-        own = {n: getattr(recipe.train, n) for n in _OF_DATA}
+        own = {n: getattr(recipe.train, n) for n in _DATA_FIELDS}
         specs = (replace(recipe.val, **own), recipe.val)
         precision = recipe.run.precision
         with contextlib.ExitStack() as stack:
-            # Both are opened before the work on either, which may take hours.
-            data = [stack.enter_context(open_images(spec, rank, precision)) for spec in specs]
+            # Open both first: extraction may take hours.
+            data = [
+                stack.enter_context(open_extraction_loader(spec, rank, precision)) for spec in specs
+            ]
             number_of_classes(*data)
             found = [
                 extract(
@@ -188,7 +191,7 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
 
 
 def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
-    """All probes, a part for each optimiser."""
+    """Build all probes, one part per optimiser."""
     size = recipe.val.crop.size if setup.names else recipe.train.crop.size
     shapes = _pooled_shapes(setup, size)
     parts = []
@@ -209,7 +212,7 @@ def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
 
 
 def _pooled_shapes(setup: _Setup, size: int) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of the features that there are."""
+    """Return (channels, height, width) of every cached stage."""
     backbone = setup.backbone
     known = {AVGPOOL: (backbone.dim, 1, 1)}
     dims = pooled_dims(backbone, size, stage_pools(backbone, size))
@@ -237,16 +240,16 @@ def _reader(recipe: Linear, setup: _Setup, rank: Rank, *, compiled: bool = False
 
 
 def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Scores | None:
-    """Train to the end; returns the validation of the final probes, where an epoch ended there."""
+    """Train to the end. Return the last validation, if it is of the final probes."""
     results: dict[int, Scores] = {}
     read = _reader(recipe, setup, state.rank, compiled=recipe.run.compile)
     read_val = _reader(recipe, setup, state.rank)
 
     def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
-        maps = read(images)
-        # The probes work in fp32: bf16 logits of a thousand classes tie too often to be ranked.
-        losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(maps)])
-        # Each probe has its own parameters: the gradient of the sum is each one's own gradient.
+        inputs = read(images)
+        # Probes compute in fp32: bf16 logits of a thousand classes tie too often to be ranked.
+        losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(inputs)])
+        # Probes share no parameters, so the gradient of the sum is each one's own gradient.
         return losses.sum(), {"loss": losses.mean()}
 
     def validate(_finished: int) -> float:
@@ -263,7 +266,7 @@ def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Sco
 
 
 def evaluate(state: TrainState, read: Reader, val: Loader) -> Scores:
-    """Top-1, and top-5 where there are more than five classes, of every probe by name."""
+    """Return top-1, and top-5 if there are more than five classes, of every probe by name."""
     state.sync_buffers()
     heads = state.module
     assert isinstance(heads, ProbeSet)
@@ -304,14 +307,14 @@ def _finish(
                     **extra,
                 )
 
-    rivals: dict[str, list[tuple[float, str]]] = {}
+    sweeps: dict[str, list[tuple[float, str]]] = {}
     for part in parts:
         for name in part.probes.names:
             if part.recipe.lrs:
-                rivals.setdefault(name.rpartition("@")[0], []).append((part.lr, name))
+                sweeps.setdefault(name.rpartition("@")[0], []).append((part.lr, name))
             else:
                 results(name, scores[name])
-    for base, candidates in rivals.items():
+    for base, candidates in sweeps.items():
         best_lr, best = max(candidates, key=lambda one: scores[one[1]]["top1"])
         for lr, name in candidates:
             results(name, scores[name], lr=lr, best=name == best)

@@ -1,4 +1,4 @@
-"""Labels of images that may show several classes: 1 present, -1 absent, 0 difficult (VOC)."""
+"""Multi-label tables: 1 present, -1 absent, 0 difficult (VOC)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Labels = npt.NDArray[np.int8]
 
 
 def read_labels(path: str, *, total: int, root: str = "") -> Labels:
-    """The labels of a data set: int8 (total, C).
+    """Read the labels of a data set: int8 (total, C).
 
     Args:
-        path: .npy with a row for every sample of the data set, or voc2007:SPLIT.
-        total: samples of the data set.
-        root: the folder VOC2007, for voc2007:SPLIT.
+        path: An .npy file with a row for every sample of the data set, or voc2007:SPLIT.
+        total: Number of samples of the data set.
+        root: The folder VOC2007, for voc2007:SPLIT.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or labels of another data set.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a label table, or is for another data set.
     """
     kind, _, split = path.partition(":")
     if kind == "voc2007" and split:
         if not root:
-            raise ValueError(f"labels {path} need the data's root: the folder VOC2007")
+            raise ValueError(f"labels {path} need the root of the data: the folder VOC2007")
         table = voc2007(root, split=split).targets
     else:
         try:
@@ -43,22 +43,27 @@ def read_labels(path: str, *, total: int, root: str = "") -> Labels:
         raise ValueError(f"{path}: expected int8 (N, C) of -1, 0 and 1")
     if len(table) != total:
         raise ValueError(
-            f"{path} has {len(table):,} rows, but the data have {total:,} samples: is it of "
-            "another data set, or another split of it?"
+            f"{path} has {len(table):,} rows, but the data have {total:,} samples: is it for "
+            "another data set or split?"
         )
     return table
 
 
-def read_tables(paths: Sequence[str], data: Sequence[Loader]) -> tuple[list[Labels | None], int]:
-    """The labels of training and test data, and the number of classes that they share.
+def read_label_tables(
+    paths: Sequence[str], data: Sequence[Loader]
+) -> tuple[list[Labels | None], int]:
+    """Read the label tables of training and test data, and the number of classes they share.
 
     Args:
-        paths: as for `read_labels`, of each; empty where the data have one class id a sample.
-        data: the two.
+        paths: One per data set, as for `read_labels`; empty to use the data's class ids.
+        data: Training and test data.
+
+    Returns:
+        int8 (samples, C) per data set, None for an empty path; and the number of classes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: they do not fit the data or one another.
+        FileNotFoundError: There is no such file.
+        ValueError: The tables do not fit the data or each other.
     """
     tables = [
         read_labels(path, total=part.total, root=part.spec.root) if path else None
@@ -73,22 +78,22 @@ def read_tables(paths: Sequence[str], data: Sequence[Loader]) -> tuple[list[Labe
         low, high = part.label_range
         if table is None and low < 0:
             raise ValueError(
-                f"{part.spec.data} has samples without a label, and no file of labels was named"
+                f"{part.spec.data} has samples without a label, and no label file was given"
             )
         if table is None and high >= widths[0]:
             raise ValueError(
-                f"{part.spec.data} has label {high}, the other data {widths[0]} classes"
+                f"{part.spec.data} has label {high}, but the other data have {widths[0]} classes"
             )
     return tables, widths[0]
 
 
 def labels_of(features: Features, table: Labels | None, classes: int) -> Labels:
-    """The labels of the samples that have features: int8 (N, classes).
+    """Return the labels of the samples that have features: int8 (N, classes).
 
     Args:
-        features: chooses the rows.
-        table: of `read_tables`; None for class ids, each class against the rest.
-        classes: number of them.
+        features: Selects the rows of the table.
+        table: From `read_label_tables`; None for class ids, each class against the rest.
+        classes: Number of classes.
     """
     if table is None:
         return np.where(features.labels[:, None] == np.arange(classes), 1, -1).astype(np.int8)
@@ -99,23 +104,23 @@ def labels_of(features: Features, table: Labels | None, classes: int) -> Labels:
 def check_counts(
     labels: Labels, names: Sequence[str], what: str, *, positive: int, negative: int
 ) -> None:
-    """Refuse labels with too few samples of a class: before the SVMs, not in the midst of them.
+    """Check that every class has enough samples, before any SVM is trained.
 
     Args:
-        labels: (N, C).
-        names: of the C classes.
-        what: these samples are, for the message.
-        positive: samples with 1 that every class needs.
-        negative: samples with -1.
+        labels: int8 (N, C).
+        names: Names of the C classes.
+        what: Name of these samples in the message.
+        positive: Samples with label 1 that every class needs.
+        negative: Samples with label -1 that every class needs.
 
     Raises:
-        ValueError: a class has fewer; the message names it.
+        ValueError: A class has fewer; the message names it.
     """
     for sign, kind, needed in ((1, "positive", positive), (-1, "negative", negative)):
         counts = (labels == sign).sum(axis=0)
         for name, count in zip(names, counts.tolist(), strict=True):
             if count < needed:
                 raise ValueError(
-                    f"class {name} has {count} {kind} samples in the {what}, which must be "
-                    f"{needed} at least"
+                    f"class {name} has {count} {kind} samples in the {what}, but needs at least "
+                    f"{needed}"
                 )

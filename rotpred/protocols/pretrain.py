@@ -23,21 +23,21 @@ from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import RunLog, read_rows
 from rotpred.training.loop import steps
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import synced
+from rotpred.training.sync_bn import convert_sync_bn
 from rotpred.weights.load import save_backbone
 
 logger = logging.getLogger(__name__)
 
 
 def run(recipe: Pretrain, rank: Rank) -> Path:
-    """Train, validate, and write the run folder; on a folder with checkpoints, go on.
+    """Train, validate and write the run folder. Resumes if the folder has checkpoints.
 
     Returns:
-        The run folder. It holds backbone.safetensors when the last epoch is done.
+        The run folder. It has backbone.safetensors once the last epoch is done.
 
     Raises:
-        ValueError: the recipe, the data and the machine do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The recipe, the data and the machine do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     with open_job(recipe, rank, views="rotate4") as job:
         model = _network(recipe, rank)
@@ -53,7 +53,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
             if log is not None:
                 _announce(recipe, job)
                 result = _train(recipe, state, job, log)
-                if result is None and job.val is not None:  # max_steps ended it inside an epoch
+                if result is None and job.val is not None:  # max_steps ended it mid-epoch
                     result = evaluate(state, job.val, recipe)
                 _finish(recipe, state, job, result, log)
     return job.out
@@ -62,7 +62,7 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
 def _train(
     recipe: Pretrain, state: TrainState, job: Job[Loader], log: RunLog
 ) -> ConfusionResult | None:
-    """Train to the end; returns the validation of the final weights, where an epoch ended there."""
+    """Train to the end. Return the last validation, if it is of the final weights."""
     results: dict[int, ConfusionResult] = {}
 
     def validate(_finished: int) -> float:
@@ -80,7 +80,7 @@ def _train(
         hits = (logits.argmax(1) == targets).sum() / valid.sum()
         return loss, {"loss": loss, "accuracy": 100 * hits}
 
-    imaged = state.step > 0 or not state.rank.main
+    has_views_figure = state.step > 0 or not state.rank.main
     batches = steps(
         state,
         job.loader,
@@ -90,8 +90,8 @@ def _train(
         eval_every_epochs=recipe.eval_every_epochs,
     )
     for batch in batches:
-        if not imaged:
-            imaged = True
+        if not has_views_figure:
+            has_views_figure = True
             grid = views_grid(batch.images, targets=batch.targets, normalize=recipe.train.normalize)
             log.figure("views", grid)
         state.train_step(objective, batch.images, batch.targets, batch.valid)
@@ -99,7 +99,7 @@ def _train(
 
 
 def evaluate(state: TrainState, val: Loader, recipe: Pretrain) -> ConfusionResult:
-    """Count predicted against true rotations over the whole validation set, on any world size."""
+    """Return the confusion of rotations over the whole validation set, for any world size."""
     state.sync_buffers()
     state.module.eval()
     try:
@@ -115,7 +115,7 @@ def _finish(
     result: ConfusionResult | None,
     log: RunLog,
 ) -> None:
-    """Weights, results and figures; the mark of a finished run comes last."""
+    """Write weights, results and figures, then mark the run as finished."""
     model = state.module
     assert isinstance(model, RotNet)
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
@@ -141,7 +141,7 @@ def _finish(
 
 
 def _network(recipe: Pretrain, rank: Rank) -> RotNet:
-    model = synced(make_rotnet(recipe.backbone), recipe.sync_bn, rank, recipe.run)
+    model = convert_sync_bn(make_rotnet(recipe.backbone), recipe.sync_bn, rank, recipe.run)
     return channels_last(model, rank.device).train()
 
 

@@ -1,4 +1,4 @@
-"""The accuracy of a checkpoint's own rotation head, ours or another project's."""
+"""Rotation accuracy of a checkpoint's own head, ours or another project's."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _CLOCKWISE = {"file": None, "clockwise": True, "counter-clockwise": False}
 
 
 def run(recipe: Rotation, rank: Rank) -> Path:
-    """Count exact hits over all images in all four views, write the run folder.
+    """Compute exact accuracy over all four views of all images, write the run folder.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
-        FileNotFoundError: there are no such data or weights.
+        ValueError: The weights, data and recipe do not fit together.
+        FileNotFoundError: There are no such data or weights.
     """
     if not recipe.weights:
-        raise ValueError("name the weights to score: --weights FILE, one with its rotation head")
+        raise ValueError("name the weights to score: --weights FILE, with its rotation head")
     if recipe.val.views != "rotate4" or recipe.val.drop_last:
-        raise ValueError("all four views of every image count: views rotate4, no drop_last")
+        raise ValueError("all four views of every image are needed: views rotate4, no drop_last")
     out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.val.seed)  # of the random control's weights
+    torch.manual_seed(recipe.val.seed)  # for the random control's weights
     with contextlib.ExitStack() as stack:
         if rank.main:
             stack.enter_context(lock(out, recipe.name))
@@ -50,7 +50,7 @@ def run(recipe: Rotation, rank: Rank) -> Path:
         if recipe.weights != RANDOM:
             report = load_rotnet(net, Path(recipe.weights), clockwise=_CLOCKWISE[recipe.labels])
             sha = report.sha256
-            logger.info("%s: %s", recipe.weights, report.words())
+            logger.info("%s: %s", recipe.weights, report.summary())
         net = channels_last(net, rank.device).eval()
         loader = stack.enter_context(
             open_data(recipe.val, rank, RunSettings(precision=recipe.run.precision))

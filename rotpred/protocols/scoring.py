@@ -1,4 +1,4 @@
-"""Exact accuracy of classifiers over a validation set."""
+"""Exact accuracy of classifiers on a validation set."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from rotpred.metrics.classification import Confusion, ConfusionResult, TopK
 from rotpred.training.precision import autocast
 
 Scores = dict[str, dict[str, float]]
-"""Metrics (top1, top5, n) by classifier; shares are from 0 to 1."""
+"""Metrics (top1, top5, n) by classifier; top1 and top5 are from 0 to 1."""
 
 ROTATIONS = 4
+"""Number of rotations to tell apart."""
 
 
 @torch.no_grad()
@@ -26,13 +27,13 @@ def score(
     names: Sequence[str],
     logits_of: Callable[[torch.Tensor], Sequence[torch.Tensor]],
 ) -> Scores:
-    """Top-1, and top-5 where there are more than five classes, of every classifier by name.
+    """Return top-1, and top-5 if there are more than five classes, of every classifier by name.
 
     Args:
-        val: plain views; every valid sample of an epoch counts once.
-        rank: all ranks call, and get the same.
-        names: of the classifiers.
-        logits_of: images of a batch to one (N, classes) per classifier.
+        val: Plain views; every valid sample of an epoch counts once.
+        rank: All ranks call and get the same result.
+        names: Names of the classifiers.
+        logits_of: Maps the images or features of a batch to logits (N, classes) per classifier.
     """
     counts: TopK | None = None
     for batch in val.epoch(0):
@@ -54,14 +55,14 @@ def score_rotations(
     *,
     tick: Callable[[int], None] = lambda _done: None,
 ) -> ConfusionResult:
-    """Count predicted against true rotations of every image, on any number of ranks.
+    """Return the confusion of predicted and true rotations, for any number of ranks.
 
     Args:
-        net: images to logits (N, 4), in evaluation mode.
+        net: Maps images (N, 3, S, S) to logits (N, 4); in evaluation mode.
         val: rotate4 views; every valid view of an epoch counts once.
-        rank: all ranks call, and get the same.
-        precision: of the network.
-        tick: told the number of batches that are done.
+        rank: All ranks call and get the same result.
+        precision: Autocast type of the network.
+        tick: Called with the number of finished batches.
     """
     counts = Confusion(ROTATIONS, device=rank.device)
     for done, batch in enumerate(val.epoch(0), start=1):

@@ -1,4 +1,4 @@
-"""Segmentation: training of a fully convolutional network, and exact mean IoU."""
+"""Segmentation: training of a fully convolutional network, exact mean IoU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rotpred.files import replaced
 from rotpred.metrics.classification import Confusion, ConfusionResult
 from rotpred.metrics.predictions import read_masks
 from rotpred.models.base import Backbone
-from rotpred.models.fcn import Fcn, pixel_loss, resized
+from rotpred.models.fcn import Fcn, pixel_loss, resize_logits
 from rotpred.plots.detections import CITYSCAPES_PALETTE, masks_figure, voc_palette
 from rotpred.protocols import dense
 from rotpred.protocols.dense import DenseResult
@@ -35,42 +35,50 @@ SHOWN = 4
 
 
 def run(recipe: Segmentation, rank: Rank) -> Path:
-    """Train and count exact mean IoU, or score a folder of predictions; write the run folder.
+    """Train and compute exact mean IoU, or score a folder of predictions; write the run folder.
+
+    Returns:
+        The run folder.
 
     Raises:
-        ValueError: weights, data, predictions and recipe do not fit together, in words.
-        Stopped: a signal ended the run after a checkpoint.
+        ValueError: The weights, data, predictions and recipe do not fit together.
+        Stopped: A signal ended the run after a checkpoint.
     """
     if recipe.predictions:
-        return score(recipe, rank)
-    return dense.run(recipe, rank, Segment)
+        return score_predictions(recipe, rank)
+    return dense.run(recipe, rank, SegmentationTask)
 
 
-class Segment:
-    """What segmentation does differently: `dense.Task`."""
+class SegmentationTask:
+    """Segmentation as a `dense.Task`."""
 
     def __init__(self, recipe: Segmentation) -> None:
-        """Touch nothing yet."""
+        """Keep the recipe; nothing is loaded yet."""
         self.recipe = recipe
 
     def network(self, backbone: Backbone, classes: int) -> nn.Module:
-        """The backbone, dilated, with both heads."""
+        """Build the network: the dilated backbone with main and auxiliary head."""
         return Fcn(backbone, classes, dropout=self.recipe.dropout)
 
     def objective(self, state: TrainState, batch: DenseBatch) -> LossAndLogs:
-        """Both losses at the size of the masks, in float32, and the share of right pixels."""
+        """Return the weighted sum of both losses, float32 (), and both with pixel accuracy to log.
+
+        Raises:
+            ValueError: The data have no masks.
+        """
         if batch.masks is None:
             raise ValueError(f"{self.recipe.train.data} has no masks to learn from")
         masks, align = batch.masks, self.recipe.align_corners
         size = (masks.shape[1], masks.shape[2])
-        # Dropout is then a function of seed, step and process: a run that goes on draws the same.
+        # Makes dropout a function of seed, step and rank, so that a resumed run draws the same.
         seeds = np.random.SeedSequence([self.recipe.train.seed, state.step, state.rank.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         with state.autocast():
             logits, auxiliary = state.model(batch.images)
-        logits = resized(logits, size, align_corners=align)
+        logits = resize_logits(logits, size, align_corners=align)
         decode_loss = pixel_loss(logits, masks, IGNORED)
-        auxiliary_loss = pixel_loss(resized(auxiliary, size, align_corners=align), masks, IGNORED)
+        auxiliary = resize_logits(auxiliary, size, align_corners=align)
+        auxiliary_loss = pixel_loss(auxiliary, masks, IGNORED)
         loss = decode_loss + self.recipe.aux_weight * auxiliary_loss
         counted = masks != IGNORED
         right = ((logits.detach().argmax(1) == masks) & counted).sum() / counted.sum().clamp(min=1)
@@ -82,8 +90,8 @@ class Segment:
         }
 
     def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
-        """Mean IoU over all pixels of all images, each in its stored size."""
-        with dense.any_shape():
+        """Return mean IoU over all pixels of all images, each in its stored size."""
+        with dense.no_cudnn_benchmark():
             return self._evaluate(state, val)
 
     def _evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
@@ -94,8 +102,8 @@ class Segment:
         for i, logits in self._logits(state, val):
             truth = torch.from_numpy(samples.mask(i)).to(rank.device)
             size = (truth.shape[0], truth.shape[1])
-            enlarged = resized(logits, size, align_corners=self.recipe.align_corners)
-            predicted = enlarged.argmax(1)[0]
+            upsampled = resize_logits(logits, size, align_corners=self.recipe.align_corners)
+            predicted = upsampled.argmax(1)[0]
             confusion.update(predicted, truth, truth != IGNORED)
             if self.recipe.save_predictions or (rank.main and len(shown) < SHOWN):
                 mask = predicted.to(torch.uint8).cpu().numpy()
@@ -103,12 +111,12 @@ class Segment:
                     shown.append((i, mask))
                 if self.recipe.save_predictions:
                     save_mask(folder / f"{samples.names[i]}.png", mask, _palette(val))
-        return evaluation(confusion.compute(rank), val, shown if rank.main else [])
+        return segmentation_result(confusion.compute(rank), val, shown if rank.main else [])
 
     def _logits(self, state: TrainState, val: DenseLoader) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and float32 logits (1, classes, h, w) of this process's images, one by one.
+        """Yield index and float32 logits (1, classes, h, w) of each of this process's images.
 
-        Without what they are padded with in a batch: results depend on no neighbour.
+        The padding of the batch is cut off, so results do not depend on other images.
         """
 
         def logits_of(image: torch.Tensor) -> torch.Tensor:
@@ -118,7 +126,7 @@ class Segment:
 
         def window_of(image: torch.Tensor) -> torch.Tensor:
             size = (image.shape[2], image.shape[3])
-            return resized(logits_of(image), size, align_corners=self.recipe.align_corners)
+            return resize_logits(logits_of(image), size, align_corners=self.recipe.align_corners)
 
         crop, stride = self.recipe.slide_crop, self.recipe.slide_stride
         for batch in val.epoch(0):
@@ -128,11 +136,11 @@ class Segment:
                 if self.recipe.test == "slide":
                     yield int(batch.indices[k]), slide(window_of, image, crop, stride)
                 else:
-                    # As published, first to the network's input, then to the stored image.
+                    # As published: upsample to the network's input here, to the stored image later.
                     yield int(batch.indices[k]), window_of(image)
 
     def identity(self) -> dict[str, object]:
-        """Head, loss and how logits are enlarged."""
+        """Return the fields that define head, loss and upsampling."""
         names = ("align_corners", "aux_weight", "dropout")
         return {"model": "fcn", **{name: getattr(self.recipe, name) for name in names}}
 
@@ -140,20 +148,20 @@ class Segment:
 def slide(
     logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, crop: int, stride: int
 ) -> torch.Tensor:
-    """The mean of the logits of windows, where they overlap.
+    """Return the logits of sliding windows, averaged where windows overlap.
 
-    Windows begin at multiples of the stride; one that would reach over the edge is moved back until
-    it ends there. An image smaller than the window is one window along that side. Source: mmseg/
-    models/segmentors/encoder_decoder.py, slide_inference.
+    Windows start at multiples of the stride. One that would cross the edge is moved back to end
+    there. A side shorter than the window has one window. Source: mmseg/models/segmentors/
+    encoder_decoder.py, slide_inference.
 
     Args:
-        logits_of: maps (1, 3, h, w) to float32 (1, classes, h, w).
-        image: (1, 3, H, W).
-        crop: side of the window in pixels.
-        stride: pixels between windows.
+        logits_of: Maps float (1, 3, h, w) to float32 (1, classes, h, w).
+        image: Float (1, 3, H, W).
+        crop: Side of the window in pixels.
+        stride: Pixels between windows.
 
     Returns:
-        (1, classes, H, W).
+        float32 (1, classes, H, W).
     """
     height, width = image.shape[2:]
     total: torch.Tensor | None = None
@@ -166,7 +174,7 @@ def slide(
                 total = logits.new_zeros(1, logits.shape[1], height, width)
             total[:, :, rows, columns] += logits
             count[:, :, rows, columns] += 1
-    assert total is not None  # an image has a pixel
+    assert total is not None  # an image has at least one pixel
     return total / count
 
 
@@ -175,12 +183,15 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def score(recipe: Segmentation, rank: Rank) -> Path:
-    """Compare a folder of predicted masks with the validation data, and write the run folder.
+def score_predictions(recipe: Segmentation, rank: Rank) -> Path:
+    """Score a folder of predicted masks on the validation data, and write the run folder.
+
+    Returns:
+        The run folder.
 
     Raises:
-        FileNotFoundError: there is none of an image.
-        ValueError: one has another size or unknown classes; it says which.
+        FileNotFoundError: An image has no predicted mask.
+        ValueError: A mask has another size or unknown classes; the message names it.
     """
     folder = Path(recipe.predictions)
 
@@ -193,26 +204,26 @@ def score(recipe: Segmentation, rank: Rank) -> Path:
             counted = truth != IGNORED
             if (predicted[counted] == IGNORED).any():
                 raise ValueError(
-                    f"{folder}: pixels of {val.samples.names[i]} that count have no class but "
-                    f"{IGNORED}"
+                    f"{folder}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that have "
+                    "a class"
                 )
             confusion.update(*map(torch.from_numpy, (predicted, truth, counted)))
             if rank.main and len(shown) < SHOWN:
                 shown.append((i, predicted))
-        return evaluation(confusion.compute(rank), val, shown)
+        return segmentation_result(confusion.compute(rank), val, shown)
 
-    return dense.score(recipe, rank, count)
+    return dense.score_predictions(recipe, rank, count)
 
 
-def evaluation(
+def segmentation_result(
     result: ConfusionResult, val: DenseLoader, shown: list[tuple[int, Mask]]
 ) -> DenseResult:
-    """Mean IoU first, pixel accuracy, mean recall, and the IoU of each class that occurs.
+    """Return mean IoU (first), pixel accuracy, mean recall, and the IoU of each class that occurs.
 
     Args:
-        result: over all processes.
-        val: classes, names, images and true masks.
-        shown: indices and predicted masks of images to draw.
+        result: Confusion over all processes.
+        val: Classes, names, images and true masks.
+        shown: Indices and predicted masks, uint8 (h, w), of the images to draw.
     """
     values = {"mIoU": result.mean_iou, "accuracy": result.accuracy}
     values["mean recall"] = result.mean_recall
@@ -224,12 +235,12 @@ def evaluation(
 
 
 def save_mask(path: Path, mask: Mask, palette: Mask) -> None:
-    """Write classes, uint8 (h, w), as a PNG file that viewers show in the colors of a palette.
+    """Write a mask of class ids as a PNG file with a palette.
 
     Args:
-        path: made whole or not at all, with its folder.
-        mask: what is written.
-        palette: uint8 (classes, 3).
+        path: Written atomically; its folder is created.
+        mask: uint8 (h, w).
+        palette: uint8 (classes, 3): RGB colors.
     """
     image = Image.fromarray(mask)
     image.putpalette(palette.tobytes())

@@ -1,4 +1,4 @@
-"""What pretraining and evaluation set up alike: folder, data for a rank, identity, length, log."""
+"""Session of a training run: run folder, data, checkpoints and their identity, length, log."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ S = TypeVar("S", bound=DataSpec)
 S_co = TypeVar("S_co", bound=DataSpec, covariant=True)
 L = TypeVar("L", bound=TrainingLoader[object])
 
-_WHY = {
-    "rotate4": "pretraining predicts rotations",
-    "plain": "classification reads each image once",
+_VIEWS_REASONS = {
+    "rotate4": "rotation prediction needs all four rotations",
+    "plain": "classification needs unrotated images",
 }
 
 
 class TrainingRecipe(Protocol[S_co]):
-    """What all recipes that train have."""
+    """Fields that all recipes with training share."""
 
     @property
     def name(self) -> str:
-        """Names the default run folder."""
+        """Name of the run and of the default run folder."""
 
     @property
     def train(self) -> S_co:
@@ -50,16 +50,16 @@ class TrainingRecipe(Protocol[S_co]):
 
     @property
     def val(self) -> S_co | None:
-        """Validation data, if there are any."""
+        """Validation data; None for no validation."""
 
     @property
     def run(self) -> RunSettings:
-        """How it is driven."""
+        """Length, precision, logs and checkpoints."""
 
 
 @dataclass(frozen=True)
 class Job(Generic[L]):
-    """An open run: its folder is locked and its data are there."""
+    """An open run: the run folder is locked, the loaders are open."""
 
     recipe: TrainingRecipe[DataSpec]
     rank: Rank
@@ -69,7 +69,7 @@ class Job(Generic[L]):
 
     @property
     def total(self) -> int:
-        """Steps of the run, which `max_steps` may cut short."""
+        """Number of steps: all epochs, or `max_steps` if that is less."""
         total = self.recipe.run.epochs * len(self.loader)
         most = self.recipe.run.max_steps
         return total if most is None else min(total, most)
@@ -77,12 +77,12 @@ class Job(Generic[L]):
     def train_state(
         self, module: nn.Module, trained: list[OptimizedPart], **own: object
     ) -> TrainState:
-        """What is trained, with its checkpoints in the run folder.
+        """Return the training state, with its checkpoints in the run folder.
 
         Args:
-            module: on its device.
-            trained: its parts.
-            own: as for `identity`, the backbone among it.
+            module: The network, on its device.
+            trained: Its parts, each with an optimiser.
+            own: The protocol's fields for `identity`, with the backbone.
         """
         recipe, rank = self.recipe, self.rank
         return TrainState(
@@ -100,7 +100,7 @@ class Job(Generic[L]):
         """Load the newest checkpoint, if there is one, and open the log.
 
         Yields:
-            The log, to which only the main process writes; None where the run is finished already.
+            The log, which only the main process writes; None if the run is finished already.
         """
         resumed = state.resume()
         finished = False
@@ -123,7 +123,7 @@ class Job(Generic[L]):
             yield log
 
     def finish(self, state: TrainState) -> None:
-        """Mark the folder as finished: the last thing that a run does."""
+        """Mark the run folder as finished. Must come last."""
         if self.rank.main:
             write_json(self.out / DONE, self._done(state))
 
@@ -139,13 +139,13 @@ def open_job(
     """Lock the run folder, seed torch, open the data.
 
     Raises:
-        ValueError: another job has the folder, or recipe and data do not fit together, in words.
-        FileNotFoundError: there are no such data.
-        RuntimeError: the ranks have data of different length or content.
+        ValueError: Another job has the folder, or recipe and data do not fit together.
+        FileNotFoundError: There are no such data.
+        RuntimeError: The data of the ranks differ in length or content.
     """
     for spec in (recipe.train, recipe.val):
         if spec is not None and spec.views != views:
-            raise ValueError(f"{_WHY[views]}: views must be {views}")
+            raise ValueError(f"{_VIEWS_REASONS[views]}: views must be {views}")
     with open_run(recipe, rank, open_data) as job:
         yield job
 
@@ -156,7 +156,7 @@ def open_run(
     rank: Rank,
     opener: Callable[[S, Rank, RunSettings], AbstractContextManager[L]],
 ) -> Iterator[Job[L]]:
-    """Lock the run folder, seed torch, open the data with `opener`; raises as `open_job` does."""
+    """Lock the run folder, seed torch, open the data with `opener`. Raises as `open_job` does."""
     out = Path(recipe.run.out or f"runs/{recipe.name}")
     torch.manual_seed(recipe.train.seed)
     with contextlib.ExitStack() as stack:
@@ -173,17 +173,18 @@ def open_run(
 def identity(
     loader: TrainingLoader[object], rank: Rank, run: RunSettings, **own: object
 ) -> dict[str, Any]:
-    """What decides the weights, as plain JSON: a checkpoint is gone on with only where it is equal.
+    """Return what determines the weights, as JSON values. It must match to resume a checkpoint.
 
-    How fast they come (engine, workers, cadences, graphs, number of processes) is not part of it.
+    Settings that affect speed only are left out: engine, workers, intervals, CUDA graphs, number of
+    processes.
 
     Args:
-        loader: training data.
-        rank: its world makes the global batch.
-        run: length and precision.
-        own: what the protocol adds, dataclasses turned into dictionaries.
+        loader: Training data.
+        rank: Its world size gives the global batch.
+        run: Length and precision.
+        own: Fields that the protocol adds, dataclasses as dictionaries.
     """
-    fingerprint_fields = {
+    fields = {
         "data": loader.data_id,
         "global_batch": loader.spec.batch_size * rank.world,
         "epochs": run.epochs,
@@ -192,6 +193,6 @@ def identity(
         **loader.spec.fingerprint_fields(),
         **own,
     }
-    result = plain(fingerprint_fields)
+    result = plain(fields)
     assert isinstance(result, dict)
     return result

@@ -1,4 +1,4 @@
-"""The VOC07 protocols: one-vs-rest linear SVMs on frozen features, in full and low-shot."""
+"""The VOC07 protocols: one-vs-rest linear SVMs on frozen features, with all samples or low-shot."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rotpred.distributed import Rank, all_sum
 from rotpred.features.base import Features
 from rotpred.metrics.average_precision import average_precision
 from rotpred.plots import svm
-from rotpred.protocols.feature_session import FeatureSession, open_evaluation, share
-from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_tables
+from rotpred.protocols.feature_session import FeatureSession, open_evaluation, shard_slice
+from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_label_tables
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.log import RunLog
 from rotpred.svm.dual import gram, solve
@@ -24,23 +24,23 @@ from rotpred.svm.low_shot import aggregate, scores_of_draw
 from rotpred.svm.primal import compact, solve_compact
 
 MAX_SAMPLES = 20_000
-"""Training samples whose kernel, 8 bytes for each pair, is held: 3.2 GB."""
+"""Largest number of training samples. Their kernel, 8 bytes a pair, takes 3.2 GB of memory."""
 
 
 def run(recipe: Svm, rank: Rank) -> Path:
     """Choose each class's cost by cross-validation, test every stage, write the run folder.
 
     Returns:
-        The run folder, with the mAP of every stage in results.json.
+        The run folder; results.json has the mAP of every stage.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
+        ValueError: The weights, data and recipe do not fit together.
     """
     stages = recipe.stages
     with open_evaluation(recipe, rank) as evaluation:
         parts, (labels, test_labels), class_names = _prepare(recipe, evaluation)
         classes, n = labels.shape[1], len(test_labels)
-        # Difficult samples are negatives here.
+        # Difficult samples are negatives in training.
         signs = np.where(labels > 0, np.int8(1), np.int8(-1))
         needed = recipe.folds
         check_counts(signs, class_names, "training data", positive=needed, negative=needed)
@@ -49,13 +49,13 @@ def run(recipe: Svm, rank: Rank) -> Path:
         with evaluation.begin(len(units)) as log:
             if log is None:
                 return evaluation.out
-            # AP, 11-point AP, chosen cost; each rank fills in its own classes.
+            # AP, 11-point AP, chosen cost; each rank fills in its own units.
             found = torch.zeros(len(stages), classes, 3, dtype=torch.float64)
             tick = Ticker(log)
             for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
                 for c in numbers:
                     found[stage, c] = torch.tensor(
-                        one_class(kernel, test, labels[:, c], test_labels[:, c], recipe, rows),
+                        evaluate_class(kernel, test, labels[:, c], test_labels[:, c], recipe, rows),
                         dtype=torch.float64,
                     )
                     tick()
@@ -73,11 +73,11 @@ def run(recipe: Svm, rank: Rank) -> Path:
                 evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)), n=n)
             aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
-                log.figure("per_class", svm.per_class(aps, class_names))
+                log.figure("per_class", svm.class_ap_figure(aps, class_names))
     return evaluation.out
 
 
-def one_class(
+def evaluate_class(
     kernel: torch.Tensor,
     test: torch.Tensor,
     labels: npt.NDArray[np.int8],
@@ -85,34 +85,33 @@ def one_class(
     recipe: Svm,
     rows: torch.Tensor | None = None,
 ) -> tuple[float, float, float]:
-    """Choose the cost of one class by cross-validation, refit, test.
+    """Choose the cost of one class by cross-validation, train on all samples, test.
 
     Source: mmselfsup, tools/benchmarks/classification/svm_voc07/tools/{train_svm_kfold_parallel,
-    test_svm}.py. Difficult samples (0) are negatives here, and are left out of the test. Theirs
-    stops liblinear at its tolerance or after 2000 passes; this is the exact optimum.
+    test_svm}.py. Difficult samples (0) are negatives in training and are left out of the test.
+    liblinear, used there, stops at its tolerance or after 2000 passes; this is the exact optimum.
+    There must be at least as many positives and negatives as folds, and a positive in the test data
+    (`multilabel.check_counts`).
 
     Args:
-        kernel: float64 (N, N), `gram` of the training samples.
-        test: float64 (M, N), of the test samples with them.
+        kernel: float64 (N, N): `gram` of the training samples.
+        test: float64 (M, N): `gram` of test and training samples.
         labels: int8 (N,).
         test_labels: int8 (M,).
-        recipe: costs, folds, weight of positives.
-        rows: float64 (N, d), `compact` of the training samples.
+        recipe: Costs, folds, weight of positives.
+        rows: float64 (N, d): `compact` of the training samples, or None.
 
     Returns:
-        AP as published, 11-point AP, and the cost.
-
-    There must be as many positives and negatives as folds, and a positive in the test data
-    (`labels.check_counts`).
+        AP as published, 11-point AP, and the chosen cost.
     """
-    # Here, as it takes a second and a half, which every other job would wait for.
+    # Imported here because it takes 1.5 seconds, which other jobs do not need.
     from sklearn.metrics import average_precision_score
     from sklearn.model_selection import StratifiedKFold
 
     signs = np.where(labels > 0, 1.0, -1.0)
     costs = torch.tensor(recipe.costs, dtype=torch.float64, device=kernel.device)
     precision = np.zeros((recipe.folds, len(costs)))
-    # As cross_val_score(cv=3): stratified, in the order of the samples.
+    # As cross_val_score(cv=3): stratified, without shuffling.
     folds = StratifiedKFold(recipe.folds).split(np.zeros(len(signs)), signs)
     for fold, (fit, held) in enumerate(folds):
         beta = _fit(kernel, rows, fit, signs, costs, recipe.positive_weight)
@@ -129,13 +128,14 @@ def one_class(
 
 
 def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
-    """Train on few samples per class, several draws of them, test every stage.
+    """Train on few samples per class, over several draws, and test every stage.
 
     Returns:
-        The run folder, with mean and deviation of the mAP of every stage and number of shots.
+        The run folder; results.json has mean and deviation of the mAP per stage and number of
+        shots.
 
     Raises:
-        ValueError: weights, data and recipe do not fit together, in words.
+        ValueError: The weights, data and recipe do not fit together.
     """
     stages, shots = recipe.stages, recipe.shots
     units = list(itertools.product(range(len(stages)), range(recipe.draws)))
@@ -190,7 +190,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
 
 
 class Ticker:
-    """Tells that one more is done."""
+    """Counter of finished units that reports to the log."""
 
     def __init__(self, log: RunLog) -> None:
         self._log, self._done = log, 0
@@ -208,7 +208,7 @@ def _fit(
     costs: torch.Tensor,
     positive_weight: float,
 ) -> torch.Tensor:
-    """Return beta (len(chosen), len(costs)) of the problem on some of the training samples."""
+    """Train on the chosen samples; returns beta, float64 (len(chosen), len(costs))."""
     y = torch.from_numpy(signs[chosen]).to(kernel.device)
     weights = torch.where(y > 0, positive_weight, 1.0)
     if rows is not None and rows.shape[1] < len(chosen):
@@ -220,17 +220,20 @@ def _fit(
 def _prepare(
     recipe: Svm | LowShot, evaluation: FeatureSession
 ) -> tuple[tuple[Features, Features], tuple[Labels, Labels], tuple[str, ...]]:
-    """Features and labels of training and test data, and the names of their classes.
+    """Return features and labels of training and test data, and the class names.
 
-    Files of labels are read first: the work on images may take hours.
+    Label files are read first, because extraction may take hours.
+
+    Raises:
+        ValueError: There are more than `MAX_SAMPLES` training samples, or labels do not fit.
     """
     if evaluation.samples > MAX_SAMPLES:
         raise ValueError(
-            f"{evaluation.samples} training samples are more than {MAX_SAMPLES}: choose some of "
-            "them with --train.max-samples"
+            f"{evaluation.samples} training samples exceed the maximum of {MAX_SAMPLES}: select "
+            "some with --train.max-samples"
         )
     paths = (recipe.train_labels, recipe.val_labels)
-    tables, classes = read_tables(paths, evaluation.data)
+    tables, classes = read_label_tables(paths, evaluation.data)
     names = _class_names(recipe, evaluation.data, classes)
     parts = evaluation.features(recipe.stages)
     labels, test_labels = (
@@ -242,15 +245,15 @@ def _prepare(
 def _class_names(
     recipe: Svm | LowShot, data: tuple[Loader, Loader], classes: int
 ) -> tuple[str, ...]:
-    """What the columns of the labels are called: as the recipe says, else as the data do.
+    """Return the names of the label columns: the recipe's, else the data's, else numbers.
 
     Raises:
-        ValueError: the recipe has another number of names.
+        ValueError: The recipe has the wrong number of names.
     """
     if recipe.class_names and len(recipe.class_names) != classes:
         raise ValueError(
             f"{len(recipe.class_names)} class_names for labels of {classes} classes: "
-            "--class-names NAME ..., or --class-names alone for the data's own"
+            "pass --class-names NAME ..., or --class-names alone for the names in the data"
         )
     numbers = tuple(map(str, range(classes)))
     given = (recipe.class_names, *(part.classes for part in data))
@@ -263,8 +266,8 @@ def _work(
     stages: Sequence[str],
     units: Sequence[tuple[int, int]],
 ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Yield this rank's work: a stage, the numbers that go with it, its kernels and rows."""
-    mine = units[share(len(units), rank)]
+    """Yield this rank's work: a stage, its classes or draws, its kernels and its compact rows."""
+    mine = units[shard_slice(len(units), rank)]
     device = rank.device
     for stage, group in itertools.groupby(mine, key=lambda unit: unit[0]):
         train, val = (part.stages[stages[stage]] for part in parts)

@@ -1,4 +1,4 @@
-"""All recipes by name."""
+"""Tables of all recipes by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rotpred.recipes import detection, finetune, knn, linear, pretrain, rotation, segmentation, svm
 
 PRETRAINING = pretrain.RECIPES
+"""Recipes of scripts/pretrain.py."""
 
 EVALUATION: dict[str, Callable[[], Any]] = {
     **linear.RECIPES,
@@ -18,3 +19,4 @@ EVALUATION: dict[str, Callable[[], Any]] = {
     **detection.RECIPES,
     **segmentation.RECIPES,
 }
+"""Recipes of scripts/evaluate.py."""

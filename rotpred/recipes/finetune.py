@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning on a part of the labels: source, command and published result of each."""
+"""Semi-supervised recipes. Each docstring: source, command, published result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rotpred.training.settings import RunSettings
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Fine-tuning of all layers, with a new classifier, on a part of the labels."""
+    """Fine-tuning of all layers, with a new classifier, on a fraction of the labels."""
 
     name: str = "semi"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"
-    """The architecture of the weights."""
+    """Architecture of the weights."""
     fraction: float = 0.01
-    """Share of the labels that the training data stand for: what results say, nothing else."""
+    """Fraction of the labels in the training data. Reported in the results; selects nothing."""
     train: LoaderSpec = field(default_factory=lambda: Linear().train)
     """Labelled training data."""
     val: LoaderSpec = field(default_factory=lambda: Linear().val)
@@ -34,30 +34,30 @@ class FineTuning:
     optim: Optim = field(default_factory=lambda: Optim(lr=0.01, weight_decay=5e-4))
     """Optimiser of the backbone."""
     head_lr_mult: float = 1.0
-    """Learning rate of the classifier, as a multiple of the backbone's."""
+    """Learning rate of the classifier, relative to the backbone's."""
     schedule: Schedule = field(default_factory=lambda: Steps((12, 16), gamma=0.2))
     """Learning rate over time."""
     sync_bn: Literal["off", "torch"] = "off"
-    """Batch norm statistics over all GPUs (torch's SyncBN) or over each process's own."""
+    """Batch norm statistics: torch for all GPUs together (SyncBN), off for each process alone."""
     deterministic: bool = True
-    """Use deterministic kernels only: the same command gives the same weights, on a GPU as well."""
+    """Use deterministic kernels only: the same command gives the same weights, also on a GPU."""
     grid: bool = False
-    """Train every pair of `lrs` and `head_lr_mults`, each in a folder of its own below the run folder,
-    and report all of them and the one that is best on the validation data, as published. The same
-    command again goes on with what is not finished."""
+    """Train every pair of `lrs` and `head_lr_mults`, each in its own folder below the run folder.
+    Report all, and the best on the validation data, as published. The same command again resumes
+    the unfinished ones."""
     lrs: tuple[float, ...] = (0.1, 0.01, 0.001)
-    """Learning rates of the grid, in place of optim.lr."""
+    """Learning rates of the grid; replace optim.lr."""
     head_lr_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
-    """Multiples of the grid, in place of head_lr_mult."""
+    """Multiples of the grid; replace head_lr_mult."""
     eval_every_epochs: int = 20
-    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=20, precision="fp32"))
     """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
         for name, values in (("lrs", self.lrs), ("head_lr_mults", self.head_lr_mults)):
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be named, each once, got {values}")
+                raise ValueError(f"{name} must not be empty or repeat a value, got {values}")
         for value in (self.head_lr_mult, *self.lrs, *self.head_lr_mults):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(
@@ -71,12 +71,12 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_lr_mult: float = 10
     """ImageNet-1k, ResNet-50 fine-tuned on 1 % or 10 % of the labels, 4 GPUs x 64 images.
 
     Args:
-        fraction: 0.01 or 0.1, which have their own weight decay.
-        lr: of the backbone, for 256 images a step.
-        head_lr_mult: times that for the classifier.
+        fraction: 0.01 or 0.1; each has its own weight decay.
+        lr: Learning rate of the backbone for 256 images a step.
+        head_lr_mult: Learning rate of the classifier, relative to the backbone's.
 
     Raises:
-        ValueError: another fraction.
+        ValueError: The fraction is neither 0.01 nor 0.1.
     """
     decays = {0.01: 5e-4, 0.1: 1e-4}
     if fraction not in decays:
@@ -109,11 +109,11 @@ def in1k_semi_1() -> FineTuning:
 
     Source: mmselfsup, configs/benchmarks/classification/imagenet/imagenet_1percent; OpenSelfSup:
     4 x 64 images, SGD 0.9, 20 epochs, x0.2 at 12 and 16, decay 5e-4, SyncBN, random crop and flip;
-    a grid of rates 0.1, 0.01, 0.001 and head multiples 1, 10, 100, deterministic. The default is
-    what was best for rotation there. VISSL has 70 epochs, one rate and no decay.
+    a grid of learning rates 0.1, 0.01, 0.001 and head multiples 1, 10, 100; deterministic. The
+    default is the pair that was best for rotation there. VISSL: 70 epochs, one rate, no decay.
     Command: torchrun --nproc-per-node 4 scripts/evaluate.py in1k_semi_1 --grid --weights FILE
-    (without conversion: --train.data imagenet-subset:1percent.txt --train.root TRAIN_FOLDER, where
-    the list is SimCLR's; a list with labels goes by --train.data LIST --train.root TRAIN_FOLDER)
+    (without conversion: --train.data imagenet-subset:1percent.txt --train.root TRAIN_FOLDER, with
+    SimCLR's list; for a list with labels: --train.data LIST --train.root TRAIN_FOLDER)
     Published (OpenSelfSup), top-1 / top-5: 18.98 / 44.05; random weights 1.56 / 4.99.
     """
     return in1k_semi(0.01)
@@ -129,7 +129,8 @@ def in1k_semi_10() -> FineTuning:
     return in1k_semi(0.1)
 
 
-def cifar10_data(percent: int, epochs: int, decay: float) -> FineTuning:
+def _cifar10(percent: int, epochs: int, decay: float) -> FineTuning:
+    """ResNet-18 on CIFAR-10, 50 images a step."""
     pretext = rotnet_cifar10_r18()
     assert pretext.val is not None
     plain = replace(pretext.train, views="plain", normalize=CIFAR10)
@@ -153,20 +154,20 @@ def cifar10_data(percent: int, epochs: int, decay: float) -> FineTuning:
 def cifar10_semi_1() -> FineTuning:
     """CIFAR-10, the small ResNet-18 fine-tuned on 1 % of the labels: 50 of each class.
 
-    Source: `in1k_semi_1`, made small for two CPU cores: 50 images a step, 30 epochs of ten steps.
-    One process: two would send each other more gradients than so small batches are worth.
+    Source: `in1k_semi_1`, scaled down for two CPU cores: 50 images a step, 30 epochs of ten steps.
+    One process, because exchanging gradients between two costs more than such small batches save.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_1 --grid --weights FILE
     """
-    return cifar10_data(1, 30, 5e-4)
+    return _cifar10(1, 30, 5e-4)
 
 
 def cifar10_semi_10() -> FineTuning:
     """CIFAR-10, the small ResNet-18 fine-tuned on 10 % of the labels: 500 of each class.
 
-    Source: `in1k_semi_10`, made small for two CPU cores: 50 images a step, 8 epochs of a hundred.
+    Source: `in1k_semi_10`, scaled down for two CPU cores: 50 images a step, 8 epochs of 100 steps.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_semi_10 --grid --weights FILE
     """
-    return cifar10_data(10, 8, 1e-4)
+    return _cifar10(10, 8, 1e-4)
 
 
 RECIPES = {

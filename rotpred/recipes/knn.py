@@ -1,4 +1,4 @@
-"""k-nearest-neighbour recipes."""
+"""k-nearest-neighbour recipes. Each docstring: source, command, published result."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from rotpred.recipes.pretrain import rotnet_cifar10_r18
 
 @dataclass(frozen=True)
 class Knn:
-    """Weighted nearest neighbours in the features of one stage."""
+    """Weighted k-nearest-neighbour classification on the features of one stage."""
 
     name: str = "knn"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"
-    """The architecture of the weights."""
+    """Architecture of the weights."""
     train: LoaderSpec = PLAIN
-    """Labelled data among which neighbours are found."""
+    """Labelled data in which neighbours are searched."""
     val: LoaderSpec = PLAIN
     """Labelled test data."""
     stage: str = AVGPOOL
-    """A stage of the backbone, or avgpool."""
+    """Stage of the backbone, or avgpool."""
     neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours k that vote; each is reported."""
+    """Values of k, the number of neighbours that vote. Each is reported."""
     temperature: float = 0.07
-    """T: a neighbour's vote is exp(similarity / T)."""
+    """Temperature T: the vote of a neighbour is exp(similarity / T)."""
     normalize: bool = True
-    """Cosine similarity; False (VISSL's default, with temperature 0.1) is the dot product."""
+    """Similarity: cosine if true, dot product if false (VISSL's default, with temperature 0.1)."""
     store: Store = "float32"
-    """Type of the features on disk; the similarities are float32."""
+    """Type of the features on disk. Similarities are computed in float32."""
     run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
-    """Where it works."""
+    """Run folder, device, precision and feature cache."""
 
     def __post_init__(self) -> None:
         if not self.neighbours or min(self.neighbours) < 1 or self.temperature <= 0:
@@ -44,13 +44,13 @@ class Knn:
 
 
 def in1k_knn() -> Knn:
-    """ImageNet-1k, ResNet-50: nearest neighbours in the averaged last map.
+    """ImageNet-1k, ResNet-50: nearest neighbours in the average-pooled last feature map.
 
     Source: mmselfsup, tools/benchmarks/classification/knn_imagenet and mmselfsup/evaluation/
-    functional/knn_eval.py. Features are kept as float16 (ours): --store float32 as published.
-    VISSL (vissl/utils/knn_utils.py) takes 200 neighbours, no normalisation and temperature 0.1:
-    --no-normalize --temperature 0.1 --neighbours 200; by default of the output of its head, which
-    is not offered.
+    functional/knn_eval.py. Features are stored as float16 (ours); --store float32 as published.
+    VISSL (vissl/utils/knn_utils.py) has 200 neighbours, no normalisation and temperature 0.1:
+    --no-normalize --temperature 0.1 --neighbours 200. Its default feature, the output of its head,
+    is not available here.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_knn --weights FILE
     Published (mmselfsup): k = 10 / 20 / 100 / 200: 11.0 / 11.9 / 12.6 / 12.4.
     """

@@ -1,4 +1,4 @@
-"""Recipes of classification with a frozen backbone: source, command and published result of each."""
+"""Linear evaluation recipes: probes on a frozen backbone. Docstrings: source, command, result."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
 
 @dataclass(frozen=True)
 class Probe:
-    """Classifiers on frozen features, trained side by side in one pass of the backbone."""
+    """Classifiers on frozen features, all trained in one pass of the backbone."""
 
     kind: ProbeKind = "avgpool"
-    """avgpool: Linear on the globally averaged last map. stages: pool, batch norm without affine
-    parameters and Linear on every stage. conv, nonlinear: the RotNet authors' probes of every
-    stage (three convolutions, or two hidden layers of 200)."""
+    """avgpool: linear, on the average-pooled last feature map. stages: pooling, batch norm (see
+    affine) and linear, on every stage. conv, nonlinear: the RotNet authors' probes of every stage,
+    with three convolutions or two hidden layers of 200."""
     optim: Optim = field(default_factory=lambda: Optim(lr=30.0, weight_decay=0.0))
-    """Optimiser of these classifiers; others have their own."""
+    """Optimiser of these classifiers."""
     schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
     """Learning rate over time."""
     lrs: tuple[float, ...] = ()
-    """Learning rates to compare: each classifier is trained with every one of them in the same
-    pass, called NAME@LR, and the best on the validation data is named. Empty: optim.lr alone."""
+    """Learning rates to compare. Each classifier is trained with all of them in the same pass, as
+    NAME@LR; the best on the validation data is reported. Empty: optim.lr only."""
     affine: bool = False
     """Whether the batch norm of stages has affine parameters (VISSL) or not (mmselfsup)."""
 
@@ -49,20 +49,20 @@ class Probe:
         if len(set(self.lrs)) < len(self.lrs):
             raise ValueError(f"lrs must differ, got {self.lrs}")
         if self.affine and self.kind != "stages":
-            raise ValueError(f"affine is for stages, not for {self.kind}")
+            raise ValueError(f"affine applies to kind stages, not to {self.kind}")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Classification with a frozen backbone."""
+    """Linear evaluation: classifiers on a frozen backbone."""
 
     name: str = "linear"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"
-    """The architecture of the weights."""
+    """Architecture of the weights."""
     train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
     """Labelled training data."""
     val: LoaderSpec = field(
@@ -72,25 +72,24 @@ class Linear:
     )
     """Labelled validation data."""
     probes: tuple[Probe, ...] = (Probe(),)
-    """Sets of classifiers; all are trained in the same pass, each set by its own optimiser."""
+    """Sets of classifiers. All are trained in the same pass, each set with its own optimiser."""
     cache: str = ""
-    """Folder of features (runs/features, say): those of the training images under the crop of the
-    validation are extracted once, and the probes (avgpool and stages) are trained on these. That
-    takes seconds where they stay in memory, as those of small data sets; larger ones are read from
-    the disk in every epoch (in1k_mhead: 226 GB as float32). Without random crops, flips and
-    colors: numbers differ from the published protocol's. Empty: augmented images go through the
-    backbone in every epoch."""
+    """Folder for cached features, e.g. runs/features. Features of the training images, with the
+    validation crop, are extracted once; avgpool and stages probes are trained on them. Training
+    takes seconds if they stay in memory (small data sets). Larger ones are read from disk in every
+    epoch (in1k_mhead: 226 GB as float32). There is no augmentation, so results differ from the
+    published protocol's. Empty: augmented images go through the backbone in every epoch."""
     cache_store: Store = "float32"
-    """Type of the features in the cache: float16 takes half the space, and 11 bits of each value;
-    results say so. The probes compute in float32."""
+    """Type of the cached features. float16 halves the space and keeps 11 bits of each value; the
+    results mention it. Probes compute in float32."""
     eval_every_epochs: int = 10
-    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=100))
     """Length, precision, logs and checkpoints."""
 
 
 _MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
-"""Of the multi-head probes."""
+"""Optimiser of the multi-head probes."""
 
 
 def _large(
@@ -120,10 +119,10 @@ def in1k_linear() -> Linear:
     Source: MoCo, main_lincls.py, and mmselfsup, resnet50_linear-8xb32-steplr-100e_in1k.py: rate 30
     for 256 images, no decay, x0.1 at 60 and 80, 100 epochs, random crop and flip. bf16 backbone
     (ours); --run.precision fp32 as published.
-    VISSL (optimizers/moco.yaml) has it with nesterov: --probes.0.optim.nesterov
+    VISSL (optimizers/moco.yaml) uses Nesterov momentum: --probes.0.optim.nesterov
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_linear --weights FILE
-    (several rates in one pass: --probes.0.lrs 3 10 30; features kept on disk instead of random
-    crops: --cache runs/features)
+    (several rates in one pass: --probes.0.lrs 3 10 30; cached features without augmentation:
+    --cache runs/features)
     Published (mmselfsup): 47.0; OpenSelfSup: 47.01, random weights 4.35.
     """
     return replace(
@@ -142,17 +141,18 @@ def in1k_linear() -> Linear:
 def in1k_mhead() -> Linear:
     """ImageNet-1k, ResNet-50: a linear classifier on each of the five stages, in one pass.
 
-    Source: mmselfsup 0.x, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, of which the published
-    numbers are: rate 0.01 for 256 images, nesterov, decay 1e-4, x0.1 at 30 and 60, 90 epochs, batch
-    norm without affine parameters, color jitter 0.4 and PCA lighting 0.1. 1.x inherits steps at 60
-    and 80 and leaves out the stem. bf16 backbone (ours); --run.precision fp32 as published.
+    Source: mmselfsup 0.x, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, which the published
+    numbers belong to: rate 0.01 for 256 images, nesterov, decay 1e-4, x0.1 at 30 and 60, 90 epochs,
+    batch norm without affine parameters, color jitter 0.4 and PCA lighting 0.1. 1.x inherits steps
+    at 60 and 80 and omits the stem. bf16 backbone (ours); --run.precision fp32 as published.
     VISSL (eval_resnet_8gpu_transfer_in1k_linear.yaml) has 28 epochs, other decay, affine batch norm
-    and no jitter. It has two more heads, on the average of res5 with and without batch norm, and
-    draws its linear layers as torch does (ours: N(0, 0.01)): no option brings these two. The rest:
+    and no jitter. It also has two more heads (average of res5, with and without batch norm) and
+    torch's default initialisation of linear layers (ours: N(0, 0.01)). These two have no option
+    here. For the rest:
     --run.epochs 28 --probes.0.schedule.milestones 8 16 24 --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
-    --train.color-jitter.brightness 0 --train.color-jitter.contrast 0 --train.color-jitter.saturation 0
-    --train.color-jitter.lighting 0
+    --train.color-jitter.brightness 0 --train.color-jitter.contrast 0
+    --train.color-jitter.saturation 0 --train.color-jitter.lighting 0
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py in1k_mhead --weights FILE
     Published (mmselfsup), feature 1-5: 12.15 / 31.99 / 44.57 / 54.20 / 45.94.
     """
@@ -168,13 +168,13 @@ def inat18_mhead() -> Linear:
     """iNaturalist 2018, 8,142 classes, ResNet-50: a linear classifier on each of the five stages.
 
     Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-84e_inat18.py: as `in1k_mhead` without color
-    jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x prints these values, but would run others). bf16
+    jitter, x0.1 at 24, 48 and 72, 84 epochs (1.x names these values, but runs others). bf16
     backbone (ours); --run.precision fp32 as published.
-    VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml), but for its head on the average of
-    res5 and torch's own draw of the linear layers: --probes.0.affine
+    VISSL (eval_resnet_8gpu_transfer_inaturalist18_linear.yaml), except its head on the average of
+    res5 and torch's default initialisation of linear layers: --probes.0.affine
     --probes.0.optim.weight-decay 5e-4 --probes.0.optim.decay-rule no_norm
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py inat18_mhead --weights FILE
-    (without conversion: --train.data inaturalist:train2018.json --train.root FOLDER, and for val)
+    (without conversion: --train.data inaturalist:train2018.json --train.root FOLDER; same for val)
     Published: nothing for rotation prediction.
     """
     return replace(
@@ -189,11 +189,11 @@ def places205_mhead() -> Linear:
 
     Source: mmselfsup 0.x, resnet50_mhead_8xb32-steplr-28e_places205.py: as `in1k_mhead` without
     color jitter, short side 256 and a random crop of 224, x0.1 at 7, 14 and 21, 28 epochs. bf16
-    backbone (ours); --run.precision fp32 as published. Theirs cuts the middle 256 x 256 first, which
-    is all of the image in the release of that size.
-    VISSL's, with crops of another kind, is `places205_mhead_vissl`.
+    backbone (ours); --run.precision fp32 as published. Theirs first takes the center 256 x 256,
+    which is the whole image in the 256 x 256 release.
+    VISSL's variant, with other crops, is `places205_mhead_vissl`.
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead --weights FILE
-    (without conversion: --train.data train_places205.csv --train.root FOLDER, and for val)
+    (without conversion: --train.data train_places205.csv --train.root FOLDER; same for val)
     Published (mmselfsup), feature 1-5: 18.94 / 34.72 / 44.53 / 46.30 / 44.12.
     """
     return replace(
@@ -204,12 +204,12 @@ def places205_mhead() -> Linear:
 
 
 def places205_mhead_vissl() -> Linear:
-    """Places205 as VISSL has it: crops of random size, 14 epochs.
+    """Places205, ResNet-50, VISSL's variant of `places205_mhead`: random-size crops, 14 epochs.
 
     Source: VISSL, eval_resnet_8gpu_transfer_places205_linear.yaml: as `places205_mhead`, but
     x0.1 at 4, 8 and 12, decay 5e-4 without norms, and affine batch norm. bf16 backbone (ours);
-    --run.precision fp32 as published. VISSL draws its linear layers as torch does; ours are
-    N(0, 0.01).
+    --run.precision fp32 as published. VISSL uses torch's default initialisation of linear layers;
+    ours is N(0, 0.01).
     Command: torchrun --nproc-per-node 8 scripts/evaluate.py places205_mhead_vissl --weights FILE
     Published: nothing per stage for rotation prediction.
     """
@@ -224,7 +224,8 @@ def places205_mhead_vissl() -> Linear:
     )
 
 
-def cifar10_data(name: str, backbone: str, batch_size: int) -> Linear:
+def _cifar10(name: str, backbone: str, batch_size: int) -> Linear:
+    """CIFAR-10 with padded random crops; the caller sets probes and length."""
     data = "data/cifar10/{}.beton"
     plain = LoaderSpec(
         data=data.format("train"), batch_size=batch_size, views="plain", normalize=CIFAR10
@@ -246,17 +247,17 @@ def cifar10_data(name: str, backbone: str, batch_size: int) -> Linear:
 
 
 def cifar10_probes() -> Linear:
-    """CIFAR-10 probes of every NIN block: the RotNet authors' conv and non-linear ones, and linear.
+    """CIFAR-10: the RotNet authors' conv and non-linear probes, and linear ones, of all NIN blocks.
 
     Source: gidariss/FeatureLearningRotNet, config/CIFAR10_ConvClassifier_on_RotNet_NIN4blocks_
     Conv2_feats.py and CIFAR10_MultLayerClassifier_...py: 128 images, nesterov, decay 5e-4, 100
     epochs, 0.1 / 0.02 / 0.004 / 0.0008, changed at 35, 70, 85 (conv) and 20, 40, 45 (non-linear).
-    The linear probe shares the conv probe's schedule (ours). Theirs keeps the best test epoch; we
+    The linear probe has the conv probe's schedule (ours). They report the best test epoch; we
     report the last one. bf16 backbone (ours); --run.precision fp32 as published.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_probes --weights FILE
     Published: conv2: 89.06 (non-linear), 91.16 (conv).
     """
-    base = cifar10_data("cifar10_probes", rotnet_cifar10_nin().backbone, 128)
+    base = _cifar10("cifar10_probes", rotnet_cifar10_nin().backbone, 128)
     optim = Optim(lr=0.1, nesterov=True, weight_decay=5e-4)
     rates = (0.1, 0.02, 0.004, 0.0008)
     conv = Table(tuple(zip((35, 70, 85, 100), rates, strict=True)))
@@ -273,14 +274,14 @@ def cifar10_probes() -> Linear:
 
 
 def cifar10_linear() -> Linear:
-    """CIFAR-10, all stages and the average pool of the small ResNet-18, for two CPU cores.
+    """CIFAR-10, small ResNet-18, two CPU cores: linear probes of all stages and the average pool.
 
     Source: our own schedule; probes as `in1k_linear` and `in1k_mhead`.
     Command: torchrun --nproc-per-node 2 scripts/evaluate.py cifar10_linear --weights FILE
     Measured: docs/results/rotnet_cifar10_r18.
     """
     optim = Optim(lr=0.02, nesterov=True, weight_decay=1e-4)
-    base = cifar10_data("cifar10_linear", rotnet_cifar10_r18().backbone, 64)
+    base = _cifar10("cifar10_linear", rotnet_cifar10_r18().backbone, 64)
     return replace(
         base,
         probes=(
@@ -293,10 +294,10 @@ def cifar10_linear() -> Linear:
 
 
 def quickstart_linear() -> Linear:
-    """Scanned digits: the demo's evaluation, on the network that `quickstart` trains.
+    """Scanned digits: linear evaluation of the network that `quickstart` trains; part of the demo.
 
-    Source: our own schedule; probes as `cifar10_linear`. Two hundred labels: with all 1,437
-    the digits are so easy that features of random weights do about as well.
+    Source: our own schedule; probes as `cifar10_linear`. Only 200 labels: with all 1,437 the
+    digits are so easy that features of random weights do about as well.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py quickstart_linear --weights FILE
     """
     base, pretext = cifar10_linear(), quickstart()

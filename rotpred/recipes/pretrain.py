@@ -1,4 +1,4 @@
-"""Recipes of pretraining. Each docstring: source, command, published result."""
+"""Pretraining recipes. Each docstring: source, command, published result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rotpred.training.settings import RunSettings
 
 
 def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> LoaderSpec:
-    """Every image once, in order, no flip: what both papers' validation does."""
+    """Every image once, in order, without flip, as in both papers' validation."""
     return LoaderSpec(
         data=data,
         batch_size=batch_size,
@@ -33,10 +33,10 @@ def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> Loa
 
 
 def rotnet_in1k_r50() -> Pretrain:
-    """ResNet-50 on ImageNet-1k as mmselfsup trains it: 8 GPUs x 16 images, 70 epochs, SyncBN.
+    """ResNet-50 on ImageNet-1k, as in mmselfsup: 8 GPUs x 16 images, 70 epochs, SyncBN.
 
     Source: open-mmlab/mmselfsup, rotation-pred_resnet50_8xb16-steplr-70e_in1k.py. SGD 0.2 for 128
-    images a step, warmed up over 5 epochs from a tenth, x0.1 at 30 and 50.
+    images a step, warm-up over 5 epochs from a tenth of that, x0.1 at 30 and 50.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py rotnet_in1k_r50
     Published: ImageNet linear top-1 47.0 (average pool), 54.20 (res4).
     """
@@ -60,11 +60,11 @@ def rotnet_in1k_r50() -> Pretrain:
 
 
 def rotnet_in1k_r50_amp() -> Pretrain:
-    """The same in mixed precision: bf16 autocast.
+    """`rotnet_in1k_r50` in mixed precision: bf16 autocast.
 
-    Source: mmselfsup's rotation-pred_resnet50_8xb16-amp-steplr-70e_in1k.py (there fp16 with a loss
-    scale; bf16 needs none; --run.precision fp16 is the original). SyncBN cannot be compiled;
-    --sync-bn off --run.compile takes the statistics of each GPU's own 64 views instead.
+    Source: mmselfsup's rotation-pred_resnet50_8xb16-amp-steplr-70e_in1k.py. It uses fp16 with loss
+    scaling, which bf16 does not need; --run.precision fp16 as published. SyncBN cannot be compiled;
+    --sync-bn off --run.compile uses the statistics of each GPU's own 64 views instead.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py rotnet_in1k_r50_amp
     """
     base = rotnet_in1k_r50()
@@ -76,13 +76,14 @@ def rotnet_in1k_r50_amp() -> Pretrain:
 
 
 def rotnet_in1k_r50_fast() -> Pretrain:
-    """The same within half the epochs, on small images first: 8 GPUs x 128 images, 35 epochs.
+    """`rotnet_in1k_r50` in half the epochs, small images first: 8 GPUs x 128 images, 35 epochs.
 
-    Source: our own. Sides of 128 pixels, then 192 from epoch 14 and 224 from epoch 28 on, as
-    libffcv/ffcv-imagenet grows them from 160 to 192: 22 passes' worth of pixels instead of 70. The
-    rate is that of rotnet_in1k_r50 for each image, so 1.6 for 1,024 (4,096 views: 0.1 for 256
-    views, as Goyal et al. 2017 warm up to 8,192); it rises over a seventh of the run and falls
-    linearly to zero. No SyncBN: a GPU has 512 views for its statistics. Validated at 224 pixels.
+    Source: our own. Images of 128 pixels, 192 from epoch 14 and 224 from epoch 28, as
+    libffcv/ffcv-imagenet grows them from 160 to 192: the pixels of 22 epochs instead of 70. The
+    learning rate per image is that of rotnet_in1k_r50: 1.6 for 1,024 images or 4,096 views (0.1 for
+    256 views, which Goyal et al. 2017 scale to 8,192 with warm-up). It rises for a seventh of the
+    run, then falls linearly to zero. No SyncBN: each GPU has 512 views for its statistics.
+    Validation at 224 pixels.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py rotnet_in1k_r50_fast
     Neither its accuracy nor its speed has been measured.
     """
@@ -101,11 +102,11 @@ def rotnet_in1k_r50_fast() -> Pretrain:
 
 
 def rotnet_in1k_alexnet() -> Pretrain:
-    """AlexNet with batch norm on ImageNet-1k, as the RotNet authors' code trains it.
+    """AlexNet with batch norm on ImageNet-1k, as in the RotNet authors' code.
 
     Source: gidariss/FeatureLearningRotNet, config/ImageNet_RotNet_AlexNet.py: 192 images on one
     GPU, 50 epochs; the effective learning rates are 0.01, 1e-3, 1e-4, 1e-5 with changes at 15, 30
-    and 45 (the nominal 0.1 of that file is overwritten before the first step).
+    and 45 (the file's nominal 0.1 is overwritten before the first step).
     Command: torchrun --nproc-per-node 1 scripts/pretrain.py rotnet_in1k_alexnet
     Published: rotation accuracy about 89 % on the validation set.
     """
@@ -122,7 +123,8 @@ def rotnet_in1k_alexnet() -> Pretrain:
     )
 
 
-def cifar10_data(name: str, backbone: str, *, batch_size: int) -> Pretrain:
+def _cifar10(name: str, backbone: str, *, batch_size: int) -> Pretrain:
+    """CIFAR-10 with padded random crops; the caller sets optimiser and length."""
     data = "data/cifar10/{}.beton"
     return Pretrain(
         name=name,
@@ -138,7 +140,7 @@ def cifar10_data(name: str, backbone: str, *, batch_size: int) -> Pretrain:
 
 
 def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
-    """Network in Network with 3, 4 or 5 blocks on CIFAR-10: the paper's own experiment.
+    """Network in Network with 4 blocks (or 3, 5) on CIFAR-10: the paper's own experiment.
 
     Source: gidariss/FeatureLearningRotNet, config/CIFAR10_RotNet_NIN4blocks.py: 128 images on one
     GPU, 200 epochs, 0.1 / 0.02 / 0.004 / 0.0008 with changes at 60, 120 and 160.
@@ -147,7 +149,7 @@ def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
     Published: rotation accuracy 93.65 (a rerun of the code); probes of conv2 89.06 and 91.16.
     """
     return replace(
-        cifar10_data("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
+        _cifar10("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4),
         schedule=Table(((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008))),
         eval_every_epochs=5,
@@ -156,15 +158,16 @@ def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
 
 
 def rotnet_cifar10_r18() -> Pretrain:
-    """A ResNet-18 with a small stem on CIFAR-10, for a machine without a GPU.
+    """ResNet-18 with a small stem on CIFAR-10, for machines without a GPU.
 
-    Source: our own. 3x3 stem of stride 2 and max pool: an epoch of 50,000 images takes about a
-    quarter of an hour on two cores. Two epochs cannot overfit, so crops are not padded (for long
-    runs: --train.crop.padding 4). The rate rises for a sixth of the run and falls linearly to zero.
+    Source: our own. The stem is 3x3 with stride 2 and a max pool; an epoch of 50,000 images takes
+    about 15 minutes on two cores. Two epochs cannot overfit, so crops are not padded (for long
+    runs: --train.crop.padding 4). The learning rate rises for a sixth of the run, then falls
+    linearly to zero.
     Command: torchrun --nproc-per-node 2 scripts/pretrain.py rotnet_cifar10_r18
     Measured: docs/results/rotnet_cifar10_r18.
     """
-    base = cifar10_data("rotnet_cifar10_r18", "resnet18_tiny", batch_size=32)
+    base = _cifar10("rotnet_cifar10_r18", "resnet18_tiny", batch_size=32)
     return replace(
         base,
         train=replace(base.train, crop=RandomCrop(32, padding=0)),
@@ -175,10 +178,11 @@ def rotnet_cifar10_r18() -> Pretrain:
 
 
 def quickstart() -> Pretrain:
-    """Scanned digits (scikit-learn's, 1,797 real images): the demo, two minutes on two cores.
+    """Scanned digits (scikit-learn's 1,797 real images): the demo, two minutes on two cores.
 
-    Source: our own. A digit turned is told from an upright one within a few hundred steps; 0 and 8
-    look alike turned by 180 degrees, so no network reaches 100 %. No flip: digits have a side.
+    Source: our own. A few hundred steps suffice to tell rotated digits from upright ones. 0 and 8
+    look the same when rotated by 180 degrees, so no network reaches 100 %. No flip: digits are
+    not mirror-symmetric.
     Command: torchrun --nproc-per-node 2 scripts/pretrain.py quickstart
     """
     data = "data/digits/{}.beton"
@@ -219,19 +223,20 @@ class Pretrain:
     """Pretraining by rotation prediction."""
 
     name: str = "pretrain"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     backbone: str = "resnet50"
     """resnet50, resnet18, resnet18_small, resnet18_tiny, alexnet, nin3, nin4 or nin5."""
     train: LoaderSpec = field(default_factory=LoaderSpec)
     """Training data."""
     val: LoaderSpec | None = None
-    """Validation data, all of it, four views of each image. None (in Python): no validation."""
+    """Validation data: all images, four views each. None (only in Python): no validation."""
     optim: Optim = field(default_factory=Optim)
     """Optimiser."""
     schedule: Schedule = field(default_factory=Steps)
     """Learning rate over time."""
     sync_bn: Literal["off", "torch", "apex"] = "off"
-    """Batch norm statistics over all GPUs (torch's or apex's SyncBN) or over each process's own."""
+    """Batch norm statistics: torch or apex for all GPUs together (SyncBN), off for each process
+    alone."""
     eval_every_epochs: int = 1
     """Epochs between validations; the last epoch is always validated."""
     run: RunSettings = field(default_factory=RunSettings)

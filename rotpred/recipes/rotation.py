@@ -1,4 +1,4 @@
-"""Recipes that score a checkpoint's own rotation head: source and command of each."""
+"""Recipes that score a checkpoint's own rotation head. Each docstring: source, command."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from rotpred.recipes.pretrain import rotnet_cifar10_nin, rotnet_in1k_r50
 
 @dataclass(frozen=True)
 class Rotation:
-    """The pretext task's accuracy: nothing is trained."""
+    """Accuracy of a checkpoint's own rotation head; nothing is trained."""
 
     name: str = "rotation_head"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """A checkpoint with its rotation head: checkpoints/step_N.pt of a run, mmselfsup's, VISSL's or
-    the RotNet authors' file; or "random"."""
+    """A checkpoint that includes its rotation head: checkpoints/step_N.pt of a run, or a file of
+    mmselfsup, VISSL or the RotNet authors; or "random"."""
     backbone: str = "resnet50"
-    """The architecture of the weights."""
+    """Architecture of the weights."""
     labels: Literal["file", "clockwise", "counter-clockwise"] = "file"
-    """Which way the head's label 1 turns. file: as the file shows; files of mmselfsup may not, of
-    which 1.x is clockwise and 0.x counter-clockwise."""
+    """Direction of the head's label 1. file: as the file tells; some of mmselfsup's do not (1.x is
+    clockwise, 0.x counter-clockwise)."""
     val: LoaderSpec = field(
         default_factory=lambda: LoaderSpec(flip=False, shuffle=False, drop_last=False)
     )
     """Validation data, four views of each image."""
     run: FeatureRun = field(default_factory=FeatureRun)
-    """Where it works."""
+    """Run folder, device and precision."""
 
 
 def in1k_rotation() -> Rotation:
-    """ImageNet-1k: which of four ways was each validation image turned? ResNet-50.
+    """ImageNet-1k, ResNet-50: rotation accuracy on the validation images.
 
-    Source: the validation of `rotnet_in1k_r50`, on anybody's weights.
+    Source: the validation of `rotnet_in1k_r50`, for any weights.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py in1k_rotation --weights FILE
     (--backbone alexnet for the RotNet authors' and VISSL's AlexNet)
-    Published: AlexNet of the authors about 89 %.
+    Published: about 89 % for the authors' AlexNet.
     """
     val = rotnet_in1k_r50().val
     assert val is not None
@@ -46,9 +46,9 @@ def in1k_rotation() -> Rotation:
 
 
 def cifar10_rotation() -> Rotation:
-    """CIFAR-10: which of four ways was each test image turned? The authors' NIN.
+    """CIFAR-10, the authors' NIN: rotation accuracy on the test images.
 
-    Source: the validation of `rotnet_cifar10_nin`, on anybody's weights.
+    Source: the validation of `rotnet_cifar10_nin`, for any weights.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_rotation --weights FILE
     Published: 93.65 (a rerun of the authors' code).
     """

@@ -1,4 +1,4 @@
-"""Recipes of segmentation: source, command and published result of each."""
+"""Segmentation recipes. Each docstring: source, command, published result."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rotpred.training.settings import RunSettings
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A fully convolutional network over a pretrained backbone, all of it trained."""
+    """Training of a fully convolutional network on a pretrained backbone, all layers."""
 
     name: str = "segmentation"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"
-    """The architecture of the weights: a ResNet."""
+    """Architecture of the weights; must be a ResNet."""
     train: DenseSpec = field(
         default_factory=lambda: DenseSpec(
             data="vocseg:2012/train+2012/aug", batch_size=4, geometry=RatioCrop(512, 2048, 512),
@@ -32,8 +32,8 @@ class Segmentation:
     """Training data."""
     val: DenseSpec = field(
         default_factory=lambda: DenseSpec(
-            data="vocseg:2012/val", batch_size=1, geometry=FitWithin(2048, 512), flip=False, divisor=1,
-            train=False,
+            data="vocseg:2012/val", batch_size=1, geometry=FitWithin(2048, 512), flip=False,
+            divisor=1, train=False,
         )
     )  # fmt: skip
     """Validation data."""
@@ -44,71 +44,71 @@ class Segmentation:
     schedule: Schedule = field(default_factory=lambda: Poly(power=0.9, final=0.01))
     """Learning rate over time."""
     sync_bn: Literal["off", "torch"] = "torch"
-    """Batch norm statistics over all GPUs (torch's SyncBN) or over each process's own."""
+    """Batch norm statistics: torch for all GPUs together (SyncBN), off for each process alone."""
     align_corners: bool = False
-    """Logits are enlarged so that the centres of the corner pixels stay where they are; else so
-    that the edges do. In training and test."""
+    """How logits are upsampled, in training and test: keep the centres of the corner pixels in
+    place if true, the image edges if false."""
     aux_weight: float = 0.4
-    """Weight of the auxiliary head's loss, on res4; the other's is 1."""
+    """Weight of the auxiliary head's loss, on res4. The main head has weight 1."""
     dropout: float = 0.1
-    """Probability that a channel is dropped before either classifier."""
+    """Probability of dropping a channel before each of the two classifiers."""
     test: Literal["whole", "slide"] = "whole"
-    """Validate on whole images, or average the logits of windows that slide over them."""
+    """Validate on whole images, or average the logits of sliding windows."""
     slide_crop: int = 769
-    """Side of the window in pixels."""
+    """Side of the sliding window in pixels."""
     slide_stride: int = 513
-    """Pixels between windows; the last one ends where the image ends."""
+    """Pixels between windows. The last window ends at the edge of the image."""
     save_predictions: bool = False
-    """Write what was predicted for every validation image at the last validation into
-    OUT/predictions, as NAME.png of class ids with a palette, for `predictions`."""
+    """Write the predictions of the last validation to OUT/predictions: one NAME.png of class ids
+    with a palette per image, which `predictions` can read."""
     predictions: str = ""
-    """Score this folder of PNG files (NAME.png or NAME_ANYTHING.png, class ids, in the size of the
-    images) against the validation data instead of training."""
+    """Instead of training, score this folder on the validation data: PNG files of class ids, named
+    NAME.png or NAME_ANYTHING.png, in the size of the images."""
     label_ids: bool = False
-    """Those files have Cityscapes' label ids, as its server takes them, not the 19 train ids."""
+    """Whether those files hold Cityscapes' label ids (as for its server), not the 19 train ids."""
     eval_every_epochs: int = 1
-    """Epochs between validations; the last epoch is always validated, and is what counts."""
+    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=10, precision="fp32"))
     """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
         if not 0 < self.slide_stride <= self.slide_crop:
             raise ValueError(
-                "slide_stride must be positive and at most slide_crop, or windows leave gaps, got "
+                "slide_stride must be in [1, slide_crop], or windows leave gaps, got "
                 f"{self.slide_stride} and {self.slide_crop}"
             )
         if not (math.isfinite(self.aux_weight) and self.aux_weight >= 0 and 0 <= self.dropout < 1):
             raise ValueError(
-                f"aux_weight must not be negative and dropout in [0, 1), got {self.aux_weight} and "
+                f"aux_weight must be at least 0, and dropout in [0, 1), got {self.aux_weight} and "
                 f"{self.dropout}"
             )
 
 
 def voc12aug_seg() -> Segmentation:
-    """VOC 2012 with SBD's masks: FCN of ResNet-50, 512 pixels, 20k iterations, 4 GPUs x 4 images.
+    """VOC 2012 with SBD's masks: FCN, ResNet-50, 512 pixels, 20k iterations, 4 GPUs x 4 images.
 
     Source: mmselfsup, configs/benchmarks/mmsegmentation/voc12aug/fcn_r50-d8_4xb4-20k_voc12aug-
     512x512.py: SGD 0.01, momentum 0.9, decay 5e-4, poly 0.9 down to 1e-4, no warm-up, SyncBN,
-    nothing frozen; scale 0.5 to 2 of (2048, 512), crop 512 of which one class has 75 % at most,
-    flip, photometric distortion; whole images at (2048, 512), validated every 2k iterations.
-    Trap: the 1.x branch inherits a ResNetV1c, whose stem no pretrained backbone here can fill; the
-    published number belongs to the plain ResNet of the 0.x branch, as here.
+    nothing frozen; scale 0.5 to 2 of (2048, 512), crop 512 with at most 75 % of one class, flip,
+    photometric distortion; whole images at (2048, 512), validated every 2k iterations.
+    Note: the 1.x branch inherits a ResNetV1c, whose stem differs from every pretrained backbone
+    here. The published number belongs to the plain ResNet of the 0.x branch, as here.
     Command: torchrun --nproc-per-node 4 scripts/evaluate.py voc12aug_seg --weights FILE
-    (published in fp32; --run.precision bf16 for mixed precision. On fewer GPUs rate and number of
-    steps are scaled, and the log says how.)
+    (published in fp32; --run.precision bf16 for mixed precision. With fewer GPUs, learning rate and
+    number of steps are scaled; the log shows how.)
     Published (mmselfsup), mIoU: 64.31; supervised, V1c (mmsegmentation): 67.08.
     """
     return Segmentation(name="voc12aug_seg")
 
 
 def cityscapes_seg() -> Segmentation:
-    """Cityscapes: FCN of ResNet-50, 769 pixels, 40k iterations, 4 GPUs x 2 images.
+    """Cityscapes: FCN, ResNet-50, 769 pixels, 40k iterations, 4 GPUs x 2 images.
 
     Source: mmselfsup, configs/benchmarks/mmsegmentation/cityscapes/fcn_r50-d8_4xb2-40k_cityscapes-
     769x769.py: as `voc12aug_seg`, with scale 0.5 to 2 of (2049, 1025), crop 769, align_corners in
     both heads; windows of 769 every 513 pixels at (2049, 1025), validated every 4k iterations.
-    Trap: plain ResNet, as there. 769 is 8 * 96 + 1: with align_corners the 97 logits of a side lie
-    on every eighth pixel, so the two go together.
+    Note: plain ResNet, as `voc12aug_seg`. 769 is 8 * 96 + 1: with align_corners the 97 logits of a
+    side lie on every eighth pixel, so change both or neither.
     Command: torchrun --nproc-per-node 4 scripts/evaluate.py cityscapes_seg --weights FILE
     Published: none for rotation; supervised, V1c (mmsegmentation), mIoU: 71.47.
     """

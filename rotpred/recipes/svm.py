@@ -1,4 +1,4 @@
-"""Recipes of evaluations on extracted features: source, command and published result of each."""
+"""Linear SVM recipes. Each docstring: source, command, published result."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from rotpred.svm.dual import COSTS
 
 @dataclass(frozen=True)
 class _Svms:
-    """What both evaluations with linear SVMs choose."""
+    """Fields that `Svm` and `LowShot` share."""
 
     name: str = "svms"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     weights: str = ""
-    """backbone.safetensors, a checkpoint or another project's file, "random", or "imagenet":
-    torchvision's, trained with labels."""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"
-    """The architecture of the weights."""
+    """Architecture of the weights."""
     train: LoaderSpec = PLAIN
-    """Data to train on, or to draw from; test data must have the same classes."""
+    """Training data. Low-shot draws its samples from them. Classes must match the test data's."""
     val: LoaderSpec = PLAIN
     """Test data."""
     train_labels: str = ""
-    """.npy of int8 (N, C), a row per sample of the training data: 1 present, -1 absent, 0
-    difficult (to_beton writes one); or voc2007:SPLIT, read from the data's root. Empty: the class
-    ids of the data, each class against the rest."""
+    """Labels of the training data: an .npy file of int8 (N, C), a row per sample (1 present, -1
+    absent, 0 difficult; to_beton writes it), or voc2007:SPLIT, read from the data's root. Empty:
+    the class ids of the data, each class against the rest."""
     val_labels: str = ""
-    """The same for the test data."""
+    """Labels of the test data, in the same form."""
     class_names: tuple[str, ...] = ()
-    """Names of the columns of a table of labels, for results and figures. Empty: the data's own
-    names of classes, or numbers where they have none that fit."""
+    """Names of the label columns, for results and figures. Empty: the data's own class names, or
+    numbers if their count does not match."""
     stages: tuple[str, ...] = RESNET_STAGES
-    """Stages of the backbone, pooled to about 9,000 values, and avgpool."""
+    """Stages of the backbone, each pooled to about 9,000 values, or avgpool."""
     costs: tuple[float, ...] = COSTS
-    """Costs C."""
+    """Costs C to train with."""
     positive_weight: float = 2.0
-    """What multiplies the cost of positives."""
+    """Factor on the cost of positive samples."""
     run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
-    """Where it works."""
+    """Run folder, device, precision and feature cache."""
 
     def __post_init__(self) -> None:
         _check_svm(self.costs, self.positive_weight, self.stages)
@@ -50,14 +50,14 @@ class _Svms:
 
 @dataclass(frozen=True)
 class Svm(_Svms):
-    """A linear SVM per class and stage, its cost chosen by cross-validation."""
+    """One linear SVM per class and stage; cross-validation chooses its cost."""
 
     name: str = "svm"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     costs: tuple[float, ...] = COSTS
-    """Costs C to choose from; the first of equally good ones is taken."""
+    """Costs C to choose from. Of equally good ones, the first is chosen."""
     folds: int = 3
-    """Of the cross-validation."""
+    """Folds of the cross-validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,33 +67,34 @@ class Svm(_Svms):
 
 @dataclass(frozen=True)
 class LowShot(_Svms):
-    """Linear SVMs per class and stage, trained on a few samples; several draws of these."""
+    """Linear SVMs per class and stage on a few samples, over several independent draws."""
 
     name: str = "lowshot"
-    """Names the run in results and in the default run folder."""
+    """Name of the run in results and in the default run folder."""
     costs: tuple[float, ...] = COSTS
-    """Costs C; the one with the highest mean on the test data is reported, as published."""
+    """Costs C. The one with the highest mean on the test data is reported, as published."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)
-    """Numbers of positives per class; (classes - 1) times as many negatives go with them."""
+    """Numbers of positives per class. Each has (classes - 1) times as many negatives."""
     draws: int = 5
     """Independent draws per number of shots."""
     seed: int = 0
-    """Decides the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.shots or min(self.shots) < 1 or self.draws < 1 or self.seed < 0:
-            raise ValueError("shots and draws must be at least 1, and seed not negative")
+            raise ValueError("shots and draws must be at least 1, and seed at least 0")
 
 
 def _check_svm(costs: tuple[float, ...], weight: float, stages: tuple[str, ...]) -> None:
     if not costs or min(costs) <= 0 or weight <= 0:
         raise ValueError("costs and positive_weight must be positive")
     if not stages or len(set(stages)) < len(stages):
-        raise ValueError("stages must be named, each once")
+        raise ValueError("stages must not be empty or repeat a name")
 
 
 def _voc07() -> tuple[LoaderSpec, LoaderSpec]:
+    """Return the specs of VOC07's training and test images."""
     spec = replace(PLAIN, batch_size=64, crop=Resize(224))
     return (
         replace(spec, data="data/voc2007/trainval.beton"),
@@ -105,13 +106,13 @@ def voc07_svm() -> Svm:
     """VOC07 classification, ResNet-50: an SVM on each of the five stages and on the average pool.
 
     Source: mmselfsup, configs/benchmarks/classification/svm_voc07.py and tools/benchmarks/
-    classification/svm_voc07 (19 costs; VISSL has 11). Both resize the short side to 256 first and
-    squash that to 224 x 224; here the image is squashed at once. The README reports the best
-    stage; results here have all.
+    classification/svm_voc07 (19 costs; VISSL has 11). Both resize the short side to 256, then the
+    result to 224 x 224 without keeping the aspect ratio; here the image is resized to that in one
+    step. The README reports the best stage; results here have all.
     VISSL's costs: --costs 0.01 0.1 1 2 5 10 15 20 50 100 1000
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_svm --weights FILE
     (without conversion: --train.data voc2007:trainval --train.root VOC2007_FOLDER
-    --train-labels voc2007:trainval, and so for --val with test)
+    --train-labels voc2007:trainval, and the same for --val with test)
     Published (mmselfsup): mAP 67.70 (feature 4, here res4).
     """
     train, val = _voc07()
@@ -129,8 +130,8 @@ def voc07_lowshot() -> LowShot:
     """VOC07 low-shot classification, ResNet-50: 1 to 96 positives per class, five draws.
 
     Source: as `voc07_svm`, and rotpred/svm/low_shot.py. The cost is chosen on the test data, as
-    published, and the published draws had no seed: differences of some tenths mean nothing. The
-    sources differ about the image: mmselfsup as above, VISSL squashes at once, as here.
+    published. The published draws had no seed, so differences of some tenths are noise. The sources
+    resize differently: mmselfsup as in `voc07_svm`, VISSL in one step, as here.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py voc07_lowshot --weights FILE
     Published (mmselfsup): 20.60 / 24.35 / 31.41 / 39.17 / 46.56 / 53.37 / 59.14 / 62.42.
     """
@@ -149,7 +150,7 @@ def voc07_lowshot() -> LowShot:
 def cifar10_svm() -> Svm:
     """CIFAR-10, each class against the rest, 5,000 labels: `voc07_svm` for small images.
 
-    Source: our own use of the protocol; as many training images as VOC07 has.
+    Source: our own use of the protocol, with as many training images as VOC07 has.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_svm --weights FILE
     """
     train, val = cifar10_data()
@@ -164,7 +165,7 @@ def cifar10_svm() -> Svm:
 def cifar10_lowshot() -> LowShot:
     """CIFAR-10, each class against the rest: `voc07_lowshot` for small images.
 
-    Source: our own use of the protocol; draws from 5,000 labels.
+    Source: our own use of the protocol; samples are drawn from 5,000 labels.
     Command: torchrun --nproc-per-node 1 scripts/evaluate.py cifar10_lowshot --weights FILE
     """
     full = cifar10_svm()

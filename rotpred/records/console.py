@@ -1,4 +1,4 @@
-"""What a person reads while a program runs: where log lines go, and what one says."""
+"""Console logging: handler, and the format of a progress line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 
 def configure_logging(*, rank: int = 0) -> None:
-    """Send the log of rotpred and pipelines to the console: all of it on rank 0, else warnings.
+    """Log rotpred and pipelines to the console: everything on rank 0, warnings on other ranks.
 
-    Progress goes to standard output, warnings and errors to standard error. Calling it again
-    replaces what the call before had set.
+    INFO goes to standard output, warnings and errors to standard error. A second call replaces the
+    handler of the first one.
     """
     handler = Console()
     name = "" if rank == 0 else f"[rank {rank}] "
@@ -24,21 +24,21 @@ def configure_logging(*, rank: int = 0) -> None:
 
 
 class Console(logging.Handler):
-    """Writes lines around a progress bar, and stays quiet where nobody listens any more.
+    """Logging handler that writes around a progress bar and tolerates a closed stream.
 
-    `logging.StreamHandler` prints a traceback for every line after the reader of a pipe has left
-    (`| head`), and the interpreter fails at exit when it flushes what is left.
+    After the reader of a pipe exits (`| head`), `logging.StreamHandler` prints a traceback for
+    every line, and the interpreter fails at exit when it flushes the rest.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._gone: set[str] = set()
+        self._closed_streams: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; the first failure of a stream is reported once, on standard error."""
+        """Write one line. The first failure of standard output is reported on standard error."""
         name = "stderr" if record.levelno >= logging.WARNING else "stdout"
         stream = getattr(sys, name)
-        if name in self._gone:
+        if name in self._closed_streams:
             return
         try:
             if stream is None:  # the process was started with the stream closed
@@ -52,16 +52,16 @@ class Console(logging.Handler):
                 stream.write(line + "\n")
             stream.flush()
         except (OSError, ValueError) as error:  # ValueError: the file object was closed
-            self._gone.add(name)
+            self._closed_streams.add(name)
             _discard(name)
             if name == "stdout":
                 logging.getLogger(__name__).warning(
-                    "standard output cannot be written (%s): the run goes on without it", error
+                    "cannot write to standard output (%s): the run continues without it", error
                 )
 
 
 def _discard(name: str) -> None:
-    """Point a stream at nothing, so that flushing its rest at exit does not fail."""
+    """Redirect a stream to /dev/null, so that the flush at exit does not fail."""
     stream = getattr(sys, name)
     if stream is None or stream.closed:
         return
@@ -69,13 +69,13 @@ def _discard(name: str) -> None:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # a stream without a file, in a notebook or a test
         return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, descriptor)
-    os.close(nothing)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_steps: int) -> str:
-    """One line about one row of log.jsonl, its columns of equal width from line to line."""
+    """Format a row of log.jsonl as a console line, with aligned columns."""
     width = len(str(total_steps))
     parts = [f"step {row['step']:>{width}}/{total_steps}", f"epoch {row['epoch']}"]
     for name, value in values.items():
@@ -91,7 +91,7 @@ def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_st
     parts += [
         f"{_rate(row['images_per_s'])} images/s",
         f"{_rate(row['views_per_s'])} views/s",
-        f"data wait {row['wait_percent']:.0f} %",
+        f"data wait {row['data_wait_percent']:.0f} %",
         f"{'GPU' if 'cuda_peak_mib' in row else 'memory'} {memory / 1024:.1f} GiB",
     ]
     left = row["seconds_left"]
@@ -101,13 +101,13 @@ def describe(row: Mapping[str, object], *, values: Mapping[str, float], total_st
 
 
 def _rate(per_second: object) -> str:
-    """A rate with the digits that matter: a large network on a CPU makes one image a second."""
+    """Format a rate, with a decimal below 10: a large network on a CPU does one image/s."""
     value = float(str(per_second))
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:
-    """Words for a time span: 42 s, 12 min 03 s, 5 h 07 min, 2 d 03 h."""
+    """Format a duration: 42 s, 12 min 03 s, 5 h 07 min, 2 d 03 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""Files of a run folder: written so that a reader never sees half of one, read back, locked."""
+"""Run folder: read its logs and results, lock it, describe the environment."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from pathlib import Path
 
 import torch
 
-from rotpred.records.former_names import translated_row
+from pipelines import __version__
+from rotpred.records.former_names import translate_row
 
 logger = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
-    """The rows of a log.jsonl, oldest first.
+    """Return the rows of a log.jsonl, oldest first.
 
-    A line that is no JSON object (a machine that went down left half of one) is skipped with a
-    warning that names it.
+    A line that is not a JSON object (cut short by a crash) is skipped with a warning that gives its
+    number.
+
+    Raises:
+        OSError: The file cannot be read.
     """
     rows: list[dict[str, object]] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -36,56 +40,56 @@ def read_rows(path: Path) -> list[dict[str, object]]:
         except ValueError:
             row = None
         if isinstance(row, dict):
-            rows.append(translated_row(row))
+            rows.append(translate_row(row))
         elif line.strip():
             logger.warning("%s line %d is not a JSON object and is skipped", path, number)
     return rows
 
 
 def row_step(row: Mapping[str, object]) -> int:
-    """The step of a row of log.jsonl; 0 for a row that has none."""
+    """Return the step of a row of log.jsonl; 0 if it has none."""
     step = row.get("step", 0)
     return step if isinstance(step, int) else 0
 
 
 def read_results(path: Path) -> list[dict[str, object]]:
-    """The rows of a results.json; none where the file is missing.
+    """Return the rows of a results.json; an empty list if the file is missing.
 
     Raises:
-        ValueError: the file is not a JSON list of objects.
+        ValueError: The file is not a JSON list of objects.
     """
     if not path.exists():
         return []
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move it away or mend it") from error
+        raise ValueError(f"{path} is not JSON ({error}); move or repair it") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} is not a list of results; move it away or mend it")
-    return [translated_row(row) for row in rows]
+        raise ValueError(f"{path} is not a list of results; move or repair it")
+    return [translate_row(row) for row in rows]
 
 
 DONE = "done.json"
-"""Name of the file that marks a run folder as finished, results and figures included."""
+"""Name of the file that marks a run as finished, including results and figures."""
 
 
 @contextmanager
 def lock(out: Path, recipe: str = "") -> Iterator[None]:
-    """Hold the run folder for this job alone; make it where missing.
+    """Lock the run folder for this job; create it if missing.
 
-    The lock is the kernel's (`flock` on out/.lock) and ends with the process, however that ends:
-    nothing is left to clean up. Take it in the main process only.
+    This is a kernel lock (`flock` on out/.lock). It ends with the process, however that ends, so no
+    clean-up is needed. Take it in the main process only.
 
     Args:
-        out: the folder.
-        recipe: name of the recipe that will fill it; empty for any.
+        out: The run folder.
+        recipe: Name of the recipe that will write to it; empty for any.
 
     Raises:
-        ValueError: another job holds it, or it holds the run of another recipe; the message says
-            which.
+        ValueError: The folder is locked by another job or holds the run of another recipe. The
+            message names it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: on a full disk, closing the file must not try to write once more.
+    # Unbuffered: on a full disk, closing the file must not write again.
     with (out / ".lock").open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,9 +99,9 @@ def lock(out: Path, recipe: str = "") -> Iterator[None]:
                 holder = file.read().decode().strip() or "another process"
                 raise ValueError(
                     f"{out} is in use by {holder}: two jobs in one run folder overwrite each "
-                    f"other's checkpoints. Choose another folder, or stop that job first"
+                    f"other's checkpoints. Choose another folder or stop that job first"
                 ) from None
-            # Some network file systems cannot lock. That is no reason not to train.
+            # Some network file systems cannot lock. Train anyway.
             logger.warning("cannot lock %s (%s); make sure that no other job uses it", out, error)
         try:
             file.truncate(0)
@@ -105,27 +109,31 @@ def lock(out: Path, recipe: str = "") -> Iterator[None]:
         except OSError as error:
             logger.warning("cannot write %s/.lock (%s)", out, error)
         if recipe:
-            _refuse_another(out, recipe)
+            _check_recipe(out, recipe)
         yield
 
 
-def _refuse_another(out: Path, recipe: str) -> None:
+def _check_recipe(out: Path, recipe: str) -> None:
+    """Raise `ValueError` if the folder holds the run of another recipe."""
     kept = out / "recipe.json"
     if not kept.exists():
         return
     try:
         held = json.loads(kept.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{kept} is not JSON ({error}); move it away or mend it") from error
+        raise ValueError(f"{kept} is not JSON ({error}); move or repair it") from error
     name = held.get("name") if isinstance(held, dict) else None
     if name not in (None, recipe):
         raise ValueError(
-            f"{out} is the folder of a run of {name}: {recipe} needs one of its own, --run.out"
+            f"{out} holds a run of {name}: choose another folder for {recipe} with --run.out"
         )
 
 
 def environment(device: torch.device, *, world: int) -> dict[str, object]:
-    """What the numbers of a run depend on besides its recipe. Imports nothing to find out."""
+    """Return what results depend on besides the recipe: versions, hardware, command, git state.
+
+    Imports no package to find its version.
+    """
     versions: dict[str, str | None] = dict.fromkeys(("torch", "torchvision", "numpy", "ffcv"))
     versions["dali"] = None
     for package in distributions():
@@ -134,13 +142,14 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
             versions[name] = package.version
         elif name.startswith("nvidia-dali-cuda"):
             versions["dali"] = f"{package.version} ({name})"
-    # As opposed to the cores of the machine: a container or taskset may allow fewer.
+    # Cores that this process may use: a container or taskset may allow fewer than there are.
     cores = sorted(os.sched_getaffinity(0))
     return {
+        "rotpred": __version__,
         "python": platform.python_version(),
         **versions,
         "cuda": torch.version.cuda,
-        # What fp32 means on a GPU: torch rounds the factors of convolutions to 10 bits, by default.
+        # What fp32 means on a GPU: by default torch rounds the inputs of convolutions to 10 bits.
         "tf32": {
             "convolutions": torch.backends.cudnn.allow_tf32,
             "products": torch.backends.cuda.matmul.allow_tf32,
@@ -156,7 +165,7 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the kernel tells it."""
+    """Return the CPU model name from /proc/cpuinfo, or what `platform` knows."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
@@ -166,7 +175,7 @@ def cpu_model() -> str:
 
 
 def git_state(folder: Path) -> dict[str, object] | None:
-    """Revision, and whether files differ from it; None outside a checkout or without git."""
+    """Return revision and dirty flag of a checkout; None outside of one or without git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -184,6 +193,6 @@ def git_state(folder: Path) -> dict[str, object] | None:
 
 
 def rss_mib() -> float:
-    """Memory of this process that is in RAM, in MiB."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)

@@ -1,7 +1,7 @@
-"""Names of fields and types that older run folders use, translated on reading.
+"""Translation of field and type names from older run folders, on reading.
 
-Version 0.1 wrote other names into recipe.json, log.jsonl, results.json and checkpoints. The values are
-the same, so that such a folder resumes and is reported like any other.
+Version 0.1 wrote other names into recipe.json, log.jsonl, results.json and checkpoints. The values
+are the same, so such a folder can be resumed and reported like any other.
 """
 
 from __future__ import annotations
@@ -32,26 +32,68 @@ _TYPES = {
     "Within": "FitWithin",
 }
 
-
 _COLUMNS = {"head_mult": "head_lr_mult", "wait_percent": "data_wait_percent"}
 
 
-def translated_row(row: Mapping[str, object]) -> dict[str, object]:
-    """A row of log.jsonl or results.json with today's names of its columns."""
+def translate_row(row: Mapping[str, object]) -> dict[str, object]:
+    """Return a row of log.jsonl or results.json with its columns renamed to the current names."""
     return {_COLUMNS.get(name, name): value for name, value in row.items()}
 
 
-def translated(value: object) -> object:
-    """Plain JSON with today's field names, and today's names of recipe types under `type`.
+def translate_names(value: object) -> object:
+    """Rename fields, and the recipe types under `type`, to the current names.
 
     Args:
-        value: as `json.loads` returns it; present names pass through.
+        value: Decoded JSON. Current names are kept.
+
+    Returns:
+        A copy with the current names.
     """
     if isinstance(value, Mapping):
-        renamed = {_FIELDS.get(str(key), str(key)): translated(item) for key, item in value.items()}
-        if isinstance(kind := renamed.get("type"), str):
-            renamed["type"] = _TYPES.get(kind, kind)
+        renamed = {
+            _FIELDS.get(str(key), str(key)): translate_names(item) for key, item in value.items()
+        }
+        for key in ("type", "kind"):
+            if isinstance(kind := renamed.get(key), str):
+                renamed[key] = _TYPES.get(kind, kind)
         return renamed
     if isinstance(value, list):
-        return [translated(item) for item in value]
+        return [translate_names(item) for item in value]
     return value
+
+
+def restore_names(value: object) -> object:
+    """Rename fields and types back to the names of 0.1; the inverse of `translate_names`.
+
+    For keys of what is kept on disk: a key that followed the names would orphan it.
+
+    Args:
+        value: Plain JSON with current names.
+    """
+    fields = {new: old for old, new in _FIELDS.items()}
+    types = {new: old for old, new in _TYPES.items()}
+    if isinstance(value, Mapping):
+        former = {
+            fields.get(str(key), str(key)): restore_names(item) for key, item in value.items()
+        }
+        if isinstance(kind := former.get("kind"), str):
+            former["kind"] = types.get(kind, kind)
+        return former
+    if isinstance(value, list):
+        return [restore_names(item) for item in value]
+    return value
+
+
+def translate_option(word: str) -> str:
+    """Rename an option of a command line, `--train.limit`, to its current name.
+
+    Args:
+        word: Any word of a command; what is not an option of 0.1 is returned unchanged.
+    """
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    path = [part.replace("-", "_") for part in option[2:].split(".")]
+    renamed = [_FIELDS.get(part, part).replace("_", "-") for part in path]
+    changed = any(part in _FIELDS for part in path)
+    return f"--{'.'.join(renamed)}{equals}{value}" if changed else word

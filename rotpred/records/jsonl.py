@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object per log interval, through full disks and resumed runs."""
+"""Writer of log.jsonl: one JSON object per log interval; survives full disks and resumed runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rotpred.files import write_atomic
 from rotpred.records.folder import read_rows, row_step
 
 
-class Rows:
-    """Appends to one log.jsonl; any method may raise `OSError`, and may be called again then."""
+class JsonlWriter:
+    """Appends to one log.jsonl. Any method may raise `OSError` and may then be called again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,20 +21,27 @@ class Rows:
         self._torn = False
 
     def open(self, *, after: int) -> None:
-        """Before the first row: drop those beyond step `after`, whose work is done again.
+        """Drop the rows beyond step `after`: those steps are about to be repeated.
 
-        Later calls do nothing.
+        Call it before the first row. Once it has succeeded, later calls do nothing.
+
+        Raises:
+            OSError: The file cannot be read or rewritten. It is unchanged.
         """
         if self._opened:
             return
-        self._opened = True
         if self._path.exists():
             rows = [row for row in read_rows(self._path) if row_step(row) <= after]
             write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._opened = True  # last: after an error the next call must try again
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Append one line. Opened each time, so that a disk that has room again is used again."""
-        # After a write that a full disk cut short, the next row starts on a line of its own.
+        """Append one line. The file is opened each time: writing resumes once the disk has room.
+
+        Raises:
+            OSError: The row cannot be written completely.
+        """
+        # After a write that a full disk cut short, start the next row on a new line.
         data = (b"\n" if self._torn else b"") + (json.dumps(row) + "\n").encode()
         with self._path.open("ab", buffering=0) as file:
             written = file.write(data)

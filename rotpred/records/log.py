@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, what happened, and what came out of it.
+"""The log of a run: recipe, log rows, results and figures in the run folder.
 
     with lock(out), RunLog(out, recipe=recipe, rank_main=True, world=1, total_steps=900,
                            device="cpu") as log:
@@ -6,9 +6,9 @@
                      wait_seconds=0.4, seconds=9.1)
         log.result("rotation", metric="accuracy", value=68.4, unit="%", n=40000)
 
-Only the main process writes; on the others every method returns at once, so that callers need no
-test of the rank. Records must never end a training run: a full disk or a reader that went away
-costs one warning and the run goes on. Nothing here waits for a GPU or for another process.
+Only rank 0 writes. On other ranks every method returns at once, so callers need not check the rank.
+Logging must never end a training run: a full disk or a closed pipe costs one warning and the run
+continues. Nothing here waits for a GPU or for another process.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 from rotpred.files import plain, replaced, write_json
 from rotpred.records.console import configure_logging, describe
 from rotpred.records.folder import DONE, environment, lock, read_results, read_rows, rss_mib
-from rotpred.records.jsonl import Rows
+from rotpred.records.jsonl import JsonlWriter
 from rotpred.records.progress import Progress
-from rotpred.records.tensorboard import Scalars
+from rotpred.records.tensorboard import TensorBoardWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes one run folder. A context manager; see the module's docstring for an example."""
+    """Writes one run folder. A context manager; the module docstring has an example."""
 
     def __init__(
         self,
@@ -55,18 +55,19 @@ class RunLog:
         device: str,
         start_step: int = 0,
     ) -> None:
-        """Touch nothing yet; files appear on entering the context.
+        """Write nothing yet; files are created on entering the context.
 
         Args:
-            out: the run folder, created where missing. One job per folder: see `lock`.
-            recipe: a frozen dataclass; its `name` field, or its class name, names it in results.
-            rank_main: whether this process is the one that writes.
-            world: processes in the job, which all make the same steps.
-            total_steps: steps of the whole run, for the time left and the bar.
+            out: The run folder, created if missing. One job per folder: see `lock`.
+            recipe: A frozen dataclass. Its `name` field, or else its class name, names it in
+                results.
+            rank_main: Whether this process writes.
+            world: Number of processes in the job, which all make the same steps.
+            total_steps: Steps of the whole run, for the time left and the progress bar.
             device: "cpu" or "cuda:0"; decides which memory is reported.
-            start_step: the step that the run resumes from. Later rows of log.jsonl belong to work
-                that was lost and is about to be done again: they are dropped before the first new
-                one, and TensorBoard is told to hide its own.
+            start_step: The step that the run resumes from. Later rows of log.jsonl belong to steps
+                that are about to be repeated: they are dropped before the first new row, and
+                TensorBoard hides its own.
         """
         self.out = out
         self._recipe = recipe
@@ -80,20 +81,20 @@ class RunLog:
         self._warned = False
         self._seconds_per_step: float | None = None
         self._results: list[dict[str, object]] = []
-        self._rows = Rows(out / "log.jsonl")
-        self._scalars = Scalars(out / "tensorboard")
+        self._rows = JsonlWriter(out / "log.jsonl")
+        self._scalars = TensorBoardWriter(out / "tensorboard")
         self._progress: Progress | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Make the folder, write recipe.json and env.json.
+        """Create the folder, write recipe.json and env.json, and delete done.json.
 
-        The folder is unfinished from here on. Earlier results stay until the first new one, which
-        takes the place of them all: they may be of other settings than the recipe beside them.
+        Earlier results stay until the first new one, which replaces them all: they may belong to
+        settings other than the new recipe.json.
 
         Raises:
-            OSError: the folder cannot be made or is not writable.
-            ValueError: results.json is there and is not a list of results.
+            OSError: The folder cannot be created or is not writable.
+            ValueError: results.json exists and is not a list of results.
         """
         if not self._main:
             return self
@@ -103,7 +104,7 @@ class RunLog:
             raise PermissionError(errno.EACCES, "the run folder is not writable", str(self.out))
         if not logging.getLogger("rotpred").hasHandlers():
             configure_logging()
-        read_results(self.out / "results.json")  # refuses a file that is not ours to replace
+        read_results(self.out / "results.json")  # raises if the file is not ours to replace
         (self.out / DONE).unlink(missing_ok=True)
         with self._keeps_going():
             write_json(self.out / "recipe.json", plain(self._recipe))
@@ -117,7 +118,7 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the bar and TensorBoard's file. Results are on disk already."""
+        """Close the progress bar and TensorBoard's file. Results are already on disk."""
         with self._keeps_going():
             if self._progress is not None:
                 self._progress.close()
@@ -126,7 +127,7 @@ class RunLog:
             self._scalars.close()
 
     def tick(self, step: int) -> None:
-        """Tell how far it is. Reads no tensor: cheap enough for every step."""
+        """Update the progress bar. Reads no tensor: cheap enough for every step."""
         if self._progress is not None:
             with self._keeps_going():
                 self._progress.update(step)
@@ -145,23 +146,21 @@ class RunLog:
         """Record one log interval: a row of log.jsonl, a console line, TensorBoard scalars.
 
         Args:
-            step: steps done since the beginning of the run.
-            epoch: the epoch that the step belongs to, from 0.
-            values: means over the interval, by name; "loss", "accuracy" (percent) and "lr" have
-                their own format on the console. A value that is not finite is null in log.jsonl.
-            images: source images that THIS process consumed in the interval; the throughput in
-                the record is that of all processes, which step together.
-            views: network inputs made of them: four times as many with rotate4.
-            wait_seconds: time that this process waited for its loader.
-            seconds: wall time of the interval.
+            step: Steps since the beginning of the run.
+            epoch: The epoch of the step, from 0.
+            values: Means over the interval, by name; "loss" and "accuracy" (percent) have their
+                own format on the console. A value that is not finite is null in log.jsonl.
+            images: Source images that THIS process consumed in the interval. The logged
+                throughput is that of all processes, which step together.
+            views: Network inputs made from these images: four times as many with rotate4.
+            wait_seconds: Time that this process waited for its loader.
+            seconds: Wall time of the interval.
         """
         if not self._main:
             return
-        with self._keeps_going():
-            self._rows.open(after=self._resumed)
         steps, self._step = step - self._step, step
         if steps > 0 and seconds > 0:
-            # Smoothed, because one interval holds a checkpoint or the compilation of the first.
+            # Smoothed: one interval may include a checkpoint, the first one compilation.
             now, last = seconds / steps, self._seconds_per_step
             self._seconds_per_step = now if last is None else 0.7 * last + 0.3 * now
         left = None
@@ -185,10 +184,12 @@ class RunLog:
         if self._device.type == "cuda":
             row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
         if self._progress is not None:
-            self._progress.said()
+            self._progress.mark_logged()
         self.tick(step)
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
         with self._keeps_going():
+            # In one block: the file takes no new row before the old ones are dropped.
+            self._rows.open(after=self._resumed)
             self._rows.append(row)
             self._scalars.interval(row, values, step=step, resumed=self._resumed)
 
@@ -196,12 +197,11 @@ class RunLog:
         """Record a validation in the middle of a run: a row, a console line, TensorBoard scalars.
 
         Args:
-            step: steps done since the beginning of the run.
-            values: in percent, by name; the row and TensorBoard call them val/NAME.
+            step: Steps since the beginning of the run.
+            values: Percentages by name. The row and TensorBoard call them val/NAME.
         """
         if not self._main:
             return
-        self._rows.open(after=self._resumed)
         named = {f"val/{name}": float(value) for name, value in values.items()}
         logger.info(
             "step %d  validation  %s",
@@ -209,6 +209,7 @@ class RunLog:
             "  ".join(f"{name} {value:.2f} %" for name, value in values.items()),
         )
         with self._keeps_going():
+            self._rows.open(after=self._resumed)
             self._rows.append({"step": step, **named, "time": round(time.time(), 3)})
             self._scalars.add(named, step=step, resumed=self._resumed)
 
@@ -224,23 +225,23 @@ class RunLog:
         seconds: float | None = None,
         **extra: object,
     ) -> None:
-        """Add a row to results.json and say it on the console.
+        """Add a row to results.json and log it to the console.
 
-        A row takes the place of an earlier one of this log with the same benchmark, metric and
-        recipe: the file never contradicts itself.
+        The row replaces an earlier one of this log with the same benchmark, metric and recipe, so
+        the file cannot contradict itself.
 
         Args:
-            benchmark: what was measured, as in docs/protocols.md.
+            benchmark: What was measured, as in docs/protocols.md.
             metric: "accuracy", "top1/res4", ...
-            value: in `unit`; must be finite.
+            value: In `unit`; must be finite.
             unit: "%", "images/s", ...
-            n: samples that the value is a mean over.
-            checkpoint_sha256: checksum of the weights that were measured.
-            seconds: what the measurement took; by default the time since this log was made.
-            extra: further JSON fields, for example `chance=25.0`.
+            n: Number of samples that the value is a mean over.
+            checkpoint_sha256: SHA-256 of the weights that were evaluated.
+            seconds: Duration of the measurement; by default the time since this log was created.
+            extra: Further JSON fields, for example `chance=25.0`.
 
         Raises:
-            ValueError: the value is not finite: JSON cannot hold it and a table should not.
+            ValueError: The value is not finite: JSON cannot hold it and a table should not.
         """
         if not self._main:
             return
@@ -265,7 +266,7 @@ class RunLog:
             write_json(self.out / "results.json", self._results)
 
     def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
-        """Write figures/NAME.png, and the same image to TensorBoard at `step` (now)."""
+        """Write figures/NAME.png and add it to TensorBoard at `step` (default: the current one)."""
         if not self._main:
             return
         from PIL import Image
@@ -281,11 +282,13 @@ class RunLog:
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:
-        """Turn a failed write into one warning per run."""
+        """Catch `OSError` from writes; log the first one of the run as a warning."""
         try:
             yield
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                words = "the run goes on, its records may be incomplete"
-                logger.warning("cannot write to the run folder %s (%s): %s", self.out, error, words)
+                logger.warning(
+                    "cannot write to the run folder %s (%s): the run continues, its log may be "
+                    "incomplete", self.out, error,
+                )  # fmt: skip

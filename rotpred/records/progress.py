@@ -1,4 +1,4 @@
-"""How far long work is."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVERY = 60.0
-"""Seconds without a word after which a log file gets a line."""
+LOG_EVERY_SECONDS = 60.0
+"""Seconds without a log line after which `Progress` writes one."""
 
 
 class Progress:
-    """A bar where standard error is a terminal; elsewhere a line, whenever none came for a minute.
+    """A progress bar on a terminal (standard error); elsewhere a log line after a silent minute.
 
-    Batch systems keep output in files, where a bar would be noise and silence looks like a hang.
+    Batch systems write output to files, where a bar is noise and silence looks like a hang.
     """
 
     def __init__(
         self, what: str, total: int, *, start: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Show nothing yet.
+        """Start the clock, and the bar on a terminal.
 
         Args:
-            what: is being done.
-            total: steps.
-            start: steps that were done before.
-            clock: seconds.
+            what: Name of the work.
+            total: Number of steps.
+            start: Steps that were done earlier.
+            clock: Returns the time in seconds.
         """
         self._what, self._total, self._start, self._clock = what, total, start, clock
-        self._began = self._said = clock()
+        self._began = self._logged = clock()
         self._bar: tqdm | None = None
         if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm  # an import that most jobs do not need
@@ -47,24 +47,24 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def update(self, done: int) -> None:
-        """Tell that `done` steps are done. Cheap enough for every step."""
+        """Show that `done` steps are done. Cheap enough for every step."""
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             return
         now = self._clock()
-        if now - self._said < EVERY or not self._start < done < self._total:
+        if now - self._logged < LOG_EVERY_SECONDS or not self._start < done < self._total:
             return
         left = (now - self._began) / (done - self._start) * (self._total - done)
-        words = f"{done:,} of {self._total:,} steps, {duration(left)} left"
-        logger.info("%s: %s", self._what, words)
-        self._said = now
+        text = f"{done:,} of {self._total:,} steps, {duration(left)} left"
+        logger.info("%s: %s", self._what, text)
+        self._logged = now
 
-    def said(self) -> None:
-        """Tell that somebody else said how far it is."""
-        self._said = self._clock()
+    def mark_logged(self) -> None:
+        """Restart the minute: the caller has logged the progress itself."""
+        self._logged = self._clock()

@@ -1,4 +1,4 @@
-"""TensorBoard's file of a run: the scalars of log.jsonl again, and the figures."""
+"""TensorBoard event file of a run: the scalars of log.jsonl and the figures."""
 
 from __future__ import annotations
 
@@ -7,42 +7,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+LOADER = {
+    "images_per_s": "images_per_s",
+    "views_per_s": "views_per_s",
+    "data_wait_percent": "wait_percent",
+    "rss_mib": "rss_mib",
+    "cuda_peak_mib": "cuda_peak_mib",
+}
+"""Columns of log.jsonl, and their tags under `loader/`: a renamed tag would split a curve."""
 
-import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-LOADER = ("images_per_s", "views_per_s", "data_wait_percent", "rss_mib", "cuda_peak_mib")
-"""Fields of a row of log.jsonl that are shown under `loader/`."""
+class TensorBoardWriter:
+    """Writes one folder of events, created at first use because the import takes a second.
 
-
-class Scalars:
-    """Writes one folder of events; made at first use, because the import takes a second.
-
-    Call it only after a file of our own was written: TensorBoard writes in a thread, and a disk
-    that is full there ends the thread with a traceback on the console. For the same reason
-    everything is flushed here, in this thread, rather than some time later in that one. The first
-    `OSError` is raised; after it nothing more is written.
+    Call it only after writing a file of our own: TensorBoard writes in a thread, and on a full disk
+    that thread ends with a traceback on the console. For the same reason every call flushes here,
+    in the calling thread. The first `OSError` is raised; nothing is written after it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: SummaryWriter | None = None
-        self._lost = False
+        self._failed = False
 
     def interval(
         self, row: Mapping[str, object], values: Mapping[str, float], *, step: int, resumed: int
     ) -> None:
-        """Add `values` as train/NAME, and what `row` says of the loader as loader/NAME."""
+        """Add `values` as train/NAME, and the loader columns of `row` as loader/NAME."""
         scalars: dict[str, float] = {f"train/{name}": value for name, value in values.items()}
-        for name in LOADER:
-            if isinstance(number := row.get(name), int | float):
-                scalars[f"loader/{name}"] = number
+        for column, tag in LOADER.items():
+            if isinstance(number := row.get(column), int | float):
+                scalars[f"loader/{tag}"] = number
         self.add(scalars, step=step, resumed=resumed)
 
     def add(self, scalars: Mapping[str, float], *, step: int, resumed: int) -> None:
@@ -55,26 +57,26 @@ class Scalars:
         self._write(write, resumed=resumed)
 
     def image(self, name: str, pixels_HWC: NDArray[np.uint8], *, step: int, resumed: int) -> None:
-        """Add an image (H, W, 3)."""
+        """Add an image, uint8 (H, W, 3)."""
         self._write(
             lambda writer: writer.add_image(name, pixels_HWC, step, dataformats="HWC"),
             resumed=resumed,
         )
 
     def close(self) -> None:
-        """Close the file. Harmless where nothing was written, or twice."""
+        """Close the file. May be called twice, or without a file."""
         if self._writer is not None:
             self._writer.close()
         self._writer = None
 
     def _write(self, write: Callable[[SummaryWriter], Any], *, resumed: int) -> None:
-        if self._lost:
+        if self._failed:
             return
         try:
             if self._writer is None:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                # Where a run resumes, TensorBoard hides what the lost work had written.
+                # After a resume, TensorBoard hides the events of the steps that are repeated.
                 self._writer = SummaryWriter(
                     str(self._folder),
                     purge_step=resumed + 1 if resumed else None,
@@ -83,12 +85,12 @@ class Scalars:
             write(self._writer)
             self._writer.flush()
         except OSError:
-            self._writer, self._lost = None, True
+            self._writer, self._failed = None, True
             raise
 
 
-def pixels(fig: Figure) -> npt.NDArray[np.uint8]:
-    """Draw a figure: uint8 (height, width, 3), RGB."""
+def pixels(fig: Figure) -> NDArray[np.uint8]:
+    """Render a figure as RGB, uint8 (height, width, 3)."""
     canvas = FigureCanvasAgg(fig)
     canvas.draw()  # type: ignore[no-untyped-call]
     rgba = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)  # type: ignore[no-untyped-call]

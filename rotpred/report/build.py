@@ -1,7 +1,7 @@
-"""The page of the method, from run folders: every benchmark, trained beside untrained weights.
+"""Building the results page from run folders: every benchmark, trained beside random weights.
 
-Results join the tables of `published.TABLES` by the names of recipe and metric. Equal folders give
-equal pages: nothing in them tells the time.
+Results are matched to the tables of `published.TABLES` by recipe and metric. Equal folders give
+equal pages: a page has no timestamp.
 """
 
 from __future__ import annotations
@@ -10,42 +10,44 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from rotpred.report import published
+from rotpred.report import published, sources
 from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, ImageBlock, Text
 from rotpred.report.recipe_changes import recipe_changes
 from rotpred.report.results import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, FinishedRun, Result
-from rotpred.report.tables import Cell, PublishedSource, Table
+from rotpred.report.sources import PublishedSource
+from rotpred.report.tables import BenchmarkTable, Cell
 
 TITLE = "Rotation prediction: results"
 MARK = "†"
-"""Behind results of another protocol than the recipe's own."""
+"""Marks results of a protocol that differs from the recipe's."""
 WEIGHTS = {TRAINED: "FILE", RANDOM: "random", SUPERVISED: "imagenet"}
+"""Argument of --weights for each kind."""
 NONE = "–"
-"""Where nothing was published, or there are not two results to subtract."""
+"""Text of a cell without a published number or a difference."""
 
 
 def page(
     runs: Sequence[FinishedRun], *, left_out: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> list[Block]:
-    """Make the page.
+    """Build the page.
 
     Args:
-        runs: whose results and figures it shows.
-        left_out: names of run folders that could not be read, to be said on the page.
-        notes: paragraphs about these runs, for its head.
+        runs: Runs whose results and figures it shows.
+        left_out: Names of run folders that could not be read; the page lists them.
+        notes: Paragraphs about these runs, for the top of the page.
 
     Raises:
-        ValueError: two runs have the same result of the same kind of weights.
+        ValueError: Two runs have the same result of the same kind of weights.
     """
     results = _collect(runs)
     blocks: list[Block] = [
         Heading(TITLE, 1),
         Text(
-            "Numbers are percent of the test data. Trained weights stand beside random ones in the "
-            f"same network, and both beside published numbers; “{NOT_RUN}”: none of the runs has "
-            "that result. A difference is trained minus random."
+            "Numbers are percentages on the test data. Columns are trained weights, random weights "
+            "in the same network, their difference (trained minus random), and published numbers. "
+            f"“{NOT_RUN}”: no run has that result."
         ),
-        Text(published.WARNING, warning=True),
+        Text(sources.WARNING, warning=True),
     ]
     if left_out:
         blocks.append(Text(f"Left out as broken: {', '.join(left_out)}.", warning=True))
@@ -54,16 +56,16 @@ def page(
     others = dict.fromkeys(result.recipe for result in results if result.recipe not in known)
     tables = [
         *published.TABLES,
-        *(Table(published.TITLES.get(name, name), (name,), ()) for name in others),
+        *(BenchmarkTable(published.TITLES.get(name, name), (name,), ()) for name in others),
     ]
     filled = [(t, [r for r in results if r.recipe in t.recipes]) for t in tables]
-    # What there is to see comes first; the order is otherwise that of the tables.
+    # Tables with results come first, otherwise in their own order.
     for table, part in sorted(filled, key=lambda pair: not pair[1]):
         blocks += _table(table, part)
     blocks += [
         *_sources(),
         Heading("Other published numbers", 2),
-        Text("Of other networks, or of layers that their source does not name."),
+        Text("Of other networks, or of layers that the source does not name."),
         Grid(("what", "number", "source"), published.OTHERS),
         *_figures(runs),
         *_provenance(runs),
@@ -72,7 +74,7 @@ def page(
 
 
 def _collect(runs: Sequence[FinishedRun]) -> list[Result]:
-    """All results of evaluations, each once."""
+    """Return all results of evaluations; raise ValueError for duplicates."""
     found: dict[tuple[object, ...], Result] = {}
     for result in (result for run in runs for result in run.results if result.kind is not None):
         key = (result.recipe, result.label, result.kind)
@@ -85,57 +87,57 @@ def _collect(runs: Sequence[FinishedRun]) -> list[Result]:
     return list(found.values())
 
 
-def _table(table: Table, results: Sequence[Result]) -> list[Block]:
-    """A benchmark: config, commands, results beside published ones, what else its runs found."""
+def _table(table: BenchmarkTable, results: Sequence[Result]) -> list[Block]:
+    """Return a benchmark: config, recipe changes, notes, table, other results, commands."""
     kinds = [
         kind for kind in KINDS if kind in (TRAINED, RANDOM) or any(r.kind == kind for r in results)
     ]
     blocks: list[Block] = [Heading(table.title, 2), _config(table, results)]
-    blocks += _departures(dict.fromkeys(r.run for r in results))
+    blocks += _recipe_changes(dict.fromkeys(r.run for r in results))
     blocks += [Text(note) for note in table.notes]
     for kind in kinds:
         weights = {r.sha for r in results if r.kind == kind and r.sha}
         if len(weights) > 1:
-            said = ", ".join(sha[:12] for sha in sorted(weights))
-            blocks.append(Text(f"{kind} results of several weights files: {said}.", warning=True))
+            names = ", ".join(sha[:12] for sha in sorted(weights))
+            blocks.append(Text(f"{kind} results of several weights files: {names}.", warning=True))
     used: set[Result] = set()
     rows = []
     for cell in table.cells:
         matching = [result for result in results if _fills(result, cell)]
         used.update(matching)
-        best = {kind: _best(matching, kind) for kind in kinds}
+        best = {kind: _highest(matching, kind) for kind in kinds}
         rows.append((cell.name, *_ours(best, cell), *_theirs(cell, table.sources)))
     head = ("result", *kinds, "difference", *(source.name for source in table.sources))
     if rows:
         blocks.append(Grid(head, tuple(rows)))
     labels = dict.fromkeys(r.label for r in results if r not in used)
     rest = [
-        (label, *_ours({k: _best([r for r in results if r.label == label], k) for k in kinds}))
+        (label, *_ours({k: _highest([r for r in results if r.label == label], k) for k in kinds}))
         for label in labels
     ]
     if rest:
         if rows:
-            blocks.append(Text("What else these runs found:"))
+            blocks.append(Text("Other results of these runs:"))
         blocks.append(Grid(("result", *kinds, "difference"), tuple(rest)))
-    for words in dict.fromkeys(str(r.row["protocol"]) for r in results if "protocol" in r.row):
-        blocks.append(Text(f"{MARK}: {words}."))
+    for protocol in dict.fromkeys(str(r.row["protocol"]) for r in results if "protocol" in r.row):
+        blocks.append(Text(f"{MARK}: {protocol}."))
     return [*blocks, Code(_commands(table, results, kinds))]
 
 
 def _fills(result: Result, cell: Cell) -> bool:
-    """Whether a result belongs to a cell."""
+    """Return whether a result belongs to a cell."""
     return result.metric in cell.metrics and all(
         isinstance(field := result.row.get(name), int | float) and math.isclose(field, value)
         for name, value in cell.where.items()
     )
 
 
-def _best(results: Sequence[Result], kind: str) -> Result | None:
+def _highest(results: Sequence[Result], kind: str) -> Result | None:
     return max((r for r in results if r.kind == kind), key=lambda r: r.value, default=None)
 
 
 def _ours(best: Mapping[str, Result | None], cell: Cell | None = None) -> list[str]:
-    """One text per kind of weights, and the difference."""
+    """Return the text of our result for each kind of weights, and of the difference."""
     texts = [NOT_RUN if result is None else _text(result, cell) for result in best.values()]
     trained, random = best[TRAINED], best[RANDOM]
     both = trained is not None and random is not None
@@ -143,15 +145,14 @@ def _ours(best: Mapping[str, Result | None], cell: Cell | None = None) -> list[s
 
 
 def _text(result: Result, cell: Cell | None) -> str:
-    """Two digits, the deviation where there is one, and which of several results it is."""
+    """Return the value with two decimals, its deviation, the mark, and which of several it is."""
     text = f"{result.value:.2f}"
     if isinstance(deviation := result.row.get("deviation"), int | float):
         text += f" ± {deviation:.2f}"
     if result.unit != "%":
         text += f" {result.unit}"
-    if "protocol" in result.row or recipe_changes(
-        result.run.recipe, processes=result.run.processes
-    ):
+    changes = recipe_changes(result.run.recipe, processes=result.run.processes)
+    if changes or "protocol" in result.row:
         text += MARK
     chosen = []
     if cell is not None and len(cell.metrics) > 1:
@@ -167,8 +168,8 @@ def _theirs(cell: Cell, sources: Sequence[PublishedSource]) -> list[str]:
     return [cell.published.get(source, NONE) for source in sources]
 
 
-def _config(table: Table, results: Sequence[Result]) -> Text:
-    """Recipes, networks and numbers of test samples, the latter as far as the runs say."""
+def _config(table: BenchmarkTable, results: Sequence[Result]) -> Text:
+    """Return recipes, backbones and numbers of test samples."""
     text = f"Config: {', '.join(table.recipes)}"
     if networks := sorted({r.run.backbone for r in results if r.run.backbone}):
         text += f"; {', '.join(networks)}"
@@ -177,20 +178,20 @@ def _config(table: Table, results: Sequence[Result]) -> Text:
     return Text(f"{text}.")
 
 
-def _departures(runs: Iterable[FinishedRun]) -> list[Block]:
-    """What runs changed of their recipe, a line for those that changed the same."""
-    changed: dict[tuple[str, ...], list[str]] = {}
+def _recipe_changes(runs: Iterable[FinishedRun]) -> list[Block]:
+    """Return one warning per set of recipe changes, with the runs that have it."""
+    runs_by_changes: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
-        if words := recipe_changes(run.recipe, processes=run.processes):
-            changed.setdefault(words, []).append(run.name)
+        if changes := recipe_changes(run.recipe, processes=run.processes):
+            runs_by_changes.setdefault(changes, []).append(run.name)
     return [
-        Text(f"{MARK}: {', '.join(names)}: {'; '.join(words)}.", warning=True)
-        for words, names in changed.items()
+        Text(f"{MARK}: {', '.join(names)}: {'; '.join(changes)}.", warning=True)
+        for changes, names in runs_by_changes.items()
     ]
 
 
-def _commands(table: Table, results: Sequence[Result], kinds: Sequence[str]) -> str:
-    """The commands of the runs, and those that would fill the rest of the table."""
+def _commands(table: BenchmarkTable, results: Sequence[Result], kinds: Sequence[str]) -> str:
+    """Return the commands of the runs, and those for the missing results."""
     lines = []
     for kind, recipe in itertools.product(kinds, table.recipes):
         runs = dict.fromkeys(r.run for r in results if r.kind == kind and r.recipe == recipe)
@@ -204,13 +205,14 @@ def _commands(table: Table, results: Sequence[Result], kinds: Sequence[str]) -> 
 
 
 def _sources() -> list[Block]:
-    sources = dict.fromkeys(source for table in published.TABLES for source in table.sources)
-    rows = tuple((source.name, source.place) for source in sources)
+    """Return the table of the sources of published numbers."""
+    used = dict.fromkeys(source for table in published.TABLES for source in table.sources)
+    rows = tuple((source.name, source.place) for source in used)
     return [Heading("Sources of the published numbers", 2), Grid(("column", "source"), rows)]
 
 
 def _pretext(runs: Sequence[FinishedRun]) -> list[Block]:
-    """Rotation accuracy of pretraining runs, one a row."""
+    """Return the rotation accuracy of pretraining runs, one per row."""
     blocks: list[Block] = [Heading("Rotation prediction (accuracy on four views)", 2)]
     found = [r for run in runs for r in run.results if r.kind is None]
     if not found:
@@ -230,7 +232,7 @@ def _pretext(runs: Sequence[FinishedRun]) -> list[Block]:
         )
     head = ("run", "config", result.metric, "chance", "views", "published")
     commands = [f"# {run.name}\n{run.command}" for run in dict.fromkeys(r.run for r in found)]
-    blocks += _departures(dict.fromkeys(r.run for r in found))
+    blocks += _recipe_changes(dict.fromkeys(r.run for r in found))
     return [*blocks, Grid(head, tuple(rows)), Code("\n".join(commands))]
 
 
@@ -244,13 +246,13 @@ def _figures(runs: Sequence[FinishedRun]) -> list[Block]:
 
 
 def _provenance(runs: Sequence[FinishedRun]) -> list[Block]:
-    """Which weights, machine and versions each run had."""
+    """Return the weights, machine and versions of each run."""
     rows = []
     for run in runs:
         weights = {r.weights: r.sha for r in run.results}
-        said = ", ".join(f"{name} {sha[:12]}".strip() for name, sha in weights.items())
+        names = ", ".join(f"{name} {sha[:12]}".strip() for name, sha in weights.items())
         machine = [str(run.env[key]) for key in ("device", "cpu", "torch") if key in run.env]
         processes = "unknown" if run.processes is None else str(run.processes)
-        rows.append((run.name, said, ", ".join(machine) or NONE, processes, run.revision))
+        rows.append((run.name, names, ", ".join(machine) or NONE, processes, run.revision))
     head = ("run", "weights (sha256)", "device, processor, torch", "processes", "revision")
     return [Heading("Runs", 2), Grid(head, tuple(rows))]

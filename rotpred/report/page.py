@@ -1,4 +1,4 @@
-"""A page as a list of blocks, written as Markdown or as one self-contained HTML file."""
+"""A page as a list of blocks, rendered as Markdown or as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import numpy.typing as npt
 from PIL import Image
 
 NOT_RUN = "not run"
-"""What a cell says whose evaluation is not among the runs."""
+"""Text of a cell whose evaluation is not among the runs."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading of level 1 (the page's own) to 3."""
+    """A heading of level 1 (page title) to 3."""
 
     text: str
     level: int
@@ -30,7 +30,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; a warning stands out."""
+    """A paragraph; a warning is highlighted."""
 
     text: str
     warning: bool = False
@@ -38,14 +38,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to be typed."""
+    """A block of shell commands."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; every row is as long as its head."""
+    """A table; rows are as long as the head."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -53,7 +53,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """A PNG file's bytes, and where it lies, if it does."""
+    """A PNG image, and its path if it is a file."""
 
     title: str
     png: bytes
@@ -61,7 +61,7 @@ class ImageBlock:
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Encode uint8 (height, width, 3); equal pixels give equal bytes."""
+    """Encode an image, uint8 (height, width, 3), as PNG; equal pixels give equal bytes."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG", optimize=True)
     return file.getvalue()
@@ -71,10 +71,10 @@ Block = Heading | Text | Code | Grid | ImageBlock
 
 
 def markdown(blocks: Sequence[Block], *, folder: Path) -> str:
-    """Write GitHub's Markdown; images are links, relative to the page's folder.
+    """Render GitHub's Markdown; images are links, relative to the page's folder.
 
     Raises:
-        ValueError: an image has no file that the page could link to.
+        ValueError: An image has no file to link to.
     """
     return "\n\n".join(_markdown(block, folder) for block in blocks) + "\n"
 
@@ -86,7 +86,7 @@ def _markdown(block: Block, folder: Path) -> str:
         case Text():
             return ("> **Warning:** " if block.warning else "") + _escaped(block.text)
         case Code():
-            # A longer fence than any in the text, which therefore cannot end the block.
+            # Longer than any fence in the text, so that the text cannot end the block.
             longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}\n{block.text}\n{fence}"
@@ -102,12 +102,12 @@ def _markdown(block: Block, folder: Path) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*<>\[\]|#])", r"\\\1", " ".join(text.split()))
 
 
 def html(blocks: Sequence[Block], *, title: str) -> str:
-    """Write one file that needs no other: images are data URIs, the style is within."""
+    """Render one self-contained HTML file: images are data URIs, the style is inline."""
     body = "\n".join(_html(block) for block in blocks)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,37 +1,28 @@
-"""The tables of the model page: which result of which recipe fills a cell, and what was published.
+"""The tables of the model page: which results fill each cell, and the published numbers.
 
-Numbers are text, as they were printed: 47.0 is not 47.00. A new benchmark is a new `Table` here.
+Numbers are text, as they were printed: 47.0 is not 47.00. A new benchmark is a new
+`BenchmarkTable` here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rotpred.report.tables import Cell, PublishedSource, Table, cells
+from rotpred.report.sources import (
+    MM,
+    OSS,
+    OSS_C4,
+    OSS_C4_RANDOM,
+    OSS_C4_SUPERVISED,
+    OSS_RANDOM,
+    OSS_SUPERVISED,
+    PAPER,
+    RERUN,
+    PublishedSource,
+)
+from rotpred.report.tables import BenchmarkTable, Cell, cells
 
-__all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES", "WARNING"]
-
-_ZOO = "OpenSelfSup, docs/MODEL_ZOO.md, ResNet-50"
-MM = PublishedSource(
-    "mmselfsup",
-    "mmselfsup, configs/selfsup/rotation_pred/README.md, ResNet-50, 70 epochs",
-)
-OSS = PublishedSource("OpenSelfSup", f"{_ZOO}, 70 epochs: the same recipe, a checkpoint of its own")
-OSS_RANDOM = PublishedSource("OpenSelfSup, random", f"{_ZOO}, random weights")
-OSS_SUPERVISED = PublishedSource("OpenSelfSup, supervised", f"{_ZOO}, supervised on ImageNet")
-OSS_C4 = PublishedSource(
-    "OpenSelfSup, C4 2x", f"{_ZOO}; another detector: Mask R-CNN C4, 2x schedule"
-)
-OSS_C4_RANDOM = PublishedSource(
-    "OpenSelfSup, C4 2x, random", f"{_ZOO}, random weights; another detector"
-)
-OSS_C4_SUPERVISED = PublishedSource(
-    "OpenSelfSup, C4 2x, supervised", f"{_ZOO}, supervised on ImageNet; another detector"
-)
-PAPER = PublishedSource("paper", "Gidaris et al., ICLR 2018, as later texts quote it (second hand)")
-RERUN = PublishedSource(
-    "rerun of the paper's code", "gidariss/FeatureLearningRotNet, issue 6: a user's report"
-)
+__all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES"]
 
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _FEATURES = tuple(f"Feature{i} ({stage})" for i, stage in enumerate(_STAGES, start=1))
@@ -43,16 +34,7 @@ _OLDEST = (
 )
 _FEBRUARY = "mmselfsup's numbers here appeared with its February 2022 checkpoint or later."
 
-WARNING = (
-    "mmselfsup's table mixes three checkpoints. SVM, low-shot, Feature1 to Feature5, detection and "
-    "segmentation are unchanged since v0.5.0, whose loader (up to v0.6.0) fed BGR pixels with the "
-    "mean and deviation of RGB; v0.7.0 corrected that and trained anew (Places205, and kNN in "
-    "v0.8.0); the AvgPool number 47.0 is of a third checkpoint, of 1.x (48.12 for that of February "
-    "2022, 44.35 for that of December 2021). Differences of half a point to it mean nothing."
-)
-"""Of the published numbers' own making; derived from the tags of mmselfsup."""
-
-_SVM = Table(
+_SVM = BenchmarkTable(
     "VOC07 classification, linear SVM (mAP)",
     ("voc07_svm",),
     (
@@ -72,13 +54,13 @@ _SVM = Table(
         Cell("AvgPool, 11-point AP", ("mAP11/avgpool",)),
     ),
     (
-        "Published is the best stage: Feature4 (mmselfsup, OpenSelfSup), Feature2 (random), "
-        "Feature5 (supervised), with the AP of VOC2010 on.",
+        "The published number is that of the best stage: Feature4 (mmselfsup, OpenSelfSup), "
+        "Feature2 (random), Feature5 (supervised), with the AP that VOC uses since 2010.",
         _OLDEST,
     ),
 )
 
-_LOW_SHOT = Table(
+_LOW_SHOT = BenchmarkTable(
     "VOC07 classification, low-shot SVM (mAP, mean ± deviation over the draws)",
     ("voc07_lowshot",),
     (
@@ -97,14 +79,14 @@ _LOW_SHOT = Table(
         ),
     ),
     (
-        "The published rows stand beside res4, the best stage of the full SVM for rotation "
-        "prediction; for random and supervised weights the best stage is another one.",
+        "The published rows are shown beside res4, the best stage of the full SVM for rotation "
+        "prediction. Random and supervised weights have another best stage.",
         "The cost is chosen on the test data, as published.",
         _OLDEST,
     ),
 )
 
-_LINEAR = Table(
+_LINEAR = BenchmarkTable(
     "ImageNet-1k, linear classifiers (top-1)",
     ("in1k_linear", "in1k_mhead"),
     (
@@ -120,21 +102,22 @@ _LINEAR = Table(
         ),
     ),
     (
-        f"Feature1-5: {_OLDEST} AvgPool: that of 1.x.",
-        "VISSL's 48.2 (ResNet-50, 105 epochs) names no layer: see the other published numbers.",
+        f"Feature1-5: {_OLDEST} AvgPool: the 1.x checkpoint.",
+        "VISSL does not name the layer of its 48.2 (ResNet-50, 105 epochs): see the other "
+        "published numbers.",
     ),
     processes=8,
 )
 
-_INAT = Table(
+_INAT = BenchmarkTable(
     "iNaturalist 2018, linear classifiers (top-1)",
     ("inat18_mhead",),
     cells(_FEATURES, _TOP1, {}),
-    ("Nothing is published for rotation prediction.",),
+    ("No results of rotation prediction are published.",),
     processes=8,
 )
 
-_PLACES = Table(
+_PLACES = BenchmarkTable(
     "Places205, linear classifiers (top-1)",
     ("places205_mhead",),
     cells(
@@ -157,7 +140,7 @@ def _semi(percent: int, published: Mapping[PublishedSource, str]) -> tuple[Cell,
     return cells(names, ("top1", "top5"), published, {"fraction": percent / 100})
 
 
-_SEMI = Table(
+_SEMI = BenchmarkTable(
     "ImageNet-1k, semi-supervised: fine-tuning on 1 % and 10 % of the labels",
     ("in1k_semi_1", "in1k_semi_10"),
     (
@@ -169,7 +152,7 @@ _SEMI = Table(
     options=("--grid",),
 )
 
-_KNN = Table(
+_KNN = BenchmarkTable(
     "ImageNet-1k, weighted nearest neighbours (top-1)",
     ("in1k_knn",),
     cells(
@@ -181,7 +164,7 @@ _KNN = Table(
     processes=8,
 )
 
-_VOC_DETECTION = Table(
+_VOC_DETECTION = BenchmarkTable(
     "VOC07+12 detection, Faster R-CNN C4, 24k iterations",
     ("voc0712_det",),
     cells(
@@ -203,7 +186,7 @@ _VOC_DETECTION = Table(
 )
 
 _PARTS = ("AP", "AP50", "AP75")
-_COCO = Table(
+_COCO = BenchmarkTable(
     "COCO, Mask R-CNN FPN, 1x",
     ("coco_det",),
     cells(
@@ -217,14 +200,14 @@ _COCO = Table(
         },
     ),
     (
-        "OpenSelfSup's columns are of another detector and twice the schedule: compare them with "
-        "one another only.",
+        "OpenSelfSup's columns are of another detector and twice the schedule: compare them only "
+        "with one another.",
         _OLDEST,
     ),
     processes=8,
 )
 
-_VOC_SEGMENTATION = Table(
+_VOC_SEGMENTATION = BenchmarkTable(
     "VOC12+Aug segmentation, FCN, 20k iterations",
     ("voc12aug_seg",),
     cells(("mIoU",), ("mIoU",), {MM: "64.31"}),
@@ -232,16 +215,16 @@ _VOC_SEGMENTATION = Table(
     processes=4,
 )
 
-_CITYSCAPES = Table(
+_CITYSCAPES = BenchmarkTable(
     "Cityscapes segmentation, FCN, 40k iterations",
     ("cityscapes_seg",),
     (Cell("mIoU", ("mIoU",)),),
-    ("Nothing is published for rotation prediction.",),
+    ("No results of rotation prediction are published.",),
     processes=4,
 )
 
 _BLOCKS = ("conv1", "conv2", "conv3", "conv4")
-_NIN = Table(
+_NIN = BenchmarkTable(
     "CIFAR-10, probes of the paper's network-in-network (top-1)",
     ("cifar10_probes",),
     (
@@ -259,7 +242,7 @@ _NIN = Table(
             [f"{block}, linear" for block in _BLOCKS], [f"top1/{block}" for block in _BLOCKS], {}
         ),
     ),
-    ("Published is the best test epoch; ours is the last one.",),
+    ("The published numbers are of the best test epoch; ours are of the last.",),
 )
 
 TABLES = (
@@ -276,33 +259,33 @@ TABLES = (
     _CITYSCAPES,
     _NIN,
 )
-"""What the page always shows, in this order; recipes that are in none follow as they are."""
+"""Tables that the page always shows, in this order. Recipes in none of them follow."""
 
 TITLES = {
-    "in1k_rotation": "ImageNet-1k, rotation prediction by the weights' own head",
-    "cifar10_rotation": "CIFAR-10, rotation prediction by the weights' own head",
+    "in1k_rotation": "ImageNet-1k, rotation prediction with the weights' own head",
+    "cifar10_rotation": "CIFAR-10, rotation prediction with the weights' own head",
     "cifar10_linear": "CIFAR-10, linear classifiers",
     "cifar10_knn": "CIFAR-10, weighted nearest neighbours",
-    "cifar10_svm": "CIFAR-10, linear SVM, each class against the rest",
+    "cifar10_svm": "CIFAR-10, linear SVM, one-vs-rest",
     "cifar10_lowshot": "CIFAR-10, low-shot SVM (mean ± deviation over the draws)",
     "cifar10_semi_1": "CIFAR-10, fine-tuning on 1 % of the labels",
     "cifar10_semi_10": "CIFAR-10, fine-tuning on 10 % of the labels",
     "places205_mhead_vissl": "Places205, linear classifiers as VISSL trains them",
     "quickstart_linear": "Scanned digits, linear classifiers",
 }
-"""Of recipes that are in none of the `TABLES`; others are headed by their names."""
+"""Headings of recipes in none of the `TABLES`; without one, the recipe's name is the heading."""
 
 PRETEXT = {
     "rotnet_in1k_alexnet": "89.18 (the released weights, by a user: issue 8 of the paper's code)",
     "rotnet_cifar10_nin": "93.65 (a user's rerun: issue 6 of the paper's code)",
 }
-"""Rotation accuracy that others report, by recipe."""
+"""Rotation accuracy reported by others, by recipe."""
 
 OTHERS = (
     ("ImageNet linear, layer not named, ResNet-50, 105 epochs", "48.2", "VISSL, MODEL_ZOO.md"),
-    ("that, pretrained on ImageNet-22k", "54.89", "VISSL, MODEL_ZOO.md"),
-    ("that, AlexNet, the paper's weights", "39.51", "VISSL, MODEL_ZOO.md"),
-    ("that, ClusterFit from RotNet, ResNet-50", "53.63", "VISSL, MODEL_ZOO.md"),
+    ("the same, pretrained on ImageNet-22k", "54.89", "VISSL, MODEL_ZOO.md"),
+    ("the same, AlexNet, the paper's weights", "39.51", "VISSL, MODEL_ZOO.md"),
+    ("the same, ClusterFit from RotNet, ResNet-50", "53.63", "VISSL, MODEL_ZOO.md"),
     ("ImageNet linear, AlexNet conv1/conv3/conv4/conv5", "18.8 / 38.7 / 38.2 / 36.5", PAPER.name),
     ("ImageNet non-linear, AlexNet conv4/conv5", "50.0 / 43.8", PAPER.name),
     ("VOC07 classification, AlexNet fc6-8 / all", "70.87 / 72.97", PAPER.name),
@@ -312,4 +295,4 @@ OTHERS = (
     ("CIFAR-10, supervised NIN", "92.80", PAPER.name),
     ("CIFAR-10, random frozen features + conv", "72.50", PAPER.name),
 )
-"""Published numbers of other networks or layers: what, number, source."""
+"""Published numbers of other networks or layers: (what, number, source)."""

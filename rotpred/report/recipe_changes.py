@@ -1,4 +1,4 @@
-"""What a run did otherwise than the recipe that it is named after."""
+"""Differences between a run's resolved recipe and the published one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rotpred.files import plain
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.report import published
 
-FREE = frozenset(
+IGNORED_FIELDS = frozenset(
     (
-        # Where things are.
+        # Names and paths.
         *("name", "weights", "data", "root", "out", "cache", "train_labels", "val_labels"),
-        # Who computes, how fast, and what is kept of it.
+        # Hardware, speed and output.
         *("engine", "workers", "decoder", "hw_decoder_load", "cpu_budget", "samples", "timeout"),
         *(
             "device",
@@ -35,20 +35,20 @@ FREE = frozenset(
             "seed",
             "max_undecodable",
         ),
-        # `cpu` and `device` give the same pixels but for rounding.
+        # `cpu` and `device` give the same pixels except for rounding.
         "resize",
     )
 )
-"""Fields, at any depth, that may differ without making another protocol of a recipe."""
+"""Fields, at any depth, that do not change the protocol."""
 
-SAME = ("val.batch_size", "run.type")
-"""Such fields where they stand: batches that nothing learns from, the name of one of our types."""
+IGNORED_PATHS = ("val.batch_size", "run.type")
+"""Further such fields, by path: the batch size of a validation, the name of one of our types."""
 
-BATCH = ("train.batch_size", "run.accumulate")
-"""What makes, with the number of processes, the batch of an update."""
+BATCH_FIELDS = ("train.batch_size", "run.accumulate")
+"""Their product, times the number of processes, is the batch size of an update."""
 
-EPOCH = "train.steps_per_epoch"
-"""More steps of fewer images are the same epoch (`dense.scaled`)."""
+STEPS_FIELD = "train.steps_per_epoch"
+"""More steps of smaller batches are the same epoch (`rotpred.protocols.dense.scaled`)."""
 
 PROCESSES = {
     # The paper's networks were trained on one GPU.
@@ -56,48 +56,54 @@ PROCESSES = {
     **dict.fromkeys(("rotnet_in1k_r50", "rotnet_in1k_r50_amp", "places205_mhead_vissl"), 8),
     **{name: table.processes for table in published.TABLES for name in table.recipes},
 }
-"""Of the recipes whose results were published."""
+"""Number of processes of the recipes whose results were published."""
 
 Value = str | int | float | bool | None
 
 
 def recipe_changes(recipe: Mapping[str, object], *, processes: int | None) -> tuple[str, ...]:
-    """The fields of a run's recipe.json that are not as published, in words.
+    """List the fields of a run's recipe.json that differ from the published recipe.
 
-    Where it is known what batch an update was published with, that is what counts, however many
-    processes share it.
+    If the published batch size of an update is known, it is compared as a whole; any number of
+    processes may share it.
 
     Args:
-        recipe: as the run folder has it. What older or newer code does not know is passed over,
-            and so are names that are no recipe's.
-        processes: of the run; None if unknown.
+        recipe: From the run folder. Fields that the present recipe does not have are ignored. An
+            unknown recipe has no changes.
+        processes: Number of processes of the run; None if unknown.
+
+    Returns:
+        One text per change, such as "run.precision bf16 (recipe: fp32)".
     """
     name = str(recipe.get("name"))
     make = {**PRETRAINING, **EVALUATION}.get(name)
     if make is None:
         return ()
-    own: dict[str, Any] = dict(_leaves(plain(make())))
-    ours: dict[str, Any] = own | {k: v for k, v in _leaves(recipe) if k in own}
-    passed, words = set[str](), []
-    if not any(field.startswith(("optim.", "probes.")) for field in own):
-        passed.add("train.batch_size")  # nothing learns from batches
+    published_fields: dict[str, Any] = dict(_leaves(plain(make())))
+    run_fields: dict[str, Any] = published_fields | {
+        k: v for k, v in _leaves(recipe) if k in published_fields
+    }
+    skipped, changes = set[str](), []
+    if not any(field.startswith(("optim.", "probes.")) for field in published_fields):
+        skipped.add("train.batch_size")  # nothing is trained on batches
     elif processes is not None and name in PROCESSES:
-        passed.update(BATCH)
-        expected = PROCESSES[name] * _product(own, BATCH)
-        found = processes * _product(ours, BATCH)
+        skipped.update(BATCH_FIELDS)
+        expected = PROCESSES[name] * _product(published_fields, BATCH_FIELDS)
+        found = processes * _product(run_fields, BATCH_FIELDS)
         if found != expected:
-            words.append(f"{found} images in an update (recipe: {expected})")
-        if ours.get(EPOCH) and own[EPOCH]:
-            step = processes * ours["train.batch_size"]
-            there = PROCESSES[name] * own["train.batch_size"] * own[EPOCH]
-            if abs(step * ours[EPOCH] - there) <= step:  # steps are rounded
-                passed.add(EPOCH)
-    words += [
-        f"{field} {_text(value)} (recipe: {_text(own[field])})"
-        for field, value in ours.items()
-        if field not in passed and value != own[field]
+            changes.append(f"{found} images per update (recipe: {expected})")
+        if run_fields.get(STEPS_FIELD) and published_fields[STEPS_FIELD]:
+            batch = processes * run_fields["train.batch_size"]
+            published_batch = PROCESSES[name] * published_fields["train.batch_size"]
+            epoch_images = published_batch * published_fields[STEPS_FIELD]
+            if abs(batch * run_fields[STEPS_FIELD] - epoch_images) <= batch:  # steps are rounded
+                skipped.add(STEPS_FIELD)
+    changes += [
+        f"{field} {_text(value)} (recipe: {_text(published_fields[field])})"
+        for field, value in run_fields.items()
+        if field not in skipped and value != published_fields[field]
     ]
-    return tuple(words)
+    return tuple(changes)
 
 
 def _product(fields: Mapping[str, int], names: Iterable[str]) -> int:
@@ -105,9 +111,10 @@ def _product(fields: Mapping[str, int], names: Iterable[str]) -> int:
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Value | tuple[object, ...]]]:
+    """Yield the dotted path and value of each field that counts."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            if name not in FREE and f"{path}{name}" not in SAME:
+            if name not in IGNORED_FIELDS and f"{path}{name}" not in IGNORED_PATHS:
                 yield from _leaves(item, f"{path}{name}.")
     elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
         for i, item in enumerate(value):

@@ -1,4 +1,4 @@
-"""Run folders read back: results with the weights they belong to, commands, figures."""
+"""Reading finished run folders: results with their weights, commands, figures."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pathlib import Path
 from PIL import Image
 
 from rotpred.records.folder import DONE, read_results
-from rotpred.records.former_names import translated
+from rotpred.records.former_names import translate_names, translate_option
 
 TRAINED, RANDOM, SUPERVISED = "trained", "random", "supervised"
 KINDS = (TRAINED, RANDOM, SUPERVISED)
-"""Of weights; a row of results.json names a file, "random", or "imagenet" for supervised ones."""
+"""Kinds of weights: a row of results.json names a file, "random", or "imagenet" (supervised)."""
 
 SETTINGS = ("fraction", "lr", "head_lr_mult")
-"""Fields that tell rows of one metric apart."""
+"""Fields that distinguish rows of one metric."""
 
 
 @dataclass(eq=False)
 class FinishedRun:
-    """One run."""
+    """A finished run, read from its folder."""
 
     path: Path
-    """Its folder."""
+    """Run folder."""
     name: str
-    """For people."""
+    """Name shown on the page."""
     group: str
-    """Name of the folder, which kept copies of several runs share."""
+    """Name of the folder; kept copies of several runs share one."""
     recipe: Mapping[str, object]
-    """recipe.json; empty where it was not kept."""
+    """recipe.json; empty if it was not kept."""
     env: Mapping[str, object]
-    """env.json; empty where it was not kept."""
+    """env.json; empty if it was not kept."""
     figures: Sequence[Path]
     """PNG files."""
     results: list[Result] = field(default_factory=list)
-    """Rows of results.json, one at least."""
+    """Rows of results.json, at least one."""
 
     @property
     def backbone(self) -> str:
-        """The network, "" if unknown."""
+        """Name of the backbone, "" if unknown."""
         return str(self.recipe.get("backbone", ""))
 
     @property
@@ -54,7 +54,7 @@ class FinishedRun:
 
     @property
     def revision(self) -> str:
-        """Of the code."""
+        """Git revision of the code, "unknown" if not recorded."""
         git = self.env.get("git")
         if not isinstance(git, dict):
             return "unknown"
@@ -62,7 +62,7 @@ class FinishedRun:
 
     @property
     def command(self) -> str:
-        """As it was typed, or one made of the recipe where env.json does not have it."""
+        """Command as typed, options renamed to the current ones; else made from the recipe."""
         command = self.env.get("command")
         words = [str(word) for word in command] if isinstance(command, list) else []
         script = Path(words[0]).name if words else ""
@@ -72,12 +72,12 @@ class FinishedRun:
             words = ["", str(self.results[0].recipe)]
             words += ["--weights", str(weights)] if weights else []
         start = ["torchrun", "--standalone", "--nproc-per-node", str(self.processes or 1)]
-        return shlex.join([*start, f"scripts/{script}", *words[1:]])
+        return shlex.join([*start, f"scripts/{script}", *map(translate_option, words[1:])])
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One row of results.json."""
+    """A row of results.json."""
 
     run: FinishedRun
     recipe: str
@@ -86,24 +86,24 @@ class Result:
     unit: str
     n: int
     kind: str | None
-    """Of the weights, one of `KINDS`; None for a pretraining run's own result."""
+    """Kind of the weights, one of `KINDS`; None for a pretraining run's own result."""
     row: Mapping[str, object]
 
     @property
     def weights(self) -> str:
-        """Name of the file, or "random"; "" for a pretraining run."""
+        """Name of the weights file, or "random"; "" for a pretraining run."""
         return str(self.row.get("weights", ""))
 
     @property
     def sha(self) -> str:
-        """Checksum of the weights, "" for random ones."""
+        """SHA-256 of the weights, "" for random ones."""
         return str(self.row.get("checkpoint_sha256") or "")
 
     @property
     def label(self) -> str:
-        """The metric, and the settings that the row has beside it."""
-        # Rows of a grid have theirs in the metric, as in top1/lr=0.1,head=10. The best of a grid
-        # is one result, whichever pair it is: other weights choose another.
+        """The metric and the row's settings."""
+        # Rows of a grid have their settings in the metric: top1/lr=0.1,head=10. The best of a grid
+        # gets no settings: weights may differ in their best setting, but are compared in one row.
         names: tuple[str, ...] = SETTINGS
         if "=" in self.metric:
             names = ()
@@ -113,22 +113,22 @@ class Result:
 
 
 def read_runs(path: Path) -> list[FinishedRun]:
-    """Read a run folder, or a folder of kept copies (NAME.results.json beside NAME.env.json, ...).
+    """Read a run folder, or a folder of kept copies (NAME.results.json, NAME.env.json, ...).
 
     Raises:
-        ValueError: it is neither, or unfinished, or a file in it is damaged; in one line.
+        ValueError: The folder is neither, the run is unfinished, or a file is damaged.
     """
     name = path.resolve().name
     if (path / "results.json").is_file():
         run = _read(path, name, "", sorted((path / "figures").glob("*.png")))
-        # A grid marks its points as finished, and ends with the row that names the best of them.
+        # A grid search has no DONE file of its own; its last row names the best point.
         ended = run.recipe.get("grid") is True and "chosen_from" in run.results[-1].row
         if not ended and not (path / DONE).is_file():
             raise ValueError(f"{path} is unfinished: it has no {DONE}")
         return [run]
     kept = sorted(path.glob("*.results.json"))
     if not kept:
-        raise ValueError(f"{path} is no run folder: it has no results.json")
+        raise ValueError(f"{path} is not a run folder: it has no results.json")
     runs = []
     for i, file in enumerate(kept):
         prefix = file.name.removesuffix("results.json")
@@ -143,7 +143,7 @@ def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> Finish
             with Image.open(figure, formats=("PNG",)) as image:
                 image.load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{figure} is no whole PNG file ({error})") from error
+            raise ValueError(f"{figure} is not a complete PNG file ({error})") from error
     run = FinishedRun(
         path=path,
         name=name,
@@ -163,11 +163,11 @@ def _object(path: Path) -> dict[str, object]:
     if not path.exists():
         return {}
     try:
-        value = translated(json.loads(path.read_bytes()))
+        value = translate_names(json.loads(path.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return value
 
 
@@ -181,11 +181,11 @@ def _result(run: FinishedRun, row: dict[str, object], file: Path) -> Result:
         or not math.isfinite(value)
         or not isinstance(n, int)
     ):
-        raise ValueError(f"{file}: {row} is no result")
+        raise ValueError(f"{file}: {row} is not a result")
     recipe, metric, unit = (str(text) for text in texts)
     kind: str | None = None
     if row.get("benchmark") != "rotation":
         if not isinstance(weights, str) or not weights:
-            raise ValueError(f"{file}: {recipe} {metric} does not say whose weights it is of")
+            raise ValueError(f"{file}: {recipe} {metric} does not name its weights")
         kind = {"random": RANDOM, "imagenet": SUPERVISED}.get(weights, TRAINED)
     return Result(run, recipe, metric, float(value), unit, n, kind, row)

@@ -1,36 +1,29 @@
-"""What tables of the model page are made of: rows, results that fill them, numbers of others."""
+"""Building blocks of the model page's tables: rows, their metrics and published numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class PublishedSource:
-    """Where a column of published numbers comes from."""
-
-    name: str
-    """Head of the column."""
-    place: str
-    """Project and file, network and schedule."""
+from rotpred.report.sources import PublishedSource
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table."""
+    """A row of a table."""
 
     name: str
     metrics: tuple[str, ...]
-    """Metrics of results.json that fill it; of several results, the highest."""
+    """Metrics of results.json that fill it; the highest result is shown."""
     published: Mapping[PublishedSource, str] = field(default_factory=dict)
+    """Published number by source, as it was printed."""
     where: Mapping[str, float] = field(default_factory=dict)
-    """Further fields that a row of results.json must have, with these values."""
+    """Further fields and values that a row of results.json must have."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """One benchmark."""
+class BenchmarkTable:
+    """The table of one benchmark."""
 
     title: str
     recipes: tuple[str, ...]
@@ -38,13 +31,13 @@ class Table:
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
     processes: int = 1
-    """Of the recipes, as they were published."""
+    """Number of processes with which the recipes were published."""
     options: tuple[str, ...] = ()
-    """Of their commands, besides the weights."""
+    """Options of the evaluation commands, besides the weights."""
 
     @property
     def sources(self) -> tuple[PublishedSource, ...]:
-        """The columns of published numbers, in the order of their first number."""
+        """Sources of published numbers, one per column, in order of first use."""
         return tuple(dict.fromkeys(source for cell in self.cells for source in cell.published))
 
 
@@ -54,7 +47,17 @@ def cells(
     published: Mapping[PublishedSource, str],
     where: Mapping[str, float] | None = None,
 ) -> tuple[Cell, ...]:
-    """Cells in a row; a source's numbers are separated by spaces, `-` where it has none."""
+    """Make consecutive rows, each filled by one metric.
+
+    Args:
+        names: Names of the rows.
+        metrics: The metric of each row.
+        published: By source: one number per row, separated by spaces; `-` if there is none.
+        where: As in `Cell`, for all rows.
+
+    Raises:
+        ValueError: A source does not have one number per row.
+    """
     names = list(names)
     columns = {source: numbers.split() for source, numbers in published.items()}
     if any(len(numbers) != len(names) for numbers in columns.values()):

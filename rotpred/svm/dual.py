@@ -1,16 +1,17 @@
-"""The linear SVM of the VOC07 protocol, solved exactly, many problems at a time; average precision.
+"""Exact dual solver for the linear SVM of the VOC07 protocol, batched over problems and costs.
 
-What scikit-learn's `LinearSVC` minimises (liblinear: L2 penalty, squared hinge, a bias that is
-penalised as one more weight on a constant feature of 1):
+The objective is that of scikit-learn's `LinearSVC` (liblinear: L2 penalty, squared hinge; the bias
+is one more penalised weight, on a constant feature of 1):
 
     |w|^2 / 2 + sum_i C_i max(0, 1 - y_i f_i)^2,    f_i = w.x_i + b,    C_i = C * weight_i
 
-The best (w, b) is a combination of the training rows, so that the problem lives in n dimensions,
-not in the thousands of a feature: f = K beta with K = X X' + 1, computed once for all classes,
-folds and costs. Newton's method on the squared hinge is exact after the few iterations in which the
-set of rows within the margin settles (Keerthi and DeCoste, JMLR 2005; Chapelle, Neural Computation
-2007). Each iteration is a linear system. Low costs have many active rows and are well conditioned:
-conjugate gradients solve all of them at once. High costs have few, and get a Cholesky factor.
+The optimal (w, b) is a combination of the training rows. So the problem has n dimensions, not the
+thousands of a feature: f = K beta with K = X X' + 1, computed once for all classes, folds and
+costs. Newton's method on the squared hinge is exact once the set of rows within the margin no
+longer changes, after a few iterations (Keerthi and DeCoste, JMLR 2005; Chapelle, Neural Computation
+2007). Each iteration solves a linear system. Low costs have many active rows and are well
+conditioned: conjugate gradients solve all of them at once. High costs have few: a Cholesky factor
+solves each.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ import numpy.typing as npt
 import torch
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
-"""Costs C of the published runs, in their order, which decides ties (mmselfsup, tools/benchmarks/
+"""Costs C of the published runs. Their order decides ties (mmselfsup, tools/benchmarks/
 classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
 
 TOLERANCE = 1e-7
-"""How far, relative to |(w, b)|, a solution may be from the exact one; see `solve`."""
+"""Greatest distance of a solution from the exact one, relative to |(w, b)|; see `solve`."""
 
 NEWTON_STEPS = 100
+"""Limit on iterations, after which the solvers raise."""
+
 _CG_STEPS = 80
 _CG_GAIN = 0.05
 _TINY = 1e-300
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
-"""Relative to |gradient|^2: how far off gradient' K gradient may be, for rows of length one."""
+"""Rounding error of gradient' K gradient relative to |gradient|^2, for rows of unit length."""
 _DIRECT_SHARE = 0.6
-"""Below this share of active rows a Cholesky factor is cheaper than the iterations."""
+"""Below this share of active rows a Cholesky factor is cheaper than conjugate gradients."""
 
 
 def normalize_rows(features: npt.NDArray[np.floating]) -> torch.Tensor:
-    """Return x / (|x| + 1e-5) per row, as published, in float64 as published: (N, D) on the CPU."""
+    """Return x / (|x| + 1e-5) per row of (N, D), as published: float64 (N, D) on the CPU."""
     x = torch.from_numpy(np.asarray(features, np.float64))
     lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (lengths + 1e-5)
@@ -46,10 +49,10 @@ def normalize_rows(features: npt.NDArray[np.floating]) -> torch.Tensor:
 def gram(
     rows: npt.NDArray[np.floating], columns: npt.NDArray[np.floating], device: torch.device
 ) -> torch.Tensor:
-    """Return K = A B' + 1 of the normalised features, float64 (len(rows), len(columns)).
+    """Return K = A B' + 1 of the normalised features, float64 (N, M).
 
-    The one is the constant feature that carries the bias. Works in blocks: a float64 copy of all
-    features would be the largest array of the protocol.
+    A is `rows` (N, D), B is `columns` (M, D). The 1 is the constant feature of the bias. Works in
+    blocks: a float64 copy of all features would be the largest array of the protocol.
     """
     block = 512
     result = torch.empty(len(rows), len(columns), dtype=torch.float64, device=device)
@@ -66,21 +69,21 @@ def solve(
 ) -> torch.Tensor:
     """Solve B problems of n rows for m costs each.
 
-    |(w, b) - exact| <= TOLERANCE * |(w, b)| is made sure of, not hoped for: the objective is
-    1-strongly convex, so that the length of its gradient bounds the distance to the minimum, and a
-    decision value of a row of length one is wrong by at most twice that.
+    The result satisfies |(w, b) - exact| <= TOLERANCE * |(w, b)|: the objective is 1-strongly
+    convex, so the norm of its gradient bounds the distance to the minimum. The error of a decision
+    value of a unit row is at most twice that.
 
     Args:
-        kernel: float64 (B, n, n), of `gram`.
+        kernel: float64 (B, n, n), from `gram`.
         signs: float64 (B, n), 1 or -1.
-        weights: float64 (B, n), what multiplies C: the class weight.
+        weights: float64 (B, n), multiplies C: the class weight.
         costs: float64 (m,), each positive.
 
     Returns:
         beta, float64 (B, n, m): decision values of any rows are `gram(rows, training) @ beta`.
 
     Raises:
-        RuntimeError: no convergence, or values that are not finite.
+        RuntimeError: The solver does not converge, or values are not finite.
     """
     y = signs[:, :, None]
     every_c2 = 2 * weights[:, :, None] * costs
@@ -92,7 +95,7 @@ def solve(
         active = y * f < 1
         gradient = beta - torch.where(active, c2 * (y - f), 0)
         k_gradient = kernel @ gradient
-        # Lengths in the space of (w, b): |(w, b)|^2 = beta' K beta.
+        # Norms in the space of (w, b): |(w, b)|^2 = beta' K beta.
         square = (gradient * k_gradient).sum(1)
         hidden = _ROUNDING * (gradient * gradient).sum(1)
         distance = (square.clamp_min(0) + hidden).sqrt()
@@ -101,7 +104,7 @@ def solve(
         accepted = TOLERANCE * (beta * f).sum(1).clamp_min(0).sqrt()
         todo = distance > accepted
         solution[:, :, live] = beta
-        # Products with K are what takes the time: costs that every problem has done with leave.
+        # Products with K take the time: drop the costs that are solved for every problem.
         keep = todo.any(0)
         if not bool(keep.any()):
             return solution
@@ -109,8 +112,9 @@ def solve(
         c2, beta, f, active, gradient, k_gradient = (
             part[:, :, keep] for part in (c2, beta, f, active, gradient, k_gradient)
         )
-        # Where K is singular (more rows than features), conjugate gradients leave a long part of
-        # the gradient that changes no decision value; its rounding hides the rest.
+        # If K is singular (more rows than features), conjugate gradients leave a large part of the
+        # gradient in the null space of K. It changes no decision value, but its rounding error
+        # hides the rest.
         blind = todo & (square[:, keep] <= hidden[:, keep])
         direct = todo & (slow | (active.sum(1) < kernel.shape[1] * _DIRECT_SHARE))
         step = torch.zeros_like(beta)
@@ -157,18 +161,18 @@ def _conjugate_gradients(
     blind: torch.Tensor,
     goal: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Solve (1 + S K) step = -gradient, S the diagonal of curvatures, for all columns.
+    """Solve (1 + S K) step = -gradient for all columns, with S the diagonal matrix of curvatures.
 
-    Conjugate gradients in the inner product u' K v, that of (w, b), in which the system is
-    symmetric with eigenvalues from 1 on, and in which every iterate is a step downhill. K times
-    each vector is kept beside it, so that an iteration costs one product.
+    Conjugate gradients in the inner product u' K v, which is that of (w, b). In it the system is
+    symmetric with eigenvalues of at least 1, and every iterate is a descent direction. K times each
+    vector is kept, so that an iteration costs one product with K.
 
-    Where `blind` (B, 1, m), they start from -gradient instead of 0: that solves exactly what K maps
-    to 0, which this inner product does not see.
+    Columns in `blind` (B, 1, m) start from -gradient instead of 0. That solves the part in the null
+    space of K exactly; this inner product cannot see it.
 
     Returns:
-        The steps (B, n, m), and bool (B, m): whether the residual's squared length is down to
-        `goal` (B, 1, m).
+        The steps (B, n, m), and bool (B, m): whether the residual's squared norm is at most `goal`
+        (B, 1, m).
     """
     step = torch.where(blind, -gradient, 0)
     residual = torch.where(blind, curvature * k_gradient, -gradient)
@@ -181,8 +185,8 @@ def _conjugate_gradients(
         bent = curvature * k_direction
         image, k_image = direction + bent, k_direction + kernel @ bent
         bend = (direction * k_image).sum(1, keepdim=True)
-        # Problems that are done stay where they are: rounding alone would decide where they go, and
-        # a quotient of two such numbers is not even finite.
+        # Solved problems stay as they are: only rounding error is left in them, and a quotient of
+        # two such numbers need not be finite.
         rate = torch.where((square > goal) & (bend > 0), square / bend.clamp_min(_TINY), 0)
         step = step + rate * direction
         residual, k_residual = residual - rate * image, k_residual - rate * k_image
@@ -202,17 +206,17 @@ def line_search(
     forward: torch.Tensor,
     curved: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the t (B, 1, m) in 0..1 at which the objective is least along each step.
+    """Return the t (B, 1, m) in 0..1 that minimises the objective along each step.
 
-    Its derivative rises with t and is piecewise linear: bisection, down to rounding.
+    Its derivative increases with t and is piecewise linear: bisection, down to rounding.
 
     Args:
-        y: as in `solve`.
-        c2: as in `solve`.
-        f: decision values (B, n, m).
-        moved: what the step changes them by.
-        forward: terms (B, d, m) whose sum is the inner product of (w, b) with its step.
-        curved: terms whose sum is that of the step with itself.
+        y: Signs, float64 (B, n, 1).
+        c2: 2 * weight * cost, float64 (B, n, m).
+        f: Decision values (B, n, m).
+        moved: Change of the decision values by the whole step (B, n, m).
+        forward: Terms (B, d, m) whose sum over d is the inner product of (w, b) with the step.
+        curved: Terms (B, d, m) whose sum over d is the inner product of the step with itself.
     """
     along, curvature = forward.sum(1, keepdim=True), curved.sum(1, keepdim=True)
     pull = c2 * moved
@@ -225,9 +229,9 @@ def line_search(
         return along + t * curvature - loss(t)
 
     low, high = torch.zeros_like(along), torch.ones_like(along)
-    # Newton steps end in t = 1; only where the slope there is clearly positive is it too far. Its
-    # parts cancel, and so do the terms of each: a step that corrects beta where K is singular moves
-    # no decision value, and what the sums say of it is rounding.
+    # The last Newton steps have t = 1. It is too far only if the slope there is clearly positive,
+    # compared with the terms of its sums, which cancel: a step that corrects beta in the null space
+    # of a singular K moves no decision value, and its sums are rounding error.
     terms = (forward, curved, pull * (y - f - moved))
     size = sum(part.abs().sum(1, keepdim=True) for part in terms)
     far = slope(high) > 1e-10 * size

@@ -1,8 +1,8 @@
-"""Low-shot classification with the linear SVM: draws of a few labelled samples, their scores.
+"""Low-shot classification with the linear SVM: random few-sample training sets and their scores.
 
 Source: mmselfsup, tools/dataset_converters/create_voc_low_shot_challenge_samples.py and tools/
 benchmarks/classification/svm_voc07/tools/{test_svm_low_shot,aggregate_low_shot_svm_stats}.py;
-VISSL, svm_low_shot_trainer.py, is the same. Theirs draws without a seed; ours has one.
+VISSL, svm_low_shot_trainer.py, is the same. Theirs draws samples without a seed; ours has one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 25
-"""Values of the kernels that are solved together: 256 MB."""
+"""Number of kernel values that are solved together: 256 MB of float64."""
 
 
 def draw_samples(
@@ -31,16 +31,16 @@ def draw_samples(
     """Draw k positive and (classes - 1) * k negative samples of one class, as published.
 
     Args:
-        labels: (N,), 1, -1 or 0 (difficult, never drawn).
-        k: number of positives.
-        classes: of the data set: the negatives are as many as if each other class gave k.
-        seed: decides the draw; classes, shots and draws are given different ones.
+        labels: int8 (N,): 1, -1 or 0 (difficult, never drawn).
+        k: Number of positives.
+        classes: Number of classes; negatives are as many as if each other class gave k.
+        seed: Seed of the draw; must differ between classes, shots and draws.
 
     Returns:
-        (classes * k,) rows, the positives first.
+        int64 (classes * k,): row numbers, positives first.
 
     Raises:
-        ValueError: there are too few samples.
+        ValueError: There are too few samples.
     """
     generator = np.random.default_rng(list(seed))
     parts = []
@@ -66,28 +66,33 @@ def scores_of_draw(
     tick: Callable[[], None],
     rows: torch.Tensor | None = None,
 ) -> Float64:
-    """Train and test every class at every number of shots and every cost, for one draw.
+    """Train and test every class for every number of shots and every cost, in one draw.
 
     Args:
-        kernel: float64 (N, N), `linear_svm.gram` of the samples that are drawn from.
-        test: float64 (M, N), of the test samples with them.
+        kernel: float64 (N, N), `rotpred.svm.dual.gram` of the training samples.
+        test: float64 (M, N), `gram` of test samples and training samples.
         labels: int8 (N, C).
         test_labels: int8 (M, C); difficult samples (0) are left out class by class.
-        shots: numbers of positives k.
-        costs: of the SVM.
-        positive_weight: what multiplies the cost of positives.
-        seed: of this draw.
-        tick: called after each class.
-        rows: float64 (N, d), `compact_svm.compact` of the samples that are drawn from.
+        shots: Numbers of positives k.
+        costs: Costs C of the SVM.
+        positive_weight: Factor on the cost of positives.
+        seed: Seed of this draw.
+        tick: Called after each class.
+        rows: float64 (N, d), `rotpred.svm.primal.compact` of the training samples. If given,
+            problems with fewer dimensions than samples use the primal solver.
 
     Returns:
-        Average precision as published, (len(shots), C, len(costs)).
+        Average precision as published, float64 (len(shots), C, len(costs)).
+
+    Raises:
+        ValueError: A class has too few samples.
+        RuntimeError: The solver does not converge, or values are not finite.
     """
     classes = labels.shape[1]
     device = kernel.device
     grid = torch.tensor(costs, dtype=torch.float64, device=device)
     result = np.zeros((len(shots), classes, len(costs)))
-    for place, k in enumerate(shots):
+    for shot, k in enumerate(shots):
         drawn = torch.from_numpy(
             np.stack(
                 [
@@ -116,31 +121,31 @@ def scores_of_draw(
                 keep = test_labels[:, c] != 0
                 positive = test_labels[keep, c] > 0
                 for j, column in enumerate(decisions[keep].T):
-                    result[place, c, j] = average_precision(column, positive)[0]
+                    result[shot, c, j] = average_precision(column, positive)[0]
                 tick()
     return result
 
 
 @dataclass(frozen=True)
 class ShotResult:
-    """Of one number of shots, over the draws."""
+    """Statistics over the draws, for one number of shots."""
 
     mean: float
     """Mean AP over classes, averaged over the draws; 0 to 1."""
     deviation: float
-    """Standard deviation over the draws (of them all, not an estimate from a sample)."""
+    """Population standard deviation over the draws (ddof 0)."""
     lowest: float
     highest: float
     cost: float
-    """The cost with the highest mean on the TEST set, as published: a little too good."""
+    """The cost with the highest mean on the TEST set, as published: slightly optimistic."""
 
 
 def aggregate(scores: Float64, costs: Sequence[float]) -> list[ShotResult]:
-    """Average over classes and draws, and choose one cost per number of shots, as published.
+    """Average over classes and draws; choose one cost per number of shots, as published.
 
     Args:
-        scores: (draws, shots, classes, costs), of `scores_of_draw`.
-        costs: what the last axis stands for.
+        scores: float64 (draws, shots, classes, costs), stacked from `scores_of_draw`.
+        costs: Costs along the last axis.
 
     Returns:
         One result per number of shots.

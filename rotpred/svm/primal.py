@@ -1,6 +1,6 @@
-"""The linear SVM where rows have fewer values than there are rows: solved in the weights.
+"""Exact primal solver for the linear SVM, for features with fewer dimensions than rows.
 
-Newton's method with exact steps (Keerthi and DeCoste, JMLR 2005), as many dimensions as values.
+Newton's method with exact steps in the D + 1 weights (Keerthi and DeCoste, JMLR 2005).
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from rotpred.svm.dual import NEWTON_STEPS, TOLERANCE, line_search, normalize_row
 
 
 def compact(features: npt.NDArray[np.floating], device: torch.device) -> torch.Tensor | None:
-    """The normalised rows with the constant feature, (N, D + 1), where D + 1 < N; else None.
+    """Return the normalised rows with the constant feature, or None if the dual solver fits better.
 
-    Their kernel is singular then: with high costs, what rounding leaves of a solution in n
-    dimensions is far from the exact one. In D + 1 dimensions nothing is singular, and it is faster.
+    With D + 1 < N the kernel is singular: at high costs, rounding moves a dual solution far from
+    the exact one. In D + 1 dimensions nothing is singular, and the solver is faster.
+
+    Args:
+        features: (N, D).
+        device: Device of the result.
+
+    Returns:
+        float64 (N, D + 1) if D + 1 < N, else None.
     """
     if features.shape[1] + 1 >= len(features):
         return None
@@ -27,19 +34,19 @@ def compact(features: npt.NDArray[np.floating], device: torch.device) -> torch.T
 def solve_compact(
     rows: torch.Tensor, signs: torch.Tensor, weights: torch.Tensor, costs: torch.Tensor
 ) -> torch.Tensor:
-    """As `solve`, one problem whose rows have fewer values than there are rows.
+    """Solve one problem in the primal, as `rotpred.svm.dual.solve` does in the dual.
 
     Args:
-        rows: float64 (n, d), of `compact`.
-        signs: float64 (n,).
-        weights: float64 (n,).
-        costs: float64 (m,).
+        rows: float64 (n, d), from `compact`.
+        signs: float64 (n,), 1 or -1.
+        weights: float64 (n,), multiplies C: the class weight.
+        costs: float64 (m,), each positive.
 
     Returns:
         beta, float64 (n, m).
 
     Raises:
-        RuntimeError: no convergence, or values that are not finite.
+        RuntimeError: The solver does not converge, or values are not finite.
     """
     y, result = signs[:, None], []
     one = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)

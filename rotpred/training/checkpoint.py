@@ -1,7 +1,7 @@
-"""Training state that survives being killed at any moment.
+"""Checkpoints of the training state that survive a kill at any moment.
 
-A file is written under a temporary name, read back, renamed; whatever is read has been checked
-first, and nothing is ever unpickled beyond tensors and plain types (`weights_only=True`).
+A file is written under a temporary name, read back and renamed. Its digest is checked before it is
+loaded, and only tensors and plain types are unpickled (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from rotpred.files import (
     write_verified,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "load_latest", "save", "sidecar_of"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load",
+    "load_latest",
+    "save",
+    "set_score",
+    "sidecar_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 class Checkpoint(NamedTuple):
-    """A verified training state."""
+    """A training state whose digest has been verified."""
 
     step: int
     state: dict[str, Any]
@@ -44,27 +52,31 @@ class Checkpoint(NamedTuple):
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 3) -> Path:
     """Write `step_0000123.pt` and its sidecar `step_0000123.json`, then remove older ones.
 
-    A process killed at any moment leaves what was loadable before loadable. Only one process may
-    save into a folder (rank 0): temporary files of others are swept away as strays.
+    A kill at any moment leaves earlier checkpoints loadable. Only one process (rank 0) may save
+    into a folder: temporary files of any other process are removed.
 
     Args:
-        folder: made where it does not exist.
-        step: optimiser steps done.
-        state: tensors and plain types, nested in dicts with str or int keys, lists and tuples. The
-            network's state dict goes by "model" and its backbone's name by "arch", so that
-            `load_backbone` can read the file.
-        keep: how many of the latest valid checkpoints stay, at least 2: the last one may turn out
-            to be damaged. The one that `rate` gave the highest score stays as well.
+        folder: Created if missing.
+        step: Number of optimiser steps done.
+        state: Tensors and plain types, nested in dicts with str or int keys, lists and tuples.
+            `load_backbone` expects the network's state dict under "model" and the backbone's name
+            under "arch".
+        keep: How many of the latest valid checkpoints to keep, at least 2, since the last one may
+            be damaged. The one with the highest score (`set_score`) is kept as well.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        CheckpointError: something that could not be loaded again, no space, or a disk that does not
-            give back what was written. Older checkpoints are untouched then.
+        ValueError: `keep` is less than 2.
+        CheckpointError: The state holds something that cannot be loaded again, the disk is full, or
+            the file differs when read back. Older checkpoints are unchanged.
     """
     if keep < 2:
         raise ValueError(f"keep must be at least 2, got {keep}")
     size = _check_plain(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    _remove_strays(folder)
     path = folder / f"step_{step:07d}.pt"
     check_space(folder, size)
     temporary, digest = write_verified(path, lambda file: torch.save(state, file))
@@ -74,55 +86,61 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 3) -> Pa
             previous = _verify(path)
         except CheckpointError as error:
             log.warning("replacing a damaged checkpoint: %s", error)
-    # The sidecar first: a checkpoint is never without one. Where this step is written again, the
-    # sidecar vouches for the old content too, until that has been replaced.
+    # The sidecar first: a checkpoint is never without one. If this step is written again, the
+    # sidecar holds the digest of the old file too, until that has been replaced.
     record = {"step": step, "score": None, "sha256": digest, "previous": previous}
     _write_json(sidecar_of(path), record)
     replace(temporary, path)
-    _rotate(folder, keep=keep, newest=step)
+    _remove_old(folder, keep=keep, newest=step)
     return path
 
 
-def rate(folder: Path, step: int, score: float, *, keep: int = 3) -> None:
-    """Note the score of a saved checkpoint in its sidecar, then remove older ones as `save` does.
+def set_score(folder: Path, step: int, score: float, *, keep: int = 3) -> None:
+    """Store the score of a checkpoint in its sidecar, then remove older ones as `save` does.
 
     Args:
-        folder: where it lies.
-        step: the newest one.
-        score: higher is better.
-        keep: as in `save`.
+        folder: The folder of the checkpoints.
+        step: Step of the checkpoint, the newest one.
+        score: Higher is better.
+        keep: As in `save`.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or its sidecar cannot be written.
+        ValueError: The score is not finite.
+        CheckpointError: There is no such checkpoint, or its sidecar cannot be written.
     """
     if not math.isfinite(score):
         raise ValueError(f"score must be finite, got {score}")
     path = folder / f"step_{step:07d}.pt"
     _write_json(sidecar_of(path), {**_record(path), "score": score})
-    _rotate(folder, keep=keep, newest=step)
+    _remove_old(folder, keep=keep, newest=step)
 
 
 def load(path: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint:
-    """Read one training state after comparing it with its sidecar.
+    """Read one training state after checking its digest against the sidecar.
+
+    Args:
+        path: The checkpoint, named step_N.pt.
+        map_location: Device of the tensors.
 
     Raises:
-        CheckpointError: no sidecar, other bytes than were written, or not a plain state.
+        CheckpointError: The sidecar is missing, the digest differs, or the file holds more than
+            tensors and plain types.
     """
     match = re.fullmatch(r"step_(\d+)\.pt", path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not called step_N.pt")
+        raise CheckpointError(f"{path} is not named step_N.pt")
     digest = _verify(path)
     return Checkpoint(int(match[1]), load_plain(path, map_location), path, digest)
 
 
 def load_latest(folder: Path, *, map_location: str | torch.device = "cpu") -> Checkpoint | None:
-    """Read the checkpoint of the highest step that is valid; None where there is none at all.
+    """Read the newest valid checkpoint; None if the folder has no checkpoints.
 
-    Damaged ones are passed over with a warning each. Reads only, so that all ranks may call it at
-    once; let rank 0 choose and broadcast the path where the folder may differ between machines.
+    Damaged ones are skipped with a warning each. This only reads, so all ranks may call it at once.
+    If the folder may differ between machines, let rank 0 choose and broadcast the path.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: There are checkpoints, but all of them are damaged.
     """
     found = _steps(folder)
     reasons = []
@@ -139,13 +157,13 @@ def load_latest(folder: Path, *, map_location: str | torch.device = "cpu") -> Ch
     if found:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {folder} can be used (remove them to start "
-            f"from the beginning): {'; '.join(reasons)}"
+            f"over): {'; '.join(reasons)}"
         )
     return None
 
 
 def _verify(path: Path) -> str:
-    """Return the digest of a checkpoint that its sidecar vouches for."""
+    """Return the digest of a checkpoint after comparing it with the sidecar."""
     record = _record(path)
     digest = sha256_file(path)
     if digest not in (record["sha256"], record.get("previous")):
@@ -165,22 +183,22 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Return the name of the file that vouches for a checkpoint."""
+    """Return the path of the JSON file with a checkpoint's digest and score."""
     return path.with_suffix(".json")
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of all checkpoints, latest first, by number and not by name or time."""
+    """Return (step, path) of all checkpoints, highest step first; names and times do not count."""
     if not folder.is_dir():
         return []
     found = [(re.fullmatch(r"step_(\d+)\.pt", path.name), path) for path in folder.iterdir()]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def _rotate(folder: Path, *, keep: int, newest: int) -> None:
-    """Remove what is older than the `keep` latest valid checkpoints, except the best one.
+def _remove_old(folder: Path, *, keep: int, newest: int) -> None:
+    """Remove checkpoints older than the `keep` latest valid ones, except the best one.
 
-    Steps beyond the newest come from a run that was abandoned: neither counted nor touched.
+    Steps beyond `newest` belong to an abandoned run: they are neither counted nor removed.
     """
     candidates = [(step, path) for step, path in _steps(folder) if step <= newest]
     best: tuple[float, int] | None = None
@@ -190,7 +208,7 @@ def _rotate(folder: Path, *, keep: int, newest: int) -> None:
             score = _record(path).get("score")
             if score is not None:
                 best = max(best or (score, step), (score, step))
-            # A damaged file must not take the place of one that can be loaded.
+            # A damaged file must not displace one that can be loaded.
             if len(valid) < keep and (step == newest or _verify(path)):
                 valid.add(step)
         except CheckpointError as error:
@@ -204,8 +222,8 @@ def _rotate(folder: Path, *, keep: int, newest: int) -> None:
             sidecar_of(path).unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left: temporary files, and sidecars without their file."""
+def _remove_strays(folder: Path) -> None:
+    """Remove what a killed process left: temporary files, and sidecars without a checkpoint."""
     for stray in folder.glob(".*.tmp"):
         stray.unlink(missing_ok=True)
     for sidecar in folder.glob("step_*.json"):
@@ -214,9 +232,12 @@ def _sweep(folder: Path) -> None:
 
 
 def _check_plain(value: object, where: str) -> int:
-    """Return the bytes of all tensors in a state; refuse what weights_only would not load again.
+    """Return the bytes of all tensors in a state, after checking that weights_only can load it.
 
-    Types are compared exactly: numpy.float64 is a float by inheritance, and does not load.
+    Types are compared exactly: numpy.float64 is a subclass of float, but does not load.
+
+    Raises:
+        CheckpointError: A value or key has a type that cannot be loaded.
     """
     if isinstance(value, torch.Tensor):
         return value.nbytes
@@ -224,9 +245,11 @@ def _check_plain(value: object, where: str) -> int:
         return 0
     if type(value) in (dict, OrderedDict):
         assert isinstance(value, dict)
-        odd = [key for key in value if type(key) not in (str, int)]
-        if odd:
-            raise CheckpointError(f"{where} has the key {odd[0]!r}: only str and int can be saved")
+        bad_keys = [key for key in value if type(key) not in (str, int)]
+        if bad_keys:
+            raise CheckpointError(
+                f"{where} has the key {bad_keys[0]!r}: only str and int can be saved"
+            )
         return sum(_check_plain(item, f"{where}[{key!r}]") for key, item in value.items())
     if type(value) in (list, tuple):
         assert isinstance(value, list | tuple)

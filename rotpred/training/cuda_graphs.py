@@ -1,16 +1,16 @@
-"""Forward and backward as CUDA graphs, one per input shape, and gradients that never move.
+"""Forward and backward as CUDA graphs, one per input shape; gradients at fixed addresses.
 
-A graph starts all kernels of a forward and backward pass with one call. It helps where the host is
-late: decoding threads on most cores, a small network, a small batch. Where the GPU is never idle it
-brings nothing, and at pretraining batches of a ResNet-50 that is the usual case.
+A graph launches all kernels of a forward and backward pass with one call. This helps if the host
+launches kernels too slowly: decoding threads on most cores, a small network, a small batch. It does
+not help if the GPU is never idle, the usual case for ResNet-50 at pretraining batch sizes.
 
-The optimiser stays outside: fused, it is a few launches, its learning rate changes at every step,
-and a gradient scaler may skip it. Between processes the gradients are averaged after the backward
-pass, outside the graph as well: no collective is ever captured, at the price that sending does not
-overlap with computing (a ResNet-50 sends 100 MB).
+The optimiser stays outside of the graph: fused, it is a few launches, its learning rate changes at
+every step, and a gradient scaler may skip it. Gradients are averaged between processes after the
+backward pass, also outside: no collective is captured. The price is that communication does not
+overlap with computation (a ResNet-50 sends 100 MB).
 
-No GPU has run this module yet. What is tested without one is the bookkeeping, through a stand-in
-for `CudaCapture`; `tests/gpu/test_training.py` compares weights where there is a GPU.
+No GPU has run this module yet. Tests without a GPU replace `CudaCapture` by a fake and check the
+bookkeeping; `tests/gpu/test_training.py` compares weights on a GPU.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WARM_UP = 3
-"""Steps of each shape before its capture: they compile, tune convolutions and make constants."""
+"""Eager steps per shape before its capture. They compile, tune convolutions, create constants."""
 
-_ALIGN = 64  # elements: a fused optimiser loads four at a time from each tensor's beginning
+_ALIGN = 64  # elements: a fused optimiser loads four at a time from each tensor's start
 
 
 class Capture(Protocol):
-    """What `Graphs` needs of a device."""
+    """The device operations that `Graphs` needs."""
 
     def eager(self, work: Callable[[], T]) -> T:
-        """Do the work now, in a way that prepares its capture."""
+        """Run the work now, so that it can be captured later."""
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Capture the work without doing it; each call of the result does it.
+        """Capture the work without running it. Return a function that runs it.
 
-        It reads and writes the same memory each time: its result is overwritten by the next call.
+        Every call reads and writes the same memory and overwrites the previous result.
         """
 
 
 class CudaCapture:
-    """CUDA graphs that share one pool of memory."""
+    """Captures CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Shared: one graph's results are used up before another one is replayed.
+        # Shared: one graph's results are consumed before another one is replayed.
         self._pool = torch.cuda.graph_pool_handle()
 
     def eager(self, work: Callable[[], T]) -> T:
-        """Do the work on the stream of the capture, as torch's notes on CUDA graphs ask for."""
+        """Run the work on the capture stream, as torch's notes on CUDA graphs require."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -68,9 +68,9 @@ class CudaCapture:
         return result
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Capture; waits for the device, once per shape."""
+        """Capture the work. Waits for the device, once per shape."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's threads go on pinning memory and recording events meanwhile.
+        # thread_local: the loader's threads pin memory and record events during the capture.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -85,29 +85,30 @@ class CudaCapture:
 
 @dataclass
 class _Bucket(Generic[T]):
-    """The graph of one shape, and the memory it reads."""
+    """The graph of one input shape, and its static inputs."""
 
     inputs: tuple[torch.Tensor, ...]
-    warmed: int = 0
+    warm_up_steps: int = 0
     replay: Callable[[], T] | None = None
 
 
 class Graphs(Generic[T]):
-    """Runs a function of tensors, from its fourth call with the same shapes on as a graph."""
+    """Runs a function of tensors; from the fourth call with the same shapes, as a CUDA graph."""
 
     def __init__(self, capture: Capture, work: Callable[..., T]) -> None:
-        """Nothing is captured yet.
+        """Store the function; nothing is captured yet.
 
         Args:
-            capture: the device.
-            work: called with copies of the inputs that lie at fixed addresses; must not read the
-                device back, and must neither make nor free what outlives it, gradients included.
+            capture: Captures on the device.
+            work: Called with copies of the inputs at fixed addresses. It must not read from the
+                device, and must neither allocate nor free memory that outlives it, gradients
+                included.
         """
         self._capture, self._work = capture, work
         self._buckets: dict[Hashable, _Bucket[T]] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> T:
-        """Do the work, on whatever the inputs hold. The result is borrowed until the next call."""
+        """Run the work on tensors of any shape. The next call overwrites the result."""
         key = tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in inputs)
         bucket = self._buckets.get(key)
         if bucket is None:
@@ -121,9 +122,9 @@ class Graphs(Generic[T]):
         def work() -> T:
             return self._work(*bucket.inputs)
 
-        if bucket.warmed < WARM_UP:
-            # A real step: unlike a rehearsal it leaves no mark on statistics or random numbers.
-            bucket.warmed += 1
+        if bucket.warm_up_steps < WARM_UP:
+            # A real step: a dry run would change batch norm statistics and random states.
+            bucket.warm_up_steps += 1
             return self._capture.eager(work)
         bucket.replay = self._capture.record(work)
         logger.info("CUDA graph number %d: inputs of %s", len(self._buckets), tuple(key[0][0]))
@@ -131,14 +132,14 @@ class Graphs(Generic[T]):
 
 
 class FlatGradients:
-    """The gradients of all weights as parts of one tensor per type.
+    """The gradients of all weights as views into one flat tensor per dtype.
 
-    They lie where a graph expects them, are set to zero by one call, and are averaged between
-    processes by one message.
+    Their addresses are fixed, as a graph needs. One call per dtype zeroes them, one all-reduce per
+    dtype averages them between processes.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every weight that is trained a gradient of zeros."""
+        """Give every trainable weight a gradient of zeros."""
         trained = [p for p in parameters if p.requires_grad]
         self._flat: list[torch.Tensor] = []
         for dtype in dict.fromkeys(p.dtype for p in trained):
@@ -146,17 +147,17 @@ class FlatGradients:
             sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in alike]
             flat = torch.zeros(sum(sizes), dtype=dtype, device=alike[0].device)
             for p, part in zip(alike, torch.split(flat, sizes), strict=True):
-                # Laid out as the weight itself, which may be channels_last.
+                # Strides of the weight itself, which may be channels_last.
                 p.grad = part.as_strided(p.size(), p.stride())
             self._flat.append(flat)
 
     def zero(self) -> None:
-        """After an update."""
+        """Set all gradients to zero. Call it after an update."""
         for flat in self._flat:
             flat.zero_()
 
     def average(self, rank: Rank) -> None:
-        """Over all ranks, as `DistributedDataParallel` does: divided first, then summed."""
+        """Average over all ranks as `DistributedDataParallel` does: divide first, then sum."""
         if rank.world == 1:
             return
         for flat in self._flat:

@@ -1,4 +1,4 @@
-"""Open the data of a run, and check them across ranks."""
+"""Opening of the training data, and checks that all ranks agree on them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rotpred.training.settings import RunSettings
 
 
 def open_data(spec: LoaderSpec, rank: Rank, run: RunSettings) -> Loader:
-    """This rank's part of the data, emitted in the type that the network computes in."""
+    """Open this rank's shard of the data; batches have the dtype of the run's precision."""
     shard = Shard(rank.rank, rank.world, rank.local_world)
     return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
 
 
 def check_data(loader: TrainingLoader[object], rank: Rank) -> None:
-    """Refuse what would let ranks drift apart: other data on another machine, padded training.
+    """Check that all ranks train on the same data, without padded batches.
 
     Raises:
-        RuntimeError: the ranks have data of different length or content.
-        ValueError: training data are padded.
+        RuntimeError: The data of the ranks differ in length or content.
+        ValueError: The last batch of an epoch is padded.
     """
     if not loader.spec.drop_last:
         raise ValueError("train.drop_last must be True: a batch of padding has no loss to average")

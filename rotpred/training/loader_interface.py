@@ -1,4 +1,4 @@
-"""What the loop and the set-up of a run need from a loader, whatever its batches hold."""
+"""Protocols of loaders and their specs, as the training loop needs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ B_co = TypeVar("B_co", covariant=True)
 
 
 class DataSpec(Protocol):
-    """What to load and how: `LoaderSpec`, `DenseSpec`."""
+    """Spec of a loader: `LoaderSpec` or `DenseSpec`."""
 
     @property
     def batch_size(self) -> int:
@@ -21,37 +21,37 @@ class DataSpec(Protocol):
 
     @property
     def drop_last(self) -> bool:
-        """Whether every batch is full of samples, without padding."""
+        """Whether an incomplete last batch is dropped instead of padded."""
 
     @property
     def seed(self) -> int:
-        """Decides order and augmentation."""
+        """Seed of order and augmentation."""
 
     def scalars(self, epoch: int, /) -> Mapping[str, float]:
-        """What the log shows beside the losses of an epoch."""
+        """Return values to log beside the losses of an epoch."""
 
     def fingerprint_fields(self) -> Mapping[str, object]:
-        """Plain data: all that decides which pixels come in which order, but for the data."""
+        """Return, as JSON values, all that determines pixels and order, except the data set."""
 
 
 class TrainingLoader(Protocol[B_co]):
-    """Batches of a data set: `Loader`, `DenseLoader`."""
+    """Loader of training batches: `Loader` or `DenseLoader`."""
 
     digest: int
-    """Sum over all valid samples served of the hash of what was cut out of them, modulo 2**64."""
+    """Sum of the hashes of all valid samples served and their crop boxes, modulo 2**64."""
     wait_seconds: float
-    """Time that consumers have spent waiting, over all epochs."""
+    """Seconds that consumers have waited for batches, over all epochs."""
     engine: str
-    """Who decodes."""
+    """Name of the engine that decodes."""
     data_id: str
     """Short hash that identifies the data set."""
 
     @property
     def spec(self) -> DataSpec:
-        """What it was opened with."""
+        """The spec that the loader was opened with."""
 
     def __len__(self) -> int:
-        """Steps per epoch, the same on every rank."""
+        """Return the steps per epoch, the same on every rank."""
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[B_co, None, None]:
-        """The batches of an epoch, from a step on: a pure function of both."""
+        """Yield the batches of an epoch from `start_step` on: a pure function of both."""

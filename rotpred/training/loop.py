@@ -1,6 +1,6 @@
 """The training loop: epoch, resume point, learning rate, log and checkpoint cadence, signals.
 
-`steps` is a generator over batches; the mathematics of a protocol stays in its own file:
+`steps` yields batches. Each protocol defines its loss and calls `train_step` in its own file:
 
     def objective(images, targets):
         with state.autocast():
@@ -10,15 +10,14 @@
     for batch in steps(state, loader, run, log=log):
         state.train_step(objective, batch.images, batch.targets)
 
-The loop reads nothing back from the device in a step; torch's SyncBN does, in every layer, and so
-do detection's proposals. At the log cadence the sums that `state.train_step` gathered are read, and all
-ranks agree on whether a signal has come or a loss was not finite.
+The loop reads nothing from the device in a step. (torch's SyncBN does in every layer, and so do
+detection's proposals.) At each log line the sums that `state.train_step` has gathered are read, and
+all ranks agree on whether a signal has arrived or a loss was not finite.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -34,20 +33,18 @@ from rotpred.training.profiler import profiled
 from rotpred.training.settings import RunSettings
 from rotpred.training.state import TrainState
 
-logger = logging.getLogger(__name__)
-
 B = TypeVar("B")
 
 STOP_STATUS = 75
 """Exit status of a run that a signal ended after a checkpoint (BSD's EX_TEMPFAIL: try again)."""
 
-_AGREE_EVERY = 10  # steps between the ranks' agreements on signals, on GPUs
+_AGREE_EVERY = 10  # steps between checks whether any rank got a signal, on GPUs
 _PATIENCE_SECONDS = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A signal asked for the end; a checkpoint was written at `step`."""
+    """The run was stopped by a signal, after writing a checkpoint at `step`."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}; a checkpoint was written")
@@ -55,14 +52,14 @@ class Stopped(Exception):
 
 
 class NotFiniteError(ValueError):
-    """A loss or a weight was infinite or not a number. No checkpoint holds such weights."""
+    """A loss or a weight is infinite or NaN. No checkpoint holds such weights."""
 
 
 class _Signals:
-    """Turns a request to stop into a flag, and one repeated later into the end.
+    """Signal handler: the first signal sets a flag, one that follows later ends the process.
 
-    Job schedulers signal every process and torchrun passes signals on, so that the same request
-    arrives twice at once; a person who has waited and asks again wants the end.
+    Job schedulers signal every process and torchrun forwards signals, so one request may arrive
+    twice in short succession. A user who signals again after a wait wants to stop at once.
     """
 
     def __init__(self) -> None:
@@ -98,29 +95,31 @@ def steps(
     evaluate: Callable[[int], float] | None = None,
     eval_every_epochs: int = 1,
 ) -> Iterator[B]:
-    """The batches of a run, from where `state` stands to the end.
+    """Yield the batches of a run, from the step of `state` to the end.
 
     Args:
-        state: what is trained; its `step` says where to go on.
-        loader: training data.
-        run: length and cadences.
-        log: where progress is written.
-        evaluate: called with the number of finished epochs after every eval_every_epochs-th and the last
-            one; the score it returns decides which checkpoint is the best.
-        eval_every_epochs: epochs.
+        state: The training state; its `step` is where to resume.
+        loader: Training data.
+        run: Length of the run, and how often to log and save.
+        log: Log of the run.
+        evaluate: Called with the number of finished epochs, after every `eval_every_epochs`-th
+            epoch and the last one. The checkpoint with the highest score returned is the best one.
+        eval_every_epochs: Epochs between evaluations.
 
     Raises:
-        NotFiniteError: on all ranks together, at the next log line or before the next checkpoint.
-        Stopped: on all ranks together, after a checkpoint.
+        NotFiniteError: A loss or a weight is not finite. Raised on all ranks together, at the next
+            log line or before the next checkpoint.
+        Stopped: A signal has arrived. Raised on all ranks together, after a checkpoint.
+        RuntimeError: The loader ended an epoch early.
     """
     per_epoch = len(loader)
     total = run.epochs * per_epoch
     last = total if run.max_steps is None else min(total, run.max_steps)
     meter = _Meter(state, loader, log, run)
     signals = _Signals()
-    # The sum over ranks goes on from where the checkpoint stood.
+    # The checkpoint holds the sum over ranks: rank 0 continues it, the others start at 0.
     loader.digest = int(state.digest, 16) if state.rank.main else 0
-    # On GPUs the hosts run ahead of the devices: rarer agreements keep them from waiting.
+    # On GPUs the hosts run ahead of the devices: fewer checks keep them from waiting.
     agree_every = 1 if state.rank.device.type == "cpu" else _AGREE_EVERY
 
     saved = -1
@@ -161,7 +160,7 @@ def steps(
                         break
                     save_due |= state.step % run.save_every_steps == 0
                     agree_due |= state.step % agree_every == 0
-                    # Weights with half of an accumulated gradient are no place to go on from.
+                    # Not within an accumulation: a checkpoint has no place for partial gradients.
                     if state.at_update and agree_due:
                         agree_due = False
                         stop_if_asked()
@@ -170,7 +169,7 @@ def steps(
                         save()
                 else:
                     raise RuntimeError(f"{loader.engine} ended epoch {epoch} at step {state.step}")
-            # Before the validation, which may take longer than a signal leaves.
+            # Before the validation, which may take longer than the time left after a signal.
             if state.at_update:
                 save()
             finished, rest = divmod(state.step, per_epoch)
@@ -185,7 +184,7 @@ def steps(
 
 
 class _Meter:
-    """Throughput and means between two log lines."""
+    """Throughput and mean losses between two log lines."""
 
     def __init__(
         self, state: TrainState, loader: TrainingLoader[object], log: RunLog, run: RunSettings
@@ -194,12 +193,12 @@ class _Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin an interval now: what lies between (an evaluation) is not training time."""
+        """Start an interval now: an evaluation before it does not count as training time."""
         self._step = self._state.step
         self._began, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def report(self, epoch: int) -> None:
-        """Read the sums back, write a line, raise if a loss was not finite."""
+        """Read the sums from the device and log them; raise if a loss was not finite."""
         means = self._state.means()
         self.check_finite()
         steps_done = self._state.step - self._step
@@ -216,17 +215,18 @@ class _Meter:
         self.restart()
 
     def check_finite(self) -> None:
+        """Raise `NotFiniteError` on all ranks if a loss or a weight of any is not finite."""
         if any_true(self._state.has_non_finite, self._state.rank):
             raise NotFiniteError(
                 f"the loss or a weight was not finite at step {self._state.step}: a smaller "
                 "learning rate, a longer warm-up or precision fp32 may help; "
-                "the last checkpoint is sound"
+                "the last checkpoint is not affected"
             )
 
 
 def stream_digest(loader: TrainingLoader[object], rank: Rank) -> str:
-    """Hash of all (epoch, index, box) that the run has trained on: equal runs, equal digest."""
-    # Two's complement addition wraps exactly as unsigned addition does.
+    """Return a hash of all (epoch, index, crop box) trained on; equal runs have equal digests."""
+    # Addition in two's complement wraps exactly like unsigned addition.
     signed = loader.digest - 2**64 if loader.digest >= 2**63 else loader.digest
     total = int(all_sum(torch.tensor(signed, dtype=torch.int64), rank))
     return f"{total % 2**64:016x}"

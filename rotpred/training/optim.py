@@ -20,8 +20,8 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
-"""Module types whose parameters count as norm parameters. Types, not names or shapes: downsample.1
-is a norm without saying so, and a linear layer may have a single output."""
+"""Module types whose parameters count as norm parameters. Names and shapes do not tell:
+downsample.1 is a norm, and a linear layer may have a single output."""
 
 APEX_INSTALL = (
     'APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "apex @ '
@@ -31,10 +31,10 @@ APEX_INSTALL = (
 
 @dataclass(frozen=True)
 class Optim:
-    """An optimiser and its constants. The defaults are mmselfsup's for RotNet with ResNet-50."""
+    """Optimiser and hyperparameters. The defaults are mmselfsup's for RotNet with ResNet-50."""
 
     lr: float = 0.2
-    """Learning rate at the top of the schedule, for `reference_batch` source images per step."""
+    """Peak learning rate, for `reference_batch` source images per step."""
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -42,12 +42,12 @@ class Optim:
     """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
     no_norm_no_bias (LARS)."""
     kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
-    """apex_sgd is NVIDIA apex's FusedSGD; it is never taken unless it is asked for here."""
+    """sgd, lars, or apex_sgd: NVIDIA apex's FusedSGD, which must be installed."""
     reference_batch: int | None = None
-    """Source images per global step that `lr` belongs to; other batches scale it linearly (Goyal et
-    al. 2017, section 2.1). None never scales."""
+    """Source images per global step that `lr` is for. The learning rate scales linearly with the
+    batch (Goyal et al. 2017, section 2.1). None: no scaling."""
     trust: float = 0.001
-    """Trust coefficient of LARS (You et al. 2017, eta); nothing else reads it."""
+    """Trust coefficient of LARS (You et al. 2017, eta); unused by other optimisers."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -62,10 +62,10 @@ class Optim:
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"reference_batch must be at least 1, got {self.reference_batch}")
         if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
-            raise ValueError('lars goes with decay_rule="no_norm_no_bias" and without nesterov')
+            raise ValueError('lars needs decay_rule="no_norm_no_bias" and no nesterov')
 
     def lr_for(self, source_images: int) -> float:
-        """Return the learning rate for a global step of so many source images (not views)."""
+        """Return the learning rate for a global step of `source_images` images (not views)."""
         if self.reference_batch is None:
             return self.lr
         return self.lr * source_images / self.reference_batch
@@ -74,19 +74,19 @@ class Optim:
 def param_groups(
     model: nn.Module, *, rule: DecayRule, weight_decay: float
 ) -> list[dict[str, object]]:
-    """Sort the trainable parameters by weight decay and LARS adaptation.
+    """Group the trainable parameters by weight decay and LARS adaptation.
 
     Args:
-        model: every parameter that requires a gradient is taken once.
-        rule: which of them decay.
-        weight_decay: for those that do.
+        model: Every parameter that requires a gradient is taken once.
+        rule: Which of them decay.
+        weight_decay: Weight decay of those that do.
 
     Returns:
-        Groups with `params`, `weight_decay` and `adapt` (True for what is neither a norm's nor a
-        bias: LARS adapts only those).
+        Groups with `params`, `weight_decay` and `adapt` (False for norms and biases, which LARS
+        does not adapt).
 
     Raises:
-        ValueError: nothing to train.
+        ValueError: No parameter requires a gradient.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -96,10 +96,10 @@ def param_groups(
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
-            # A bias is what its module calls so; a one-dimensional weight is still a weight.
+            # By name: a one-dimensional weight is still a weight.
             is_bias = name.rpartition(".")[2] == "bias"
-            spared = (rule != "all" and is_norm) or (rule == "no_norm_no_bias" and is_bias)
-            key = (0.0 if spared else weight_decay, not (is_norm or is_bias))
+            no_decay = (rule != "all" and is_norm) or (rule == "no_norm_no_bias" and is_bias)
+            key = (0.0 if no_decay else weight_decay, not (is_norm or is_bias))
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
@@ -109,19 +109,19 @@ def param_groups(
     ]
 
 
-def build(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
-    """Build the optimiser for a model that already lies on its device.
+def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
+    """Build the optimiser for a model that is already on its device.
 
-    SGD runs fused on CUDA (one kernel per group, and no read-back under a GradScaler) and foreach
-    on a CPU.
+    SGD is fused on CUDA (one kernel per group, and no wait for the device under a GradScaler) and
+    foreach on a CPU.
 
     Args:
-        model: its trainable parameters, grouped by `param_groups`.
-        optim: what to build.
-        lr: the learning rate to begin with; `set_lr` changes it.
+        model: Its trainable parameters are grouped by `param_groups`.
+        optim: Optimiser and hyperparameters.
+        lr: The initial learning rate; `set_lr` changes it.
 
     Raises:
-        ValueError: apex was asked for and is not there, or there is nothing to train.
+        ValueError: `optim` needs apex, which is not installed, or no parameter is trainable.
     """
     groups = param_groups(model, rule=optim.decay_rule, weight_decay=optim.weight_decay)
     on_cuda = all(p.is_cuda for p in model.parameters() if p.requires_grad)
@@ -140,11 +140,11 @@ def build(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
 def fused_sgd(
     groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool
 ) -> torch.optim.SGD:
-    """torch's fused SGD, whose momentum is zero before the first step and not undefined.
+    """Build torch's fused SGD with momentum buffers initialised to zero.
 
-    Torch leaves the buffers to the first step, which writes nothing where a GradScaler finds an
-    overflow, as it does in the first steps as a rule; the second one then adds what the memory
-    held before. Without dampening, a step from zero is torch's first step.
+    Torch allocates the buffers in the first step. If a GradScaler finds an overflow, as it usually
+    does in the first steps, that step writes nothing, and the second one reads uninitialised
+    memory. Without dampening, a step from zero equals torch's first step.
     """
     built = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
@@ -154,7 +154,7 @@ def fused_sgd(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -162,22 +162,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg 2017 (arXiv 1708.03888), algorithm 1.
 
-    For each tensor w with gradient g and decay b:
+    For each tensor w with gradient g and weight decay b:
     rate = trust * |w| / (|g| + b * |w|); v <- momentum * v + lr * rate * (g + b * w); w <- w - v.
-    The learning rate is inside the momentum, as in the paper. Groups with adapt=False (norms and
-    biases) and tensors whose own or whose gradient's norm is zero take a rate of 1.
+    The learning rate is inside the momentum, as in the paper. The rate is 1 for groups with
+    adapt=False (norms and biases), and for tensors where |w| or |g| is zero.
     """
 
     def __init__(
         self, params: Iterable[dict[str, object]], *, lr: float, momentum: float, trust: float
     ) -> None:
-        """Take the groups of `param_groups`."""
+        """Take the parameter groups that `param_groups` returns."""
         defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0}
         super().__init__(params, {**defaults, "adapt": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters, without reading anything back to the host."""
+        """Update all parameters without waiting for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -202,15 +202,15 @@ class Lars(torch.optim.Optimizer):
 
 
 def _apex_sgd() -> Callable[..., torch.optim.Optimizer]:
-    """Return apex.optimizers.FusedSGD, or say how to get it."""
+    """Return apex.optimizers.FusedSGD; raise with install instructions if it is missing."""
     try:
         found: Callable[..., torch.optim.Optimizer] = importlib.import_module(
             "apex.optimizers"
         ).FusedSGD
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"kind apex_sgd needs NVIDIA apex ({error}). It is built from source: {APEX_INSTALL} "
-            "(the package called apex on PyPI is something else). Or use kind sgd, which is fused "
-            "on CUDA as well."
+            f"kind apex_sgd needs NVIDIA apex ({error}). Build it from source: {APEX_INSTALL} "
+            "(the package apex on PyPI is something else). Or use kind sgd, which is also fused "
+            "on CUDA."
         ) from error
     return found

@@ -12,7 +12,7 @@ from pipelines.spec import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Autocast to bf16 or fp16, or nothing in fp32."""
+    """Return a context that autocasts to bf16 or fp16; with fp32 it does nothing."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])

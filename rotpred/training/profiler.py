@@ -1,4 +1,4 @@
-"""A profile of a few training steps: a trace for TensorBoard or a browser, and a table."""
+"""Profile of a few training steps: a trace for TensorBoard or a browser, and a table."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from rotpred.files import replaced, write_atomic
 logger = logging.getLogger(__name__)
 
 WAIT, WARM_UP = 6, 2
-"""Steps before the profile: first those that compile, tune and capture, then the tracer's own."""
+"""Steps before the trace: first those that compile, tune and capture, then the profiler's."""
 
 TRACE, TABLE = "train.pt.trace.json", "operators.txt"
-"""Names that TensorBoard's profiler plugin, chrome://tracing, Perfetto and a person look for."""
+"""File names. TensorBoard's profiler plugin looks for *.pt.trace.json."""
 
 
 @contextlib.contextmanager
 def profiled(
     folder: Path, steps: int, device: torch.device, *, wait: int = WAIT, warm_up: int = WARM_UP
 ) -> Iterator[Callable[[], None]]:
-    """Profile `steps` training steps of the block into `folder`; 0 profiles nothing.
+    """Profile `steps` training steps of the block and write the result to `folder`.
 
     Args:
-        folder: made where missing.
-        steps: how many are traced, after wait + warm_up others. Where the block ends earlier, what
-            has been traced until then is written, or a warning says that nothing has.
-        device: kernels are traced as well where it is a GPU.
-        wait: steps that cost nothing.
-        warm_up: steps that are traced and thrown away.
+        folder: Created if missing.
+        steps: Steps to trace, after wait + warm_up others; 0 for none. If the block ends earlier,
+            the steps traced so far are written, or a warning is logged if there are none.
+        device: If it is a GPU, its kernels are traced as well.
+        wait: Steps before the tracing starts.
+        warm_up: Steps that are traced and discarded.
 
     Yields:
-        What to call at the end of each step.
+        A function to call at the end of each step.
     """
     if steps == 0:
         yield lambda: None
@@ -68,7 +68,7 @@ def _write(folder: Path, device: torch.device, profiler: profile) -> None:
         with replaced(folder / TRACE) as temporary:
             profiler.export_chrome_trace(str(temporary))
         write_atomic(folder / TABLE, table.encode())
-    except (OSError, RuntimeError) as error:  # as all records: they never end a training run
+    except (OSError, RuntimeError) as error:  # a failed write never ends a training run
         logger.warning("cannot write the profile: %s", error)
         return
     logger.info("profile of these steps in %s\n%s", folder, table)

@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of time."""
+"""Learning-rate schedules, as pure functions of time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Steps:
     """
 
     milestones: tuple[float, ...] = ()
-    """In epochs; the new factor holds from the first step of that epoch on."""
+    """In epochs; the new factor applies from the first step of that epoch."""
     gamma: float = 0.1
     warmup_epochs: float = 0.0
     warmup_start_factor: float = 0.1
@@ -23,11 +23,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Table:
-    """The rate of an epoch is that of the first entry whose bound lies above it, else the last one.
+    """Piecewise constant rates: an epoch takes the first entry whose bound exceeds it, or the last.
 
     As in the paper's code (algorithms/Algorithm.py, `LUT_lr`). The table gives the shape: its rates
-    are scaled so that the first one is the base learning rate, which for the authors' own tables
-    means that `Optim.lr` repeats the first entry (0.01 for AlexNet, not the nominal 0.1).
+    are scaled so that the first one is the base learning rate. For the authors' tables `Optim.lr`
+    therefore repeats the first entry (0.01 for AlexNet, not the nominal 0.1).
     """
 
     pairs: tuple[tuple[float, float], ...]
@@ -41,17 +41,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from 1 to `final` at the end, after a linear warm-up."""
+    """Half a cosine from 1 to `final`, after a linear warm-up."""
 
     warmup_epochs: float = 0.0
     final: float = 0.0
-    """Share of the base learning rate that is left at the end."""
+    """Share of the base learning rate at the end."""
     warmup_start_factor: float = 0.0
 
 
 @dataclass(frozen=True)
 class Triangle:
-    """Linear from `start` up to 1 at `warmup` (a share of the run), then linear down to `final`."""
+    """Linear from `start` to 1 at `warmup` (a fraction of the run), then linear to `final`."""
 
     warmup: float = 0.2
     start: float = 0.0
@@ -59,7 +59,7 @@ class Triangle:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the run in [0, 1), got {self.warmup}")
+            raise ValueError(f"warmup is a fraction of the run in [0, 1), got {self.warmup}")
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ Schedule = Steps | Table | Cosine | Triangle | Poly
 
 
 def lr_at(schedule: Schedule, base_lr: float, epoch_float: float, epochs: float) -> float:
-    """Return the learning rate at a point in time. Pure: equal arguments, equal answer.
+    """Return the learning rate at a point in time. A pure function.
 
     Args:
-        schedule: the shape.
-        base_lr: what the shape is multiplied with (`Optim.lr_for`).
-        epoch_float: epochs done, with fractions: epoch + step / steps_per_epoch.
-        epochs: length of the run; an `epoch_float` beyond it counts as its end.
+        schedule: The shape.
+        base_lr: Factor of the shape (`Optim.lr_for`).
+        epoch_float: Epochs done, with fractions: epoch + step / steps_per_epoch.
+        epochs: Length of the run; an `epoch_float` beyond it counts as the end.
 
     Raises:
-        ValueError: negative time, or a run without length.
+        ValueError: `epoch_float` is negative, or `epochs` is not positive.
     """
     if epochs <= 0 or epoch_float < 0:
-        raise ValueError(f"cannot place epoch {epoch_float} in a run of {epochs} epochs")
+        raise ValueError(f"epoch {epoch_float} is not in a run of {epochs} epochs")
     now = min(epoch_float, epochs)
     match schedule:
         case Steps():
@@ -115,7 +115,7 @@ def lr_at(schedule: Schedule, base_lr: float, epoch_float: float, epochs: float)
 
 
 def _between(low: float, share: float) -> float:
-    """Return the point that lies `share` of the way from `low` to 1."""
+    """Interpolate linearly from `low` (share 0) to 1 (share 1)."""
     return low + (1 - low) * share
 
 

@@ -1,4 +1,4 @@
-"""How a run is driven, whatever it trains: a part of every recipe."""
+"""Settings of a run that every recipe shares: length, device, precision, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from pipelines.spec import Precision
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run is driven, whatever it trains."""
+    """Run folder, length, device, precision and checkpoints of a run."""
 
     out: str = ""
-    """Run folder; empty for runs/NAME. A folder with checkpoints is gone on with."""
+    """Run folder; empty for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
     epochs: int = 70
-    """Passes over the training data; schedules are stretched over them or count them."""
+    """Passes over the training data. Learning-rate schedules span them or count them."""
     max_steps: int | None = None
-    """Stop after this many steps, with the schedule of the whole run (smoke runs, benchmarks)."""
+    """Stop after this many steps, with the schedule of the full run (smoke tests, benchmarks)."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, or cuda."""
+    """auto (a GPU if there is one), cpu, or cuda."""
     precision: Precision = "bf16"
     """Autocast type: bf16, fp16 (with a gradient scaler) or fp32 (no autocast)."""
     compile: bool = False
-    """torch.compile the network, once for each side of the images. Not with SyncBN."""
+    """Compile the network with torch.compile, once per image size. Not with SyncBN."""
     cuda_graph: bool = False
-    """Replay forward and backward as one CUDA graph for each side of the images: less work for a
-    host that is late. Needs a GPU, and batch norm without SyncBN."""
+    """Replay forward and backward as one CUDA graph per image size. Helps if the CPU launches
+    kernels too slowly. Needs a GPU, and batch norm without SyncBN."""
     accumulate: int = 1
-    """Steps whose gradients are added up before one update of the weights."""
+    """Gradient accumulation: steps per update of the weights."""
     log_every_steps: int = 50
-    """Steps between progress lines; apart from SyncBN and detection, the only times at which the
-    host waits for the device."""
+    """Steps between log lines. Apart from SyncBN and detection, only then does the host wait for
+    the device."""
     save_every_steps: int = 1000
-    """Steps between checkpoints; one more is written at the end of each epoch."""
+    """Steps between checkpoints. Another one is written at the end of each epoch."""
     profile: int = 0
-    """Steps to trace, shortly after the start, into OUT/profile; 0 for none."""
+    """Steps to profile, shortly after the start, into OUT/profile; 0 for none."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept, at least 2, besides the best one."""
+    """How many of the newest checkpoints to keep, at least 2, besides the best one."""
     timeout: float = 1800.0
-    """Seconds that a process waits for its peers before the job is ended."""
+    """Seconds that a process waits for the others before the job fails."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every_steps", "save_every_steps"):

@@ -1,4 +1,4 @@
-"""What is trained: network, optimisers, gradient scaler and the step they stand at."""
+"""Training state: network, optimisers, gradient scaler and step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
-from rotpred.records.former_names import translated
+from rotpred.records.former_names import translate_names
 from rotpred.training import checkpoint
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
-from rotpred.training.optim import Optim, build, set_lr
+from rotpred.training.optim import Optim, build_optimizer, set_lr
 from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
 from rotpred.training.settings import RunSettings
@@ -29,16 +29,16 @@ from rotpred.training.settings import RunSettings
 logger = logging.getLogger(__name__)
 
 LossAndLogs = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""The loss that is minimised, and scalars whose means are logged, by name."""
+"""The loss to minimise, and scalars by name whose means are logged; all 0-dimensional."""
 
 LossFn = Callable[..., LossAndLogs]
-"""What a protocol makes of the tensors of a batch. It reads nothing back from the device, and its
-inputs have the same shapes from step to step (within a side, with progressive resolution)."""
+"""A protocol's loss of the tensors of a batch. It must not read from the device. Its inputs have
+the same shapes at every step (with progressive resolution, at every step of one resolution)."""
 
 
 @dataclass(frozen=True)
 class OptimizedPart:
-    """A part of the network with an optimiser of its own."""
+    """A part of the network with its own optimiser and schedule."""
 
     module: nn.Module
     optim: Optim
@@ -46,7 +46,7 @@ class OptimizedPart:
 
 
 class TrainState:
-    """Network, optimisers and step, with one path for fp32, bf16 and fp16."""
+    """Network, optimisers and step, with one code path for fp32, bf16 and fp16."""
 
     def __init__(
         self,
@@ -60,38 +60,40 @@ class TrainState:
         identity: dict[str, Any],
         capture: Capture | None = None,
     ) -> None:
-        """Wrap a network that lies on its device.
+        """Wrap a network that is already on its device.
 
         Args:
-            module: what is called in a step, and saved.
-            trained: its parts, each with optimiser and schedule; together all trainable weights.
-            rank: this process.
-            run: precision, compile, graphs, accumulation.
-            folder: where checkpoints lie.
-            global_batch: source images per step over all ranks, for scaled learning rates.
-            identity: what must be equal for a checkpoint to be gone on with, as plain JSON.
-            capture: what run.cuda_graph captures with, where it is not CUDA.
+            module: The network to train and save.
+            trained: Its parts, each with optimiser and schedule; together all trainable weights.
+            rank: This process.
+            run: Precision, compilation, CUDA graphs, accumulation.
+            folder: Folder of the checkpoints.
+            global_batch: Source images per step over all ranks, for scaled learning rates.
+            identity: What must match for a checkpoint to be resumed, as JSON values.
+            capture: Replaces `CudaCapture` in tests.
 
         Raises:
-            ValueError: a CUDA graph is asked for on a CPU.
+            ValueError: run.cuda_graph is set on a CPU.
         """
         if run.cuda_graph and capture is None and rank.device.type != "cuda":
             raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
         self.rank, self.module, self.folder = rank, module, folder
         self.step = 0
         self.digest = "0"
-        """`loop.stream_digest` of the samples trained on up to the last checkpoint."""
+        """`loop.stream_digest` of the samples trained on, up to the last checkpoint."""
         self._run, self._identity = run, identity
         self._epochs = run.epochs
         self._parts = [(part, part.optim.lr_for(global_batch * run.accumulate)) for part in trained]
-        self._optimizers = [build(part.module, part.optim, lr) for part, lr in self._parts]
-        # A disabled scaler passes everything through: one path for all precisions.
+        self._optimizers = [
+            build_optimizer(part.module, part.optim, lr) for part, lr in self._parts
+        ]
+        # A disabled scaler does nothing: one code path for all precisions.
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
-        self._last = True
+        self._at_update = True
         self._sums: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros((), device=rank.device)
         self._count = 0
-        self._broken = torch.zeros((), dtype=torch.bool, device=rank.device)
+        self._loss_not_finite = torch.zeros((), dtype=torch.bool, device=rank.device)
         self.model = module
         if run.compile:
             self.model = torch.compile(module, dynamic=False)  # type: ignore[assignment]
@@ -99,75 +101,75 @@ class TrainState:
         if run.cuda_graph:
             self._flat = FlatGradients(module.parameters())
             self._capture = capture or CudaCapture(rank.device)
-            self._share(list(module.parameters()))
+            self._broadcast(list(module.parameters()))
         elif rank.world > 1:
             self.model = data_parallel(self.model, rank)
         self._graphs: dict[LossFn, Graphs[LossAndLogs]] = {}
 
     @property
     def lr(self) -> float:
-        """Learning rate of the first part, in the step that is being made."""
+        """Learning rate of the first part in the current step."""
         return float(self._optimizers[0].param_groups[0]["lr"])
 
     @property
     def has_non_finite(self) -> bool:
-        """Whether a loss or a weight is not finite. Reads the device."""
-        sound = [tensor.isfinite().all() for tensor in self.module.parameters()]
-        return bool(self._broken | ~torch.stack(sound).all())
+        """Whether a loss or a weight is not finite. Waits for the device."""
+        finite = [tensor.isfinite().all() for tensor in self.module.parameters()]
+        return bool(self._loss_not_finite | ~torch.stack(finite).all())
 
     @property
     def at_update(self) -> bool:
         """Whether the last step ended an accumulation, so that no gradient is pending."""
-        return self._last
+        return self._at_update
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Mixed precision, or nothing in fp32."""
+        """Return the autocast context of the run's precision."""
         return autocast(self.rank.device, self._run.precision)
 
     def begin_step(self, epoch: float, *, final: bool = False) -> None:
-        """Set the learning rates of the coming step, and whether it ends an accumulation.
+        """Set the learning rates of the next step, and whether it ends an accumulation.
 
         Args:
-            epoch: now, with its fraction.
-            final: the last step of the run, which uses whatever gradient has come together.
+            epoch: Epochs done, with fractions.
+            final: Whether this is the last step of the run, which always updates the weights.
         """
-        self._last = final or (self.step + 1) % self._run.accumulate == 0
+        self._at_update = final or (self.step + 1) % self._run.accumulate == 0
         if isinstance(self.model, DistributedDataParallel):
-            # Gradients travel once per update; `no_sync` would have to wrap the protocol's lines.
-            self.model.require_backward_grad_sync = self._last
+            # Average gradients once per update; `no_sync` would have to wrap the protocol's code.
+            self.model.require_backward_grad_sync = self._at_update
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
     def train_step(self, objective: LossFn, *inputs: Any) -> None:
-        """Forward, backward, and a step of the optimisers where an accumulation ends.
+        """Run forward and backward, and step the optimisers if an accumulation ends.
 
-        Nothing here waits for the device, apart from the capture of a graph.
+        Nothing here waits for the device, except the capture of a graph.
 
         Args:
-            objective: called with the inputs, or with copies of them; the same one at every step.
-            inputs: tensors of a batch; without CUDA graphs, whatever the objective takes.
+            objective: Called with the inputs or copies of them; the same function at every step.
+            inputs: Tensors of a batch; without CUDA graphs, any arguments of the objective.
         """
         if self._flat is None:
-            loss, shown = self._gradients(objective, *inputs)
+            loss, scalars = self._gradients(objective, *inputs)
         else:
             if objective not in self._graphs:
                 work = functools.partial(self._gradients, objective)
                 self._graphs[objective] = Graphs(self._capture, work)
-            loss, shown = self._graphs[objective](*inputs)
-        self._broken |= ~torch.isfinite(loss)
-        self._record(shown)
-        if self._last:
+            loss, scalars = self._graphs[objective](*inputs)
+        self._loss_not_finite |= ~torch.isfinite(loss)
+        self._record(scalars)
+        if self._at_update:
             with record_function("optimiser"):
                 self._update()
 
     def _gradients(self, objective: LossFn, *inputs: Any) -> LossAndLogs:
         with record_function("forward"):
-            loss, shown = objective(*inputs)
+            loss, scalars = objective(*inputs)
         with record_function("backward"):
             scaled = self._scaler.scale(loss / self._run.accumulate)
             scaled.backward()  # type: ignore[no-untyped-call]
-        # Detached: a graph that keeps its results must not keep what led to them.
-        return loss.detach(), {name: value.detach() for name, value in shown.items()}
+        # Detached: a CUDA graph keeps its results, and must not keep the autograd graph.
+        return loss.detach(), {name: value.detach() for name, value in scalars.items()}
 
     def _update(self) -> None:
         if self._flat is not None:
@@ -184,26 +186,26 @@ class TrainState:
     def _record(self, values: dict[str, torch.Tensor]) -> None:
         """Add scalars to the sums of the log interval, on the device."""
         for name, value in values.items():
-            # A sum is new memory: the value itself may be overwritten by the next step.
+            # Out of place: the next step may overwrite the value itself.
             self._sums[name] = self._sums.get(name, self._zero) + value.float()
         self._count += 1
 
     def means(self) -> dict[str, float]:
-        """The means since the last call, on this rank. Reads the device."""
+        """Return the means since the last call, on this rank. Waits for the device."""
         means = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
 
     def sync_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0 (batch norm statistics differ between ranks)."""
-        self._share(list(self.module.buffers()))
+        """Broadcast the buffers of rank 0 (batch norm statistics differ between ranks)."""
+        self._broadcast(list(self.module.buffers()))
 
     @torch.no_grad()
-    def _share(self, tensors: list[torch.Tensor]) -> None:
+    def _broadcast(self, tensors: list[torch.Tensor]) -> None:
         if self.rank.world == 1:
             return
-        # Together, one message for each type: a ResNet-50 has 160 of them.
-        # A dict, not a set: the order of a set of types differs between processes.
+        # One message per dtype: a ResNet-50 has 160 buffers.
+        # A dict, not a set: the order of a set of dtypes differs between processes.
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
             message = torch.cat([tensor.flatten() for tensor in alike])
@@ -213,7 +215,11 @@ class TrainState:
                 tensor.copy_(part.view_as(tensor))
 
     def save(self, keep: int) -> None:
-        """Write a checkpoint, by rank 0, while the others wait."""
+        """Write a checkpoint on rank 0 while the others wait; keep the `keep` latest ones.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         self.sync_buffers()
         if self.rank.main:
             state = {
@@ -229,16 +235,24 @@ class TrainState:
         barrier(self.rank)
 
     def score(self, value: float, keep: int) -> None:
-        """Give the checkpoint of this step, which `save` has written, its score."""
+        """Store the score of the checkpoint that `save` has written at this step.
+
+        Raises:
+            CheckpointError: There is no such checkpoint, or its sidecar cannot be written.
+        """
         if self.rank.main:
-            checkpoint.rate(self.folder, self.step, value, keep=keep)
+            checkpoint.set_score(self.folder, self.step, value, keep=keep)
         barrier(self.rank)
 
     def resume(self) -> bool:
-        """Go on from the newest valid checkpoint in the folder, if there is one.
+        """Resume from the newest valid checkpoint in the folder, if there is one.
+
+        Returns:
+            Whether there was one.
 
         Raises:
-            CheckpointError: it belongs to another run, with the differences, or all are damaged.
+            CheckpointError: The checkpoint belongs to another run (the message lists the
+                differences), or all checkpoints are damaged.
         """
         found = ""
         failure = ""
@@ -248,7 +262,7 @@ class TrainState:
                 found = str(latest.path) if latest is not None else ""
             except checkpoint.CheckpointError as error:
                 failure = str(error)
-        # One rank looks, all load the same file, or all fail with the same words.
+        # Rank 0 chooses. All ranks load the same file, or fail with the same message.
         failure = broadcast_str(failure, self.rank)
         if failure:
             raise checkpoint.CheckpointError(failure)
@@ -256,26 +270,28 @@ class TrainState:
         if not found:
             return False
         loaded = checkpoint.load(Path(found), map_location="cpu")
-        identity = translated(json.loads(loaded.state["identity"]))
+        identity = translate_names(json.loads(loaded.state["identity"]))
         assert isinstance(identity, dict)
-        self._refuse_other(found, identity)
+        self._check_identity(found, identity)
         self.module.load_state_dict(loaded.state["model"])
         for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._scaler.load_state_dict(loaded.state["scaler"])
         torch.set_rng_state(loaded.state["rng"])
         self.step, self.digest = loaded.step, loaded.state["digest"]
-        logger.info("going on from %s, after step %d", found, loaded.step)
+        logger.info("resuming from %s, after step %d", found, loaded.step)
         return True
 
-    def _refuse_other(self, path: str, saved: dict[str, Any]) -> None:
+    def _check_identity(self, path: str, saved: dict[str, Any]) -> None:
+        """Raise `CheckpointError` if the identity of a checkpoint is not that of this run."""
         names = sorted(saved.keys() | self._identity.keys())
-        changes = [
+        differences = [
             f"{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} now"
             for name in names
             if saved.get(name) != self._identity.get(name)
         ]
-        if changes:
+        if differences:
             raise checkpoint.CheckpointError(
-                f"{path} belongs to another run ({'; '.join(changes)}): choose another --run.out"
+                f"{path} belongs to another run ({'; '.join(differences)}): "
+                "choose another --run.out"
             )

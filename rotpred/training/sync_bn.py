@@ -1,4 +1,4 @@
-"""Batch norm over all processes."""
+"""Synchronised batch norm: statistics over all processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ SyncBn = Literal["off", "torch", "apex"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def synced(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
-    """Let batch norm take its statistics over all processes, or leave it as it is ("off").
+def convert_sync_bn(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
+    """Replace the batch norm layers by synchronised ones; "off" returns the model unchanged.
 
     Raises:
-        ValueError: there is no GPU, apex is not installed, or CUDA graphs or compilation are asked
-            for as well.
+        ValueError: There is no GPU, apex is not installed, or `run` sets cuda_graph or compile.
     """
-    check(kind, rank, run)
+    check_sync_bn(kind, rank, run)
     if kind == "off":
         return model
     if kind == "apex":
@@ -30,11 +29,13 @@ def synced(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def check(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
-    """Refuse what `synced` will, but for apex: before data are opened that take minutes.
+def check_sync_bn(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
+    """Check that synchronised batch norm is possible, before opening data takes minutes.
+
+    Does not check whether apex is installed.
 
     Raises:
-        ValueError: there is no GPU, or CUDA graphs or compilation are asked for as well.
+        ValueError: There is no GPU, or `run` sets cuda_graph or compile.
     """
     if kind == "off":
         return
@@ -42,13 +43,13 @@ def check(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
         raise ValueError(f"sync_bn={kind} needs GPUs: on a CPU pass --sync-bn off")
     if run.cuda_graph:
         raise ValueError(
-            f"run.cuda_graph cannot capture what sync_bn={kind} sends between GPUs: pass "
+            f"run.cuda_graph cannot capture the collectives of sync_bn={kind}: pass "
             "--sync-bn off or --run.no-cuda-graph"
         )
     if run.compile:
         # Dynamo breaks the graph in every such layer and gives up after eight of them.
         raise ValueError(
-            f"run.compile falls to pieces in the layers of sync_bn={kind}: pass --sync-bn off or "
+            f"run.compile cannot compile the layers of sync_bn={kind}: pass --sync-bn off or "
             "--run.no-compile"
         )
 
@@ -58,7 +59,7 @@ def _apex(model: M) -> M:
         from apex.parallel import convert_syncbn_model
     except ImportError as error:
         raise ValueError(
-            "sync_bn=apex needs NVIDIA apex, which is not installed. It is built from source "
+            "sync_bn=apex needs NVIDIA apex, which is not installed. Build it from source "
             f"(the package apex on PyPI is something else): {APEX_INSTALL}"
         ) from error
     return convert_syncbn_model(model)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Backbones for other projects: the files that their loaders expect."""
+"""Export of backbones to the file formats of other projects."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SUFFIXES: Mapping[Format, str] = {
     "detectron2": ".pkl",
     "onnx": ".onnx",
 }
-"""What the readers go by: detectron2 and this project choose by it how a file is read."""
+"""File name suffix of each format. detectron2 and this project choose the reader by it."""
 
 COMMON = ("resnet18", "resnet50")
-"""The backbones that other projects have under these names with the same layers."""
+"""Backbones that other projects have under the same names with the same layers."""
 
-PROBE_SIDES = ((2, 32, 32), (1, 48, 32))
-"""Batches (N, H, W) that an ONNX file is compared on: small ones, but AlexNet needs 31 pixels."""
+_ONNX_TEST_SHAPES = ((2, 32, 32), (1, 48, 32))
+"""Batches (N, H, W) on which an ONNX file is verified: small, but AlexNet needs 31 pixels."""
 
 
-class Written(NamedTuple):
-    """About one exported file."""
+class ExportedFile(NamedTuple):
+    """Path, number of tensors, size and checksum of an exported file."""
 
     path: Path
     tensors: int
@@ -50,34 +50,37 @@ class Written(NamedTuple):
 
 def export_backbone(
     backbone: Backbone, path: Path, form: Format, meta: Mapping[str, str]
-) -> Written:
-    """Write a backbone for another project, as a whole or not at all.
+) -> ExportedFile:
+    """Write a backbone for another project, atomically.
 
-    What the other project must feed it is in no file; `reading` says it. torchvision and timm: a
-    flat state dict (`fc` is missing, load with strict=False or num_classes=0). mmdet and mmseg:
-    `state_dict` with `backbone.` keys, for an `init_cfg` of type Pretrained with that prefix.
-    detectron2: its own names in a pickle, which its loader matches by their ends. ONNX: input
-    "images" (N, 3, H, W), float32 and normalised; outputs "map" (N, D, h, w), the last stage, and
-    "pooled" (N, D), its global average. N, H and W are free, BN is folded into the convolutions.
-    What onnx's own evaluator computes has been compared.
+    The files do not say how to normalise inputs; `reader_settings` does. Formats:
+
+    - torchvision and timm: a flat state dict without `fc`; load it with strict=False or
+      num_classes=0.
+    - mmdet and mmseg: `state_dict` with `backbone.` keys, for an `init_cfg` of type Pretrained with
+      that prefix.
+    - detectron2: its own key names in a pickle; its loader matches keys by suffix.
+    - ONNX: input "images" (N, 3, H, W), float32 and normalised; outputs "map" (N, D, h, w), the
+      last stage, and "pooled" (N, D), its global average. N, H and W are dynamic, and BN is folded
+      into the convolutions. The outputs are compared with those of onnx's reference evaluator.
 
     Args:
-        backbone: as `build_backbone` made it; put in evaluation mode.
-        path: replaced; ends in the format's suffix.
-        form: the format.
-        meta: provenance, for the formats that have room for it.
+        backbone: From `build_backbone`; set to evaluation mode.
+        path: Replaced; must end in the format's suffix.
+        form: The format.
+        meta: Provenance, stored by safetensors, mmdet, mmseg and ONNX files.
 
     Raises:
-        CheckpointError: the format or the project has no such network, the suffix is another one,
-            weights are not finite, or the file cannot be written.
-        ImportError: ONNX without the packages of the `eval` extra.
+        CheckpointError: The project has no such network, the suffix is wrong, weights are not
+            finite, the ONNX outputs differ, or the file cannot be written.
+        ImportError: A package of the `eval` extra is missing (ONNX only).
     """
     if form not in ("safetensors", "onnx") and backbone.arch not in COMMON:
         raise CheckpointError(
             f"{form} has no {backbone.arch} (only {', '.join(COMMON)}): use safetensors or onnx"
         )
     if path.suffix != SUFFIXES[form]:
-        raise CheckpointError(f"{path}: a file for {form} ends in {SUFFIXES[form]}")
+        raise CheckpointError(f"{path}: a file for {form} must end in {SUFFIXES[form]}")
     backbone.eval()
     tensors = finite_tensors(backbone)
     count = len(tensors)
@@ -95,24 +98,24 @@ def export_backbone(
         case "onnx":
             data, count = _onnx_bytes(backbone, meta)
             digest = write_whole(path, data)
-    return Written(path, count, path.stat().st_size, digest)
+    return ExportedFile(path, count, path.stat().st_size, digest)
 
 
-def reading(form: Format) -> str:
-    """How the other project must read images and file, by the names of its own options, one line.
+def reader_settings(form: Format) -> str:
+    """Return the settings that the other project needs, under its own option names, in one line.
 
-    Its defaults need not be these (detectron2's are BGR, standard deviation 1 and the stride in the
-    1 x 1 convolution), and would degrade results without a word. A file of weights does not say
-    what its pretraining normalised with, so that both of our statistics are named.
+    Its defaults may differ (detectron2's are BGR, standard deviation 1 and the stride in the 1 x 1
+    convolution) and would silently degrade results. A weights file does not hold the normalisation
+    of its pretraining, so both of our statistics are listed.
     """
     imagenet, cifar10 = (_statistics(form, statistics) for statistics in (IMAGENET, CIFAR10))
     return (
-        f"{_INPUT[form]}; mean and deviation as in pretraining: "
+        f"{_INPUT_SETTINGS[form]}; mean and deviation as in pretraining: "
         f"ImageNet recipes use {imagenet}; CIFAR-10 recipes {cifar10}"
     )
 
 
-_INPUT: Mapping[Format, str] = {
+_INPUT_SETTINGS: Mapping[Format, str] = {
     "safetensors": "RGB in 0..1",
     "torchvision": "RGB in 0..1",
     "timm": "RGB in 0..1",
@@ -121,10 +124,11 @@ _INPUT: Mapping[Format, str] = {
     "detectron2": "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False (not the defaults)",
     "onnx": "RGB in 0..1",
 }
-"""What each format's readers are told beside the statistics."""
+"""Settings of each format's reader, besides the statistics."""
 
 
 def _statistics(form: Format, normalize: Normalize) -> str:
+    """Return mean and standard deviation in the other project's units and option names."""
     names, unit = ("mean", "std"), 255
     match form:
         case "detectron2":
@@ -143,7 +147,7 @@ def _torch_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def detectron2_key(key: str) -> str:
-    """torchvision's name of a ResNet tensor -> detectron2's (modeling/backbone/resnet.py)."""
+    """Translate torchvision's ResNet key to detectron2's (modeling/backbone/resnet.py)."""
     parts = key.split(".")
     if parts[0].startswith("layer"):
         parts[0] = f"res{int(parts[0][5:]) + 1}"
@@ -158,9 +162,9 @@ def detectron2_key(key: str) -> str:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Names arrays by their class and its arguments, which every version of numpy has.
+    """Pickler that stores an array as a call of np.ndarray, which every version of numpy can read.
 
-    By itself numpy 2 writes a private module's name, which numpy before 1.26 cannot read.
+    numpy 2 itself writes the name of a private module, which numpy before 1.26 cannot import.
     """
 
     def reducer_override(self, value: object) -> Any:
@@ -179,6 +183,8 @@ def _detectron2_bytes(tensors: Tensors) -> bytes:
 
 
 class _WithPooled(nn.Module):
+    """Backbone that returns its last feature map (N, D, h, w) and the global average (N, D)."""
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
@@ -189,7 +195,7 @@ class _WithPooled(nn.Module):
 
 
 def _onnx_bytes(backbone: Backbone, meta: Mapping[str, str]) -> tuple[bytes, int]:
-    """The file, and its number of stored tensors."""
+    """Return the verified ONNX file and its number of stored tensors."""
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
             raise ImportError(f"ONNX needs {package}: pip install -e '.[eval]'")
@@ -209,20 +215,20 @@ def _onnx_bytes(backbone: Backbone, meta: Mapping[str, str]) -> tuple[bytes, int
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # where on this machine the code for it stands
+        del node.metadata_props[:]  # source paths on this machine
     onnx.helper.set_model_props(model, {**meta, "arch": backbone.arch})
     onnx.checker.check_model(model, full_check=True)
     evaluator = ReferenceEvaluator(model)
-    draw = torch.Generator().manual_seed(0)
-    for count, height, width in PROBE_SIDES:
-        images = torch.randn(count, 3, height, width, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    for count, height, width in _ONNX_TEST_SHAPES:
+        images = torch.randn(count, 3, height, width, generator=generator)
         with torch.no_grad():
             expected = net(images)
         computed = evaluator.run(None, {"images": images.numpy()})
         for name, ours, theirs in zip(("map", "pooled"), expected, computed, strict=True):
-            off = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
-            if not off < 1e-4:
+            error = float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
+            if not error < 1e-4:
                 raise CheckpointError(
-                    f"not written: {name} by ONNX is off by {off:.1e} of its size"
+                    f"not written: {name} by ONNX has a relative error of {error:.1e}"
                 )
     return model.SerializeToString(), len(model.graph.initializer)

@@ -1,4 +1,4 @@
-"""The frozen backbone that evaluations start from."""
+"""Load the frozen backbone that an evaluation starts from."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ RANDOM = "random"
 """Value of a recipe's `weights` for the control: the same network, untrained."""
 
 IMAGENET = "imagenet"
-"""Value of a recipe's `weights` for torchvision's, trained on ImageNet with its labels."""
+"""Value of a recipe's `weights` for torchvision's, trained on ImageNet with labels."""
 
 
 class HasWeights(Protocol):
-    """What recipes that evaluate weights have in common."""
+    """Fields shared by all recipes that evaluate weights."""
 
     @property
     def name(self) -> str:
-        """Names the run in results and in the default run folder."""
+        """Name of the run in results and in the default run folder."""
 
     @property
     def weights(self) -> str:
-        """What `load_frozen_backbone` reads."""
+        """A file, or `RANDOM` or `IMAGENET`."""
 
     @property
     def backbone(self) -> str:
@@ -38,10 +38,16 @@ class HasWeights(Protocol):
 
 
 def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
-    """A frozen backbone in evaluation mode, and the checksum of its weights ("" for random ones).
+    """Return a frozen backbone in evaluation mode, and the SHA-256 of its weights ("" if random).
+
+    Args:
+        name: Architecture, one of `BACKBONES`.
+        weights: A file of any layout that `load_backbone` knows, or `RANDOM` or `IMAGENET`.
+        rank: Its device gets the backbone.
 
     Raises:
-        ValueError: no weights were named, or they do not fit (`CheckpointError`), in words.
+        FileNotFoundError: There is no such file.
+        ValueError: No weights were named, or they do not fit (`CheckpointError`).
     """
     if not weights:
         raise ValueError(
@@ -54,14 +60,14 @@ def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone,
         path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
         report = load_backbone(network, path)
         sha = report.sha256
-        logger.info("%s: %s", weights, report.words())
+        logger.info("%s: %s", weights, report.summary())
     network = channels_last(network, rank.device)
-    # eval() for good: batch norm must use the trained statistics and must not move them.
+    # Stays in eval(): batch norm must use the trained statistics and must not update them.
     return network.eval().requires_grad_(False), sha
 
 
 def _supervised(arch: str, rank: Rank) -> Path:
-    """`imagenet_file`, where one process of each machine downloads; none goes on alone."""
+    """Return `imagenet_file`. One process per machine downloads; if one fails, all raise."""
     failure: ValueError | None = None
     if rank.local_rank == 0:
         try:
@@ -69,5 +75,5 @@ def _supervised(arch: str, rank: Rank) -> Path:
         except ValueError as error:
             failure = error
     if any_true(failure is not None, rank):
-        raise failure or ValueError("another process has no supervised weights")
+        raise failure or ValueError("another process could not get the supervised weights")
     return imagenet_file(arch)

@@ -1,4 +1,4 @@
-"""Weights: ours written, ours and other projects' loaded, only where they fit completely."""
+"""Saving and loading weights: files of ours and of other projects, loaded only if all keys fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rotpred.files import CheckpointError, check_space, replace, sha256_file, wr
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet
-from rotpred.weights.layouts import StateDictFile, Tensors, read, some
+from rotpred.weights.layouts import Tensors
+from rotpred.weights.read import StateDictFile, first_few, read_state_dict
 
 __all__ = [
     "LoadReport",
@@ -35,28 +36,30 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SUPERVISED = ("resnet18", "resnet50")
-"""Backbones that torchvision has weights for, trained on ImageNet with its labels."""
+"""Backbones for which torchvision has weights trained on ImageNet with labels."""
 
-_PATIENCE = 60.0
+_DOWNLOAD_TIMEOUT_S = 60.0
 
 
 class LoadReport(NamedTuple):
-    """What was loaded, by keys of the network (loaded, missing) or of the file (ignored)."""
+    """Result of loading. Keys are the network's (loaded, missing) or the file's (ignored)."""
 
     loaded: tuple[str, ...]
     ignored: tuple[str, ...]
-    """Heads, and what else the layout is known to have beside a backbone."""
+    """Heads, and other parts that the layout is known to have."""
     missing: tuple[str, ...]
-    """BN step counters that older files lack; nothing computes with them. Else empty."""
+    """Only BN step counters, which older files lack and no computation uses."""
     sha256: str
-    """Of the file, for the results' provenance."""
+    """SHA-256 of the file, for the results' provenance."""
     layout: str
-    """Whose format it was recognised as."""
+    """Name of the layout that was recognised."""
 
-    def words(self) -> str:
-        """One line for the log."""
+    def summary(self) -> str:
+        """Return one line for the log."""
         parts = {"ignored": self.ignored, "missing": self.missing}
-        more = [f"{len(k)} {what}" + (f" ({some(k)})" if k else "") for what, k in parts.items()]
+        more = [
+            f"{len(k)} {what}" + (f" ({first_few(k)})" if k else "") for what, k in parts.items()
+        ]
         return f"{self.layout}: {len(self.loaded)} tensors loaded, {', '.join(more)}"
 
 
@@ -64,15 +67,15 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
     """Write a backbone's weights as safetensors with its own (torchvision's) keys.
 
     Args:
-        path: replaced as a whole or not at all.
-        backbone: on any device, in any memory format.
-        meta: provenance for the file's header; the name of the architecture is added as "arch".
+        path: Replaced atomically.
+        backbone: On any device, in any memory format.
+        meta: Provenance for the file's header; the name of the architecture is added as "arch".
 
     Returns:
         The file's SHA-256. Equal weights and equal meta give equal files.
 
     Raises:
-        CheckpointError: weights that are not finite, or no space.
+        CheckpointError: Weights are not finite, or there is no space.
     """
     tensors = finite_tensors(backbone)
     data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
@@ -80,23 +83,23 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
 
 
 def finite_tensors(backbone: Backbone) -> Tensors:
-    """The state dict, on the CPU and contiguous, for a file.
+    """Return the state dict for a file: on the CPU and contiguous, shapes and dtypes unchanged.
 
     Raises:
-        CheckpointError: values that are not finite.
+        CheckpointError: A value is not finite.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    sick = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
-    if sick:
-        raise CheckpointError(f"not written, because of values that are not finite: {some(sick)}")
+    not_finite = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
+    if not_finite:
+        raise CheckpointError(f"not written: values are not finite: {first_few(not_finite)}")
     return tensors
 
 
 def write_whole(path: Path, data: bytes) -> str:
-    """Write a file (and its folder) as a whole or not at all; return its SHA-256.
+    """Write a file atomically, creating its folder if needed; return its SHA-256.
 
     Raises:
-        CheckpointError: no space, or the disk does not give back what was written.
+        CheckpointError: There is no space, or the data read back differ from those written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path.parent, len(data))
@@ -106,28 +109,28 @@ def write_whole(path: Path, data: bytes) -> str:
 
 
 def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
-    """Fill a backbone from a file of any layout that `foreign.read` knows, whole or not at all.
+    """Load a backbone from a file of any layout that `read_state_dict` knows.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: damaged or unsafe file, another architecture, missing or unknown keys,
-            other shapes, values that are not finite. The backbone is unchanged then.
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, unsafe or of another architecture, keys are missing or
+            unknown, shapes differ, or values are not finite. The backbone is then unchanged.
     """
-    return _fill_backbone(backbone, path, read(path))
+    return _fill_backbone(backbone, path, read_state_dict(path))
 
 
 def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadReport]:
-    """Build the backbone that a file holds, and fill it.
+    """Build the backbone that a file holds, and load it.
 
     Args:
-        path: as for `load_backbone`.
-        arch: one of `BACKBONES`; None: the file is one of ours and names it.
+        path: As for `load_backbone`.
+        arch: One of `BACKBONES`; None if the file is ours and names it.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: as `load_backbone`, or nothing names the architecture.
+        FileNotFoundError: There is no such file.
+        CheckpointError: As for `load_backbone`, or the architecture is unknown.
     """
-    found = read(path)
+    found = read_state_dict(path)
     if arch is None and found.arch is None:
         raise CheckpointError(f"{path} does not say which network it is for: name its arch")
     backbone = build_backbone(arch or str(found.arch))
@@ -135,14 +138,14 @@ def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadRe
 
 
 def imagenet_file(arch: str) -> Path:
-    """The file of torchvision's supervised weights (IMAGENET1K_V1), downloaded if it is not there.
+    """Return the path of torchvision's supervised weights (IMAGENET1K_V1); download if missing.
 
-    It lies where torchvision itself keeps it (torch.hub, TORCH_HOME); its name holds the start of
-    its checksum, which is compared when it comes and when it is found.
+    The file lies in torchvision's own cache (torch.hub, TORCH_HOME). Its name holds the start of
+    its checksum, which is verified after a download and for a file found there.
 
     Raises:
-        ValueError: torchvision has none for this network, or they cannot be had, in words.
-        CheckpointError: the file is not what its name says.
+        ValueError: torchvision has no weights for this network, or the download fails.
+        CheckpointError: The file does not have the checksum in its name.
     """
     if arch not in SUPERVISED:
         raise ValueError(
@@ -156,40 +159,40 @@ def imagenet_file(arch: str) -> Path:
         logger.info("downloading %s to %s", url, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_PATIENCE)  # torch's download has no timeout of its own
+        socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)  # torch's download has no timeout of its own
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=start, progress=False)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"no supervised weights ({error}): put {url} to {path}, or give --weights FILE or "
+                f"no supervised weights ({error}): save {url} as {path}, or give --weights FILE or "
                 "--weights random"
             ) from error
         finally:
             socket.setdefaulttimeout(before)
     if not sha256_file(path).startswith(start):
-        raise CheckpointError(f"{path} is damaged: remove it, and it will be downloaded anew")
+        raise CheckpointError(f"{path} is damaged: remove it, and it will be downloaded again")
     return path
 
 
 def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> LoadReport:
-    """Fill a backbone and its rotation head, to score or to go on with the pretext task.
+    """Load a backbone and its rotation head, to score the pretext task or train it further.
 
-    Heads that count quarter turns clockwise get their classes 1 and 3 swapped: ours count
+    A head that counts quarter turns clockwise gets its classes 1 and 3 swapped. Ours count
     counter-clockwise, as do the authors', VISSL's and those of mmselfsup 0.x. mmselfsup 1.x counts
     clockwise (its processing.py turns with mmcv's `imrotate`).
 
     Args:
-        net: one of `make_rotnet`.
-        path: our training checkpoint, or a whole file of mmselfsup, VISSL or the authors.
-        clockwise: how the file's head counts; needed where the file does not show it (mmselfsup's
-            without `meta`), and compared where it does.
+        net: From `make_rotnet`.
+        path: Our training checkpoint, or a complete file of mmselfsup, VISSL or the authors.
+        clockwise: Direction in which the file's head counts. Required if the file does not show it
+            (mmselfsup's without `meta`); must agree if it does.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: as `load_backbone`, no rotation head, or its direction is unknown or
-            another one. The network is unchanged then.
+        FileNotFoundError: There is no such file.
+        CheckpointError: As for `load_backbone`, the file has no rotation head, or its direction is
+            unknown or contradicts `clockwise`. The network is then unchanged.
     """
-    found = read(path)
+    found = read_state_dict(path)
     if not found.head:
         raise CheckpointError(f"{path} ({found.layout}) holds no rotation head")
     if found.clockwise is None and clockwise is None:
@@ -205,14 +208,14 @@ def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> Lo
     if found.clockwise or clockwise:
         for key in ("fc.weight", "fc.bias"):
             if key in head:
-                head[key] = _reverse(path, head[key])
+                head[key] = _swap_directions(path, head[key])
     given = {f"backbone.{k}": v for k, v in found.backbone.items()}
     given |= {f"head.{k}": v for k, v in head.items()}
     return _fill(net, net.backbone.arch, path, found, given, found.ignored)
 
 
-def _reverse(path: Path, classes: torch.Tensor) -> torch.Tensor:
-    """Swap the rows of 90 and 270 degrees."""
+def _swap_directions(path: Path, classes: torch.Tensor) -> torch.Tensor:
+    """Swap the rows (4, ...) of 90 and 270 degrees."""
     if classes.shape[:1] != (4,):
         raise CheckpointError(
             f"{path}: expected 4 rotations in the head, found {classes.shape[:1]}"
@@ -233,7 +236,11 @@ def _fill(
     given: Tensors,
     ignored: tuple[str, ...],
 ) -> LoadReport:
-    """Load `given` into a network if nothing is wrong with any of it."""
+    """Load `given` into a network; raise without changing it if anything does not fit.
+
+    Raises:
+        CheckpointError: As for `load_backbone`.
+    """
     if found.arch is not None and found.arch != arch:
         raise CheckpointError(f"{path} holds weights of {found.arch}, not of {arch}")
     own: Tensors = net.state_dict()
@@ -251,7 +258,7 @@ def _fill(
         ],
         "not finite": [k for k in shared if not bool(given[k].isfinite().all())],
     }
-    words = [f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys]
+    words = [f"{len(keys)} {what} ({first_few(keys)})" for what, keys in problems.items() if keys]
     if words:
         raise CheckpointError(f"{path} ({found.layout}) does not fit {arch}: {'; '.join(words)}")
     net.load_state_dict({**{k: own[k] for k in counters}, **{k: given[k] for k in shared}})
@@ -259,9 +266,9 @@ def _fill(
 
 
 def _sorted_header(data: bytes) -> bytes:
-    """Put the header of safetensors in order: the library writes metadata in a random one.
+    """Sort the keys of a safetensors header: the library writes metadata in random order.
 
-    Layout: length of the header (8 bytes, little-endian), JSON padded with spaces, the tensors.
+    Format: length of the header (8 bytes, little-endian), JSON padded with spaces, the tensors.
     """
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The benchmark programs run, and what they write can be read. Their numbers are not tested."""
+"""The benchmark programs run and write readable results. Their numbers are not tested."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any
 import doctor
 import pytest
 import run_all
+
 from contestants import stages
-from contestants.stages import Options, Stage
+from contestants.stages import Stage, StageOptions
 from data.photographs import Containers, containers
 from harness import timing
-from harness.runner import Contestant, ContestantError
+from harness.runner import ContestantError, ContestantProcess
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.timeout(200)
@@ -37,7 +38,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Containers:
-    """A few photographs, made small, in all containers."""
+    """A few small photographs in all containers."""
     return containers(None, tmp_path_factory.mktemp("made"), count=COUNT, small_side=160)
 
 
@@ -52,10 +53,10 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 
 def rows_of(program: str, folder: Path, *arguments: str | Path) -> list[dict[str, Any]]:
-    """Rows of a short run, each checked for the fields that all have."""
+    """Rows of a short run, each checked for the common fields."""
     output, plot = folder / "rows.jsonl", folder / "plot.png"
     options: list[str | Path] = ["--output", output, "--plot", plot]
-    if program not in ("scale", "splice"):  # They work for as long as it takes.
+    if program not in ("scale", "splice"):  # These have no --seconds.
         options += ["--seconds", "0.05"]
     done = run(program, *arguments, *options)
     assert done.returncode == 0, done.stderr
@@ -116,7 +117,7 @@ PEERS = {
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_peers_deliver_the_same_pixels(made: Containers) -> None:
-    """Each against the reference crop of the box that it cut, on the same files."""
+    """Each against the reference crop of its own box, on the same files."""
     size, files = 48, made.small_folder()
     common = {"size": size, "batch_size": 8, "workers": 1}
     ours = {"kind": "ours", "engine": "ffcv", "data": made.small(markers=True)}
@@ -127,22 +128,22 @@ def test_peers_deliver_the_same_pixels(made: Containers) -> None:
     configs["ours"] = {**ours, "output": "crops"}
     configs["ours, views"] = {**ours, "output": "rotate4"}
     with ExitStack() as stack:
-        # All at once: importing takes them most of their time.
-        players = {
+        # All at once: they spend most of their time on imports.
+        processes = {
             name: stack.enter_context(
-                Contestant(name, {**config, **common, "data": str(config["data"])})
+                ContestantProcess(name, {**config, **common, "data": str(config["data"])})
             )
             for name, config in configs.items()
         }
-        for name, player in players.items():
-            assert player.ask("first_batch")["first_batch_seconds"] > 0
-            found = player.ask("difference", count=COUNT)
+        for name, process in processes.items():
+            assert process.call("first_batch")["first_batch_seconds"] > 0
+            found = process.call("difference", count=COUNT)
             assert found["pixel_difference"] < PEERS.get(name, 4.0), name
             assert abs(found["pixel_bias"]) < 1, name
             assert found["pixel_crops"] == COUNT
-            images, seconds, cpu = player.ask("window", seconds=0.05)
+            images, seconds, cpu = process.call("window", seconds=0.05)
             assert images > 0 and seconds >= 0.05 and cpu > 0, name
-            assert player.ask("memory")["rss_mib"] > 50, name
+            assert process.call("memory")["rss_mib"] > 50, name
 
 
 def test_peers_compares_per_cpu_second(made: Containers, tmp_path: Path) -> None:
@@ -240,13 +241,13 @@ def test_splice_compares_all_bytes(made: Containers, tmp_path: Path) -> None:
 def test_scale_measures_each_length(tmp_path: Path) -> None:
     rows = rows_of("scale", tmp_path, "--samples", "300", "1000", "--repeats", "1")
     assert {row["samples"] for row in rows} == {300, 1000}
-    assert {row["order"] for row in rows} == {""}  # Nobody took turns.
+    assert {row["order"] for row in rows} == {""}  # Runs do not alternate.
     seconds = [row["median"] for row in rows if row["name"] == "open"]
     assert len(seconds) == 2 and all(0 < s < 30 for s in seconds)
 
 
-def options(**more: Any) -> Options:
-    return Options(
+def options(**more: Any) -> StageOptions:
+    return StageOptions(
         repeats=1, seconds=0.05, engine="folder", backbone="resnet18_tiny", size=8, batch_size=2,
         precision="fp32", device="cpu", **more,
     )  # fmt: skip
@@ -254,37 +255,39 @@ def options(**more: Any) -> Options:
 
 def test_doctor_names_a_slow_disk(made: Containers, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(i: int) -> bytes:
-        time.sleep(2)  # The fault.
+        time.sleep(2)  # The injected fault.
         return b"\xff\xd8" + bytes(i)
 
-    # Any network is slower than a loader on this machine, but for this fault: it is left out.
+    # Without this fault any network is slower than a loader on this machine: leave it out.
     monkeypatch.setattr(stages, "_device_stages", lambda *_: [Stage("step", [1e5], "")])
-    found = stages.examine(str(made.small(markers=False)), options(), read=slow)
+    found = stages.measure_stages(str(made.small(markers=False)), options(), read=slow)
     lines = doctor.diagnose(found, threads=2)
-    assert lines[0].startswith("read binds") and "disk" in lines[1]
+    assert lines[0].startswith("read is the bottleneck") and "disk" in lines[1]
 
 
 def test_doctor_names_too_few_threads(made: Containers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_device_stages", lambda *_: [Stage("step", [1e6], "")])
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     data = str(made.small(markers=False))
-    fast = stages.examine(data, options(workers=1), read=lambda i: bytes(i))
+    fast = stages.measure_stages(data, options(workers=1), read=lambda i: bytes(i))
     lines = doctor.diagnose(fast, threads=1)
-    assert lines[0].startswith("loader binds")
+    assert lines[0].startswith("loader is the bottleneck")
     assert any("1 of 8 allowed cores" in line and "cpu_budget" in line for line in lines)
 
 
 def test_doctor_decodes_with_the_threads_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10)))
     assert stages.decoding_threads(options()) == 10
-    assert stages.decoding_threads(replace(options(), device="cuda")) == 4  # Launches need some.
+    assert (
+        stages.decoding_threads(replace(options(), device="cuda")) == 4
+    )  # Kernel launches need cores too.
     assert stages.decoding_threads(options(workers=3)) == 3
 
 
 def test_doctor_names_the_network() -> None:
     pipeline = [Stage("read", [9e3], ""), Stage("loader", [900.0], ""), Stage("step", [90.0], "")]
     lines = doctor.diagnose(pipeline, threads=2)
-    assert lines[0].startswith("step binds: 90") and "loader, reaches 900" in lines[0]
+    assert lines[0].startswith("step is the bottleneck: 90") and "loader, reaches 900" in lines[0]
 
 
 def test_doctor_runs_every_stage(made: Containers, tmp_path: Path) -> None:
@@ -299,7 +302,7 @@ def test_doctor_runs_every_stage(made: Containers, tmp_path: Path) -> None:
 
 
 def test_the_time_of_live_workers_counts() -> None:
-    """A child that burns CPU and is not waited for yet."""
+    """A busy child that has not been waited for yet."""
     code = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\ninput()"
     before = timing.cpu_seconds()
     with subprocess.Popen(
@@ -311,21 +314,21 @@ def test_the_time_of_live_workers_counts() -> None:
         alive = timing.cpu_seconds() - before
         child.communicate("\n", timeout=20)
     assert 0.45 < alive
-    # Waited for, it still counts, and once.
+    # After wait() it still counts, once.
     assert timing.cpu_seconds() - before < alive + 0.5
 
 
 def test_a_contestant_that_fails_is_named() -> None:
     config = {"kind": "opened", "data": "/absent.beton"}
-    with Contestant("broken", config) as player, pytest.raises(ContestantError) as caught:
-        player.ask("measure", batch_size=1)
+    with ContestantProcess("broken", config) as process, pytest.raises(ContestantError) as caught:
+        process.call("measure", batch_size=1)
     assert str(caught.value).startswith("broken: ") and "absent.beton" in str(caught.value)
 
 
 def test_a_program_that_hangs_or_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And rows of an earlier run are not shown as this one's."""
+    """Rows of an earlier run are not reported for this one."""
     good = json.dumps({"name": "fresh", "variant": "", "unit": "x", "median": 2.0, "target": 1.0})
     output = "import sys; out = sys.argv[sys.argv.index('--output') + 1]\n"
     programs = {
@@ -343,7 +346,7 @@ def test_a_program_that_hangs_or_fails_stops_no_other(
     monkeypatch.setattr(run_all, "programs", lambda *_: {name: [] for name in programs})
     assert run_all.main(run_all.Arguments(output=tmp_path)) == 1
     said = capfd.readouterr().err
-    assert "hangs (not done after 3 s), fails (exit status 3)" in said
+    assert "hangs (timed out after 3 s), fails (exit status 3)" in said
     assert "fresh" in said and "stale" not in said
 
 

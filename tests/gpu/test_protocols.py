@@ -1,4 +1,4 @@
-"""Protocols on a GPU: that they run there, and what must be as on a CPU. Skipped elsewhere."""
+"""Protocols on a GPU: they run, and results match a CPU where they must."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rotpred.distributed import Rank
 from rotpred.protocols import detection, finetune, segmentation
 from rotpred.protocols.knn import neighbours
 from rotpred.svm.dual import COSTS, gram, solve
-from tests.rotpred.protocols import test_detection, test_finetune, test_segmentation
 from tests.support import dense_trees
-from tests.support.classification_trees import plant
+from tests.support.classification_trees import make_trees
 from tests.support.run_outputs import results, saved
+from tests.support.toy_recipes import toy_detection, toy_fine_tuning, toy_segmentation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -32,7 +32,7 @@ HERE = torch.device("cpu")
 
 
 def check(out: Path) -> None:
-    """A run that came to its end: finite losses, results, a network that was saved."""
+    """A finished run: finite losses, results, a saved network."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses and all(math.isfinite(loss) for loss in losses)
@@ -44,7 +44,7 @@ def check(out: Path) -> None:
 @pytest.mark.parametrize("name", ["voc0712_det", "coco_det"])
 def test_detection_trains_and_validates(name: str, precision: Any, tmp_path: Path) -> None:
     roots = {name: getattr(dense_trees, {"v": "voc", "c": "coco"}[name[0]])(tmp_path, n=3)}
-    made = test_detection.small(name, roots, tmp_path / "run")
+    made = toy_detection(name, roots, tmp_path / "run")
     detection.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
     check(tmp_path / "run")
 
@@ -52,16 +52,16 @@ def test_detection_trains_and_validates(name: str, precision: Any, tmp_path: Pat
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_segmentation_trains_and_validates(precision: Any, tmp_path: Path) -> None:
     roots = {"voc12aug_seg": dense_trees.voc_masks(tmp_path, n=8, side=48)}
-    made = test_segmentation.small("voc12aug_seg", roots, tmp_path / "run")
+    made = toy_segmentation("voc12aug_seg", roots, tmp_path / "run")
     segmentation.run(replace(made, run=replace(made.run, precision=precision)), Rank(device=DEVICE))
     check(tmp_path / "run")
 
 
 def test_fine_tuning_twice_gives_the_same_weights(tmp_path: Path) -> None:
-    """Deterministic kernels, and none that has no deterministic form."""
-    trees = plant(tmp_path)
+    """Only deterministic kernels are used."""
+    trees = make_trees(tmp_path)
     for name in ("a", "b"):
-        made = test_finetune.small(trees, tmp_path / name, "resnet18_tiny")
+        made = toy_fine_tuning(trees, tmp_path / name, "resnet18_tiny")
         finetune.run(made, Rank(device=DEVICE))
         check(tmp_path / name)
     first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
@@ -69,7 +69,7 @@ def test_fine_tuning_twice_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_those_of_a_cpu() -> None:
-    """Small whole numbers, whose products are exact in any order; many of them are equal."""
+    """Small integers, whose sums of products are exact in any order; many are equal."""
     generator = np.random.default_rng(0)
     bank, queries = (generator.integers(-3, 4, (n, 64)).astype(np.float32) for n in (500, 70))
     here, there = (
@@ -105,13 +105,13 @@ def test_colors_are_those_of_a_cpu() -> None:
         ).cpu()
         for device in (HERE, DEVICE)
     )
-    # Levels are rounded between the changes: a bit's difference may become one of 255.
+    # Levels are rounded between the operations: one bit of difference may become one level of 255.
     apart = (here - there).abs()
     assert apart.max() < 0.05 and apart.mean() < 1e-4
 
 
 def test_batch_norm_over_a_group_of_one(beton: Path, tmp_path: Path) -> None:
-    """NCCL and SyncBN under torchrun, as far as one GPU goes."""
+    """NCCL and SyncBN under torchrun, on one GPU."""
     words = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
         *(str(Path(__file__).parents[2] / "scripts/pretrain.py"), "rotnet_in1k_r50"),

@@ -1,4 +1,4 @@
-"""What only a GPU shows: transfer, views, steps without a wait of the host. Skipped elsewhere."""
+"""Transfer, views, training steps without host synchronisation, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_batches_on_the_gpu_equal_those_on_the_cpu(beton: Path, name: str) -> None:
-    """Kept for two epochs of different sides while the device is busy: owned, and as on the CPU."""
+    """Batches of two epochs of different sizes, kept while the device is busy, as on the CPU."""
     engine = name.split("-")[0]
     if engine in (missing := missing_engines()):
         pytest.skip(missing[engine])
@@ -65,14 +65,14 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(beton: Path, name: str) -> No
                 assert torch.equal(found.targets.cpu(), expected.targets)
                 assert torch.equal(found.valid.cpu(), expected.valid)
                 # nvJPEG's inverse DCT is not libjpeg's, and DALI's resize on the GPU rounds on its
-                # own; what crosses the bus from the other engines is what the CPU has.
+                # own; the other engines transfer exactly what the CPU has.
                 limit = 0.05 if engine == "dali" else 1e-5
                 assert (found.images.cpu() - expected.images).abs().mean() < limit
         assert there.digest == here.digest
 
 
 def test_crops_lie_in_two_buffers_in_turn() -> None:
-    """Nothing is allocated per batch, and a buffer is written only behind its last reader."""
+    """Nothing is allocated per batch, and a buffer is written only after its last reader."""
     transfer = Transfer(torch.device("cuda:0"))
     busy = torch.randn(4096, 4096, device="cuda")
     places, sums = [], []
@@ -82,7 +82,7 @@ def test_crops_lie_in_two_buffers_in_turn() -> None:
         raw = RawBatch(images, small, small, small >= 0, torch.zeros((4, 5), dtype=torch.int32))
         transfer.wait()
         moved = transfer.copy(transfer.fetch(iter([raw])))
-        busy = busy @ busy * 1e-3  # readers are late
+        busy = busy @ busy * 1e-3  # readers are slow
         places.append(moved.images.data_ptr())
         sums.append(moved.images.float().mean() + 0 * busy[0, 0])
         transfer.release()
@@ -113,7 +113,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
 
     with open_loader(spec, device="cuda:0", precision=run.precision) as loader:
         for number, batch in enumerate(loader.epoch(0)):
-            if number == 2:  # the first steps allocate, tune and make constants
+            if number == 2:  # the first steps allocate, tune and create constants
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 state.begin_step(0.0)
@@ -147,7 +147,7 @@ def test_a_run_on_the_gpu_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled: bool) -> None:
-    """Two sides, captures among them: weights after ten steps agree with those without graphs."""
+    """Two sizes, with captures in between: weights after ten steps agree with eager training."""
     rank = Rank(device=torch.device("cuda:0"))
     weights, losses = [], []
     for graphs in (False, True):
@@ -184,6 +184,6 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
         losses.append(state.means()["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if precision == "fp32" else 0.05)
     for found, expected in zip(weights[1], weights[0], strict=True):
-        # Convolutions may be tuned to other algorithms: equal up to rounding, not bit for bit.
+        # Autotuning may choose other convolution algorithms: equal up to rounding, not bit for bit.
         moved = (expected - found).norm() / expected.norm()
         assert moved < (1e-3 if precision == "fp32" else 2e-2)

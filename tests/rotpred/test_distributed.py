@@ -1,11 +1,9 @@
-"""Ranks and their collectives, with two real gloo processes."""
+"""Ranks and collectives, with two gloo processes."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,10 @@ import torch
 
 from rotpred import distributed
 from rotpred.distributed import Rank
+from tests.support.processes import torchrun
 
 pytestmark = pytest.mark.timeout(120)
 
-ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import json, os, pathlib, sys, torch
@@ -51,22 +49,6 @@ pathlib.Path(sys.argv[1], f"{rank.rank}.json").write_text(json.dumps(got))
 """
 
 
-def torchrun(
-    tmp_path: Path, program: str, *, limit: float = 90
-) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "program.py"
-    script.write_text(program)
-    env = {
-        k: v for k, v in os.environ.items() if k not in (*distributed.VARIABLES, "OMP_NUM_THREADS")
-    }
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=env, capture_output=True, text=True, timeout=limit, check=False,
-    )  # fmt: skip
-
-
 def test_two_processes_agree(tmp_path: Path) -> None:
     done = torchrun(tmp_path, PROGRAM)
     assert done.returncode == 0, done.stderr
@@ -90,7 +72,7 @@ def test_an_absent_peer_is_noticed(tmp_path: Path) -> None:
         'with d.process_group("cpu", timeout_seconds=3) as rank:\n'
         "    time.sleep(60) if rank.rank else d.barrier(rank)\n"
     )
-    done = torchrun(tmp_path, program, max_samples=50)
+    done = torchrun(tmp_path, program, limit_seconds=50)
     assert done.returncode != 0
     assert "imed out" in done.stderr or "imeout" in done.stderr
 

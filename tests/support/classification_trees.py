@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts in which the large ones are handed out."""
+"""Tiny classification data sets in the published layouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.conftest import save_jpeg, smooth_image
+from tests.support.images import save_jpeg, smooth_image
 
 SYNSETS = ("n01440764", "n02119789", "n15075141", "n03000134")
 PER_CLASS = 6
@@ -14,7 +14,7 @@ VAL = 10
 
 
 class Tree(NamedTuple):
-    """What goes into the specs of a recipe, and what must come out."""
+    """Data options of a recipe, and the true classes of its validation images."""
 
     train: str
     train_root: str
@@ -28,8 +28,8 @@ Trees = dict[str, Tree]
 """By name of the recipe."""
 
 
-def plant(base: Path) -> Trees:
-    """Four classes, whose images have one of four color patterns with noise, as four layouts."""
+def make_trees(base: Path) -> Trees:
+    """Four classes, each a color pattern of varying brightness, in four layouts."""
     truth = [(7 * i + 1) % 4 for i in range(VAL)]
     folders, lists = _imagenet(base / "imagenet", truth)
     places = _places(base / "places", truth)
@@ -80,7 +80,7 @@ def _imagenet(base: Path, truth: list[int]) -> tuple[Tree, Tree]:
 
 
 def _subset(base: Path) -> str:
-    """Two images of each class, by their names alone, as SimCLR's lists have them."""
+    """Two images of each class, listed by file name alone, as in SimCLR's lists."""
     names = [f"{synset}_{i}.JPEG" for i in (4, 1) for synset in SYNSETS]
     return _write(base / "percent.txt", names)
 

@@ -1,7 +1,7 @@
 """Tiny data sets for detection and segmentation, in the layouts of the large ones.
 
-Images are grey noise with rectangles of one color per class, which do not overlap, so that tests
-find the objects again in the pixels.
+Images are grey noise with one rectangle per object, in the color of its class. Rectangles do not
+overlap, so that tests can find the objects in the pixels.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipelines.datasets.voc_classification import VOC_CLASSES
-from tests.conftest import save_jpeg
+from tests.support.images import save_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 
 COLORS = ((230, 30, 30), (30, 200, 40), (40, 60, 240), (235, 220, 30))
-"""Of the objects, by their place among the classes in use."""
+"""Colors of objects, by class."""
 VOC_USED = ("dog", "person", "aeroplane")
-"""The classes that the VOC trees show, COLORS[0] the first."""
+"""Classes of the VOC data sets, in the order of COLORS."""
 COCO_CATEGORIES = ((3, "car"), (1, "person"), (18, "dog"))
-"""Ids, not contiguous nor in order, and names; COLORS[0] the first."""
+"""Ids, neither contiguous nor sorted, and names, in the order of COLORS."""
 ROAD, SKY, CAR, EGO, POLE_GROUP = 7, 23, 26, 1, 18
-"""Raw label ids of Cityscapes; the last two count nowhere."""
+"""Raw label ids of Cityscapes; the last two are ignored."""
 
 
 class Box(NamedTuple):
-    """One object: right and bottom lie behind its last pixel."""
+    """One object; right and bottom are exclusive."""
 
     kind: int
-    """Place among the classes in use, and of its color."""
+    """Index into COLORS and the classes in use."""
     left: int
     top: int
     right: int
@@ -42,7 +42,7 @@ class Box(NamedTuple):
 
 
 def scene(seed: int, height: int, width: int, count: int = 2) -> tuple[Pixels, list[Box]]:
-    """Noise with rectangles, each in a part of its own along the long side.
+    """Noise with rectangles, each in its own section along the long side.
 
     Returns:
         uint8 (height, width, 3) and the objects.
@@ -65,7 +65,7 @@ def scene(seed: int, height: int, width: int, count: int = 2) -> tuple[Pixels, l
 def voc(base: Path, n: int = 8, side: int = 96) -> Path:
     """VOCdevkit with VOC2007 (trainval, test) and VOC2012 (trainval), n images in each list.
 
-    Every third image stands upright; the second object of every fourth is difficult.
+    Every third image is in portrait format; the second object of every fourth is difficult.
 
     Returns:
         The folder VOCdevkit.
@@ -90,7 +90,7 @@ def voc(base: Path, n: int = 8, side: int = 96) -> Path:
 def voc_xml(
     stem: str, shape: tuple[int, int], boxes: Sequence[Box], difficult: Sequence[bool]
 ) -> list[str]:
-    """The lines of an annotation: corners count from 1, and both belong to the object."""
+    """Lines of an annotation file. Corners count from 1 and both belong to the object."""
     lines = [
         "<annotation>",
         f"\t<filename>{stem}.jpg</filename>",
@@ -110,7 +110,7 @@ def voc_xml(
 
 
 def voc_masks(base: Path, n: int = 8, side: int = 96) -> Path:
-    """VOCdevkit with VOC2012's segmentation (train, val) and SBD's aug, n images in each list.
+    """VOCdevkit with VOC2012 segmentation (train, val) and aug of SBD, n images in each list.
 
     Objects have a border of one ignored pixel, inside their rectangles. Masks of aug and of
     train_aug (train and aug together) are grey images in SegmentationClassAug, without borders;
@@ -231,8 +231,8 @@ def _thirds(box: Box) -> list[list[int]]:
 def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Path:
     """Cityscapes with train and val, n images in two cities each, masks of raw label ids.
 
-    Sky above, road below, cars, and as ids without a class: the own bonnet in the lowest rows and a
-    group of poles in the upper left corner.
+    Sky above, road below, cars, and two ids without a class: the ego vehicle in the lowest rows and
+    a group of poles in the upper left corner.
 
     Returns:
         The folder that holds leftImg8bit and gtFine.
@@ -259,13 +259,13 @@ def cityscapes(base: Path, n: int = 6, height: int = 64, width: int = 128) -> Pa
 
 
 def colored(path: Path, kind: int) -> npt.NDArray[np.bool_]:
-    """Where an image has the color of a kind of objects."""
+    """Mask of the pixels with the color of this kind of object, (height, width) bool."""
     pixels = np.asarray(Image.open(path)).astype(int)
     return (abs(pixels - COLORS[kind]) < 60).all(axis=2)
 
 
 def check_box(there: npt.NDArray[np.bool_], box: npt.NDArray[np.float32]) -> None:
-    """The box holds the color to its last pixel and none of the pixels around."""
+    """Assert that the box is filled with the color and that no pixel around it has the color."""
     left, top, right, bottom = map(int, box)
     assert there[top:bottom, left:right].all()
     around = there[top - 1 : bottom + 1, left - 1 : right + 1].sum()
@@ -273,7 +273,7 @@ def check_box(there: npt.NDArray[np.bool_], box: npt.NDArray[np.float32]) -> Non
 
 
 def write(path: Path, lines: Iterable[str]) -> None:
-    """A text file."""
+    """Write a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 

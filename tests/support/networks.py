@@ -1,4 +1,4 @@
-"""Networks whose every tensor has values of its own, and comparing their weights."""
+"""Networks with distinct values in every tensor, and comparison of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def stir(net: N) -> N:
-    """Give every tensor values of its own, statistics and counters of BN too."""
+    """Give every tensor distinct values, including statistics and counters of batch norm."""
     draw = torch.Generator().manual_seed(len(net.state_dict()))
     for key, value in net.state_dict().items():
         if not value.is_floating_point():
@@ -27,3 +27,8 @@ def stir(net: N) -> N:
 def equal(a: State, b: State) -> bool:
     """Whether two state dicts have the same keys, types and values."""
     return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def with_prefix(state: State, prefix: str) -> State:
+    """The same tensors under prefixed keys."""
+    return {prefix + key: value for key, value in state.items()}

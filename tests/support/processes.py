@@ -1,7 +1,7 @@
-"""Processes that start at once: forked from a server that has imported the project already.
+"""Processes that start fast: forked from a server that has already imported the project.
 
-They are real processes with environment, console, signals and exit status of their own; only the
-seconds that an interpreter takes to import torch are paid once for the whole suite.
+They are real processes with their own environment, console, signals and exit status. Only the
+seconds for importing torch are paid once for the whole suite.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -17,26 +18,27 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from rotpred import cli
+from rotpred import cli, distributed
 from rotpred.records.log import RunLog
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Found without the path of the tests, which Python 3.11 does not tell the server.
+# Importable without the path of the tests, which Python 3.11 does not pass to the server.
 _CONTEXT.set_forkserver_preload(["rotpred.cli"])
 
 LIMIT_SECONDS = 100
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(target: Callable[..., object], *args: object, console: Path, world: int = 1) -> list[int]:
-    """Call `target(*args)` in processes of their own, to the end.
+    """Call `target(*args)` in separate processes and wait for them.
 
     Args:
-        target: a function of an importable module; what it returns is the exit status.
-        console: where both streams of all processes go.
-        world: that many processes are told each other as torchrun does; 1: they are told nothing.
+        target: A function of an importable module; its result is the exit status.
+        console: File for stdout and stderr of all processes.
+        world: Number of processes, connected as by torchrun; 1 sets no environment variables.
 
     Returns:
-        The exit statuses, by rank; minus the signal for what a signal killed.
+        The exit statuses by rank; the negative signal number for a killed process.
     """
     with _environments(world) as environments:
         jobs = []
@@ -54,17 +56,17 @@ def run(target: Callable[..., object], *args: object, console: Path, world: int 
 
 
 def pretrain(args: Sequence[str]) -> int:
-    """scripts/pretrain.py without its first lines."""
+    """scripts/pretrain.py as a function."""
     return cli.pretrain_main(args)
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """scripts/evaluate.py without its first lines."""
+    """scripts/evaluate.py as a function."""
     return cli.evaluate_main(args)
 
 
 def pretrain_and_signal(args: Sequence[str], step: int, number: signal.Signals) -> int:
-    """Pretrain, and send this signal to the process of rank 0 as soon as a step is done."""
+    """Pretrain, and send this signal to the process of rank 0 after the given step."""
     tick = RunLog.tick
 
     def tick_and_signal(log: RunLog, now: int) -> None:
@@ -76,12 +78,29 @@ def pretrain_and_signal(args: Sequence[str], step: int, number: signal.Signals) 
     return cli.pretrain_main(args)
 
 
+def torchrun(
+    tmp_path: Path, program: str, *, limit_seconds: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run this program text on two processes under torchrun; its argument is the folder."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    env = {
+        k: v for k, v in os.environ.items() if k not in (*distributed.VARIABLES, "OMP_NUM_THREADS")
+    }
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=env, capture_output=True, text=True, timeout=limit_seconds, check=False,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _environments(world: int) -> Iterator[list[dict[str, str]]]:
     if world == 1:
         yield [{}]
         return
-    # Port 0: the system chooses a free one, and nobody else can take it before it is used.
+    # Port 0: the system chooses a free port, which nobody else can take before it is used.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "WORLD_SIZE": str(world),

@@ -1,4 +1,4 @@
-"""What a finished run left in its folder."""
+"""Results and weights of a finished run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rotpred.training.checkpoint import load_latest
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
-    """The rows of results.json by their metric."""
+    """Rows of results.json by metric."""
     return {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
 
 
 def saved(out: Path) -> dict[str, torch.Tensor]:
-    """The model of the newest checkpoint."""
+    """State dict of the model in the newest checkpoint."""
     latest = load_latest(out / "checkpoints")
     assert latest is not None
     model: dict[str, torch.Tensor] = latest.state["model"]

@@ -1,8 +1,8 @@
-"""DALI's graph: where images are decoded, what is decoded of them, and who resizes it.
+"""DALI pipeline graph: decodes images or regions on CPU or GPU, crops and resizes.
 
-On a CPU the graph delivers the cut regions, and `pipelines.imaging.resize` shrinks them straight into the
+On a CPU the graph returns cropped regions, and `pipelines.imaging.resize` resizes them into the
 batch: DALI's own antialiased resize takes ten times as long there, longer than its decoder. On a
-GPU DALI resizes.
+GPU, DALI resizes.
 """
 
 from __future__ import annotations
@@ -25,54 +25,54 @@ from pipelines.beton.reader import Beton
 from pipelines.engines.samples import Samples
 from pipelines.imaging.resize import resize_region, scratch_size
 from pipelines.native.threads import DaemonWorker, LaneThreads
-from pipelines.sampling.crops import may_stick_out
+from pipelines.sampling.crops import can_exceed_image
 from pipelines.spec import LoaderSpec
 
-# DALI makes most of these names at import, where its own type stubs do not follow.
+# DALI creates most of these names at import, so its type stubs lack them.
 fn: Any = _fn
 types: Any = _types
 pipeline_def: Any = _pipeline_def
 
 PREFETCH = 2
-"""Batches that DALI decodes ahead of who takes them: its own default."""
+"""Batches that DALI decodes ahead of the consumer: its own default."""
 
-_AHEAD = 1  # batches resized ahead of the consumer, beside those that DALI has decoded
+_AHEAD = 1  # batches resized ahead of the consumer, beyond those that DALI has decoded
 IN_FLIGHT = 2 * PREFETCH + _AHEAD + 1
-"""No more batches than these are between the feed and the consumer."""
+"""Maximum number of batches between the feed and the consumer."""
 
-_ENGINE_SHARE = 0.65  # of the images, to the GPU's JPEG engine: DALI's own default
+_ENGINE_SHARE = 0.65  # share of images for the GPU's JPEG engine: DALI's own default
 STUCK_SECONDS = 0.2
-"""To wait for the end of what has been waited for in vain."""
+"""How long to wait for a thread to end after it has timed out."""
 
-_LARGEST_HINT = 4096  # pixels; few images have more, and the memory is taken at once
+_LARGEST_HINT = 4096  # pixels; few images are larger, and the memory is allocated at once
 
 
 class Crops(NamedTuple):
-    """A batch, as the graph delivers it."""
+    """A batch of crops, as returned by the graph."""
 
     images: torch.Tensor
-    """uint8 (B, S, S, 3), on the device; borrowed until the next batch is asked for."""
+    """uint8 (B, S, S, 3), on the device. Borrowed until the next batch is requested."""
     boxes: torch.Tensor
-    """int32 (B, 5)."""
+    """int32 (B, 5): crop boxes."""
     place: tuple[int, int]
     """Epoch and step."""
 
 
 class _Plan(NamedTuple):
-    """What the graph does with an image."""
+    """Options of the graph."""
 
     decoder: dict[str, Any]
-    """Options of the decoder."""
+    """Arguments of the decoder."""
     regions: bool
-    """Whether it decodes the crop only, or all of the stream."""
+    """Whether the decoder decodes only the crop, or the whole stream."""
     send: bool
-    """Whether regions decoded on the CPU go to the GPU."""
+    """Whether regions decoded on the CPU are copied to the GPU."""
     resize: bool
     """Whether DALI resizes and flips the regions, which must be on the GPU."""
 
 
 class Graph:
-    """DALI's pipeline, and on a CPU the threads that resize what it delivers."""
+    """DALI's pipeline, and on a CPU the threads that resize its regions."""
 
     def __init__(
         self,
@@ -89,47 +89,47 @@ class Graph:
             plan,
             batch_size=spec.batch_size,
             num_threads=workers,
-            # None, not 0: with a device id DALI wants a GPU even for a graph without one.
+            # None, not 0: with a device id, DALI requires a GPU even if the graph uses none.
             device_id=_gpu(device) if device.type == "cuda" else None,
             prefetch_queue_depth=PREFETCH,
         )
         self._pipe.build()
-        self._here, self._workers, self._timeout = not plan.resize, workers, spec.timeout
-        # DALI waits without a clock: so does a thread that may be left behind.
-        self._runner = DaemonWorker("regions")
-        if self._here:
-            # One of them is the consumer's.
+        self._resize_here, self._workers, self._timeout = not plan.resize, workers, spec.timeout
+        # DALI waits without a timeout, so it runs in a daemon thread, which may be abandoned.
+        self._worker = DaemonWorker("regions")
+        if self._resize_here:
+            # One of the buffers belongs to the consumer.
             shape = (_AHEAD + 1, spec.batch_size * spec.crop.size**2 * 3)
             self._buffers, self._turn = torch.empty(shape, dtype=torch.uint8), 0
             self._ready: deque[Future[Crops]] = deque()
-            self._crew = LaneThreads(workers, "resize")
+            self._lanes = LaneThreads(workers, "resize")
 
     def next(self) -> Crops:
-        """The batch that the feed gave next.
+        """Return the next batch, in the order of the feed.
 
         Raises:
-            TimeoutError: there was none for as long as the spec allows.
-            RuntimeError: DALI's; its cause may be the feed's exception.
+            TimeoutError: There was no batch within the spec's timeout.
+            RuntimeError: DALI failed. The cause may be the feed's exception.
         """
-        if not self._here:
-            images, where, _, tag = self._result(self._runner.submit(self._pipe.run))
+        if not self._resize_here:
+            images, where, _, tag = self._result(self._worker.submit(self._pipe.run))
             return _crops(from_dlpack(images.as_tensor()), where.as_array(), tag)
         for _ in range(_AHEAD + 1 - len(self._ready)):
-            self._ready.append(self._runner.submit(self._resized))
+            self._ready.append(self._worker.submit(self._next_resized))
         crops: Crops = self._result(self._ready.popleft())
         return crops
 
     def close(self) -> bool:
-        """Release DALI's threads and memory pools, and end ours, before the feed is closed.
+        """Release DALI's threads and memory pools, and end our threads. Close the feed afterwards.
 
         Returns:
-            Whether all have ended: none is stuck.
+            Whether all threads have ended, so that none is stuck.
         """
-        for crops in self._ready if self._here else ():
+        for crops in self._ready if self._resize_here else ():
             crops.cancel()
-        ended = self._runner.close(self._timeout)
-        if self._here and ended:
-            self._crew.close()
+        ended = self._worker.close(self._timeout)
+        if self._resize_here and ended:
+            self._lanes.close()
         self._pipe = None
         return ended
 
@@ -137,11 +137,11 @@ class Graph:
         try:
             return work.result(self._timeout)
         except TimeoutError:
-            self._timeout = STUCK_SECONDS  # closing waits no longer
+            self._timeout = STUCK_SECONDS  # `close` does not wait as long again
             raise
 
-    def _resized(self) -> Crops:
-        """Resize and flip the regions of a batch; for the runner's thread."""
+    def _next_resized(self) -> Crops:
+        """Resize and flip the regions of a batch. Runs in the worker's thread."""
         regions, where, side, tag = self._pipe.run()
         pixels, boxes = [np.asarray(region) for region in regions], where.as_array()
         shape = (len(pixels), int(side.at(0)[0]), int(side.at(0)[1]), 3)
@@ -154,13 +154,13 @@ class Graph:
             rows = slice(lane, None, lanes)
             _resize(pixels[rows], flips[rows], out[rows])
 
-        self._crew.run(work, lanes)
+        self._lanes.run(work, lanes)
         return _crops(images, boxes, tag)
 
 
 def _crops(images: torch.Tensor, boxes: Int32, tag: Any) -> Crops:
     epoch, step = tag.as_array()[0].tolist()
-    # A copy: DALI keeps the memory.
+    # A copy: the memory belongs to DALI.
     return Crops(images, torch.from_numpy(boxes.copy()), (epoch, step))
 
 
@@ -184,13 +184,13 @@ def _gpu(device: torch.device) -> int:
 
 def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
     if spec.decoder == "mixed" and device.type != "cuda":
-        raise ValueError("decoder=mixed decodes on a GPU: give it one, or decoder=cpu")
+        raise ValueError("decoder=mixed decodes on a GPU: use a GPU, or decoder=cpu")
     mixed = device.type == "cuda" and spec.decoder != "cpu"
     beton = samples if isinstance(samples, Beton) else None
     options: dict[str, Any] = {
         "device": "mixed" if mixed else "cpu",
         "output_type": types.RGB,
-        # One rule for EXIF in all engines: upright. A beton is upright already.
+        # All engines apply EXIF orientation. Images in a beton are upright already.
         "adjust_orientation": beton is None,
     }
     share = _ENGINE_SHARE if spec.hw_decoder_load is None else spec.hw_decoder_load
@@ -198,18 +198,23 @@ def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
     if mixed:
         options["hw_decoder_load"] = share
     if engine and beton is not None:
-        # Else its buffers grow, and the device waits, whenever a larger image comes.
+        # Without hints, buffers grow at each larger image, and the device waits.
         options["preallocate_width_hint"] = min(int(beton.widths.max()), _LARGEST_HINT)
         options["preallocate_height_hint"] = min(int(beton.heights.max()), _LARGEST_HINT)
-    # Region decoding refuses boxes that stick out, and keeps the GPU's JPEG engine from working.
-    regions = not engine and not may_stick_out(spec.crop)
+    # Region decoding rejects crop boxes that extend beyond the image, and it disables the GPU's
+    # JPEG engine.
+    regions = not engine and not can_exceed_image(spec.crop)
     on_gpu = device.type == "cuda"
     return _Plan(options, regions, send=on_gpu and not mixed, resize=on_gpu)
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def _graph(feed: Callable[[], tuple[Any, ...]], plan: _Plan) -> tuple[Any, ...]:
-    """Encoded bytes, boxes and sides in; crops or regions, boxes, sides and places out."""
+    """Define the graph.
+
+    Inputs: encoded bytes, crop boxes, sides, (epoch, step). Outputs: crops or regions, crop boxes,
+    sides, (epoch, step).
+    """
     payloads, corner, extent, where, side, tag = fn.external_source(
         source=feed,
         num_outputs=6,

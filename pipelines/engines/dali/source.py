@@ -1,13 +1,13 @@
 """Engine: NVIDIA DALI. Decodes only the region of the crop on the CPU, or images with nvJPEG.
 
-Where the beton has a side file of segments, the decoder is given the segments under the crop only,
-as a small JPEG. So nvJPEG and the GPU's JPEG engine, which decode whole images, do regions, too.
+If the beton has a side file, the decoder receives only the segments under the crop, as a small
+JPEG. So nvJPEG and the GPU's JPEG engine, which decode whole images, decode regions, too.
 
-Order and boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs, padding
-and seeds, which differ between ranks and policies, play no part. The feed runs on from epoch to
-epoch and every batch carries its (epoch, step); a consumer that left early, or resumes elsewhere,
-just discards what was prefetched. DALI cannot go on after an image that it cannot decode: such a
-sample ends the run by name.
+Order and crop boxes are ours: `fn.external_source` feeds encoded bytes, so DALI's own epochs,
+padding and seeds, which differ between ranks and policies, are not used. The feed continues from
+epoch to epoch, and every batch carries its (epoch, step). A consumer that left early, or resumes
+elsewhere, discards the prefetched batches. DALI cannot continue after an image that it cannot
+decode: the run ends with an error that names the sample.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from pipelines.arrays import Int64
 from pipelines.batch import RawBatch
 from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
-from pipelines.engines import samples as data_sets
 from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
-from pipelines.engines.samples import RAW, Samples
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.samples import RAW, Samples, close_samples, read_encoded, sample_name
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.jpeg.markers import JpegError, read_header
@@ -41,9 +40,9 @@ from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
 Batches = Callable[[int, int], tuple[Int64, npt.NDArray[np.bool_]]]
-"""`Order.batches`."""
+"""Type of `Order.batches`."""
 
-_FEED_AHEAD = 1  # batches that the feed has ready beyond those that DALI has taken
+_FEED_AHEAD = 1  # batches ready in the feed, beyond those that DALI has taken
 
 
 class _Feed:
@@ -55,13 +54,13 @@ class _Feed:
 
     def __init__(self, samples: Samples, spec: LoaderSpec, batches: Batches) -> None:
         self._samples, self._spec, self._batches = samples, spec, batches
-        self._runner = DaemonWorker("feed")
+        self._worker = DaemonWorker("feed")
         self._ready: deque[Future[tuple[Any, ...]]] = deque()
-        self._lock = threading.Lock()  # on a CPU DALI asks from a thread of its own
+        self._lock = threading.Lock()  # on a CPU, DALI calls from its own thread
         self.move(0, 0)
 
     def move(self, epoch: int, step: int) -> None:
-        """Go on from this step of this epoch."""
+        """Continue from this step of this epoch."""
         with self._lock:
             for batch in self._ready:
                 batch.cancel()
@@ -71,19 +70,19 @@ class _Feed:
     def __call__(self) -> tuple[Any, ...]:
         with self._lock:
             for place in itertools.islice(self._places, _FEED_AHEAD + 1 - len(self._ready)):
-                self._ready.append(self._runner.submit(functools.partial(self._batch, *place)))
+                self._ready.append(self._worker.submit(functools.partial(self._batch, *place)))
             batch = self._ready.popleft()
         return batch.result(self._spec.timeout)
 
     def close(self, seconds: float) -> bool:
-        """End the thread; whether it has ended within so many seconds."""
+        """End the thread. Returns whether it has ended within `seconds`."""
         with self._lock:
             for batch in self._ready:
                 batch.cancel()
-        return self._runner.close(seconds)
+        return self._worker.close(seconds)
 
     def _from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Int64]]:
-        """Epoch, step and indices of one batch after the other, from epoch to epoch."""
+        """Yield epoch, step and indices of each batch, without end."""
         while True:
             for indices in self._batches(epoch, step)[0]:
                 yield epoch, step, indices
@@ -91,7 +90,7 @@ class _Feed:
             epoch, step = epoch + 1, 0
 
     def _batch(self, epoch: int, step: int, indices: Int64) -> tuple[Any, ...]:
-        """What DALI is given for a batch, a list of one array per sample for each input."""
+        """Return the inputs of DALI for a batch: for each input, a list of one array per sample."""
         samples, spec = self._samples, self._spec
         if isinstance(samples, Beton):
             heights, widths = samples.heights[indices], samples.widths[indices]
@@ -99,13 +98,13 @@ class _Feed:
             payloads, cut = splice_batch(samples, indices, where)
         else:
             payloads = [self._payload(int(i)) for i in indices]
-            names = (data_sets.name(samples, int(i)) for i in indices)
+            names = (sample_name(samples, int(i)) for i in indices)
             sizes = [_upright(*pair) for pair in zip(payloads, names, strict=True)]
             heights, widths = np.array(sizes, np.int32).T
             where = cut = crop_boxes(
                 spec, epoch=epoch, indices=indices, heights=heights, widths=widths
             )
-        # An input: it may change with the epoch, and batches are prepared ahead.
+        # The side is an input because it may change with the epoch, and batches are prefetched.
         side = np.full(2, spec.side(epoch), np.float32)
         tag = np.array([epoch, step], np.int64)
         repeated = ([side] * len(indices), [tag] * len(indices))
@@ -113,13 +112,13 @@ class _Feed:
 
     def _payload(self, i: int) -> Any:
         try:
-            return np.frombuffer(data_sets.encoded(self._samples, i), dtype=np.uint8)
+            return np.frombuffer(read_encoded(self._samples, i), dtype=np.uint8)
         except ImageError as error:
-            raise ImageError(f"{data_sets.name(self._samples, i)}: {error}") from error
+            raise ImageError(f"{sample_name(self._samples, i)}: {error}") from error
 
 
 def _upright(payload: Any, name: str) -> tuple[int, int]:
-    """Height and width after EXIF orientation, from the header where it is a JPEG."""
+    """Return height and width after EXIF orientation. Of a JPEG, reads the header only."""
     data = payload.tobytes()
     try:
         if data[:2] == b"\xff\xd8":
@@ -131,7 +130,7 @@ def _upright(payload: Any, name: str) -> tuple[int, int]:
 
 
 class DaliSource:
-    """Decoded crops of a folder, list or beton, by DALI."""
+    """Crops of a folder, list or beton, decoded by DALI."""
 
     def __init__(
         self,
@@ -150,18 +149,18 @@ class DaliSource:
             raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
         self._samples, self._spec = samples, spec
         self._order = Order(len(samples), spec, shard, samples.labels)
-        # The feed and the consumer ask for the same, an epoch long: drawn once.
+        # Cached: the feed and the consumer request the same epochs.
         self._batches: Batches = functools.lru_cache(maxsize=2)(self._order.batches)
         self._feed = _Feed(samples, spec, self._batches)
         self._next: tuple[int, int] | None = None
-        self.bad = DecodeErrors(0)
+        self.bad = DecodeErrorBudget(0)
         self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
 
     def __len__(self) -> int:
         return self._order.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `pipelines.engines.source.Source.epoch`."""
+        """See `pipelines.engines.source.Source.epoch`."""
         indices, valid = self._batches(epoch, start_step)
         if self._next != (epoch, start_step):
             self._feed.move(epoch, start_step)
@@ -180,13 +179,13 @@ class DaliSource:
             )
 
     def close(self) -> None:
-        """Release DALI's threads and memory pools, the feed's thread, and the file."""
-        # The feed may be what DALI is stuck in: then it has been waited for already.
+        """Release DALI's threads and memory pools, the feed's thread, and the data set."""
+        # DALI may be stuck in the feed. Then `Graph.close` has waited long enough.
         self._feed.close(self._spec.timeout if self._graph.close() else STUCK_SECONDS)
-        data_sets.close(self._samples)
+        close_samples(self._samples)
 
     def _run(self, epoch: int, step: int) -> Crops:
-        """The crops of one step, past anything prefetched for another place."""
+        """Return the crops of one step. Skips batches prefetched for other steps."""
         for _ in range(IN_FLIGHT + 1):
             try:
                 crops = self._graph.next()
@@ -194,13 +193,16 @@ class DaliSource:
                 limit = self._spec.timeout
                 raise TimeoutError(f"no batch from DALI for {limit:.0f} s") from error
             except (RuntimeError, StopIteration) as error:
-                raise self._blame(epoch, step, error) from error
+                raise self._find_undecodable(epoch, step, error) from error
             if crops.place == (epoch, step):
                 return crops
         raise RuntimeError(f"DALI did not deliver step {step} of epoch {epoch}")
 
-    def _blame(self, epoch: int, step: int, error: BaseException) -> Exception:
-        """DALI often does not say which image it refused: find it among those in flight."""
+    def _find_undecodable(self, epoch: int, step: int, error: BaseException) -> Exception:
+        """Return the error of the undecodable image, which DALI often does not name.
+
+        Searches the batches in flight.
+        """
         if isinstance(error.__cause__, TimeoutError):
             limit = self._spec.timeout
             return TimeoutError(f"the files of a batch could not be read for {limit:.0f} s")
@@ -209,7 +211,7 @@ class DaliSource:
         indices, _ = self._order.batches(epoch, step)
         for i in indices[: PREFETCH + 2].reshape(-1):
             try:
-                decode(data_sets.encoded(self._samples, int(i)))
+                decode(read_encoded(self._samples, int(i)))
             except ImageError as reason:
-                return ImageError(f"{data_sets.name(self._samples, int(i))}: {reason}")
+                return ImageError(f"{sample_name(self._samples, int(i))}: {reason}")
         return RuntimeError(f"DALI stopped at step {step} of epoch {epoch}: {error}")

@@ -1,14 +1,16 @@
-"""FFCV's loader as the engine runs it: its C decoder, its pipeline and its ring of pinned buffers.
+"""FFCV's loader, repaired: its C decoder, its pipeline and its ring of pinned buffers.
 
-Stock FFCV has faults that a long run meets; the parts concerned are subclassed here, its thread in
-`pipelines.engines.ffcv.source`:
+Stock FFCV has faults that matter in long runs. Subclasses here and in
+`pipelines.engines.ffcv.source` repair them:
 
-- the decoder's return code is dropped, so a broken JPEG shows the buffer's earlier image under
-  this sample's label: `_CropDecoder` writes a status, and the sample is blank and not valid;
-- crops are drawn from per-thread generators: boxes come from `pipelines.sampling.crops`, by sample;
-- every epoch allocates a ring of its own: `RingLoader` has one for its life;
-- the package sets torch to one CPU thread, and compiles a dictionary, at import: both undone;
-- opening builds dictionaries per sample: `RingLoader` takes the tables of `pipelines.beton.reader`.
+- It ignores the decoder's return code, so a broken JPEG yields an earlier image of the buffer under
+  this sample's label. `_CropDecoder` writes a status, and the sample is black and not valid.
+- It draws crops from one generator per thread. Here crop boxes come from
+  `pipelines.sampling.crops`, by sample.
+- It allocates a ring of buffers in every epoch. `RingLoader` keeps one for its lifetime.
+- Its import sets torch to one CPU thread and compiles a dictionary. Both are undone.
+- It builds dictionaries of all samples on opening. `RingLoader` uses the arrays of
+  `pipelines.beton.reader`.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ from pipelines.beton.segments import RECORD
 from pipelines.engines.ffcv import kernels
 from pipelines.imaging.resize import scratch_size
 from pipelines.native.threads import LaneThreads
-from pipelines.sampling.crops import crop_boxes, patch_side
+from pipelines.sampling.crops import crop_boxes, padded_side
 from pipelines.spec import LoaderSpec
 
-__all__ = ["AHEAD", "Decoded", "RingLoader", "Step", "StockEpochIterator"]
+__all__ = ["AHEAD", "DecodedBatch", "RingLoader", "Step", "StockEpochIterator"]
 
 
 @contextlib.contextmanager
 def _importing_ffcv() -> Iterator[None]:
-    """Undo what importing FFCV does to torch's threads, and spare the five seconds in which numba
-    compiles the typed dictionary of two entries that FFCV keeps: a plain one does."""
+    """Restore the number of torch's threads, which importing FFCV changes.
+
+    Also substitutes a plain dictionary for FFCV's typed one of two entries, which numba would
+    compile for five seconds.
+    """
     threads, typed = torch.get_num_threads(), numba.typed.Dict
     numba.typed.Dict = dict
     try:
@@ -63,36 +68,37 @@ with _importing_ffcv():
 llvmlite.binding.add_symbol(kernels.IMDECODE, ctypes.cast(ctypes_imdecode, ctypes.c_void_p).value)
 
 AHEAD = 3
-"""Batches that may wait for the consumer."""
+"""Maximum number of decoded batches that wait for the consumer."""
 
-_SLOTS = AHEAD + 2  # and one that it holds, and one that is being decoded
-_LINE = 64  # lanes' buffers are whole cache lines long
+_SLOTS = AHEAD + 2  # plus one that the consumer holds and one that is being decoded
+_LINE = 64  # bytes of a cache line; buffers of lanes are multiples of it
 
 
 class Step(NamedTuple):
-    """What is to be decoded."""
+    """A step to decode."""
 
     epoch: int
     step: int
     indices: Int64
-    """(B,)."""
+    """(B,): positions in the data set."""
     valid: Any
-    """bool (B,)."""
+    """bool (B,): False for padding."""
 
 
-class Decoded(NamedTuple):
-    """A step that was decoded; all but the images belongs to the consumer."""
+class DecodedBatch(NamedTuple):
+    """A decoded step. The consumer owns all but the images."""
 
     step: Step
     images: torch.Tensor | Regions
+    """As `RawBatch.images`."""
     boxes: Int32
-    """(B, 5)."""
+    """(B, 5): crop boxes."""
     status: Any
-    """uint8 (B,): as `kernels.OK` and its neighbours."""
+    """uint8 (B,): `kernels.OK`, `UNDECODABLE` or `DAMAGED`."""
 
 
 class _CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Decode, cut the given boxes, resize and flip, or leave that to the device."""
+    """FFCV operation: decode and crop; resize and flip, or leave that to the device."""
 
     def __init__(self, tables: _Tables) -> None:
         super().__init__()
@@ -111,46 +117,47 @@ class _CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         def decode_batch(indices, destination, _metadata, state):  # type: ignore[no-untyped-def]
             if destination is None:
                 regions = tables.regions()
-                made: torch.Tensor | Regions = regions
+                result: torch.Tensor | Regions = regions
                 out, offsets, side = regions.pixels.numpy(), regions.offsets.numpy(), 0
             else:
                 side = tables.side
                 size = side * side * 3
                 out = destination.reshape(-1)[: len(indices) * size]
                 offsets = np.arange(len(indices)) * size
-                made = torch.from_numpy(out.reshape(len(indices), side, side, 3))
+                result = torch.from_numpy(out.reshape(len(indices), side, side, 3))
             lanes = tables.lanes
 
             def work(lane: int) -> None:
                 kernels.decode_lane(indices, out, offsets, side, state, lane, lanes)
 
-            tables.crew.run(work, lanes)
-            return made
+            tables.threads.run(work, lanes)
+            return result
 
         return decode_batch
 
 
 class _Tables:
-    """The beton's tables, and what belongs to the batch being decoded.
+    """Tables of the beton, and state of the batch being decoded.
 
-    What FFCV keeps in a memory manager and its context, without their pages.
-    Written by the loader's thread only, which decodes one batch at a time.
+    They replace FFCV's memory manager and its context. Only the loader's thread, which decodes one
+    batch at a time, writes to them.
     """
 
     def __init__(self, beton: Beton, spec: LoaderSpec, lanes: int) -> None:
         self.spec, self.lanes, self.side = spec, lanes, spec.crop.size
-        self.crew = LaneThreads(lanes)
+        self.threads = LaneThreads(lanes)
         self._regions = [torch.empty(0, dtype=torch.uint8)] * _SLOTS
         self._slot = 0
         sizes, heights, widths = beton.sizes, beton.heights, beton.widths
         tall, wide = int(heights.max()), int(widths.max())
-        patch = patch_side(spec.crop, heights, widths)
+        patch = padded_side(spec.crop, heights, widths)
         region = (max(tall, patch), max(wide, patch))
-        # Calloc'd, so that a beton that cannot be cut costs no memory for records.
+        # zeros: pages that are never written take no memory, so a beton without a side file pays
+        # nothing for records.
         records, lengths = np.zeros(len(beton), RECORD), np.zeros(1, np.uint16)
         if beton.segments is not None:
             records, lengths = beton.segments.records, beton.segments.lengths
-        # Views, read-only: one type for all, or numba would compile again.
+        # Read-only views in all cases: numba would compile again for another type.
         records, lengths = records[:], lengths[:]
         records.flags.writeable = lengths.flags.writeable = False
 
@@ -167,7 +174,7 @@ class _Tables:
             records=records,
             lengths=lengths,
             boxes=np.zeros((spec.batch_size, 5), np.int32),
-            turns=np.zeros(spec.batch_size, np.int64),
+            work_order=np.zeros(spec.batch_size, np.int64),
             status=np.zeros(spec.batch_size, np.uint8),
             spliced=buffers(int(sizes.max())),
             images=buffers(int((heights.astype(np.int64) * widths).max()) * 3),
@@ -176,7 +183,7 @@ class _Tables:
         )
 
     def begin(self, step: Step, slot: int) -> None:
-        """Draw the boxes of a step, and give each lane images that cost about the same."""
+        """Compute the crop boxes of a step, and order its samples by cost."""
         self.side, self._slot = self.spec.side(step.epoch), slot
         state, indices = self.state, step.indices
         heights, widths = state.heights[indices], state.widths[indices]
@@ -186,18 +193,18 @@ class _Tables:
         share = state.boxes[:, 2] / heights * (state.boxes[:, 3] / widths)
         cuttable = state.records["interval"][indices] > 0
         cost = state.sizes[indices] * np.where(cuttable, np.minimum(share, 1), 1)
-        state.turns[:] = np.argsort(-cost)
+        state.work_order[:] = np.argsort(-cost)
 
     def regions(self) -> Regions:
-        """Room for the batch's regions; the slot's buffer grows where it is too small."""
+        """Return regions of the batch to write to. Grows the buffer of the slot if needed."""
         shapes, flips = self.state.boxes[:, 2:4].copy(), self.state.boxes[:, 4] != 0
         sizes = shapes.astype(np.int64).prod(axis=1) * 3
         ends = np.cumsum(sizes)
         total = int(ends[-1])
         if len(self._regions[self._slot]) < total:
             pin = torch.cuda.is_available()
-            room = torch.empty(total + total // 4, dtype=torch.uint8, pin_memory=pin)
-            self._regions[self._slot] = room
+            buffer = torch.empty(total + total // 4, dtype=torch.uint8, pin_memory=pin)
+            self._regions[self._slot] = buffer
         return Regions(
             self._regions[self._slot][:total],
             torch.from_numpy(ends - sizes),
@@ -208,32 +215,36 @@ class _Tables:
 
 
 class RingLoader(StockLoader):  # type: ignore[misc]
-    """FFCV's loader over arrays, with one ring of buffers for its whole life."""
+    """FFCV's loader over arrays, with one ring of buffers for its lifetime."""
 
     def __init__(self, beton: Beton, spec: LoaderSpec, lanes: int) -> None:
-        # Not calling the stock initialiser is the point: it builds sets and dictionaries with one
-        # entry per sample, and draws an order that we do not use.
+        # The stock initialiser is not called: it builds sets and dictionaries with one entry per
+        # sample, and draws an order that we do not use.
         self.tables = _Tables(beton, spec, lanes)
         self.metadata = {"f0": np.zeros(1, np.uint8)}  # the kernel reads the tables instead
         specs = {"image": PipelineSpec("image", _CropDecoder(self.tables))}
         fields = {"image": RGBImageField()}
         self.graph = Graph(specs, fields, {"image": 0}, self.metadata, None)
-        # The kernel is compiled already, and kept on disk; FFCV would compile what calls it
-        # again for every loader, six seconds each time.
+        # The kernel is compiled and cached on disk. FFCV would compile its caller for every
+        # loader, six seconds each time.
         Compiler.set_enabled(False)
         try:
             self.generate_code()
         finally:
             Compiler.set_enabled(True)
-        # Once: stock does so for every epoch. Pinned by FFCV where there is a GPU.
+        # Once; stock FFCV allocates in every epoch. FFCV pins the memory if there is a GPU.
         self._buffers = self.graph.allocate_memory(spec.batch_size, _SLOTS)
 
-    def decode(self, step: Step, number: int) -> Decoded:
-        """Decode one step; its images lie in the ring until four more were decoded.
+    def decode(self, step: Step, number: int) -> DecodedBatch:
+        """Decode one step. Its images stay in the ring until four more steps are decoded.
 
-        As stock's `EpochIterator.run_pipeline`, but outside CUDA streams: nothing of ours runs on a
-        GPU here, and entering a stream from a thread whose device is 0 makes every rank allocate on
+        Like stock's `EpochIterator.run_pipeline`, but outside CUDA streams. Nothing here runs on a
+        GPU, and entering a stream from a thread whose device is 0 makes every rank allocate on
         GPU 0.
+
+        Args:
+            step: The step.
+            number: Counts the decoded steps; selects the slot of the ring.
         """
         slot, tables = number % _SLOTS, self.tables
         tables.begin(step, slot)
@@ -251,8 +262,8 @@ class RingLoader(StockLoader):  # type: ignore[misc]
                 args[f"result_{node}"] = result
         (output,) = outputs
         images: torch.Tensor | Regions = args[f"result_{output}"]
-        return Decoded(step, images, tables.state.boxes.copy(), tables.state.status.copy())
+        return DecodedBatch(step, images, tables.state.boxes.copy(), tables.state.status.copy())
 
     def close(self) -> None:
-        """End the threads, when no batch is being decoded."""
-        self.tables.crew.close()
+        """End the threads. No batch may be in decoding."""
+        self.tables.threads.close()

@@ -1,8 +1,8 @@
-"""Two-stage detectors around a backbone: Faster R-CNN on C4, Mask R-CNN on a pyramid.
+"""Two-stage detectors on a backbone: Faster R-CNN C4, Mask R-CNN with FPN.
 
-Nothing in them is frozen, batch norm of the backbone included: the pretrained networks that they
-evaluate were never trained on boxes. torchvision's resizing and normalising is left out, because
-the loader has done both.
+Nothing is frozen, not even batch norm of the backbone: the pretrained networks that they evaluate
+were never trained on boxes. torchvision's resizing and normalising is omitted, because the loader
+does both.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ BoxHead = Literal["4conv1fc", "2fc"]
 
 
 class Rcnn(nn.Module):
-    """Backbone, proposals and heads. The names of the backbone's weights begin with `backbone.`"""
+    """Base class: backbone, proposals and heads. Keys of backbone weights begin with `backbone.`"""
 
     backbone: ResNet
     rpn: Rpn
     heads: Heads
 
-    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The maps that proposals and heads read, by name."""
+    def feature_maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the feature maps (B, C, h, w) for proposals and heads, by name."""
         raise NotImplementedError
 
     @property
     def shared(self) -> nn.Module | None:
-        """The part of the backbone that works on proposals, if there is one."""
+        """The stage of the backbone that is applied to proposals, if there is one."""
         return None
 
     def forward(
@@ -55,45 +55,48 @@ class Rcnn(nn.Module):
         targets: list[Target] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor] | list[Detections]:
-        """Losses by name in training, else what is found in each image.
+        """Return losses by name in training, else the detections in each image.
 
         Args:
-            images: (B, 3, H, W), normalised; each image at the top left, 0 beside it.
-            sizes: height and width of each, to which boxes are clipped. No tensor: data parallelism
-                would move it to the GPU, and to read it would wait for all that is queued there.
-            targets: the truth, in training.
-            seeds: of the random choice of anchors and proposals, for each image; None: torch's.
+            images: float (B, 3, H, W), normalised; each image at the top left, padded with 0.
+            sizes: Height and width of each image, to which boxes are clipped. Not a tensor: data
+                parallelism would move it to the GPU, and reading it would wait for queued work.
+            targets: Ground truth, in training.
+            seeds: One per image, for sampling anchors and proposals. None: torch's global state.
+
+        Raises:
+            ValueError: There are no targets in training.
         """
         if self.training and targets is None:
             raise ValueError("targets are needed in training mode")
         for part in (self.rpn, self.heads):
             part.fg_bg_sampler.seeds = seeds
-        maps = self.maps(images)
+        features = self.feature_maps(images)
         shapes = [(height, width) for height, width in sizes]
-        boxes, losses = self.rpn(ImageList(images, shapes), maps, targets)
-        found: list[Detections]
-        found, more = self.heads(maps, boxes, shapes, targets, shared=self.shared)
+        boxes, losses = self.rpn(ImageList(images, shapes), features, targets)
+        detections: list[Detections]
+        detections, head_losses = self.heads(features, boxes, shapes, targets, shared=self.shared)
         if not self.training:
-            return found
+            return detections
         return {
             "rpn_cls": losses["loss_objectness"],
             "rpn_box": losses["loss_rpn_box_reg"],
-            **more,
+            **head_losses,
         }
 
 
 class FasterRcnnC4(Rcnn):
-    """Proposals on res4; res5 works on each of them, followed by one more norm."""
+    """Proposals on res4; res5 and an extra batch norm are applied to each of them."""
 
     def __init__(self, backbone: ResNet, classes: int, proposals: Proposals) -> None:
         super().__init__()
         self.backbone = backbone
-        pace = 4 * stride(backbone)
+        res4_stride = 4 * stride(backbone)
         channels, top = backbone.stage_channels[3:]
-        self.rpn = Rpn(channels, (proposals.anchors,), (pace,), proposals)
-        # The norm has no ReLU behind it, there as here.
+        self.rpn = Rpn(channels, (proposals.anchors,), (res4_stride,), proposals)
+        # As in the sources, no ReLU follows the extra norm.
         head = nn.Sequential(nn.BatchNorm2d(top), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        pool = Pooler(proposals.pooled, {"res4": pace})
+        pool = Pooler(proposals.pooled, {"res4": res4_stride})
         self.heads = Heads(pool, head, BoxPredictor(top, classes), rois=proposals.rois)
 
     @property
@@ -101,8 +104,8 @@ class FasterRcnnC4(Rcnn):
         """The backbone's res5."""
         return self.backbone.layer4
 
-    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The map of res4."""
+    def feature_maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the feature map of res4, (B, C, h, w), at 4 times the stride of res2."""
         body = self.backbone
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
         return {"res4": body.layer3(body.layer2(body.layer1(x)))}
@@ -117,7 +120,7 @@ class MaskRcnnFpn(Rcnn):
         super().__init__()
         if len(proposals.anchors) != len(LEVELS):
             raise ValueError(
-                f"a pyramid has {len(LEVELS)} maps, each with a side of anchors: "
+                f"a pyramid has {len(LEVELS)} feature maps, each with one anchor size: "
                 f"proposals.anchors are {proposals.anchors}"
             )
         self.backbone = backbone
@@ -146,10 +149,10 @@ class MaskRcnnFpn(Rcnn):
             mask_predictor=MaskPredictor(width, classes) if masks else None,
         )
 
-    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The maps of the pyramid."""
-        maps: dict[str, torch.Tensor] = self.pyramid(self.backbone.stages(images)[1:])
-        return maps
+    def feature_maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return P2 to P6, each (B, 256, h, w); see `Pyramid`."""
+        features: dict[str, torch.Tensor] = self.pyramid(self.backbone.stages(images)[1:])
+        return features
 
 
 C4 = Proposals()
@@ -157,20 +160,19 @@ FPN = Proposals(before=(2000, 1000), after=(1000, 1000))
 
 
 def faster_rcnn_c4(backbone: Backbone, classes: int, proposals: Proposals = C4) -> Rcnn:
-    """Faster R-CNN on the map of res4 (stride 16 with the usual stem), res5 as the shared head.
+    """Build Faster R-CNN on res4 (stride 16 with the usual stem), with res5 in the head.
 
-    As mmselfsup's faster-rcnn_r50-c4_ms-24k_voc0712.py and MoCo's pascal_voc_R_50_C4_24k.yaml
-    (`ResLayerExtraNorm`, `Res5ROIHeadsExtraNorm`): a convolution of res4's width before the
-    proposals' scores, RoIAlign to 14x14, res5 (to 7x7), one extra norm, global average, a box for
-    each class.
+    As in mmselfsup's faster-rcnn_r50-c4_ms-24k_voc0712.py and MoCo's pascal_voc_R_50_C4_24k.yaml
+    (`ResLayerExtraNorm`, `Res5ROIHeadsExtraNorm`): an RPN convolution of res4's width, RoIAlign to
+    14x14, res5 (to 7x7), one extra norm, global average, one box per class.
 
     Args:
-        backbone: a ResNet; its weights are part of the detector.
-        classes: number of classes without the background.
-        proposals: anchors and numbers of proposals.
+        backbone: A ResNet; its weights are part of the detector.
+        classes: Number of classes without the background.
+        proposals: Anchors and numbers of proposals.
 
     Raises:
-        ValueError: the backbone is no ResNet.
+        ValueError: The backbone is not a ResNet.
     """
     return FasterRcnnC4(_resnet(backbone), classes, proposals)
 
@@ -183,24 +185,24 @@ def mask_rcnn_fpn(
     box_head: BoxHead = "4conv1fc",
     masks: bool = True,
 ) -> Rcnn:
-    """Mask R-CNN on a pyramid.
+    """Build Mask R-CNN with FPN.
 
     Args:
-        backbone: a ResNet; its weights are part of the detector.
-        classes: number of classes without the background.
-        proposals: anchors (a side for each of P2 to P6) and numbers of proposals.
+        backbone: A ResNet; its weights are part of the detector.
+        classes: Number of classes without the background.
+        proposals: Anchors (one size for each of P2 to P6) and numbers of proposals.
         box_head: 4conv1fc: four convolutions and one layer of 1024, batch norm in box and mask head
-            (mmselfsup, mask-rcnn_r50_fpn_ms-1x_coco.py); 2fc: two layers of 1024, no norm in the
+            (mmselfsup, mask-rcnn_r50_fpn_ms-1x_coco.py). 2fc: two layers of 1024, no norm in the
             heads (detectron2, coco_R_50_FPN_1x_moco.yaml).
-        masks: False for data without masks of objects: Faster R-CNN.
+        masks: False for data without object masks: Faster R-CNN.
 
     Raises:
-        ValueError: the backbone is no ResNet, or the number of anchors is not that of the maps.
+        ValueError: The backbone is not a ResNet, or there is not one anchor size per feature map.
     """
     return MaskRcnnFpn(_resnet(backbone), classes, proposals, box_head, masks)
 
 
 def _resnet(backbone: Backbone) -> ResNet:
     if not isinstance(backbone, ResNet):
-        raise ValueError(f"detectors need a ResNet, {backbone.arch} is none")
+        raise ValueError(f"detectors need a ResNet backbone, got {backbone.arch}")
     return backbone

@@ -1,4 +1,4 @@
-"""What happens to a proposal: pooling, box head, mask head, and their losses."""
+"""RoI heads: pooling of proposals, box head, mask head, and their losses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from pipelines.dense.batch import Target
-from rotpred.models.detection.rpn import Draws
+from rotpred.models.detection.rpn import SeededSampler
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-"""What differences in x, y, log width and log height are multiplied with."""
+"""Factors of the box deltas: x, y, log width and log height."""
 
 
 class Detections(TypedDict, total=False):
-    """What was found in an image, K objects, best first."""
+    """Detections in an image: K objects, highest score first."""
 
     boxes: torch.Tensor
     """float32 (K, 4): left, top, right, bottom in pixels of the resized image."""
@@ -29,36 +29,40 @@ class Detections(TypedDict, total=False):
     scores: torch.Tensor
     """float32 (K,)."""
     masks: torch.Tensor
-    """float32 (K, s, s), s usually 28: probabilities within the box; of detectors with masks."""
+    """float32 (K, s, s), s usually 28: probabilities within the box. Only with a mask head."""
 
 
 class Pooler(nn.Module):
-    """RoIAlign on one map, or on the map of a pyramid that fits a proposal's size.
+    """RoIAlign on one feature map, or on the FPN level that fits the size of a proposal.
 
-    Aligned: a place of a map is the middle of its pixels, half a pixel off from torchvision's own
-    pooler (detectron2: ROIAlignV2). As many samples per bin as it has pixels (sampling ratio 0).
+    Aligned: a value of the feature map belongs to the centre of its pixels, half a pixel off from
+    torchvision's own pooler (detectron2: ROIAlignV2). The number of samples adapts to the size of a
+    bin (sampling ratio 0).
     """
 
     def __init__(self, size: int, strides: dict[str, int]) -> None:
-        """Pool to (size, size) from these maps; a name for each, with its stride in pixels."""
+        """Pool to (size, size). `strides` is the stride in pixels of each feature map by name."""
         super().__init__()
         self.size, self.strides = size, strides
         levels = [int(math.log2(stride)) for stride in strides.values()]
-        # A proposal of 224 pixels belongs to the map of stride 16 (Lin et al. 2017, equation 1).
+        # A proposal of 224 pixels belongs to the level of stride 16 (Lin et al. 2017, equation 1).
         self._level = LevelMapper(levels[0], levels[-1])
 
-    def forward(self, maps: dict[str, torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
-        """Pooled maps (sum of K, C, size, size) of the boxes (K, 4) of every image."""
+    def forward(self, features: dict[str, torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
+        """Pool the boxes (K, 4) of every image to (sum of K, C, size, size).
+
+        `features` are feature maps (B, C, h, w) by name.
+        """
         which = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         rois = torch.cat((which, torch.cat(boxes)), 1)
         if len(self.strides) == 1:
             ((name, stride),) = self.strides.items()
-            return self._align(maps[name], rois, stride)
+            return self._align(features[name], rois, stride)
         levels = self._level(boxes)
         parts = [torch.where(levels == k)[0] for k in range(len(self.strides))]
         pooled = torch.cat(
             [
-                self._align(maps[name], rois[part], stride)
+                self._align(features[name], rois[part], stride)
                 for part, (name, stride) in zip(parts, self.strides.items(), strict=True)
             ]
         )
@@ -72,10 +76,10 @@ class Pooler(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """Scores of the background and C classes, and a box for each class, in float32."""
+    """Predicts scores of the background and C classes, and one box per class, in float32."""
 
     def __init__(self, channels: int, classes: int) -> None:
-        """Start from normal 0.01 and 0.001, as detectron2 and mmdetection do."""
+        """Initialise with N(0, 0.01) and N(0, 0.001), as detectron2 and mmdetection do."""
         super().__init__()
         self.scores = nn.Linear(channels, 1 + classes)
         self.deltas = nn.Linear(channels, 4 * classes)
@@ -91,7 +95,7 @@ class BoxPredictor(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """A mask for each of C classes, twice as fine as the maps, in float32; Kaiming's normal."""
+    """Predicts one mask per class at twice the resolution, in float32; Kaiming normal init."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -102,20 +106,20 @@ class MaskPredictor(nn.Module):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (R, channels, s, s) to logits (R, C, 2 s, 2 s)."""
-        maps = F.relu(self.up(maps))
-        with torch.autocast(maps.device.type, enabled=False):
-            logits: torch.Tensor = self.masks(maps.float())
+        x = F.relu(self.up(x))
+        with torch.autocast(x.device.type, enabled=False):
+            logits: torch.Tensor = self.masks(x.float())
         return logits
 
 
 class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
-    """torchvision's heads with L1, a box for each class but the background, and aligned masks.
+    """torchvision's RoI heads with L1, a box for each class but the background, and aligned masks.
 
-    512 proposals of each image, a quarter of them positive from an overlap of 0.5 on, boxes of
-    the truth among them; scores above 0.05, suppression per class at 0.5, the best 100 (detectron2,
-    config/defaults.py; mmdetection, faster-rcnn models).
+    Training samples 512 proposals per image, ground-truth boxes among them; a quarter is positive
+    (IoU of at least 0.5). Evaluation keeps scores above 0.05, applies NMS per class at 0.5, and
+    returns the best 100 (detectron2, config/defaults.py; mmdetection, faster-rcnn models).
     """
 
     def __init__(
@@ -129,16 +133,16 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         mask_head: nn.Module | None = None,
         mask_predictor: MaskPredictor | None = None,
     ) -> None:
-        """Put parts together; masks where there are parts for them.
+        """Combine the parts. Masks are predicted if the three mask parts are given.
 
         Args:
-            pool: from proposals to maps.
-            box_head: from pooled maps to vectors.
-            predictor: from vectors to scores and boxes.
-            rois: proposals per image in training.
-            mask_pool: as `pool`, for masks.
-            mask_head: from pooled maps to maps.
-            mask_predictor: from maps to masks.
+            pool: Pools the proposals.
+            box_head: Maps pooled features to vectors.
+            predictor: Maps vectors to scores and boxes.
+            rois: Proposals per image in training.
+            mask_pool: Pools the proposals for masks.
+            mask_head: Maps pooled features to features of the same size.
+            mask_predictor: Maps these features to masks.
         """
         super().__init__(
             pool, box_head, predictor,
@@ -147,104 +151,111 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
             score_thresh=0.05, nms_thresh=0.5, detections_per_img=100,
             mask_roi_pool=mask_pool, mask_head=mask_head, mask_predictor=mask_predictor,
         )  # fmt: skip
-        self.fg_bg_sampler = Draws(rois, 0.25)
+        self.fg_bg_sampler = SeededSampler(rois, 0.25)
 
     def forward(
         self,
-        maps: dict[str, torch.Tensor],
+        features: dict[str, torch.Tensor],
         proposals: list[torch.Tensor],
         sizes: list[tuple[int, int]],
         targets: list[Target] | None = None,
         *,
         shared: nn.Module | None = None,
     ) -> tuple[list[Detections], dict[str, torch.Tensor]]:
-        """Detections of each image in evaluation, losses in training.
+        """Return the detections of each image in evaluation, and the losses in training.
 
         Args:
-            maps: of the whole batch, by name.
+            features: Feature maps (B, C, h, w) of the whole batch, by name.
             proposals: float32 (P, 4) of each image.
-            sizes: height and width of each image, without padding.
-            targets: the truth, in training.
-            shared: applied to the pooled maps first; belongs to the backbone, not to the heads.
+            sizes: Height and width of each image, without padding.
+            targets: Ground truth, in training.
+            shared: Applied to the pooled features first; part of the backbone, not of the heads.
         """
         if self.training:
             proposals, matched, labels, truth = self.select_training_samples(proposals, targets)
-        pooled = self.box_roi_pool(maps, proposals)
+        pooled = self.box_roi_pool(features, proposals)
         logits, deltas = self.box_predictor(
             self.box_head(pooled if shared is None else shared(pooled))
         )
         if not self.training:
-            return self._detect(maps, logits, deltas, proposals, sizes), {}
+            return self._detect(features, logits, deltas, proposals, sizes), {}
         losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(truth))
         if self.has_mask():
             assert targets is not None
             positive = [torch.where(part > 0)[0] for part in labels]
             boxes = [part[keep] for part, keep in zip(proposals, positive, strict=True)]
             classes = torch.cat([part[keep] for part, keep in zip(labels, positive, strict=True)])
-            goals = [
+            mask_truth = [
                 mask_targets(target["masks"], box, which[keep], 2 * self.mask_roi_pool.size)
                 for target, box, which, keep in zip(targets, boxes, matched, positive, strict=True)
             ]
-            found = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes)))
-            losses["mask"] = mask_loss(found, classes, torch.cat(goals))
+            predicted = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes)))
+            losses["mask"] = mask_loss(predicted, classes, torch.cat(mask_truth))
         return [], losses
 
     def _detect(
         self,
-        maps: dict[str, torch.Tensor],
+        features: dict[str, torch.Tensor],
         logits: torch.Tensor,
         deltas: torch.Tensor,
         proposals: list[torch.Tensor],
         sizes: list[tuple[int, int]],
     ) -> list[Detections]:
-        # torchvision expects a box of the background as well, which it then drops.
+        # torchvision also expects a box for the background, which it then drops.
         with_background = F.pad(deltas, (0, 0, 1, 0)).flatten(1)
         boxes, scores, labels = self.postprocess_detections(
             logits, with_background, proposals, sizes
         )
-        found: list[Detections] = [
+        detections: list[Detections] = [
             {"boxes": box, "labels": label, "scores": score}
             for box, label, score in zip(boxes, labels, scores, strict=True)
         ]
         if self.has_mask():
-            masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes))).sigmoid()
+            features_of_boxes = self.mask_head(self.mask_roi_pool(features, boxes))
+            masks = self.mask_predictor(features_of_boxes).sigmoid()
             masks = masks[torch.arange(len(masks), device=masks.device), torch.cat(labels) - 1]
-            for one, part in zip(found, masks.split([len(box) for box in boxes]), strict=True):
+            for one, part in zip(detections, masks.split([len(box) for box in boxes]), strict=True):
                 one["masks"] = part
-        return found
+        return detections
 
 
 def box_losses(
     logits: torch.Tensor, deltas: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Mean cross-entropy of R proposals, and L1 of the positive ones' own class over R.
+    """Return the losses of the box head as scalars, "cls" and "box".
+
+    "cls" is the mean cross entropy of R proposals. "box" is L1 over the positive proposals, for the
+    box of the true class, divided by R.
 
     Args:
         logits: (R, 1 + C).
         deltas: (R, C, 4).
         labels: int64 (R,), 0 for the background.
-        truth: (R, 4), as the deltas.
+        truth: (R, 4), true deltas.
     """
     positive = torch.where(labels > 0)[0]
-    found = deltas[positive, labels[positive] - 1]
+    predicted = deltas[positive, labels[positive] - 1]
     return {
         "cls": F.cross_entropy(logits, labels),
-        "box": F.l1_loss(found, truth[positive], reduction="sum") / max(1, len(labels)),
+        "box": F.l1_loss(predicted, truth[positive], reduction="sum") / max(1, len(labels)),
     }
 
 
 def mask_targets(
     masks: torch.Tensor, boxes: torch.Tensor, which: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """What lies of some objects' masks within boxes: 0 or 1, float32 (K, size, size).
+    """Crop object masks to boxes and resize them to (size, size).
 
     Args:
         masks: uint8 (N, h, w), 0 or 1, of the objects of an image.
-        boxes: float32 (K, 4), in its pixels.
-        which: int64 (K,), the object that each box stands for.
-        size: bins on a side; one is inside where half of its samples are.
+        boxes: float32 (K, 4), in pixels of the image.
+        which: int64 (K,), index of each box's object.
+        size: Bins per side. A bin is 1 if at least half of its samples are inside the object.
+
+    Returns:
+        float32 (K, size, size), 0 or 1.
     """
-    # Only the masks that are asked for, once each: as floats they take four times the memory.
+    # Only the masks in use, once each: as floats they take four times the memory.
     used, place = torch.unique(which, return_inverse=True)
     rois = torch.cat((place[:, None].to(boxes.dtype), boxes), 1)
     planes = masks[used][:, None].to(boxes.dtype)
@@ -253,32 +264,35 @@ def mask_targets(
     return inside.to(boxes.dtype)
 
 
-def mask_loss(logits: torch.Tensor, labels: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy of the masks of the true classes.
+def mask_loss(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Return the mean binary cross entropy of the masks of the true classes, a scalar.
 
     Args:
         logits: (K, C, s, s).
         labels: int64 (K,), from 1.
-        goals: (K, s, s), 0 or 1.
+        truth: (K, s, s), 0 or 1.
     """
     if not len(labels):
-        return logits.sum() * 0  # a mean over nothing is not a number
+        return logits.sum() * 0  # the mean over nothing would be NaN
     own = logits[torch.arange(len(labels), device=labels.device), labels - 1]
-    return F.binary_cross_entropy_with_logits(own, goals)
+    return F.binary_cross_entropy_with_logits(own, truth)
 
 
 def paste_masks(
     masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
 ) -> torch.Tensor:
-    """Masks within boxes as masks of an image: bool (K, h, w), on the masks' device.
+    """Paste masks within boxes into masks of the whole image.
 
-    Bilinear, at the middle of each pixel; outside of the box there is nothing.
+    Bilinear, sampled at the centre of each pixel; False outside of the box.
 
     Args:
         masks: (K, s, s), probabilities.
         boxes: (K, 4), in pixels of the image.
-        size: its height and width.
-        threshold: probability from which on a pixel belongs to the object.
+        size: Height and width (h, w) of the image.
+        threshold: Minimum probability of a pixel of the object.
+
+    Returns:
+        bool (K, h, w), on the device of the masks.
     """
     height, width = size
     pasted = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
@@ -290,7 +304,7 @@ def paste_masks(
             continue
         xs = torch.arange(x0, x1, device=masks.device) + 0.5
         ys = torch.arange(y0, y1, device=masks.device) + 0.5
-        # From -1 at the one edge of the box to 1 at the other.
+        # From -1 at one edge of the box to 1 at the other.
         across = (2 * (xs - left) / (right - left) - 1).expand(len(ys), -1)
         down = (2 * (ys - top) / (bottom - top) - 1)[:, None].expand(-1, len(xs))
         grid = torch.stack((across, down), -1)

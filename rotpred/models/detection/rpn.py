@@ -1,4 +1,4 @@
-"""Region proposals: torchvision's network with the anchors, losses and chance of the protocols."""
+"""Region proposal network: torchvision's, with the protocols' anchors, losses and sampling."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 RATIOS = (0.5, 1.0, 2.0)
-"""Height to width of anchors."""
+"""Aspect ratios (height / width) of anchors."""
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Where a detector looks. Pairs are for training and for evaluation."""
+    """Anchors and numbers of proposals. Pairs are for training and evaluation."""
 
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Sides in pixels: all of them at every place of the one map, or one for each map."""
+    """Anchor sizes in pixels: all of them at every position of res4, or one per FPN level."""
     before: tuple[int, int] = (12000, 6000)
-    """Best boxes of each map that go into the suppression of overlaps."""
+    """Proposals per feature map before non-maximum suppression (training, evaluation)."""
     after: tuple[int, int] = (2000, 1000)
-    """Best boxes of an image that come out of it."""
+    """Proposals per image after non-maximum suppression (training, evaluation)."""
     rois: int = 512
-    """Of these, how many the box head is trained on, per image."""
+    """Proposals per image that the box head is trained on."""
     pooled: int = 14
-    """Side of the map that becomes of a proposal before res5, or before the mask head; half of it
-    before the box head of a pyramid. Masks are twice as fine."""
+    """Side of the RoIAlign output before res5, or before the mask head; half of it before the box
+    head with FPN. Masks have twice this side."""
 
     def __post_init__(self) -> None:
         if not self.anchors or min(self.anchors) < 1:
@@ -44,23 +44,28 @@ class Proposals:
             raise ValueError(f"proposals.pooled must be even, at least 2, got {self.pooled}")
 
 
-class Draws(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision is untyped
-    """A random choice of positives and negatives that depends on the images' seeds alone.
+class SeededSampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision is untyped
+    """Random sampler of positives and negatives that depends on the images' seeds alone.
 
-    Neither what was drawn before nor the number of processes matters, so a run that goes on from a
-    checkpoint draws as if it had never stopped.
+    Samples depend neither on earlier ones nor on the number of processes, so a run that is resumed
+    from a checkpoint samples as if it had never stopped.
     """
 
     def __init__(self, count: int, positive: float) -> None:
-        """Choose up to `count` of each image, up to the share `positive` of it positives."""
+        """Sample up to `count` per image, at most the fraction `positive` of them positives."""
         super().__init__(count, positive)
         self.seeds: Sequence[int] | None = None
-        """One for each image of the coming batch; None: torch's own state decides."""
+        """One per image of the next batch. None: use torch's global random state."""
 
     def __call__(
         self, matched: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Masks of the chosen positives (label above 0) and negatives (label 0), per image."""
+        """Sample from the labels (A,) of each image.
+
+        Returns:
+            Masks uint8 (A,) of the sampled positives (label above 0), and of the negatives (label
+            0), per image.
+        """
         chosen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for i, labels in enumerate(matched):
             generator = None
@@ -80,12 +85,12 @@ class Draws(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvisi
 class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
     """Anchors as detectron2 and mmdetection place them.
 
-    Sides are not rounded, and the strides are the network's own: torchvision divides the image's
-    side by the map's, which is too little where a map was rounded up.
+    Sizes are not rounded, and the strides are those of the network. torchvision divides the side of
+    the image by that of the feature map, which is too small if the latter was rounded up.
     """
 
     def __init__(self, sizes: tuple[tuple[int, ...], ...], strides: tuple[int, ...]) -> None:
-        """Sides of the anchors and stride in pixels, of each map."""
+        """Take anchor sizes and stride in pixels for each feature map."""
         super().__init__(sizes, (RATIOS,) * len(sizes))
         self.strides = strides
 
@@ -96,31 +101,33 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Boxes (len(ratios) * len(scales), 4) around the origin."""
+        """Return boxes (len(aspect_ratios) * len(scales), 4) around the origin."""
         sides = torch.tensor(scales, dtype=dtype, device=device)[None]
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
         widths, heights = (sides / root).flatten(), (sides * root).flatten()
         return torch.stack((-widths, -heights, widths, heights), 1) / 2
 
-    def forward(self, images: ImageList, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The anchors of all maps, float32 (A, 4), the same for each image."""
-        device = maps[0].device
+    def forward(self, images: ImageList, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the anchors of all feature maps (B, C, h, w): float32 (A, 4), once per image."""
+        device = features[0].device
         self.set_cell_anchors(torch.float32, device)
-        # Numbers, where torchvision has tensors: those would be copied to the GPU, and waited for.
+        # Numbers, not tensors as in torchvision: copying those to the GPU would wait for it.
         steps = [[stride] * 2 for stride in self.strides]
-        grids = self.grid_anchors([list(m.shape[-2:]) for m in maps], steps)
+        grids = self.grid_anchors([list(x.shape[-2:]) for x in features], steps)
         return [torch.cat(grids)] * len(images.image_sizes)
 
 
 class Head(RPNHead):  # type: ignore[misc]  # torchvision is untyped
-    """torchvision's head (3x3 convolution, ReLU; normal 0.01), its predictions in float32."""
+    """torchvision's head (3x3 convolution, ReLU; N(0, 0.01)) with predictions in float32."""
 
-    def forward(self, maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Objectness (B, A, h, w) and box deltas (B, 4 A, h, w) of each map."""
+    def forward(
+        self, features: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Map feature maps (B, C, h, w) to objectness (B, A, h, w) and deltas (B, 4 A, h, w)."""
         logits, deltas = [], []
-        for features in maps:
-            hidden = self.conv(features)
-            # Otherwise bf16 scores of ten thousand anchors tie, and boxes lose their pixels.
+        for x in features:
+            hidden = self.conv(x)
+            # In bf16, scores of ten thousand anchors would tie, and boxes lose pixel accuracy.
             with torch.autocast(hidden.device.type, enabled=False):
                 logits.append(self.cls_logits(hidden.float()))
                 deltas.append(self.bbox_pred(hidden.float()))
@@ -128,24 +135,34 @@ class Head(RPNHead):  # type: ignore[misc]  # torchvision is untyped
 
 
 class Rpn(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untyped
-    """torchvision's network with L1 in place of smooth L1.
+    """torchvision's RPN with L1 instead of smooth L1.
 
-    Positives from an overlap of 0.7 on (and the best anchor of every box), negatives below 0.3, 256
-    anchors of each image, half of them positive; suppression at 0.7 (Ren et al. 2015; the common
-    values of detectron2's config/defaults.py and mmdetection's faster-rcnn models).
+    Positives have an IoU of at least 0.7 (or are the best anchor of a box), negatives below 0.3.
+    256 anchors are sampled per image, half of them positive; NMS at 0.7 (Ren et al. 2015; the
+    values common to detectron2's config/defaults.py and mmdetection's faster-rcnn models).
     """
 
     def __init__(
         self, channels: int, sizes: tuple[tuple[int, ...], ...], strides: tuple[int, ...],
         proposals: Proposals,
     ) -> None:  # fmt: skip
-        """Look at maps of so many channels, with anchors of such sides at such strides."""
-        per_place = {len(sides) * len(RATIOS) for sides in sizes}
-        if len(per_place) > 1:
-            raise ValueError(f"every map needs as many anchors as the others, got {sizes}")
+        """Build the RPN.
+
+        Args:
+            channels: Channels of every feature map.
+            sizes: Anchor sizes in pixels, for each feature map.
+            strides: Stride in pixels of each feature map.
+            proposals: Numbers of proposals.
+
+        Raises:
+            ValueError: The feature maps have different numbers of anchors.
+        """
+        per_position = {len(sides) * len(RATIOS) for sides in sizes}
+        if len(per_position) > 1:
+            raise ValueError(f"every feature map needs the same number of anchors, got {sizes}")
         super().__init__(
             Anchors(sizes, strides),
-            Head(channels, per_place.pop()),
+            Head(channels, per_position.pop()),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -154,7 +171,7 @@ class Rpn(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untype
             post_nms_top_n=dict(zip(("training", "testing"), proposals.after, strict=True)),
             nms_thresh=0.7,
         )
-        self.fg_bg_sampler = Draws(256, 0.5)
+        self.fg_bg_sampler = SeededSampler(256, 0.5)
 
     def compute_loss(
         self,
@@ -163,9 +180,10 @@ class Rpn(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untype
         labels: list[torch.Tensor],
         regression_targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of the chosen anchors, and L1 of the positive ones over their number.
+        """Return cross entropy and L1 of the sampled anchors, as two scalars.
 
-        The number is that of all chosen ones: 256 for each image that has so many.
+        Both are divided by the number of sampled anchors: 256 per image, or fewer if it has fewer.
+        L1 counts the positive ones alone. Shapes are those of torchvision.
         """
         positive, negative = (
             torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels)

@@ -1,4 +1,4 @@
-"""Damaged betons: every mutation is refused in one line, with or without a manifest."""
+"""Damaged betons: every mutation is refused with a one-line error, with or without a manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from pipelines.beton.layout import ALLOC, FIELD, HEADER, metadata_type
 from pipelines.beton.manifest import manifest_path
 from pipelines.beton.reader import Beton, BetonError, verify
-from tests.pipelines.beton.test_reader import COUNT, make
+from tests.support.betons import COUNT, make_beton
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -23,7 +23,7 @@ ROW = metadata_type(("image", "label")).itemsize
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("beton") / "good.beton")
+    return make_beton(tmp_path_factory.mktemp("beton") / "good.beton")
 
 
 Edit = Callable[[bytearray], Any]
@@ -65,7 +65,7 @@ def cut(length: int | Callable[[bytearray], int]) -> Edit:
 
 
 def swap(column: int) -> Edit:
-    """Exchange one column of two rows of the allocation table."""
+    """Swap one column between two rows of the allocation table."""
 
     def edit(data: bytearray) -> None:
         one, two = table(data, 3, column), table(data, 4, column)
@@ -90,7 +90,7 @@ def flip(offset: int) -> Edit:
 
 
 def image_row(offset: int, row: int = 3) -> int:
-    """Place in the metadata of the image of one sample."""
+    """File offset of the image metadata of one sample."""
     return META + row * ROW + offset
 
 

@@ -1,4 +1,4 @@
-"""A beton's tables against a check of every pair of samples, in any order of the table."""
+"""The tables of a beton: overlap checks against a test of every pair of samples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.sparse_beton import PAGE, write_sparse
 
+from data.sparse_beton import PAGE, write_sparse
 from pipelines.beton import layout
 from pipelines.beton.layout import ALLOC, HEADER
 from pipelines.beton.reader import Beton, BetonError
@@ -33,7 +33,7 @@ def test_the_tables_order_does_not_matter_but_to_the_fingerprint(
         one.offsets - one.offsets[0], i // per_page * PAGE + i % per_page * 110_000
     )
     assert (one.sizes == 110_000).all() and one.labels.max() < 1000 and one.heights.min() >= 200
-    monkeypatch.setattr(layout, "_BLOCK", 7)  # the blocks are no part of the result
+    monkeypatch.setattr(layout, "_BLOCK", 7)  # the block size does not change the result
     small = Beton.open(paths[1])
     assert small.fingerprint == two.fingerprint
     for name in ("offsets", "sizes", "heights", "widths", "labels", "modes"):
@@ -43,7 +43,7 @@ def test_the_tables_order_does_not_matter_but_to_the_fingerprint(
     )
     side = segments_path(paths[1])
     records = np.memmap(side, RECORD, "r+", side.stat().st_size - 5000 * RECORD.itemsize)
-    records["first"][2345] += 1  # a block's first but for none of the others
+    records["first"][2345] += 1  # the first record of a block of 7
     records.flush()
     with pytest.raises(BetonError, match="sample 2345: expected lengths that follow"):
         Beton.open(paths[1])
@@ -51,15 +51,17 @@ def test_the_tables_order_does_not_matter_but_to_the_fingerprint(
 
 @pytest.mark.parametrize("seed", range(12))
 def test_samples_overlap_or_not_as_every_pair_says(tmp_path: Path, seed: int) -> None:
-    """Samples of random sizes, some grown: the file opens exactly if no two share a byte."""
+    """Samples of random sizes, some enlarged: the file opens only if no two share a byte."""
     path = write_sparse(tmp_path / "a.beton", 60, size=200_000, shuffled=True)
     draw = np.random.default_rng(seed)
-    segments_path(path).unlink()  # of the table before it is changed
+    segments_path(path).unlink()  # it belongs to the unmodified table
     start = int(np.fromfile(path, HEADER, 1)[0]["alloc_table_ptr"])
     table = np.memmap(path, ALLOC, "r+", start, (60,))
     table["size"] = draw.integers(1, 200_000, 60)
     if seed % 3:
-        row = int(np.flatnonzero(table["sample_id"] == draw.integers(40))[0])  # not a page's last
+        row = int(
+            np.flatnonzero(table["sample_id"] == draw.integers(40))[0]
+        )  # not the last sample of a page
         room = PAGE - int(table["ptr"][row]) % PAGE
         table["size"][row] = min(room, 200_000 + int(draw.integers(1, 2 * 10**6)))
     first, end = table["ptr"], table["ptr"] + table["size"]
@@ -68,7 +70,7 @@ def test_samples_overlap_or_not_as_every_pair_says(tmp_path: Path, seed: int) ->
     assert clash == bool(seed % 3)
     table.flush()
     if clash:
-        with pytest.raises(BetonError, match=r"sample \d+: expected a place behind sample \d+"):
+        with pytest.raises(BetonError, match=r"sample \d+: expected an offset after sample \d+"):
             Beton.open(path)
     else:
         with Beton.open(path) as beton:

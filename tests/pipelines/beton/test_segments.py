@@ -1,4 +1,4 @@
-"""The side file of segment offsets: written with its beton, refused where it does not belong."""
+"""The side file of segment offsets: written with its beton, refused for any other."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from pipelines.beton.writer import BetonWriter
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
 from pipelines.imaging.decode import decode_rgb
-from tests.pipelines.beton.test_reader import ffcv_parts
-from tests.pipelines.conversion.test_convert import assert_nothing_left, rejected, stored
-from tests.pipelines.jpeg.test_markers import encode, exif, make_image
-from tests.pipelines.jpeg.test_restart_markers import noise, photographs
+from tests.support.betons import assert_nothing_left, import_ffcv, rejected, stored_files
+from tests.support.encoded_images import encode, exif
+from tests.support.images import gradient_image, noise_image, photographs
 
 pytestmark = pytest.mark.timeout(120)
 
 IMAGES = (
     encode(photographs()[0], quality=90),
-    encode(make_image(), progressive=True),
-    encode(noise(90, 77).convert("L")),
-    encode(make_image(60, 90), exif=exif(6)),
-    encode(noise(90, 77), "PNG"),
+    encode(gradient_image(), progressive=True),
+    encode(noise_image(90, 77).convert("L")),
+    encode(gradient_image(60, 90), exif=exif(6)),
+    encode(noise_image(90, 77), "PNG"),
     encode(photographs()[1], quality=80, subsampling=0, restart_marker_rows=1),
 )
 
@@ -77,7 +76,7 @@ def test_every_sample_has_its_record(good: Path) -> None:
 def test_without_markers_there_is_no_side_file_and_bytes_pass(tmp_path: Path) -> None:
     made = make(tmp_path / "out.beton", restart_markers=False)
     assert made.restarts is None and not segments_path(tmp_path / "out.beton").exists()
-    assert stored(tmp_path / "out.beton")[0] == IMAGES[0]
+    assert stored_files(tmp_path / "out.beton")[0] == IMAGES[0]
 
 
 def test_rebuilding_without_markers_removes_the_side_file(copy: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_side_file_that_the_disk_damages_is_never_published(
 def test_a_run_that_dies_between_its_renames_is_noticed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the old side file nor the old manifest passes for the new beton's."""
+    """The old side file and the old manifest are refused for the new beton."""
     other = MemoryImages(lambda _: IMAGES[0], np.zeros(6, np.int64), ("c",))
 
     def publish(self: BetonWriter) -> None:
@@ -137,7 +136,7 @@ def test_a_run_that_dies_between_its_renames_is_noticed(
     with pytest.raises(BetonError, match="belongs to another file"):
         Beton.open(copy)
     manifest_path(copy).unlink()
-    with pytest.raises(BetonError, match=r"segments: byte 16: expected a file of beton"):
+    with pytest.raises(BetonError, match=r"segments: byte 16: expected the side file of beton"):
         Beton.open(copy)
 
 
@@ -158,7 +157,7 @@ def record_at(data: bytes, sample: int, key: str) -> int:
     [
         (0, b"X", "version 1"),
         (8, b"\x02", "version 1"),
-        (16, b"!", "a file of beton"),
+        (16, b"!", "the side file of beton"),
         (32, b"\x07", "6 samples"),
         (40, b"\x01\x00", "lengths and 6 records"),
         ((0, "interval"), b"\x07\x00", "divides"),
@@ -207,14 +206,14 @@ def test_verify_compares_every_length_and_place_with_the_bytes(copy: Path) -> No
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_stock_ffcv_sees_the_same_pixels_with_and_without_markers(tmp_path: Path) -> None:
-    ffcv = ffcv_parts()
+    ffcv = import_ffcv()
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 
     found = []
     for marks in (False, True):
         path = tmp_path / f"{marks}.beton"
-        streams = [encode(noise(96, 160), quality=q) for q in (50, 75, 90)]
+        streams = [encode(noise_image(96, 160), quality=q) for q in (50, 75, 90)]
         source = MemoryImages(lambda i, streams=streams: streams[i], np.arange(3), tuple("abc"))
         write_beton(source, path, workers=1, restart_markers=marks)
         loader = ffcv.Loader(

@@ -1,4 +1,4 @@
-"""Images as people have them: every engine sees the same one, from files or after conversion."""
+"""Unusual image formats: all engines decode the same pixels, from files and from a beton."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.engines.choice import missing_engines
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, Normalize, Resize
-from tests.conftest import smooth_image
+from tests.support.images import smooth_image
 
 pytestmark = pytest.mark.timeout(120)
 
 NAMES = ("cmyk", "grey", "palette", "rgba", "sixteen", "webp")
-"""In the order of the index; palette is PNG, sixteen a 16-bit grey PNG, webp is named .jpg."""
+"""In index order. palette is a PNG, sixteen a 16-bit grey PNG, webp has the suffix .jpg."""
 
 TOLERANCE = 8.0
-"""Mean absolute difference in levels to Pillow's pixels: filters and CMYK conversions differ."""
+"""Largest mean absolute difference from Pillow, in levels: filters and CMYK conversions differ."""
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """The folder, and what Pillow makes of each file: uint8 (6, 32, 32, 3)."""
+    """The folder, and the pixels of each file as Pillow decodes them: uint8 (6, 32, 32, 3)."""
     root = tmp_path_factory.mktemp("formats") / "data"
     (root / "a").mkdir(parents=True)
     base = smooth_image(3, 64, 64)
@@ -50,7 +50,7 @@ def converted(images: tuple[Path, torch.Tensor]) -> Path:
     """The same images as a beton."""
     made = images[0].parent / "data.beton"
     manifest = write_beton(SampleIndex.from_folder(images[0]), made, workers=1)
-    assert (manifest.passed, manifest.quarantined) == (1, 0)  # the grey JPEG stays as it is
+    assert (manifest.passed, manifest.quarantined) == (1, 0)  # the grey JPEG is stored unchanged
     return made
 
 

@@ -1,4 +1,4 @@
-"""COCO's parser: what it says against the pixels, run lengths, and what it refuses."""
+"""The COCO parser: boxes and masks against the pixels, run lengths, refused annotations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N = 5
 
 def test_coco_objects_lie_on_the_pixels(tmp_path: Path) -> None:
     root = dense_trees.coco(tmp_path, N)
-    samples = coco.objects("train2017", root, problems=Problems(0))
+    samples = coco.index_objects("train2017", root, problems=Problems(0))
     assert samples.category_ids == (1, 3, 18) and samples.classes == ("person", "car", "dog")
     assert len(samples) == N + 1 and list(samples.names) == sorted(samples.names, key=int)
     kinds = [name for _, name in COCO_CATEGORIES]
@@ -33,7 +33,7 @@ def test_coco_objects_lie_on_the_pixels(tmp_path: Path) -> None:
         counts.append(len(objects.labels))
         assert len(objects.outlines) == counts[-1]
         height, width = map(int, samples.sizes[i])
-        masks = coco.rasterised(objects.outlines, height, width)
+        masks = coco.rasterize(objects.outlines, height, width)
         for k in np.flatnonzero(~objects.crowd):
             there = colored(samples.path(i), kinds.index(samples.classes[objects.labels[k]]))
             check_box(there, objects.boxes[k])
@@ -56,28 +56,30 @@ def test_run_lengths_and_polygons_are_pycocotools_own() -> None:
         mask = (draw.random((height, width)) < draw.choice([0.01, 0.5, 0.999])).astype(np.uint8)
         mask[:, : width // 3] = 1
         packed = tools.encode(np.asfortranarray(mask))
-        assert np.array_equal(coco.rasterised([packed], height, width)[0], mask)
+        assert np.array_equal(coco.rasterize([packed], height, width)[0], mask)
         text = packed | {"counts": packed["counts"].decode()}
         plain = packed | {"counts": dense_trees.run_lengths(mask)}
-        assert np.array_equal(coco.rasterised([text, plain], height, width), [mask, mask])
+        assert np.array_equal(coco.rasterize([text, plain], height, width), [mask, mask])
         polygons = (draw.random((2, 12)) * [*(width, height) * 6]).round(2).tolist()
         whole = tools.decode(tools.frPyObjects(polygons, height, width)).max(axis=2)
-        assert np.array_equal(coco.rasterised([polygons], height, width)[0], whole)
+        assert np.array_equal(coco.rasterize([polygons], height, width)[0], whole)
     with pytest.raises(ValueError, match="run lengths of 7 pixels for 4x2"):
-        coco.rasterised([{"size": [2, 4], "counts": [3, 4]}], 2, 4)
+        coco.rasterize([{"size": [2, 4], "counts": [3, 4]}], 2, 4)
 
 
 def test_without_pycocotools_nothing_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said at once and as a user's mistake: not after minutes, by a thread of the loader."""
+    """Raised at once as a user error, not minutes later by a thread of the loader."""
     root = dense_trees.coco(tmp_path, 3)
-    (root / "annotations/instances_val2017.json").write_text("{")  # reading it is another error
+    (root / "annotations/instances_val2017.json").write_text(
+        "{"
+    )  # reading it would raise another error
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     for read in (
-        lambda: coco.objects("val2017", root, problems=Problems(0)),
+        lambda: coco.index_objects("val2017", root, problems=Problems(0)),
         lambda: open_dense(DenseSpec(data="coco:val2017", root=str(root))),
-        lambda: coco.api("mask"),
+        lambda: coco.import_pycocotools("mask"),
     ):
         with pytest.raises(ValueError, match=r"needs pycocotools: pip install -e '\.\[eval\]'"):
             read()
@@ -102,7 +104,7 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
     (root / "val2017" / missing["file_name"]).unlink()
     source.write_text(json.dumps(content))
     problems = Problems(8)
-    samples = coco.objects("val2017", root, problems=problems)
+    samples = coco.index_objects("val2017", root, problems=problems)
     assert len(samples) == 3
     assert problems.found[0].startswith(f"{source}: image id {missing['id']}: no image ")
     for number, (line, what) in enumerate(
@@ -110,7 +112,7 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
             problems.found[1:],
             (
                 "leaves the image", "has no area", "no category id 2", "no image id 5",
-                "less than three points", "it has no 'category_id'", "run lengths of [1, 2]",
+                "fewer than three points", "it has no 'category_id'", "run lengths of [1, 2]",
             ),
             strict=True,
         ),
@@ -120,8 +122,11 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"8 wrong annotations, max_undecodable is 7: .*; and 3 more"
     ):
-        coco.objects("val2017", root, problems=Problems(7))
-    for text, what in (("{", "no JSON"), ('{"images": []}', "expected images, annotations and")):
+        coco.index_objects("val2017", root, problems=Problems(7))
+    for text, what in (
+        ("{", "not valid JSON"),
+        ('{"images": []}', "expected images, annotations and"),
+    ):
         source.write_text(text)
         with pytest.raises(ValueError, match=what):
-            coco.objects("val2017", root, problems=Problems(9))
+            coco.index_objects("val2017", root, problems=Problems(9))

@@ -1,4 +1,4 @@
-"""The sample index: files, their order, their labels; torchvision is the reference."""
+"""The sample index: files, order and labels, compared with torchvision."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_bad_lists_name_the_line(tmp_path: Path, text: bytes, words: str) -> Non
 
 @pytest.mark.parametrize("gone", ["a/1.jpg", "c/2.jpg"])
 def test_a_list_that_names_a_missing_image_names_the_line(tmp_path: Path, gone: str) -> None:
-    """Of several the first, though folders are looked at one after the other."""
+    """The first of several, although folders are read one after the other."""
     for name in ("a/0.jpg", "b/1.jpg"):
         put(tmp_path / name)
     lines = f"a/0.jpg 0\n\nb/1.jpg 1\n \n{gone} 0\nb/7.jpg 2\na/8.jpg 2\n"
@@ -191,7 +191,7 @@ def test_a_million_paths_take_their_own_length_and_little_more(tmp_path: Path) -
 
 
 def test_other_images_under_the_same_names_are_other_data(tmp_path: Path) -> None:
-    """Whatever their times and their folder; labels count as well."""
+    """The fingerprint depends on bytes and labels, not on file times or the folder."""
     for root, when in (("a", 1e9), ("b", 2e9)):
         for k in range(5):
             file = put(tmp_path / root / f"class{k % 2}" / f"{k}.jpg", bytes(100 + k))
@@ -233,9 +233,9 @@ def test_open_images_resolves_or_says_why(tmp_path: Path) -> None:
     assert open_images(str(listing)).labels.tolist() == [5]
     assert open_images(str(listing), labelled=False).labels.tolist() == [-1]
     assert open_images("digits", labelled=False).classes == ()
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
         open_images(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="expected one of"):
         open_images("torchvision:os")
-    with pytest.raises(FileNotFoundError, match="cannot be had"):
+    with pytest.raises(FileNotFoundError, match="cannot be opened"):
         open_images("torchvision:CIFAR10", root=tmp_path, download=False)

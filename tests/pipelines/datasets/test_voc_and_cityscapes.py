@@ -1,4 +1,4 @@
-"""Parsers of VOC and Cityscapes: what they say against the pixels, and what they refuse."""
+"""The VOC and Cityscapes parsers: boxes and masks against the pixels, refused files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.dense.samples import open_dense_samples
 from pipelines.dense.spec import DenseSpec
 from pipelines.imaging.decode import ImageError, image_size
-from tests.conftest import save_jpeg, smooth_image
 from tests.support import dense_trees
 from tests.support.dense_trees import VOC_USED, check_box, colored
+from tests.support.images import save_jpeg, smooth_image
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,10 +26,10 @@ N = 5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trees; tests read only."""
+    """All data sets. Tests only read them."""
     folder = tmp_path_factory.mktemp("dense")
-    for plant in (dense_trees.voc, dense_trees.voc_masks):
-        plant(folder, N)
+    for write_tree in (dense_trees.voc, dense_trees.voc_masks):
+        write_tree(folder, N)
     dense_trees.cityscapes(folder, N)
     return folder
 
@@ -61,11 +61,11 @@ def test_voc_boxes_lie_on_the_objects(base: Path) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A data set of other classes in the layout of VOC, without a year: two good images."""
+    """Two valid images with other classes, in the VOC layout without a year."""
     for stem in "ab":
         save_jpeg(tmp_path / f"zoo/JPEGImages/{stem}.jpeg", smooth_image(3, 40, 60))
         boxes, flags = [dense_trees.Box(0, 5, 6, 60, 40)], [False]
-        lines = dense_trees.voc_xml(stem, (1, 1), boxes, flags)  # a size that is not the image's
+        lines = dense_trees.voc_xml(stem, (1, 1), boxes, flags)  # a wrong image size
         dense_trees.write(tmp_path / f"zoo/Annotations/{stem}.xml", lines)
     dense_trees.write(tmp_path / "zoo/ImageSets/Main/all.txt", ["a", "b"])
     return tmp_path
@@ -80,7 +80,7 @@ def edit(root: Path, old: str, new: str) -> None:
 
 def read(root: Path, budget: int) -> tuple[object, list[str]]:
     problems = Problems(budget)
-    samples = voc.boxes("zoo/all", root, problems=problems, classes=("cat", "dog"))
+    samples = voc.index_boxes("zoo/all", root, problems=problems, classes=("cat", "dog"))
     return samples, problems.found
 
 
@@ -130,7 +130,7 @@ def test_a_pixel_beyond_the_border_is_cut_off(own: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "where", "what"),
     [
-        ("</object>", "</objekt>", ":10", "no XML: mismatched tag"),
+        ("</object>", "</objekt>", ":10", "not valid XML: mismatched tag"),
         ("<annotation>", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>", ":1", "document type"),
         ("annotation>", "svg>", ":1", "<svg> where <annotation> was expected"),
     ],
@@ -157,7 +157,7 @@ def test_missing_and_broken_files(own: Path) -> None:
     for lines, what in (
         (["a", "../b"], r"all.txt:2: expected an image's name, found '../b'"),
         (["a", "b  1"], r"all.txt:2: expected an image's name, found 'b  1'"),
-        (["a", "", "a"], r"all.txt:3: 'a' comes twice, also in .*all.txt:1"),
+        (["a", "", "a"], r"all.txt:3: 'a' is listed twice, first in .*all.txt:1"),
     ):
         dense_trees.write(listed, lines)
         with pytest.raises(ValueError, match=what):
@@ -174,7 +174,7 @@ def test_missing_and_broken_files(own: Path) -> None:
 def test_sizes_of_headers_are_those_of_upright_images(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    # Metadata that push the frame's header behind the part that is read first.
+    # Metadata that push the frame header beyond the part that is read first.
     save_jpeg(tmp_path / "a.jpg", smooth_image(1, 30, 50), exif=exif, comment=b"c" * 60_000)
     save_jpeg(tmp_path / "b.jpg", smooth_image(1, 30, 50), exif=exif, icc_profile=bytes(150_000))
     assert [image_size(str(tmp_path / name)) for name in ("a.jpg", "b.jpg")] == [(50, 30)] * 2
@@ -198,7 +198,7 @@ def test_voc_masks(base: Path) -> None:
         assert mask.dtype == np.uint8 and mask.shape == tuple(both.sizes[i])
         ids = set(np.unique(mask)) - {0, 255}
         assert ids and (i >= N or 255 in mask) and (i < N or 255 not in mask)
-        for number in ids:  # nearly all pixels of a class have its color, and the reverse
+        for number in ids:  # nearly all pixels of a class have its color, and vice versa
             there = colored(both.path(i), VOC_USED.index(both.classes[number]))
             assert there[mask == number].all() and (mask[there] == number).mean() > 0.8
         assert np.array_equal(lone.mask(i) == 255, mask == 255) is (i >= N)
@@ -245,7 +245,7 @@ def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path, 2)
     next((root / "gtFine/val").glob("*/lindau*")).unlink()
     problems = Problems(1)
-    assert len(cityscapes.masks("val", root, problems=problems)) == 1
+    assert len(cityscapes.index_masks("val", root, problems=problems)) == 1
     assert "lindau_000001_000019_leftImg8bit.png: no mask" in problems.found[0]
     with pytest.raises(FileNotFoundError, match="leftImg8bit/test' is not a folder"):
-        cityscapes.masks("test", root, problems=problems)
+        cityscapes.index_masks("test", root, problems=problems)

@@ -1,4 +1,4 @@
-"""The loader of detection and segmentation: odd, damaged and stuck images, and its threads."""
+"""The dense loader: empty data sets, damaged and stuck images, orientation, threads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import DenseSpec, ShortSide
 from pipelines.imaging.decode import ImageError
 from pipelines.spec import Normalize
-from tests.conftest import save_jpeg, smooth_image
 from tests.support import dense_trees
+from tests.support.images import save_jpeg, smooth_image
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -75,12 +75,12 @@ def test_a_stuck_image_is_named_and_left_behind(
     spec, path = single(tmp_path)
     free = threading.Event()
     monkeypatch.setattr(samples, "_image", lambda *_: free.wait(30))
-    monkeypatch.setattr("pipelines.dense.loader._PATIENCE", 0.2)
+    monkeypatch.setattr("pipelines.dense.loader._CLOSE_TIMEOUT_SECONDS", 0.2)
     loader = open_dense(replace(spec, timeout=0.3, workers=1))
     with pytest.raises(TimeoutError, match=rf"^{path}: not loaded within 0.3 s"):
         next(loader.epoch(0))
     loader.close()
-    assert "1 loading threads are stuck and left behind" in caplog.text
+    assert "1 loading threads are stuck and were abandoned" in caplog.text
     free.set()
 
 

@@ -1,4 +1,4 @@
-"""The loader of detection and segmentation: batches, ranks, resumes, exact counts, failures."""
+"""The dense loader: contents of batches, ranks, resuming, evaluation counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.batch import DenseBatch, Target
 from pipelines.dense.loader import DenseLoader, open_dense
-from pipelines.dense.samples import kept, open_dense_samples
+from pipelines.dense.samples import open_dense_samples, training_objects
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.spec import Normalize, Shard
 from tests.support import dense_trees
@@ -27,10 +27,10 @@ PLAIN = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trees; tests read only."""
+    """All data sets. Tests only read them."""
     folder = tmp_path_factory.mktemp("dense")
-    for plant in (dense_trees.voc, dense_trees.voc_masks, dense_trees.coco):
-        plant(folder, N)
+    for write_tree in (dense_trees.voc, dense_trees.voc_masks, dense_trees.coco):
+        write_tree(folder, N)
     return folder
 
 
@@ -64,7 +64,7 @@ def same_target(one: Target, two: Target) -> None:
 
 
 def rows_equal(one: DenseBatch, i: int, two: DenseBatch, k: int) -> None:
-    """Sample i of one batch is sample k of the other, whatever was padded beside it."""
+    """Whether sample i of one batch equals sample k of the other, apart from padding."""
     assert torch.equal(one.sizes[i], two.sizes[k]) and one.valid[i] == two.valid[k]
     assert one.indices[i] == two.indices[k]
     height, width = one.sizes[i].tolist()
@@ -118,7 +118,7 @@ def test_a_training_batch_is_what_its_contract_says(base: Path, kind: type) -> N
 
 
 def test_objects_without_their_masks(base: Path) -> None:
-    """All but the masks is the same, and so is what a run is told apart by."""
+    """Everything except the masks is equal, the fingerprint of the data included."""
     spec = objects(base, steps_per_epoch=4)
     bare = replace(spec, masks=False)
     assert bare.fingerprint_fields() == spec.fingerprint_fields()
@@ -131,7 +131,7 @@ def test_objects_without_their_masks(base: Path) -> None:
         {"boxes", "labels"}
     ] * 8
     check_equal(whole, found)
-    with pytest.raises(ValueError, match="masks are all that there is to learn"):
+    with pytest.raises(ValueError, match="masks=False leaves nothing to learn"):
         open_dense(masks(base, masks=False))
 
 
@@ -146,7 +146,9 @@ def test_pixels_are_normalised(base: Path) -> None:
         for i, (h, w) in enumerate(one.sizes.tolist()):
             stored = Image.open(loader.samples.path(int(one.indices[i]))).convert("RGB")
             pixels = torch.from_numpy(np.array(stored)).permute(2, 0, 1)
-            assert abs(one.images[i, :, :h, :w] - pixels).max() <= 1  # decoders may differ by one
+            assert (
+                abs(one.images[i, :, :h, :w] - pixels).max() <= 1
+            )  # decoders may differ by one level
             want = (one.images[i] - torch.tensor([[[10.0]], [[20.0]], [[30.0]]])) / torch.tensor(
                 [[[2.0]], [[4.0]], [[8.0]]]
             )
@@ -210,7 +212,7 @@ def test_evaluation_reads_every_image_once(base: Path, data: str, world: int) ->
 def test_what_is_trained_on(base: Path) -> None:
     spec = boxes(base, data="voc:2007/trainval", keep_difficult=False)
     samples = open_dense_samples(spec)
-    counts = [len(kept(samples.objects(i), spec).labels) for i in range(N)]
+    counts = [len(training_objects(samples.objects(i), spec).labels) for i in range(N)]
     assert counts == [2, 2, 2, 1, 2]
     coco_spec = objects(base, steps_per_epoch=30)
     found, loader = batches(coco_spec)

@@ -1,4 +1,4 @@
-"""Order of images of variable size: groups, equal shares, independence of ranks."""
+"""Sample order for images of variable size: groups, equal counts, independence of ranks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_every_image_comes_equally_often_and_groups_do_not_mix() -> None:
     for step in range(300):
         places = order.at(step)
         assert len({int(i) in standing for i in places.indices}) == 1 and places.valid.all()
-        # An image's pass is the number of times that it has come before.
+        # The pass of an image: how often it has come before.
         for i, number in zip(places.indices, places.passes, strict=True):
             assert number == counts[i]
             counts[i] += 1
-        mean = counts.sum() / 41  # per group, too, to a batch and a pass
+        mean = counts.sum() / 41  # per group as well, within one batch and one pass
         assert abs(counts - mean).max() < 2
     assert counts.sum() == 1200
 

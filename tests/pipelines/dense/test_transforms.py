@@ -1,4 +1,4 @@
-"""Joint transforms: boxes and masks follow the pixels, sizes are those of the sources' formulas."""
+"""Joint transforms: boxes and masks follow the pixels, sizes follow the published formulas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def draws(n: int, seed: int = 0, number: int = 0) -> Float64:
-    return transforms.draws(DenseSpec(seed=seed), np.full(n, number), np.arange(n))
+    return transforms.draw_uniforms(DenseSpec(seed=seed), np.full(n, number), np.arange(n))
 
 
 def scene(seed: int, height: int, width: int) -> tuple[Scene, list[dense_trees.Box]]:
@@ -40,7 +40,7 @@ def scene(seed: int, height: int, width: int) -> tuple[Scene, list[dense_trees.B
 def test_boxes_and_masks_follow_the_pixels(flip: bool, size: tuple[int, int]) -> None:
     for seed in range(5):
         before, boxes = scene(seed, 120, 160)
-        after = transforms.resized(before, transforms.ResizePlan(*size, flip, size))
+        after = transforms.resize_scene(before, transforms.ResizePlan(*size, flip, size))
         assert after.image.shape == (3, *size) and after.image.dtype == torch.uint8
         assert after.boxes is not None and after.masks is not None
         assert after.boxes.canvas_size == size and after.boxes.dtype == torch.float32
@@ -50,7 +50,7 @@ def test_boxes_and_masks_follow_the_pixels(flip: bool, size: tuple[int, int]) ->
             there &= _near(after.boxes[k], size)  # the other object may have the same color
             rows, columns = torch.where(there)
             ends = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            # Half a pixel of the coarser grid, and what interpolation blurs.
+            # Half a pixel of the coarser grid, and the blur of the interpolation.
             assert abs(torch.stack(ends) - after.boxes[k]).max() < 1.6
             assert (there != after.masks[k].bool()).sum() < 0.09 * there.sum()
             full = after.masks[k].sum() / ((box[3] - box[1]) * (box[4] - box[2]))
@@ -64,11 +64,11 @@ def _near(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def test_masks_stay_aligned_when_halved() -> None:
-    """An edge stays where it is; taking the upper left pixel of three would move it."""
+    """An edge keeps its position; taking the upper left pixel of three would move it."""
     mask = torch.zeros((1, 9, 9), dtype=torch.uint8)
     mask[:, :, 4:] = 7
     image = tv_tensors.Image(torch.zeros((3, 9, 9), dtype=torch.uint8))
-    after = transforms.resized(
+    after = transforms.resize_scene(
         Scene(image, None, tv_tensors.Mask(mask)), transforms.ResizePlan(3, 3, False, (3, 3))
     )
     assert after.masks is not None and after.masks[0, 0].tolist() == [0, 7, 7]
@@ -78,14 +78,16 @@ def test_sizes_are_those_of_the_sources() -> None:
     draw = np.random.default_rng(0)
     different = 0
     for height, width, short in draw.integers((100, 100, 480), (1500, 1500, 801), (3000, 3)):
-        got = transforms.within(height, width, long=1333, short=short)
+        got = transforms.fit_within(height, width, long=1333, short=short)
         # mmcv's rescale_size, in exact arithmetic.
         scale = min(
             Fraction(1333, int(max(height, width))), Fraction(int(short), int(min(height, width)))
         )
         exact = [int(v) * scale + Fraction(1, 2) for v in (height, width)]
         for side, value in zip(got, exact, strict=True):
-            assert side == int(value) or value.denominator == 1  # a tie, which floats may miss
+            assert (
+                side == int(value) or value.denominator == 1
+            )  # a tie, which floating point may miss
         # detectron2's ResizeShortestEdge.
         factor = short / min(height, width)
         new = [short, factor * width] if height < width else [factor * height, short]
@@ -95,51 +97,57 @@ def test_sizes_are_those_of_the_sources() -> None:
         assert abs(np.array(got) - theirs).max() <= 1
         different += list(got) != theirs
     assert different < 10
-    assert transforms.within(375, 500, long=1333, short=800) == (800, 1067)
-    assert transforms.within(333, 1000, long=1333, short=800) == (444, 1333)
+    assert transforms.fit_within(375, 500, long=1333, short=800) == (800, 1067)
+    assert transforms.fit_within(333, 1000, long=1333, short=800) == (444, 1333)
 
 
 def test_scales_and_flips_are_drawn_evenly() -> None:
     lengths = tuple(range(480, 801, 32))
     spec = DenseSpec(geometry=ShortSide(lengths))
-    places = [transforms.place(spec, draw, 500, 600) for draw in draws(3300)]
+    places = [transforms.plan_resize(spec, draw, 500, 600) for draw in draws(3300)]
     counts = np.array([sum(p.height == length for p in places) for length in lengths])
     assert counts.sum() == 3300 and abs(counts - 300).max() < 75  # 4.5 standard deviations
     assert abs(sum(p.flip for p in places) - 1650) < 130
     both = [p.flip for p in places if p.height == 480]
     assert 0.35 < np.mean(both) < 0.65
-    assert places[:20] != [transforms.place(spec, d, 500, 600) for d in draws(20, number=1)]
-    assert places[:20] != [transforms.place(spec, d, 500, 600) for d in draws(20, seed=1)]
+    assert places[:20] != [transforms.plan_resize(spec, d, 500, 600) for d in draws(20, number=1)]
+    assert places[:20] != [transforms.plan_resize(spec, d, 500, 600) for d in draws(20, seed=1)]
     still = replace(spec, train=False, geometry=ShortSide((480,)))
-    assert {transforms.place(still, d, 500, 600) for d in draws(20)} == {
+    assert {transforms.plan_resize(still, d, 500, 600) for d in draws(20)} == {
         (480, 576, False, (480, 576))
     }
-    assert not any(transforms.place(replace(spec, flip=False), d, 9, 9).flip for d in draws(20))
+    assert not any(
+        transforms.plan_resize(replace(spec, flip=False), d, 9, 9).flip for d in draws(20)
+    )
 
 
 def test_ratios_of_frames() -> None:
     spec = DenseSpec(geometry=RatioCrop(512, 2048, 512, ratio=(0.5, 2.0)))
-    places = [transforms.place(spec, draw, 375, 500) for draw in draws(1000)]
+    places = [transforms.plan_resize(spec, draw, 375, 500) for draw in draws(1000)]
     heights = np.array([p.height for p in places])
     assert heights.min() >= 256 and heights.max() <= 1024 and heights.min() < 265
     assert abs(heights.mean() - 640) < 35 and heights.max() > 1010
     assert all(p.size == (min(p.height, 512), min(p.width, 512)) for p in places)
     frame = replace(spec, train=False, geometry=FitWithin(2048, 512))
-    assert transforms.place(frame, draws(1)[0], 375, 500)[:2] == (512, 683)
-    assert transforms.place(frame, draws(1)[0], 100, 1000)[:2] == (205, 2048)
+    assert transforms.plan_resize(frame, draws(1)[0], 375, 500)[:2] == (512, 683)
+    assert transforms.plan_resize(frame, draws(1)[0], 100, 1000)[:2] == (205, 2048)
 
 
 def test_crops_of_one_class_are_drawn_again() -> None:
     mask = np.zeros((50, 200), np.uint8)
     mask[:, 100:] = 3
-    mask[:10] = 255  # which does not count
+    mask[:10] = 255  # ignored pixels do not count
     crop = RatioCrop(size=50)
-    columns = np.array([transforms.corner(mask, crop, draw)[1] for draw in draws(2000)])
+    columns = np.array([transforms.choose_corner(mask, crop, draw)[1] for draw in draws(2000)])
     fine = (columns >= 63) & (columns <= 87)  # a quarter of 50 columns on either side of the step
-    # 25 of 151 places are fine; the eleventh is taken as it comes.
+    # 25 of 151 positions qualify; the eleventh draw is taken unconditionally.
     assert fine.mean() == pytest.approx(1 - (126 / 151) ** 11, abs=0.03)
-    lax = np.array([transforms.corner(mask, replace(crop, most=1.0), d)[1] for d in draws(2000)])
-    assert (lax < 50).mean() < 0.1 < ((lax > 50) & (lax < 63)).mean()  # one class alone never is
+    lax = np.array(
+        [transforms.choose_corner(mask, replace(crop, most=1.0), d)[1] for d in draws(2000)]
+    )
+    assert (
+        (lax < 50).mean() < 0.1 < ((lax > 50) & (lax < 63)).mean()
+    )  # a single class never qualifies
     rest = columns[~fine]
     assert abs(np.mean(rest < 75) - 0.5) < 0.15 and rest.min() == 0 and rest.max() == 150
 
@@ -148,13 +156,13 @@ def test_crops_of_nothing_that_counts_end_with_the_last_place() -> None:
     mask = np.full((80, 90), 255, np.uint8)
     draw = draws(1)[0]
     draw[-2:] = 0.999, 0.5
-    assert transforms.corner(mask, RatioCrop(size=50), draw) == (30, 20)
-    assert transforms.corner(mask, RatioCrop(size=100), draw) == (0, 0)
+    assert transforms.choose_corner(mask, RatioCrop(size=50), draw) == (30, 20)
+    assert transforms.choose_corner(mask, RatioCrop(size=100), draw) == (0, 0)
 
 
 def test_a_cut_is_the_same_of_image_and_mask() -> None:
     before, _ = scene(0, 60, 80)
-    after = transforms.cut(before, 20, 10, 50)
+    after = transforms.crop_scene(before, 20, 10, 50)
     assert torch.equal(after.image, before.image[:, 20:70, 10:60])
     assert after.image.shape == (3, 40, 50)
     assert after.masks is not None and before.masks is not None
@@ -202,5 +210,5 @@ def test_each_color_is_changed_half_of_the_time() -> None:
     duller = draws(500)
     duller[:, [TINT["brighter"], TINT["contrast"], TINT["hue"]]] = 0.9
     found = np.array([transforms.distort(pixels, draw).view(3).tolist() for draw in duller])
-    assert (found[:, 0] == 200).all()  # HSV's value stays
+    assert (found[:, 0] == 200).all()  # V of HSV is unchanged
     assert found[:, 2].min() == pytest.approx(0, abs=2) and found[:, 2].max() > 120

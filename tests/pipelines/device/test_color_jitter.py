@@ -1,4 +1,4 @@
-"""Color jitter and lighting, against torchvision's own operations and plain numpy."""
+"""Color jitter and lighting, against torchvision's operations and plain NumPy."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ALL = ColorJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.3, lightin
 OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
-def straight(image: torch.Tensor, tints: JitterParams, i: int) -> torch.Tensor:
-    """One uint8 (3, S, S) image through torchvision's functions, one after the other."""
+def torchvision_jitter(image: torch.Tensor, tints: JitterParams, i: int) -> torch.Tensor:
+    """Apply torchvision's functions in turn to one uint8 (3, S, S) image."""
     for operation in tints.order[i]:
         image = OPERATIONS[operation](image, float(tints.factors[i, operation]))
     return image
 
 
 def test_bit_equal_to_torchvision() -> None:
-    """All orders of four operations; noise, grey, black, white and even colors."""
+    """All orders of four operations, on noise, grey, black, white and uniform colors."""
     generator = torch.Generator().manual_seed(0)
     tints = draw_jitter(ALL, seed=3, epoch=5, indices=np.arange(60))
     assert len({tuple(order) for order in tints.order}) > 15
@@ -40,7 +40,7 @@ def test_bit_equal_to_torchvision() -> None:
     images[:, :, 8:12] = images[:, :, 8:9, :1]
     found = jitter(images.float(), tints)
     for i, image in enumerate(images):
-        assert torch.equal(found[i], straight(image, tints, i).float()), i
+        assert torch.equal(found[i], torchvision_jitter(image, tints, i).float()), i
 
 
 def test_draws_do_not_depend_on_company_and_fill_their_ranges() -> None:
@@ -58,7 +58,7 @@ def test_draws_do_not_depend_on_company_and_fill_their_ranges() -> None:
     orders, counts = np.unique(tints.order, axis=0, return_counts=True)
     assert sorted(map(tuple, orders)) == sorted(itertools.permutations(range(4)))
     assert counts.min() > 4000 / 24 * 0.7
-    # Three independent normal numbers along the principal colors give this covariance.
+    # Three independent normal numbers along the principal components give this covariance.
     directions = np.array(
         [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
     )
@@ -77,7 +77,7 @@ def test_what_is_not_asked_for_is_left_out() -> None:
     for senseless in ({"brightness": -0.1}, {"hue": 0.6}):
         with pytest.raises(ValueError, match="color"):
             ColorJitter(**senseless)
-    with pytest.raises(ValueError, match="plain views"):
+    with pytest.raises(ValueError, match="needs views=plain"):
         LoaderSpec(color_jitter=ALL)
 
 
@@ -87,7 +87,7 @@ def test_lighting_is_added_last_and_not_rounded() -> None:
     tints = draw_jitter(ALL, seed=0, epoch=0, indices=np.arange(5))
     found = jitter_views(images, tints, normalize=IMAGENET, dtype=torch.float32)
     for i, image in enumerate(images):
-        jittered = straight(image.permute(2, 0, 1), tints, i).double().numpy()
+        jittered = torchvision_jitter(image.permute(2, 0, 1), tints, i).double().numpy()
         lit = jittered + tints.shifts[i, :, None, None]
         mean, std = np.array(IMAGENET.mean), np.array(IMAGENET.std)
         expected = (lit - mean[:, None, None]) / std[:, None, None]
@@ -100,7 +100,7 @@ def batches(spec: LoaderSpec, epoch: int, start: int = 0) -> list[Batch]:
 
 
 def test_through_the_loader(folder: Path, beton: Path) -> None:
-    """Same colors for the same sample: from files or a beton, resumed, in another batch size."""
+    """A sample gets the same colors from files, from a beton, resumed, and at any batch size."""
     spec = LoaderSpec(
         data=str(folder), engine="folder", batch_size=6, crop=RandomResizedCrop(20), views="plain",
         workers=1, color_jitter=ALL, seed=4,
@@ -115,7 +115,10 @@ def test_through_the_loader(folder: Path, beton: Path) -> None:
         tints = draw_jitter(ALL, seed=4, epoch=1, indices=batch.indices.numpy())
         crops = (before.images * std + mean).round().to(torch.uint8)
         for i in range(6):
-            lit = straight(crops[i], tints, i) + torch.from_numpy(tints.shifts[i])[:, None, None]
+            lit = (
+                torchvision_jitter(crops[i], tints, i)
+                + torch.from_numpy(tints.shifts[i])[:, None, None]
+            )
             expected = (lit - mean[0]) / std[0]
             torch.testing.assert_close(batch.images[i], expected, atol=1e-5, rtol=0)
             images[int(batch.indices[i])] = batch.images[i]
@@ -124,7 +127,7 @@ def test_through_the_loader(folder: Path, beton: Path) -> None:
         assert torch.equal(batch.images, again.images)
     for batch in batches(replace(spec, data=str(beton), batch_size=9), 1):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            if index in images:  # the last samples of one order are dropped in the other
+            if index in images:  # one order drops the last samples of the other
                 assert torch.equal(image, images[index])
     half = replace(spec, color_jitter=replace(ALL, lighting=0.0))
     assert not torch.equal(batches(half, 1)[0].images, found[0].images)

@@ -1,4 +1,4 @@
-"""The four rotations, against Pillow and torch, bit for bit."""
+"""The four rotations, bit for bit against Pillow and torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.batch import Regions
 from pipelines.device.rotate import normalize_views, rotate4, rotation_labels
 from pipelines.imaging.resize import scratch_size
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
-from tests.pipelines.imaging.test_resize import resize_into
+from tests.support.resize import resize_into
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -71,7 +71,7 @@ def test_gpu_and_cpu_agree_bit_for_bit(dtype: torch.dtype) -> None:
     assert there.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_directions_on_a_image_that_one_can_read() -> None:
+def test_directions_on_a_readable_image() -> None:
     """Counter-clockwise: the top right corner goes to the top left at 90 degrees."""
     corners = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     corners[0, :, :, 0] = torch.tensor([[1, 2], [3, 4]])
@@ -98,7 +98,7 @@ def test_values_are_normalised_once(normalize: Normalize) -> None:
 
 
 def plain(crops: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The views by their definition: one operation after the other over the whole batch."""
+    """Reference: the views by their definition, one operation at a time over the whole batch."""
     mean, std = (torch.tensor(v, dtype=torch.float32) for v in (IMAGENET.mean, IMAGENET.std))
     upright = ((crops.float() - mean) * (1.0 / std)).to(dtype)
     turned = torch.cat([torch.rot90(upright, k, (1, 2)) for k in range(4)])
@@ -162,7 +162,7 @@ def test_a_buffer_of_the_caller_is_filled_and_returned(views: int) -> None:
 
 
 def some_regions() -> tuple[Regions, torch.Tensor]:
-    """Regions of noise with gaps between them, and each of them resized by itself."""
+    """Regions of noise with gaps between them, and each region resized on its own."""
     side, shapes, flips = 12, [(20, 30), (1, 1), (12, 12), (7, 40), (5, 3)], [0, 1, 1, 0, 1]
     draw, pieces, offsets, crops, end = np.random.default_rng(0), [], [], [], 0
     for (height, width), flip in zip(shapes, flips, strict=True):
@@ -227,7 +227,7 @@ def test_the_first_rows_are_the_plain_batch() -> None:
 
 
 def test_flip_then_rotate_keeps_the_label_and_the_reverse_does_not() -> None:
-    """Why the order is crop, flip, rotate: flipping last would turn 90 degrees into 270."""
+    """The order is crop, flip, rotate, because flipping last would turn 90 degrees into 270."""
     crops = noise(8, batch=1)
     flipped, labels = rotate4(crops.flip(2), normalize=PIXELS)
     straight, _ = rotate4(crops, normalize=PIXELS)
@@ -241,7 +241,7 @@ def test_flip_then_rotate_keeps_the_label_and_the_reverse_does_not() -> None:
 @pytest.mark.parametrize(
     ("crops", "message"),
     [
-        (torch.zeros(2, 4, 5, 3, dtype=torch.uint8), "crops must be square to be turned, got 4x5"),
+        (torch.zeros(2, 4, 5, 3, dtype=torch.uint8), "crops must be square to be rotated, got 4x5"),
         (torch.zeros(2, 4, 4, 3), "expected uint8"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "expected uint8"),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), "expected uint8"),

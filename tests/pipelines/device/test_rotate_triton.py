@@ -1,6 +1,6 @@
-"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled for two GPUs.
+"""The Triton kernels without a GPU: run by Triton's interpreter, compiled for A100 and H100.
 
-The interpreter has to be chosen before Triton is imported, so this file runs itself as a program.
+The interpreter must be selected before Triton is imported, so this file runs itself as a program.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ pytest.importorskip("triton", reason="no GPU kernels without Triton")
 pytestmark = pytest.mark.timeout(200)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPES = [(20, 23), (1, 5), (17, 17)]  # smaller, larger, as it is
+SHAPES = [(20, 23), (1, 5), (17, 17)]  # smaller, larger, unchanged
 
 
 def reference(crops: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Views (4, B, S, S, 3), by the definition."""
+    """Reference views (4, B, S, S, 3), by the definition."""
     mean, std = (torch.tensor(v) for v in (IMAGENET.mean, IMAGENET.std))
     plain = ((crops.float() - mean) * (1.0 / std)).to(dtype)
     return torch.stack([torch.rot90(plain, k, (1, 2)) for k in range(4)])
@@ -62,7 +62,7 @@ def check_crops() -> None:
         rotate_triton.write_views(crops, out, normalize=IMAGENET)
         expected = reference(crops, dtype)[:views]
         if precision == "bf16":
-            # The interpreter cuts where the hardware rounds: one unit in the last place.
+            # The interpreter truncates where the hardware rounds: one unit in the last place.
             apart = out.view(torch.int16).int() - expected.view(torch.int16).int()
             assert apart.abs().max() <= 1
         else:
@@ -81,7 +81,7 @@ def check_regions() -> None:
     apart = (there - here).abs()
     assert apart.max() <= 1 and apart.mean() < 0.05
     assert torch.equal(there[:, 2], here[:, 2])  # of the right size: copied
-    # Columns of a table, as `pipelines.device.transfer` cuts them out: transposed, strided, all int64.
+    # Columns of a table as `pipelines.device.transfer` slices them: transposed, strided, int64.
     table = torch.stack([regions.offsets, *regions.shapes.long().T, regions.flips.long()], 1)
     shapes = table.T.contiguous()[1:3].T
     assert shapes.stride() == (1, len(SHAPES)) and not table[:, 0].is_contiguous()
@@ -111,9 +111,9 @@ def test_kernels_under_the_interpreter(check: str) -> None:
 def test_kernels_compile_without_a_gpu(
     precision: str, capability: int, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For A100 and H100, down to PTX: rounding to nearest, and nothing fused in between.
+    """For A100 and H100, down to PTX: round to nearest, no fused operations.
 
-    A side of 1 is a constant, as Triton's launcher makes of every argument that is 1.
+    A side of 1 is a constant, because Triton's launcher specialises every argument equal to 1.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -126,8 +126,8 @@ def test_kernels_compile_without_a_gpu(
     regions = {"source": "*u8", "offsets": "*i64", "shapes": "*i32", "flips": "*i1"}
     common = {"out": f"*{precision}", "constants": "*fp32", "batch": "i32", "side": side}
     for kernel, inputs in (
-        (rotate_triton._turn_crops, crops),
-        (rotate_triton._turn_regions, regions),
+        (rotate_triton._rotate_crops, crops),
+        (rotate_triton._rotate_regions, regions),
     ):
         signature = {**inputs, **common, "VIEWS": "constexpr", "TILE": "constexpr"}
         values = {(len(signature) - 2,): 4, (len(signature) - 1,): 16}

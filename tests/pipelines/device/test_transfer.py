@@ -1,6 +1,6 @@
-"""When a loader waits for its device, and what counts as waiting for data.
+"""When a loader waits for its device, and which time counts as waiting for data.
 
-Copies to a GPU are in tests/gpu/test_training.py; here a clock and a device that are made up.
+Copies to a GPU are tested in tests/gpu/test_training.py; clock and device are fakes here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.device.transfer import Transfer
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.loader import Loader
 from pipelines.spec import CenterCrop, LoaderSpec
 
@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 
 class _Engine:
-    """Takes two seconds for a batch, and writes down what is asked of it."""
+    """Takes two seconds for each batch and logs its calls."""
 
     def __init__(self, log: list[str]) -> None:
-        self.bad, self.now, self._log = DecodeErrors(0), 0.0, log
+        self.bad, self.now, self._log = DecodeErrorBudget(0), 0.0, log
 
     def __len__(self) -> int:
         return STEPS
@@ -46,7 +46,7 @@ class _Engine:
 
 
 class _Late(Transfer):
-    """A device that is 50 seconds behind, or broken."""
+    """A device that lags 50 seconds behind, or fails."""
 
     def __init__(self, engine: _Engine, log: list[str]) -> None:
         super().__init__(CPU)
@@ -81,7 +81,7 @@ def loader(engine: _Engine, log: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_waiting_for_the_device_is_not_waiting_for_data(loader: Loader, log: list[str]) -> None:
     assert len(list(loader.epoch(0))) == STEPS
     assert loader.wait_seconds == 2.0 * STEPS
-    # Before every batch, as the engine writes to the buffers of the one before.
+    # Before every batch, because the engine overwrites the buffers of the previous one.
     assert log[: 2 * STEPS] == ["wait", "decode"] * STEPS
 
 

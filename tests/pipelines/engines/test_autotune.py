@@ -1,4 +1,4 @@
-"""Threads for decoding: the share of the cores, and the trials that choose within it."""
+"""Autotuning of decoding threads: the share of the cores, and the trials within it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.engines import autotune
-from pipelines.engines.source import DecodeErrors
+from pipelines.engines.source import DecodeErrorBudget
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
-from tests.pipelines.engines.test_contract import engines, epoch_of
+from tests.support.engines import engines, epoch_of
 
 CPU = torch.device("cpu")
 
@@ -43,16 +43,16 @@ def test_the_budget_is_a_share_of_the_allowed_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
     shard = Shard(0, processes, processes)
     spec = LoaderSpec(cpu_budget=given)
-    assert autotune.budget(spec, shard, torch.device(device)).threads == threads
+    assert autotune.thread_budget(spec, shard, torch.device(device)).threads == threads
 
 
 class _Clocked:
-    """A source on a clock of its own, whose rate is a function of its threads."""
+    """A source with a fake clock, whose rate is a function of its number of threads."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float], *, batch: int = 100
     ) -> None:
-        self.bad, self.workers, self.now, self.open = DecodeErrors(0), 16, 0.0, 0
+        self.bad, self.workers, self.now, self.open = DecodeErrorBudget(0), 16, 0.0, 0
         self.tried: list[int] = []
         self._rate, self._batch = rate, batch
         monkeypatch.setattr("pipelines.engines.autotune.time.perf_counter", lambda: self.now)
@@ -67,7 +67,7 @@ class _Clocked:
         none = torch.zeros(0)
         try:
             for _ in range(start_step, len(self)):
-                self.bad.report("image", "broken")  # neither counted nor an error in a trial
+                self.bad.report("image", "broken")  # in a trial, neither counted nor an error
                 self.now += self._batch / self._rate(self.workers)
                 yield RawBatch(none, none, none, none, none)
         finally:
@@ -76,7 +76,7 @@ class _Clocked:
 
 def chosen(source: object, batch: int = 100, threads: int = 16) -> None:
     spec = LoaderSpec(batch_size=batch)
-    autotune.tune(source, spec, autotune.Budget(threads, 1.0, threads, 1))
+    autotune.autotune(source, spec, autotune.Budget(threads, 1.0, threads, 1))
 
 
 def test_the_fewest_threads_that_are_as_fast(
@@ -86,7 +86,7 @@ def test_the_fewest_threads_that_are_as_fast(
     source = _Clocked(monkeypatch, lambda n: 1000.0 * min(n, 4) - n)
     chosen(source)
     assert source.workers == 4 and source.open == 0
-    assert source.tried == [16, 16, 8, 4, 2]  # the first one only reads
+    assert source.tried == [16, 16, 8, 4, 2]  # the first trial only reads the data
     assert source.bad.total == 0 and source.now < 4
     (line,) = caplog.messages
     assert line == (
@@ -123,12 +123,12 @@ def test_trials_end_in_time(
 def test_a_slow_first_reading_keeps_all_threads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was a disk that was waited for, and threads wait for it beside one another."""
+    """The time went into waiting for the disk, and several threads can wait at once."""
     caplog.set_level(logging.INFO, "pipelines.engines.autotune")
     source = _Clocked(monkeypatch, lambda _n: 4000.0 if len(source.tried) > 1 else 500.0)
     chosen(source)
     assert source.workers == 16
-    assert "all of them, as the first reading ran at 500" in caplog.text
+    assert "all of them, because the first reading ran at 500" in caplog.text
 
 
 def test_an_error_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_trials_change_nothing_that_is_emitted(
         assert ("fixed when it is opened" if engine == "dali" else "images/s: ") in line
         given = LoaderSpec(**{**vars(spec), "workers": 1})
         with open_loader(given) as fixed:
-            assert len(caplog.messages) == 1  # as it is, without a trial
+            assert len(caplog.messages) == 1  # unchanged, without a trial
             for epoch in (0, 1):
                 for ours, theirs in zip(
                     epoch_of(tuned, epoch), epoch_of(fixed, epoch), strict=True

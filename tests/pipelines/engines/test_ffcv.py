@@ -1,4 +1,4 @@
-"""The FFCV engine: spliced decoding, progressive sides, regions, and one thread over all epochs."""
+"""The FFCV engine: spliced decoding, progressive resizing, regions, its decoding thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.resize import scratch_size
 from pipelines.spec import LoaderSpec, RandomCrop, RandomResizedCrop, Shard
-from tests.pipelines.imaging.test_resize import resize_into
+from tests.support.resize import resize_into
 
 pytest.importorskip(
     "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
@@ -39,7 +39,7 @@ COUNT, BATCH, STEPS = 14, 4, 3
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs with fine detail, of several sizes, that can be cut."""
+    """A beton of photographs with fine detail, several sizes and restart markers."""
     root = tmp_path_factory.mktemp("ffcv")
     (root / "data" / "x").mkdir(parents=True)
     for i in range(COUNT):
@@ -60,7 +60,7 @@ def source_of(data: Path | Beton, *, workers: int = 1, **options: Any) -> engine
 
 
 def copied(batches: Iterator[RawBatch]) -> list[RawBatch]:
-    """Batches are borrowed: keep copies."""
+    """Copy the batches, because the engine reuses their memory."""
     kept = []
     for batch in batches:
         images = batch.images
@@ -161,7 +161,7 @@ def test_regions_are_black_outside_the_image(beton: Path) -> None:
     ):
         assert isinstance(cut.images, Regions)
         assert (cut.boxes[:, :2] < 0).any()
-        # Nothing to resize: a region is the crop.
+        # Nothing to resize: the region is the crop.
         assert torch.equal(cut.images.pixels, whole.images.flatten())  # type: ignore[union-attr]
         for (top, left), crop in zip(cut.boxes[:, :2].tolist(), whole.images, strict=True):
             assert not crop[: max(-top, 0)].any() and not crop[:, : max(-left, 0)].any()
@@ -171,7 +171,7 @@ def test_regions_are_black_outside_the_image(beton: Path) -> None:
 def test_a_refused_sample_is_looked_at_again_as_a_region(
     beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An end marker that comes early is a warning to libjpeg; torchvision decodes on."""
+    """An early end marker is only a warning for libjpeg; torchvision continues to decode."""
     copy = tmp_path / "p.beton"
     shutil.copy(beton, copy)
     with Beton.open(beton) as opened, copy.open("r+b") as file:
@@ -201,7 +201,7 @@ def test_training_goes_on_into_the_next_epoch(beton: Path, monkeypatch: pytest.M
     decoded = []
     real = engine.RingLoader.decode
 
-    def spy(self: Any, step: engine.Step, number: int) -> engine.Decoded:
+    def spy(self: Any, step: engine.Step, number: int) -> engine.DecodedBatch:
         decoded.append((step.epoch, step.step))
         if step.epoch == 5:
             ahead.set()
@@ -211,12 +211,12 @@ def test_training_goes_on_into_the_next_epoch(beton: Path, monkeypatch: pytest.M
     monkeypatch.setattr(engine.RingLoader, "decode", spy)
     source = source_of(beton)
     assert same(copied(source.epoch(4)), expected[4])
-    assert ahead.wait(20)  # before anybody asks
+    assert ahead.wait(20)  # before it is requested
     (thread,) = threads()
     assert same(copied(source.epoch(5)), expected[5])
     assert threads() == [thread]
     assert decoded[: 2 * STEPS] == [(4, 0), (4, 1), (4, 2), (5, 0), (5, 1), (5, 2)]
-    # Elsewhere: what was prepared is discarded, and another thread begins there.
+    # Another epoch: the prepared batches are discarded and a new thread starts there.
     assert same(copied(source.epoch(9)), expected[9])
     assert same(copied(source.epoch(4, 1)), expected[4][1:])
     assert len(threads()) == 1 and thread not in threads()
@@ -230,7 +230,7 @@ def test_evaluation_decodes_what_is_asked_for_and_ends(
     decoded = []
     real = engine.RingLoader.decode
 
-    def spy(self: Any, step: engine.Step, number: int) -> engine.Decoded:
+    def spy(self: Any, step: engine.Step, number: int) -> engine.DecodedBatch:
         decoded.append((step.epoch, step.step))
         return real(self, step, number)
 
@@ -270,9 +270,9 @@ def test_the_number_of_threads_may_change_at_any_batch(beton: Path) -> None:
 
 
 def test_lanes_share_the_work() -> None:
-    """Every sample is some lane's, once, whatever the numbers of lanes and samples."""
+    """Every sample belongs to exactly one lane, for any number of lanes and samples."""
     for lanes in (1, 2, 3, 7):
         for batch in (1, 4, 13):
             rounds = range(-(-batch // lanes))
-            places = [kernels._turn(n, lane, lanes) for lane in range(lanes) for n in rounds]
+            places = [kernels._work_index(n, lane, lanes) for lane in range(lanes) for n in rounds]
             assert sorted(p for p in places if p < batch) == list(range(batch))

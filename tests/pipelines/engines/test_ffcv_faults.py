@@ -1,6 +1,6 @@
-"""Each fault of stock FFCV that `pipelines.engines.ffcv.source` repairs: that stock has it, and ours has not.
+"""Faults of stock FFCV: stock FFCV shows each one, `pipelines.engines.ffcv.source` does not.
 
-The stock loader is looked at in one process of its own, because it hangs and leaks.
+The stock loader runs in a separate process, because it hangs and leaks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Normalize, RandomResizedCrop
-from tests.conftest import save_jpeg, smooth_image
+from tests.support.images import save_jpeg, smooth_image
 
 pytest.importorskip(
     "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(200)
 ROOT = Path(__file__).parents[3]
 COUNT, BATCH, SIDE = 24, 4, 32
 DAMAGED, BEFORE = 14, 2
-"""With one batch ahead stock FFCV has three slots: sample 14 decodes where sample 2 did."""
+"""With one batch ahead, stock FFCV has three slots: sample 14 reuses the buffer of sample 2."""
 
 STOCK = r"""
 import json, sys, threading, time, torch
@@ -115,7 +115,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def square_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of one size, so that a stale buffer shows a whole other image."""
+    """24 images of one size, so that a stale buffer shows a complete other image."""
     root = tmp_path_factory.mktemp("faults")
     for i in range(COUNT):
         save_jpeg(root / "data" / "x" / f"{i:02}.jpg", smooth_image(i, 48, 48))
@@ -124,7 +124,7 @@ def square_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def zeroed(beton: Path, sample: int, name: str) -> Path:
-    """A copy with one image's bytes zeroed, and without the manifest that would tell."""
+    """A copy in which the bytes of one image are zeroed, without its manifest."""
     copy = beton.with_name(name)
     shutil.copy(beton, copy)
     with Beton.open(beton) as opened, copy.open("r+b") as file:
@@ -140,7 +140,7 @@ def damaged_beton(square_beton: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(square_beton: Path, damaged_beton: Path) -> dict[str, Any]:
-    """What the stock loader did with the two files."""
+    """What the stock loader reported for the two files."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STOCK, str(square_beton), str(damaged_beton)],
         capture_output=True,
@@ -203,7 +203,7 @@ def test_an_error_in_the_thread_arrives(loader: Loader, monkeypatch: pytest.Monk
                 got.append(batch)
         assert len(got) == 3 and time.monotonic() - begin < 5
         frames = [f.name for f in traceback.extract_tb(caught.value.__traceback__)]
-        assert frames[-1] == "broken" and "run" in frames  # the thread's own traceback
+        assert frames[-1] == "broken" and "run" in frames  # the traceback of the thread
     assert not ffcv_threads()
     again = list(loader.epoch(0))
     assert all(torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
@@ -239,7 +239,7 @@ def test_a_stuck_thread_runs_into_the_timeout(
             with pytest.raises(TimeoutError, match="no batch from FFCV's loader thread for 1 s"):
                 next(batches)
             assert 0.9 < time.monotonic() - begin < 4
-            # Its buffers are still being written to: no second thread may use them.
+            # Its buffers are still being written: no second thread may use them.
             with pytest.raises(RuntimeError, match="earlier epoch is stuck"):
                 next(loader.epoch(0))
         release.set()
@@ -282,7 +282,7 @@ def test_a_damaged_image_over_the_budget_is_named(damaged_beton: Path) -> None:
 
 
 def test_padding_does_not_count_as_bad(square_beton: Path) -> None:
-    """The last sample, repeated to fill the batch, is undecodable: that is one, not twelve."""
+    """The undecodable last sample is repeated to fill the batch: it counts once, not twelvefold."""
     copy = zeroed(square_beton, COUNT - 1, "last.beton")
     with open_loader(spec_of(copy, max_undecodable=1, batch_size=35, drop_last=False)) as loader:
         (batch,) = loader.epoch(0)
@@ -292,21 +292,21 @@ def test_padding_does_not_count_as_bad(square_beton: Path) -> None:
 def test_a_mere_warning_of_the_decoder_is_no_damage(
     square_beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FFCV's return code stands for warnings too: another decoder has the last word."""
+    """FFCV's return code covers warnings too, so another decoder decides."""
     asked = []
-    real = engine.FfcvSource._second_opinion
+    real = engine.FfcvSource._decode_with_torchvision
 
-    def spy(self: Any, item: engine.Decoded, i: int) -> bool:
+    def spy(self: Any, item: engine.DecodedBatch, i: int) -> bool:
         asked.append(int(item.step.indices[i]))
         return real(self, item, i)
 
-    monkeypatch.setattr(engine.FfcvSource, "_second_opinion", spy)
+    monkeypatch.setattr(engine.FfcvSource, "_decode_with_torchvision", spy)
     copy = square_beton.with_name("warned.beton")
     shutil.copy(square_beton, copy)
     with Beton.open(square_beton) as beton, copy.open("r+b") as file:
         middle = int(beton.offsets[5] + beton.sizes[5]) - 60
         file.seek(middle)
-        # A restart marker that nothing announced: libjpeg warns and decodes on.
+        # An undeclared restart marker: libjpeg warns and continues to decode.
         file.write(b"\xff\xd3")
     served = {}
     for name in ("ffcv", "folder"):
@@ -341,7 +341,7 @@ def test_an_early_break_leaves_no_thread(loader: Loader) -> None:
     for _ in range(20):
         for _batch in loader.epoch(0):
             break
-        assert not ffcv_threads()  # at once, not when it is collected
+        assert not ffcv_threads()  # at once, not at garbage collection
     assert threading.active_count() == before
     with pytest.raises(ZeroDivisionError):
         for _batch in loader.epoch(0):
@@ -362,9 +362,11 @@ def test_stock_sets_torch_to_its_own_number_of_threads(stock: dict[str, Any]) ->
 def test_torch_keeps_its_threads(square_beton: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(3)\n"
-        "from pipelines.loader import missing_engines, open_loader\n"
+        "from pipelines.engines.choice import missing_engines\n"
+        "from pipelines.loader import open_loader\n"
         "from pipelines.spec import CenterCrop, LoaderSpec\n"
-        "missing_engines(); import pipelines.engines.ffcv.source; assert torch.get_num_threads() == 3, 'import'\n"
+        "missing_engines(); import pipelines.engines.ffcv.source\n"
+        "assert torch.get_num_threads() == 3, 'import'\n"
         "spec = LoaderSpec(data=sys.argv[1], engine='ffcv', batch_size=4, workers=1,\n"
         "                  crop=CenterCrop(32, 48))\n"
         "with open_loader(spec) as loader:\n"
@@ -415,7 +417,7 @@ def test_a_file_replaced_in_mid_epoch_is_read_to_its_end(
 
 
 def test_an_epoch_allocates_no_dictionaries_per_sample(loader: Loader) -> None:
-    """Tables go to the kernel as the beton's own arrays: nothing grows with the data set."""
+    """The kernel reads the arrays of the beton directly: memory does not grow with the data set."""
     source: Any = loader.source
     tables = source._loader.tables.state
     beton = source._beton

@@ -1,4 +1,4 @@
-"""Progressive sides: each epoch's crops have its side, and are the same crops in every epoch."""
+"""Progressive resizing: the crop size follows the schedule, the crop boxes do not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from tests.pipelines.engines.test_contract import PIXELS, engines, epoch_of
+from tests.support.engines import PIXELS, engines, epoch_of
 
 SIDES = ((0, 12), (1, 32), (3, 20))
 BY_EPOCH = [12, 32, 32, 20, 20]
@@ -37,7 +37,7 @@ def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -
         opened(engine, beton, resolution_schedule=SIDES) as jumping,
         opened(engine, beton) as constant,
     ):
-        for epoch, side in enumerate(BY_EPOCH):  # one after the other: prefetching crosses epochs
+        for epoch, side in enumerate(BY_EPOCH):  # consecutive epochs: prefetching crosses them
             ours, theirs = epoch_of(growing, epoch), epoch_of(constant, epoch)
             assert {tuple(b.images.shape) for b in ours} == {(6, 3, side, side)}
             assert len(ours) == len(theirs) == 6
@@ -51,14 +51,14 @@ def test_every_epoch_has_its_side_and_the_same_crops(beton: Path, engine: str) -
                 far = (one.images.mean((2, 3)) - other.images.mean((2, 3))).abs().max()
                 assert far < 2.5, (epoch, far)
             assert growing.digest == constant.digest != 0
-        for epoch in (3, 0, 2):  # in any order, and from the middle
+        for epoch in (3, 0, 2):  # in any order, and starting inside an epoch
             (last,) = epoch_of(jumping, epoch, 5)
             assert last.images.shape[2] == BY_EPOCH[epoch]
 
 
 @pytest.mark.parametrize("engine", engines("folder", "dali", "ffcv"))
 def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> None:
-    """As if the loader had been opened for it: nothing is resized twice."""
+    """Equal to a loader opened with that size: nothing is resized twice."""
     with (
         opened(engine, beton, resolution_schedule=((0, 32), (1, 16))) as progressive,
         opened(engine, beton, crop=RandomResizedCrop(16)) as small,
@@ -70,7 +70,7 @@ def test_a_smaller_side_is_the_crop_of_that_size(beton: Path, engine: str) -> No
 
 @pytest.mark.parametrize("engine", engines("ffcv"))
 def test_regions_are_resized_by_the_loader(beton: Path, engine: str) -> None:
-    """As if the engine had done it: same crops of the same side in every epoch, views and all."""
+    """Equal to resizing in the engine: the same crops of the same size in every epoch."""
     with (
         opened(engine, beton, resolution_schedule=SIDES, views="rotate4") as here,
         opened(engine, beton, resolution_schedule=SIDES, views="rotate4", resize="device") as there,

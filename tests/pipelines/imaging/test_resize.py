@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.imaging.resize import resize_region, scratch_size
+from pipelines.imaging.resize import scratch_size
+from tests.support.resize import resize_into
 
 pytestmark = pytest.mark.timeout(120)  # the first call compiles
 
@@ -22,20 +23,8 @@ Box = tuple[int, int, int, int]
 GUARD = 64
 
 
-def resize_into(
-    source: Pixels, box: Box, out: Pixels, flip: bool, scratch: npt.NDArray[np.uint32]
-) -> None:
-    """`resize_region` of arrays: a box of (H, W, 3), pixels of a row adjacent, into (S, S, 3)."""
-    top, left, height, width = box
-    assert source.strides[1:] == (3, 1) and out.flags.c_contiguous
-    assert 0 <= top <= top + height <= source.shape[0]
-    assert 0 <= left <= left + width <= source.shape[1]
-    first, stride = source.ctypes.data + top * source.strides[0] + 3 * left, source.strides[0]
-    resize_region(first, stride, height, width, out.ctypes.data, out.shape[0], flip, scratch)
-
-
 def ours(source: Pixels, box: Box, side: int, flip: bool = False) -> Pixels:
-    """`resize_region`, with a guard behind the output and behind the scratch."""
+    """`resize_region` with guard words after the output and the scratch buffer."""
     needed = scratch_size(box[2], box[3], side)
     scratch = np.full(needed + GUARD, 0xA5, np.uint32)
     memory = np.full(side * side * 3 + GUARD, 0x5A, np.uint8)
@@ -93,7 +82,7 @@ def test_extreme_shapes_of_noise_match_pillow(
 
 
 def test_strong_reduction_of_a_large_region() -> None:
-    """Hundreds of taps: more than any fraction of 16 bits could carry without care."""
+    """Hundreds of filter taps: more than naive 16-bit weights could represent."""
     source = np.random.default_rng(1).integers(0, 256, (2000, 3000, 3), np.uint8)
     source[:, :1000] = 255
     source[:, 1000:2000] = 0
@@ -118,7 +107,7 @@ def test_a_region_of_the_right_size_is_copied(side: int) -> None:
 
 @pytest.mark.parametrize("side", [6, 45])
 def test_a_flip_mirrors_the_result(side: int) -> None:
-    """A point of the filter lies as far from the left as its mirror image from the right."""
+    """The filter is symmetric: mirroring the input mirrors the output."""
     source = np.random.default_rng(3).integers(0, 256, (60, 83, 3), np.uint8)
     straight, mirrored = (ours(source, (5, 6, 40, 70), side, flip) for flip in (False, True))
     assert np.array_equal(mirrored, straight[:, ::-1])
@@ -137,7 +126,7 @@ def test_pixels_around_the_region_do_not_show() -> None:
 _GUARDED = """
 import ctypes, mmap
 import numpy as np
-from pipelines.imaging.resize import resample, scratch_size
+from pipelines.imaging.resize import resize_region, scratch_size
 
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 3 * page)
@@ -156,13 +145,13 @@ for height, width in [(20, 6), (20, 7), (20, 8), (20, 9), (17, 33), (4, 3), (1, 
             out = np.empty((side, side, 3), np.uint8)
             scratch = np.empty(scratch_size(height, width, side), np.uint32)
             start, end = image.ctypes.data, out.ctypes.data
-            resample(start, 3 * width, height, width, end, side, False, scratch)
+            resize_region(start, 3 * width, height, width, end, side, False, scratch)
 print("read nothing else")
 """
 
 
 def test_nothing_is_read_outside_the_source() -> None:
-    """An image at either end of its page, with pages beside it that nobody may read."""
+    """An image at either end of its page, next to pages that may not be read."""
     done = subprocess.run(
         [sys.executable, "-c", _GUARDED], capture_output=True, text=True, timeout=100, check=False
     )
@@ -178,7 +167,7 @@ def test_rows_of_the_source_may_stand_apart() -> None:
 
 @pytest.mark.parametrize("extent", [1, 2, 7, 64, 501])
 def test_scratch_for_the_largest_is_enough_for_less(extent: int) -> None:
-    """Sides that grow over the epochs share one buffer; a smaller side takes more taps."""
+    """Sizes that grow over the epochs share one buffer; a smaller size needs more taps."""
     source = np.random.default_rng(7).integers(0, 256, (extent, extent, 3), np.uint8)
     needed = scratch_size(extent, extent, 48)
     scratch = np.full(needed + GUARD, 0xA5, np.uint32)

@@ -1,4 +1,4 @@
-"""The walk over Huffman codes: what it accepts, and which damage it finds."""
+"""Walking Huffman codes without decoding pixels: accepted streams and detected damage."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.conversion.encode import Options, Prepared, prepare
+from pipelines.conversion.encode import Options, PreparedImage, prepare
 from pipelines.imaging.decode import inspect
 from pipelines.jpeg.markers import JpegError, read_header
 from pipelines.jpeg.scan import Scan, walk_scan
-from tests.pipelines.jpeg.test_markers import encode, make_image
-from tests.pipelines.jpeg.test_restart_markers import noise, photographs
+from tests.support.encoded_images import encode
+from tests.support.images import gradient_image, noise_image, photographs
 
 pytestmark = pytest.mark.timeout(120)
 
-NOISE = encode(noise(64, 80), quality=90)
-MARKED = encode(noise(64, 80), quality=90, restart_marker_blocks=4)
+NOISE = encode(noise_image(64, 80), quality=90)
+MARKED = encode(noise_image(64, 80), quality=90, restart_marker_blocks=4)
 PHOTOGRAPH = encode(photographs()[1], quality=85)
 
 
@@ -34,7 +34,7 @@ def coded(data: bytes) -> int:
 
 
 def test_dc_differences_add_up_to_the_mean_of_each_block() -> None:
-    """An independent value for the DC coefficient: Pillow's pixels, averaged, over its table."""
+    """Independent DC coefficients: the mean of Pillow's pixels over the quantisation table."""
     with Image.open(BytesIO(encode(photographs()[0].convert("L"), quality=100))) as image:
         table = image.quantization[0]  # type: ignore[attr-defined]
         grey = np.asarray(image)[:424, :640].astype(float)
@@ -100,14 +100,14 @@ def test_damage_is_found_and_named(name: str) -> None:
 
 
 def test_walk_finds_what_a_decoder_papers_over() -> None:
-    """libjpeg fills in grey for data that end too early, and Pillow says nothing of it."""
+    """libjpeg fills missing data with grey, and Pillow does not report it."""
     data, _ = DAMAGE["end marker too early"]
     assert inspect(data) is None
 
 
-@pytest.mark.parametrize("base", [NOISE, MARKED, PHOTOGRAPH, encode(make_image(40, 40))])
+@pytest.mark.parametrize("base", [NOISE, MARKED, PHOTOGRAPH, encode(gradient_image(40, 40))])
 def test_whatever_bits_flip_the_walk_ends_in_words(base: bytes) -> None:
-    """Never a crash, never a read outside; most flips in the coded data are found."""
+    """No crash, no read outside the buffer; most bit flips in the coded data are detected."""
     draw = np.random.default_rng(len(base))
     found = 0
     for _ in range(300):
@@ -131,12 +131,12 @@ def test_whatever_bits_flip_the_walk_ends_in_words(base: bytes) -> None:
 
 
 def test_streams_that_the_walk_does_not_know_are_left_to_the_decoder() -> None:
-    """Without Huffman tables some decoders take the standard's own."""
+    """Without Huffman tables, some decoders use those of the standard."""
     data = NOISE
     while b"\xff\xc4" in data[: coded(data)]:
         at = data.index(b"\xff\xc4")
         data = remove(data, at, 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
     assert walk_scan(data, read_header(data)) is None
-    progressive = encode(make_image(), progressive=True)
+    progressive = encode(gradient_image(), progressive=True)
     made = prepare(progressive, options=Options())
-    assert made == Prepared(progressive, 24, 40, "passed", uncut="progressive")
+    assert made == PreparedImage(progressive, 24, 40, "passed", uncut="progressive")

@@ -1,9 +1,7 @@
-"""JPEG markers and decoding, against Pillow as the independent reader."""
+"""JPEG markers and decoding, compared with Pillow."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
@@ -12,56 +10,28 @@ from PIL import Image, ImageOps
 
 from pipelines.imaging.decode import ImageError, decode_rgb, inspect
 from pipelines.jpeg.markers import JpegError, read_header
+from tests.support.encoded_images import encode, exif, frame_at, png_of, with_size
+from tests.support.images import gradient_image
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def make_image(height: int = 24, width: int = 40, mode: str = "RGB") -> Image.Image:
-    """A smooth image in which every corner has another color."""
-    y, x = np.mgrid[0:height, 0:width]
-    rgb = np.stack([255 * y / height, 255 * x / width, 0 * x + 60], axis=2)
-    return Image.fromarray(rgb.astype(np.uint8)).convert(mode)
-
-
-def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
-    out = BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def exif(orientation: int) -> bytes:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags.tobytes()
-
-
-def frame_at(data: bytes) -> int:
-    """Offset of the start-of-frame marker."""
-    return next(data.index(bytes((0xFF, c))) for c in (0xC0, 0xC2) if bytes((0xFF, c)) in data)
-
-
-def with_size(data: bytes, *, height: int, width: int) -> bytes:
-    """The same stream with another size in its header."""
-    at = frame_at(data) + 5
-    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize(("mode", "components"), [("RGB", 3), ("L", 1), ("CMYK", 4)])
 def test_header_is_what_pillow_reads(mode: str, components: int, progressive: bool) -> None:
-    data = encode(make_image(mode=mode), progressive=progressive)
+    data = encode(gradient_image(mode=mode), progressive=progressive)
     header = read_header(data, whole=True)
     assert (header.height, header.width, header.components) == (24, 40, components)
     assert header.progressive is progressive
     assert header.precision == 8 and not header.arithmetic and not header.lossless
     assert header.end == len(data)
-    assert header.odd is None
+    assert header.warning is None
     assert header.adobe_transform == (None if mode != "CMYK" else header.adobe_transform)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_read_and_applied_as_pillow_does(orientation: int) -> None:
-    data = encode(make_image(), exif=exif(orientation), quality=95)
+    data = encode(gradient_image(), exif=exif(orientation), quality=95)
     header = read_header(data)
     assert header.orientation == orientation
     expected = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(data))))
@@ -71,42 +41,42 @@ def test_orientation_is_read_and_applied_as_pillow_does(orientation: int) -> Non
 
 def test_big_endian_exif_and_nonsense_in_it() -> None:
     block = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    data = encode(make_image(), exif=b"Exif\0\0" + block)
+    data = encode(gradient_image(), exif=b"Exif\0\0" + block)
     assert read_header(data).orientation == 6
     for bad in (b"", b"II*\0\xff\xff\xff\xff", block.replace(b"\0\x06\0", b"\0\x63\0")):
-        cut = encode(make_image(), exif=b"Exif\0\0" + bad)
+        cut = encode(gradient_image(), exif=b"Exif\0\0" + bad)
         assert read_header(cut).orientation == 1
 
 
 def test_every_truncation_is_found() -> None:
-    data = encode(make_image())
+    data = encode(gradient_image())
     for length in range(len(data)):
         with pytest.raises(JpegError):
             read_header(data[:length], whole=True)
 
 
 def test_junk_behind_the_end_is_tolerated() -> None:
-    data = encode(make_image())
+    data = encode(gradient_image())
     header = read_header(data + b"junk" * 1250, whole=True)
-    assert header.end == len(data) and header.odd is None
+    assert header.end == len(data) and header.warning is None
     assert inspect(data + b"junk") is None
 
 
 def test_oddities_that_strict_decoders_reject_are_noted() -> None:
-    data = encode(make_image())
+    data = encode(gradient_image())
     at = frame_at(data)
-    assert "stray" in str(read_header(data[:at] + b"abc" + data[at:], whole=True).odd)
+    assert "stray" in str(read_header(data[:at] + b"abc" + data[at:], whole=True).warning)
     jfif = data.index(b"JFIF\0") + 5
-    assert "JFIF" in str(read_header(data[:jfif] + b"\x02" + data[jfif + 1 :], whole=True).odd)
+    assert "JFIF" in str(read_header(data[:jfif] + b"\x02" + data[jfif + 1 :], whole=True).warning)
     scan = data.index(b"\xff\xda") + 14
     middle = data[:scan] + b"\xff\xd3" + data[scan:]
-    assert "restart" in str(read_header(middle, whole=True).odd)
+    assert "restart" in str(read_header(middle, whole=True).warning)
 
 
 def test_restart_markers_are_not_odd() -> None:
-    data = encode(make_image(64, 64), restart_marker_rows=1)
+    data = encode(gradient_image(64, 64), restart_marker_rows=1)
     assert b"\xff\xd0" in data
-    assert read_header(data, whole=True).odd is None
+    assert read_header(data, whole=True).warning is None
 
 
 @pytest.mark.parametrize(
@@ -119,7 +89,7 @@ def test_restart_markers_are_not_odd() -> None:
         (b"\xff\xd8\xff\xe0\x00\x01", "length 1"),
         (b"\xff\xd8\xff\xe0\xff\xff", "wants 65535 bytes"),
         (b"\xff\xd8\xff\xda\x00\x02", "before any frame"),
-        (with_size(encode(make_image()), height=0, width=40), "0 x 40 pixels"),
+        (with_size(encode(gradient_image()), height=0, width=40), "0 x 40 pixels"),
     ],
 )
 def test_broken_streams_are_refused_in_words(data: bytes, words: str) -> None:
@@ -128,7 +98,7 @@ def test_broken_streams_are_refused_in_words(data: bytes, words: str) -> None:
 
 
 def test_random_damage_never_raises_anything_else() -> None:
-    clean = bytearray(encode(make_image(), exif=exif(6)))
+    clean = bytearray(encode(gradient_image(), exif=exif(6)))
     rng = np.random.default_rng(0)
     for _ in range(500):
         data = clean.copy()
@@ -156,7 +126,7 @@ def test_random_damage_never_raises_anything_else() -> None:
     ],
 )
 def test_lossless_formats_decode_exactly(form: str, mode: str) -> None:
-    image = make_image(mode=mode)
+    image = gradient_image(mode=mode)
     reference = Image.open(BytesIO(encode(image, form))).convert("RGB")
     np.testing.assert_array_equal(decode_rgb(encode(image, form)), np.asarray(reference))
 
@@ -168,29 +138,16 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert out.shape == (4, 256, 3)
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A valid grey PNG whose pixels compress to almost nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    rows = zlib.compress(bytes(1 << 16))
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (b"", "empty"),
         (b"<html>hello</html>", "not a JPEG"),
-        (encode(make_image())[:-40], "end marker"),
-        (encode(make_image(), "PNG")[:-60], "."),
+        (encode(gradient_image())[:-40], "end marker"),
+        (encode(gradient_image(), "PNG")[:-60], "."),
         (png_of(15_000, 15_000), "limit"),
         (png_of(9_600, 10_000), "."),
-        (with_size(encode(make_image()), height=65_500, width=65_500), "limit"),
+        (with_size(encode(gradient_image()), height=65_500, width=65_500), "limit"),
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "no fixed range"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG"),
     ],

@@ -1,4 +1,4 @@
-"""Restart markers keep every pixel, and lie where the table of segments says."""
+"""Insertion of restart markers: pixels are unchanged, segments lie where the table says."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.beton.segments import find_fault
 from pipelines.jpeg.markers import read_header
-from pipelines.jpeg.restart_markers import SHARE, RestartLayout, with_restarts
+from pipelines.jpeg.restart_markers import MAX_OVERHEAD, RestartLayout, insert_restart_markers
 from pipelines.jpeg.scan import walk_scan
-from tests.pipelines.jpeg.test_markers import encode, exif, make_image
+from tests.support.encoded_images import encode, exif
+from tests.support.images import gradient_image, noise_image, photographs
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -25,53 +25,44 @@ pytestmark = pytest.mark.timeout(120)
 def cut(data: bytes) -> tuple[bytes, RestartLayout]:
     scan = walk_scan(data, read_header(data))
     assert scan is not None
-    found = with_restarts(data, scan)
+    found = insert_restart_markers(data, scan)
     assert found is not None
     return found
 
 
 def pixels(data: bytes) -> npt.NDArray[np.uint8]:
-    """As Pillow decodes them, without conversion of colors."""
+    """As Pillow decodes them, without color conversion."""
     image = Image.open(BytesIO(data))
     image.draft("YCbCr" if image.mode == "RGB" else None, None)
     return np.asarray(image)
 
 
 def torch_pixels(data: bytes) -> npt.NDArray[np.uint8]:
-    """As torchvision's own decoder sees them."""
+    """As torchvision decodes them."""
     stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     found: npt.NDArray[np.uint8] = decode_jpeg(stream, mode=ImageReadMode.RGB).numpy()
     return found
 
 
-def noise(height: int, width: int) -> Image.Image:
-    pattern = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pattern)
-
-
-def photographs() -> list[Image.Image]:
-    return [Image.fromarray(image) for image in load_sample_images().images]
-
-
 STREAMS: dict[str, bytes] = {
     **{
         f"{height} x {width}, subsampling {subsampling}": encode(
-            noise(height, width), subsampling=subsampling, quality=80
+            noise_image(height, width), subsampling=subsampling, quality=80
         )
         for height, width in ((1, 1), (8, 8), (17, 33), (16, 400), (65, 7), (50, 131))
         for subsampling in (0, 1, 2)
     },
-    "grey": encode(noise(70, 99).convert("L")),
-    "optimised": encode(make_image(100, 150), optimize=True),
-    "optimised noise": encode(noise(90, 150), optimize=True, quality=100),
+    "grey": encode(noise_image(70, 99).convert("L")),
+    "optimised": encode(gradient_image(100, 150), optimize=True),
+    "optimised noise": encode(noise_image(90, 150), optimize=True, quality=100),
     "flat": encode(Image.new("RGB", (300, 40), (255, 0, 9)), optimize=True),
-    "marked rows": encode(noise(90, 150), restart_marker_rows=1),
-    "marked odd": encode(noise(90, 150), restart_marker_blocks=7),
-    "marked single": encode(noise(40, 50), restart_marker_blocks=1),
+    "marked rows": encode(noise_image(90, 150), restart_marker_rows=1),
+    "marked odd": encode(noise_image(90, 150), restart_marker_blocks=7),
+    "marked single": encode(noise_image(40, 50), restart_marker_blocks=1),
     "marked, finer than cut": encode(photographs()[0], restart_marker_blocks=3),
-    "quality 1": encode(noise(90, 150), quality=1),
+    "quality 1": encode(noise_image(90, 150), quality=1),
     "application data": encode(
-        make_image(), exif=exif(1), icc_profile=b"\xff\xd0\xff\xda" * 900, comment=b"\xff\xd9"
+        gradient_image(), exif=exif(1), icc_profile=b"\xff\xd0\xff\xda" * 900, comment=b"\xff\xd9"
     ),
     **{
         f"photograph {n}, {name}": encode(image, **options)
@@ -93,7 +84,7 @@ def test_pixels_stay_and_segments_are_where_they_should_be(name: str) -> None:
     np.testing.assert_array_equal(pixels(out), pixels(data))
     np.testing.assert_array_equal(torch_pixels(out), torch_pixels(data))
     header = read_header(out, whole=True)
-    assert (header.odd, header.end, header.restart) == (None, len(out), cuts.interval)
+    assert (header.warning, header.end, header.restart) == (None, len(out), cuts.interval)
     assert header.coded == cuts.head
     size = np.frombuffer(out, ">u2", count=2, offset=cuts.frame)
     assert size.tolist() == [header.height, header.width]
@@ -106,9 +97,9 @@ def test_pixels_stay_and_segments_are_where_they_should_be(name: str) -> None:
 
 
 def test_each_segment_decodes_alone() -> None:
-    """The independence that a crop relies on: the others replaced by nothing but a frame for one.
+    """Segments are independent, which cropping relies on.
 
-    An image made of one segment's MCUs has the same pixels as that part of the whole. Without
+    An image made of the MCUs of one segment has the same pixels as that part of the whole. Without
     subsampling, so that no pixel depends on its neighbours' colors.
     """
     data = encode(photographs()[0], subsampling=0, quality=90)
@@ -131,7 +122,7 @@ def test_markers_cost_little_and_photographs_are_cut_within_rows() -> None:
     for image in photographs():
         data = encode(image, quality=90)
         out, cuts = cut(data)
-        assert len(out) - len(data) <= 1.1 * SHARE * len(data)
+        assert len(out) - len(data) <= 1.1 * MAX_OVERHEAD * len(data)
         assert cuts.interval < cuts.columns
 
 
@@ -144,7 +135,7 @@ def test_markers_can_be_put_in_again() -> None:
 
 
 def test_missing_dc_codes_bring_the_standard_tables() -> None:
-    """A bright plane has one DC code of length and then only zeros: a segment needs the first."""
+    """A bright plane has one DC difference, then only zeros: each segment needs the first one."""
     gradient = np.zeros((64, 1600, 3), np.uint8)
     gradient[:] = np.linspace(0, 255, 1600).astype(np.uint8)[:, None]
     data = encode(Image.fromarray(gradient), optimize=True, quality=98, subsampling=0)
@@ -155,8 +146,8 @@ def test_missing_dc_codes_bring_the_standard_tables() -> None:
 
 
 def test_segments_never_exceed_what_a_length_can_say() -> None:
-    """A row of noise at full quality is far longer than 65,535 bytes, and 1021 is prime."""
-    data = encode(noise(8, 8 * 1021), quality=100, subsampling=0)
+    """A row of noise at full quality is much longer than 65,535 bytes, and 1021 is prime."""
+    data = encode(noise_image(8, 8 * 1021), quality=100, subsampling=0)
     out, cuts = cut(data)
     assert len(data) > 2 * 65_535 and (cuts.columns, cuts.interval) == (1021, 1)
     assert find_fault(out, cuts.head, cuts.lengths) is None
@@ -164,7 +155,7 @@ def test_segments_never_exceed_what_a_length_can_say() -> None:
 
 
 def crafted(values: list[int], sizes: list[int], columns: int) -> bytes:
-    """A grey image of flat blocks: these DC differences, in codes of 1, 2, 3 ... bits."""
+    """A grey image of flat blocks with these DC differences, in codes of 1, 2, 3 ... bits."""
     words = {size: "1" * n + "0" for n, size in enumerate(sizes)}
     bits = ""
     for value in values:
@@ -188,7 +179,7 @@ def crafted(values: list[int], sizes: list[int], columns: int) -> bytes:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_short_codes_may_become_long_ones(seed: int) -> None:
-    """DC coefficients between the ends of their range, in tables whose codes are mostly one bit."""
+    """DC coefficients that alternate between the ends of their range, in mostly one-bit codes."""
     draw = np.random.default_rng(seed)
     columns, rows = int(draw.choice((1, 7, 16, 64))), 24
     jumps = draw.random(rows * columns) < (1.0 if seed < 3 else draw.random())
@@ -208,8 +199,8 @@ def test_short_codes_may_become_long_ones(seed: int) -> None:
 
 
 OTHERS: dict[str, Any] = {
-    "progressive": encode(make_image(), progressive=True),
-    "CMYK": encode(make_image(mode="CMYK")),
+    "progressive": encode(gradient_image(), progressive=True),
+    "CMYK": encode(gradient_image(mode="CMYK")),
 }
 
 

@@ -1,4 +1,4 @@
-"""The small JPEG of a crop decodes to the whole image's pixels; damage is reported, not read."""
+"""Splicing: the small JPEG of a crop decodes to the pixels of the whole; damage is reported."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ FORMATS: dict[str, tuple[int, int, Callable[[Image.Image, int], bytes]]] = {
     "4:4:0": (8, 16, lambda p, k: opencv_jpeg(p, 0x121111, k)),
     "grey": (8, 8, lambda p, k: pillow_jpeg(p.convert("L"), 0, k)),
 }
-"""MCU width and height, and how to encode with restart markers every k MCUs."""
+"""MCU width and height, and an encoder that writes restart markers every k MCUs."""
 
 
 def index(data: bytes, mcu_width: int, mcu_height: int) -> tuple[Any, Any]:
-    """Record and lengths of a stream with restart markers, by looking at every byte."""
+    """Segment record and lengths of a stream with restart markers, by scanning every byte."""
     at, interval, frame, size = 2, 0, 0, (0, 0)
     while data[at + 1] != 0xDA:
         length = int.from_bytes(data[at + 2 : at + 4], "big")
@@ -106,7 +106,7 @@ def cut(pixels: Pixels, box: Any, y0: int = 0, x0: int = 0) -> Pixels:
 
 
 def some_boxes(draw: np.random.Generator, height: int, width: int, count: int) -> Any:
-    """Boxes of any size and place, one in three of which sticks out."""
+    """Boxes of any size and position; one in three exceeds the image."""
     for i in range(count):
         h, w = draw.integers(1, height + 1), draw.integers(1, width + 1)
         top, left = draw.integers(0, height - h + 1), draw.integers(0, width - w + 1)
@@ -146,18 +146,18 @@ def test_only_the_segments_under_the_crop_are_kept() -> None:
     record, lengths = index(data, 16, 16)
     out = np.empty(len(data), np.uint8)
     stored = np.frombuffer(data, np.uint8)
-    # Two pixels around rows 50..61 and columns 34..45 lie in one row of MCUs, and in one column.
+    # Rows 50..61 and columns 34..45 with two pixels around lie in one row and one column of MCUs.
     box = np.array([50, 34, 12, 12, 0], np.int32)
     written, *place = splice(stored, 0, len(data), record[0], lengths, 160, 240, box, out)
     assert place == [48, 32, 16, 16]
     assert written == record["head"][0] + lengths[3 * 15 + 2] + 2
-    # One pixel more, and the chroma sample of the neighbour is needed.
+    # One pixel more needs the chroma sample of the neighbour.
     box = np.array([49, 34, 12, 13, 0], np.int32)
     _, *place = splice(stored, 0, len(data), record[0], lengths, 160, 240, box, out)
     assert place == [32, 32, 32, 32]
 
 
-def test_all_of_a_image_is_not_copied() -> None:
+def test_all_of_an_image_is_not_copied() -> None:
     data = pillow_jpeg(photograph(33, 47), 2, 1)
     record, lengths = index(data, 16, 16)
     stored, out = np.frombuffer(data, np.uint8), np.zeros(len(data), np.uint8)
@@ -170,7 +170,7 @@ def test_all_of_a_image_is_not_copied() -> None:
 
 
 def test_damage_is_reported_and_touches_nothing_else() -> None:
-    """Whatever is wrong: the crop is right or refused, and no byte beyond the buffers is used."""
+    """The crop is either right or refused, and no byte outside the buffers is used."""
     draw = np.random.default_rng(11)
     height, width = 97, 130
     data = pillow_jpeg(photograph(height, width), 2, 3)
@@ -180,7 +180,7 @@ def test_damage_is_reported_and_touches_nothing_else() -> None:
     for turn, box in enumerate(some_boxes(draw, height, width, 400)):
         damaged, shorter, size = record.copy(), lengths.copy(), len(data)
         kind = turn % 4
-        if kind == 0:  # two lengths exchange some bytes: their sum is right
+        if kind == 0:  # two lengths trade some bytes: their sum is right
             a, b = draw.integers(0, len(lengths), 2)
             change = min(int(draw.integers(1, 20)), int(shorter[a]))
             shorter[a] -= change
@@ -226,7 +226,7 @@ def test_a_changed_byte_of_the_stream_is_noticed_where_it_is_looked_at() -> None
     for at in (0, frame - 5, frame - 4, frame, frame + 1, frame + 3, frame + 4, frame + 6):
         assert written(at, data[at] ^ 2) == MISMATCH, at
     assert written(head - 14, 0) == MISMATCH  # the scan header
-    # The marker behind segment 3 (second row, first of three), which the crop needs.
+    # The marker after segment 3 (second row, first of three), which the crop needs.
     behind = head + int(lengths[:4].sum(dtype=np.int64)) + 2 * 3
     assert data[behind : behind + 2] == b"\xff\xd3"
     assert written(behind + 1, 0xD4) == written(behind, 0xFE) == MISMATCH

@@ -1,4 +1,4 @@
-"""Where machine code is kept, that a second process compiles nothing, and threads for lanes."""
+"""Compiled kernels: the cache of machine code, and the threads that run them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def package(folder: Path) -> Path:
     )
     (folder / "callee.py").write_text("from pipelines.native.jit import njit\nONE = 1\n")
     (folder / "plain.py").write_text("import numpy\n")
+    (folder / "room").mkdir()
+    (folder / "room" / "inner.py").write_text("import numpy\n")
     return folder
 
 
@@ -46,12 +48,16 @@ def test_any_change_of_a_source_or_the_compiler_is_another_folder(
     changed = jit.cache_folder(source)
     (source / "callee.py").rename(source / "other.py")
     renamed = jit.cache_folder(source)
+    (source / "room" / "inner.py").write_text("import torch\n")
+    below = jit.cache_folder(source)
+    (source / "room").rename(source / "hall")
+    moved = jit.cache_folder(source)
     monkeypatch.setattr("llvmlite.__version__", "0")
-    assert len({first, other, changed, renamed, jit.cache_folder(source)}) == 5
+    assert len({first, other, changed, renamed, below, moved, jit.cache_folder(source)}) == 7
 
 
 def test_every_module_compiles_through_this_one() -> None:
-    """A module that decorates with numba itself would have its machine code elsewhere."""
+    """A module that used numba's decorators directly would cache its machine code elsewhere."""
     folder = Path(jit.__file__).parents[1]
     for path in folder.rglob("*.py"):
         text = path.read_text()
@@ -124,23 +130,23 @@ def test_a_second_process_compiles_nothing() -> None:
 
 
 def test_lanes_run_at_the_same_time_and_all_of_them() -> None:
-    crew, meeting, seen = LaneThreads(3), threading.Barrier(3, timeout=20), list[int]()
+    lanes, meeting, seen = LaneThreads(3), threading.Barrier(3, timeout=20), list[int]()
 
     def work(lane: int) -> None:
         meeting.wait()
         seen.append(lane)
 
     for _ in range(4):
-        crew.run(work, 3)
+        lanes.run(work, 3)
     assert sorted(seen) == [0] * 4 + [1] * 4 + [2] * 4
     assert sum(t.name.startswith("lane") for t in threading.enumerate()) == 2
-    crew.close()
+    lanes.close()
     assert not any(t.name.startswith("lane") for t in threading.enumerate())
 
 
 @pytest.mark.parametrize("broken", [0, 2])
 def test_an_error_of_a_lane_is_raised_when_all_have_ended(broken: int) -> None:
-    crew, ended = LaneThreads(3), list[int]()
+    lanes, ended = LaneThreads(3), list[int]()
     gate = threading.Event()
 
     def work(lane: int) -> None:
@@ -151,17 +157,17 @@ def test_an_error_of_a_lane_is_raised_when_all_have_ended(broken: int) -> None:
         ended.append(lane)
 
     with pytest.raises(ValueError, match=f"lane {broken}"):
-        crew.run(work, 3)
+        lanes.run(work, 3)
     assert sorted(ended) == [lane for lane in range(3) if lane != broken]
-    crew.close()
+    lanes.close()
 
 
 def test_lanes_that_run_are_waited_for_where_another_cannot_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    crew, gate, ended = LaneThreads(3), threading.Event(), list[int]()
-    crew.run(int, 3)
-    pool = crew._pool
+    lanes, gate, ended = LaneThreads(3), threading.Event(), list[int]()
+    lanes.run(int, 3)
+    pool = lanes._pool
     assert pool is not None
     submit = pool.submit
 
@@ -180,60 +186,60 @@ def test_lanes_that_run_are_waited_for_where_another_cannot_be_started(
 
     monkeypatch.setattr(pool, "submit", once)
     with pytest.raises(RuntimeError, match="new thread"):
-        crew.run(work, 3)
+        lanes.run(work, 3)
     assert ended == [1]
-    crew.close()
+    lanes.close()
 
 
-def test_a_runner_does_one_thing_after_the_other_and_hands_errors_over() -> None:
-    runner, seen = DaemonWorker("steady"), list[int]()
-    calls = [runner.submit(partial(seen.append, number)) for number in range(5)]
-    wrong = runner.submit(partial(int, "x"))
-    assert runner.submit(lambda: len(seen)).result(20) == 5 and seen == list(range(5))
+def test_a_daemon_worker_does_one_thing_after_the_other_and_hands_errors_over() -> None:
+    worker, seen = DaemonWorker("steady"), list[int]()
+    calls = [worker.submit(partial(seen.append, number)) for number in range(5)]
+    wrong = worker.submit(partial(int, "x"))
+    assert worker.submit(lambda: len(seen)).result(20) == 5 and seen == list(range(5))
     assert all(call.done() for call in calls)
     with pytest.raises(ValueError, match="invalid literal"):
         wrong.result(20)
-    assert runner.close(20)
+    assert worker.close(20)
     assert not any(t.name == "steady" for t in threading.enumerate())
 
 
-def test_a_runner_that_is_stuck_is_left_behind() -> None:
-    runner, gate = DaemonWorker("stuck"), threading.Event()
-    call, waiting = runner.submit(partial(gate.wait, 60)), runner.submit(int)
+def test_a_daemon_worker_that_is_stuck_is_left_behind() -> None:
+    worker, gate = DaemonWorker("stuck"), threading.Event()
+    call, waiting = worker.submit(partial(gate.wait, 60)), worker.submit(int)
     assert waiting.cancel()
-    assert not runner.close(0.05)
+    assert not worker.close(0.05)
     (thread,) = [t for t in threading.enumerate() if t.name == "stuck"]
-    assert thread.daemon  # the interpreter ends without it
+    assert thread.daemon  # the interpreter exits without it
     gate.set()
     assert call.result(20) is True
     thread.join(20)
     assert not thread.is_alive()
 
 
-def test_a_runner_that_is_dropped_ends() -> None:
-    runner = DaemonWorker("dropped")
+def test_a_daemon_worker_that_is_dropped_ends() -> None:
+    worker = DaemonWorker("dropped")
     (thread,) = [t for t in threading.enumerate() if t.name == "dropped"]
-    del runner
+    del worker
     thread.join(20)
     assert not thread.is_alive()
 
 
-def _child(crew: LaneThreads, results: object) -> None:
+def _child(lanes: LaneThreads, results: object) -> None:
     seen = list[int]()
-    crew.run(seen.append, 3)
-    crew.close()
+    lanes.run(seen.append, 3)
+    lanes.close()
     results.send(sorted(seen))  # type: ignore[attr-defined]
 
 
-# The child runs threads of its own only: what Python warns of is what is tested.
+# The child uses only threads of its own; Python warns about exactly what is tested here.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_makes_threads_of_its_own() -> None:
-    crew, seen = LaneThreads(3), list[int]()
-    crew.run(seen.append, 3)
+    lanes, seen = LaneThreads(3), list[int]()
+    lanes.run(seen.append, 3)
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(crew, sender))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(lanes, sender))
     child.start()
     assert receiver.poll(30) and receiver.recv() == [0, 1, 2]
     child.join(30)
     assert child.exitcode == 0
-    crew.close()
+    lanes.close()

@@ -1,4 +1,4 @@
-"""Crop boxes and flips against torchvision's draws, and that they are a pure function."""
+"""Crop boxes and flips: distributions against torchvision, pure function of seed and sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop as TorchvisionCrop
 
-from pipelines.sampling.crops import crop_boxes, may_stick_out, patch_side
+from pipelines.sampling.crops import can_exceed_image, crop_boxes, padded_side
 from pipelines.sampling.random_bits import digest64, uniforms
 from pipelines.spec import (
     CenterCrop,
@@ -40,7 +40,7 @@ def draw(
 
 
 def sizes(n: int) -> tuple[Int32, Int32]:
-    """Many shapes, the extreme ones first."""
+    """Many image sizes, the extreme ones first."""
     g = np.random.default_rng(0)
     h = np.exp(g.uniform(0, 8, n)).astype(np.int32)
     w = np.exp(g.uniform(0, 8, n)).astype(np.int32)
@@ -70,11 +70,11 @@ def inside(b: Int32, h: Int32, w: Int32) -> npt.NDArray[np.bool_]:
     ids=str,
 )
 def test_boxes_lie_inside_the_image(crop: Crop) -> None:
-    assert not may_stick_out(crop)
+    assert not can_exceed_image(crop)
     h, w = sizes(5000)
     for epoch in range(3):
         assert inside(draw(crop, h, w, epoch=epoch), h, w).all()
-    assert patch_side(crop, h, w) == 1 or not isinstance(crop, RandomResizedCrop)
+    assert padded_side(crop, h, w) == 1 or not isinstance(crop, RandomResizedCrop)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_boxes_lie_inside_the_image(crop: Crop) -> None:
     [RandomCrop(32, 4), RandomCrop(32, 4, resize=36), CenterCrop(32, None), CenterCrop(40, 32)],
     ids=str,
 )
-def test_boxes_that_may_stick_out_do(crop: Crop) -> None:
-    assert may_stick_out(crop)
+def test_boxes_that_can_exceed_the_image_do(crop: Crop) -> None:
+    assert can_exceed_image(crop)
     h, w = np.full(2000, 30, np.int32), np.full(2000, 33, np.int32)
     b = draw(crop, h, w)
     assert not inside(b, h, w).all()
-    assert b[:, 2:4].max() == patch_side(crop, h, w)
+    assert b[:, 2:4].max() == padded_side(crop, h, w)
 
 
 def torchvision_shapes(count: int, height: int, width: int) -> npt.NDArray[np.float64]:
@@ -100,7 +100,7 @@ def torchvision_shapes(count: int, height: int, width: int) -> npt.NDArray[np.fl
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 640)])
 def test_random_resized_crop_is_torchvisions(height: int, width: int) -> None:
-    n = 50_000  # ours cost little, so that theirs can be few
+    n = 50_000  # ours are cheap, so that torchvision's can be few
     ours = draw(RandomResizedCrop(), np.full(n, height), np.full(n, width))[:, :4].astype(float)
     theirs = torchvision_shapes(5000, height, width)
 
@@ -110,12 +110,12 @@ def test_random_resized_crop_is_torchvisions(height: int, width: int) -> None:
         columns = (h * w / (height * width), np.log(w / h), top / room_y, left / room_x)
         return np.array([[c.mean(), c.std()] for c in columns])
 
-    # Their means are known to about 0.004; 0.018 is four of the difference's standard errors.
+    # The means are known to about 0.004; 0.018 is four standard errors of the difference.
     assert np.abs(summary(ours) - summary(theirs)).max() < 0.018
 
 
 def test_the_fallback_is_torchvisions() -> None:
-    """No draw fits so long an image: the largest centred box of allowed shape, without chance."""
+    """No draw fits such a long image: the largest centred box of an allowed shape is taken."""
     for height, width in ((10, 1000), (1000, 10), (2, 5000), (33, 3001)):
         transform = TorchvisionCrop(224, scale=(0.9999, 1.0))
         p = transform.make_params([torch.empty(3, height, width)])
@@ -145,7 +145,7 @@ def test_places_of_a_padded_crop_are_uniform() -> None:
 
 
 def test_uniforms_are_uniform() -> None:
-    u = uniforms(0, 0, np.arange(20_000, dtype=np.int64))
+    u = uniforms(0, 0, np.arange(20_000, dtype=np.int64), count=23)
     assert u.min() >= 0 and u.max() < 1
     assert np.abs(u.mean(0) - 0.5).max() < 0.01 and np.abs(u.std(0) - 12**-0.5).max() < 0.01
     off_diagonal = np.corrcoef(u.T) - np.eye(u.shape[1])
@@ -173,7 +173,7 @@ def test_a_box_belongs_to_its_sample(crop: Crop) -> None:
 
 
 def test_boxes_are_pinned() -> None:
-    """A run resumed under a later version must see the same crops: changing these breaks it."""
+    """A run resumed with a later version must see the same crops: these may not change."""
     b = draw(RandomResizedCrop(), [375, 500, 32], [500, 375, 32], epoch=1, start=10, seed=3)
     assert b.tolist() == PINNED
     assert digest64(1, np.arange(10, 13, dtype=np.int64), b) == PINNED_DIGEST
@@ -210,5 +210,5 @@ def test_the_digest_does_not_depend_on_order() -> None:
         changed[77, column] += 1
         assert digest64(0, indices, changed) != whole
     swapped = indices.copy()
-    swapped[[3, 4]] = swapped[[4, 3]]  # the boxes stay: other samples got them
+    swapped[[3, 4]] = swapped[[4, 3]]  # the same boxes, assigned to other samples
     assert digest64(0, swapped, b) != whole

@@ -1,4 +1,4 @@
-"""Order: permutations, slices of ranks, padding."""
+"""Sample order: permutations, slices of ranks, padding."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_seeds_and_epochs_share_no_permutation() -> None:
 
 
 def test_positions_are_uniform() -> None:
-    """Where sample 0 lands, over 4000 epochs, against a flat histogram (chi-square, 9 d.o.f.)."""
+    """Position of sample 0 over 4000 epochs, against a flat histogram (chi-square, 9 d.o.f.)."""
     places = [int(np.argmin(permutation(10, seed=3, epoch=e))) for e in range(4000)]
     counts = np.bincount(places, minlength=10)
-    assert ((counts - 400) ** 2 / 400).sum() < 28  # exceeded once in a thousand draws
+    assert ((counts - 400) ** 2 / 400).sum() < 28  # exceeded once in a thousand
 
 
 LARGE = 2_500_000
-"""Samples of a data set whose permutation is computed, not drawn."""
+"""Size of a data set whose permutation is computed, not drawn."""
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 99, 100, 101, 4095, 4097, 99_991])
@@ -70,7 +70,7 @@ def test_places_of_an_order_are_its_own_whether_drawn_or_computed() -> None:
 
 
 def chi_square(bins: npt.NDArray[np.int64], count: int) -> float:
-    """How far a histogram is from flat, in standard deviations of chi-square (about normal)."""
+    """Deviation of a histogram from flat, in standard deviations of chi-square (about normal)."""
     expected = len(bins) / count
     found = ((np.bincount(bins, minlength=count) - expected) ** 2 / expected).sum()
     return float((found - (count - 1)) / np.sqrt(2 * (count - 1)))
@@ -78,7 +78,7 @@ def chi_square(bins: npt.NDArray[np.int64], count: int) -> float:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_computed_order_looks_drawn(epoch: int) -> None:
-    """Where samples go, how far neighbours part and how two epochs relate, against flat."""
+    """Positions, distances of neighbours and relation of two epochs, each against flat."""
     p, other = (permutation(LARGE, seed=0, epoch=e) for e in (epoch, epoch + 10))
     place, n = np.arange(LARGE), LARGE
     assert chi_square(place * 32 // n * 32 + p * 32 // n, 1024) < 4
@@ -94,7 +94,7 @@ def test_a_computed_order_looks_drawn(epoch: int) -> None:
 
 
 def test_the_orders_are_pinned() -> None:
-    """A run resumed under a later version must meet the same samples: changing these breaks it."""
+    """A run resumed with a later version must see the same samples: these may not change."""
     first = np.arange(5)
     assert permutation(50_000, seed=0, epoch=0, at=first).tolist() == DRAWN
     assert permutation(14_000_000, seed=0, epoch=0, at=first).tolist() == COMPUTED
@@ -169,10 +169,10 @@ def test_without_shuffle_the_index_order_is_kept() -> None:
     assert order(12, shuffle=False).samples(7).tolist() == list(range(12))
 
 
-def test_limit_is_one_subset_for_the_whole_run() -> None:
+def test_max_samples_is_one_subset_for_the_whole_run() -> None:
     limited = order(1000, max_samples=20)
     first = np.sort(limited.samples(0))
-    assert len(np.unique(first)) == 20 and first.max() > 500  # drawn, not the head
+    assert len(np.unique(first)) == 20 and first.max() > 500  # drawn, not the first samples
     assert np.array_equal(np.sort(limited.samples(1)), first)
     assert not np.array_equal(limited.samples(1), limited.samples(0))
     assert np.array_equal(order(1000, max_samples=20, shuffle=False).samples(0), first)
@@ -185,6 +185,6 @@ def test_no_data_and_bad_shards_are_refused() -> None:
         order(0)
     with pytest.raises(ValueError, match="rank 2 is not in a world of 2"):
         Shard(2, 2)
-    for wrong in ({"limit": 0}, {"batch_size": 0}, {"samples": 0}, {"workers": -1}):
+    for wrong in ({"max_samples": 0}, {"batch_size": 0}, {"samples": 0}, {"workers": -1}):
         with pytest.raises(ValueError, match="must"):
             LoaderSpec(**wrong)  # type: ignore[arg-type]

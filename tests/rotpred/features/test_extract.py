@@ -1,4 +1,4 @@
-"""Extraction of features: exact rows in the order of the index, on one process and on two."""
+"""Feature extraction: exact rows in index order, on one process and on two."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rotpred.distributed import Rank
 from rotpred.features import extract as extraction
 from rotpred.features import npy_writer
 from rotpred.features.base import AVGPOOL, Features
-from rotpred.features.extract import extract, open_images
+from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
-from rotpred.protocols.feature_session import share
+from rotpred.protocols.feature_session import shard_slice
 from rotpred.protocols.multilabel import labels_of, read_labels
 from rotpred.weights.frozen_backbone import load_frozen_backbone
-from tests.rotpred.test_distributed import torchrun
 from tests.support import processes
+from tests.support.processes import torchrun
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,12 +52,12 @@ def backbone_of(seed: int) -> Backbone:
 
 
 def of(beton: Path, cache: Path, names: tuple[str, ...] = NAMES, **changes: object) -> Features:
-    with open_images(spec(beton, **changes), Rank(), "fp32") as loader:
+    with open_extraction_loader(spec(beton, **changes), Rank(), "fp32") as loader:
         return extract(backbone_of(0), loader, Rank(), names=names, precision="fp32", cache=cache)
 
 
 def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
-    """Every stage of every sample, one at a time through the network and torch's own pools."""
+    """Every stage of every sample, compared with one image at a time and torch's pooling layers."""
     found = of(beton, tmp_path)
     backbone = backbone_of(0)
     pools = stage_pools(backbone, 32)
@@ -78,7 +78,7 @@ def test_equal_to_a_straight_forward_pass(beton: Path, tmp_path: Path) -> None:
 def test_files_are_found_again(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only missing stages are computed; other weights, crops or types are other files."""
+    """Only missing stages are computed; other weights, crops or dtypes give other files."""
     computed: list[tuple[str, ...]] = []
     compute = extraction._compute
 
@@ -94,7 +94,7 @@ def test_files_are_found_again(
     assert isinstance(again.stages["res5"], np.memmap) and not again.stages["res5"].flags.writeable
     of(beton, tmp_path, ("res5",), crop=CenterCrop(32, 40))
     of(beton, tmp_path, ("res5",), max_samples=9)
-    with open_images(spec(beton), Rank(), "fp32") as loader:
+    with open_extraction_loader(spec(beton), Rank(), "fp32") as loader:
         extract(
             backbone_of(1), loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path,
             store="float16",
@@ -119,7 +119,7 @@ def test_an_interrupted_extraction_leaves_no_array(
 
     monkeypatch.setattr(backbone, "stages", failing)
     with (
-        open_images(spec(beton), Rank(), "fp32") as loader,
+        open_extraction_loader(spec(beton), Rank(), "fp32") as loader,
         pytest.raises(RuntimeError, match="the power went"),
     ):
         extract(backbone, loader, Rank(), names=("res5",), precision="fp32", cache=tmp_path)
@@ -128,7 +128,7 @@ def test_an_interrupted_extraction_leaves_no_array(
 
 @pytest.fixture
 def entry(beton: Path, tmp_path: Path) -> Path:
-    """A folder of features whose twin, in another cache, the tests ask for."""
+    """A feature folder; tests request the same features in another cache."""
     of(beton, tmp_path / "twin", ("res5",))
     (folder,) = (tmp_path / "twin").iterdir()
     return folder
@@ -137,7 +137,7 @@ def entry(beton: Path, tmp_path: Path) -> Path:
 def test_arrays_that_would_not_fit_are_not_begun(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of two stages, label and index, with padding; the margin is that of checkpoints."""
+    """Rows of two stages, label and index, with padding; the margin equals that of checkpoints."""
     names = ("res5", "res3")
     row = sum(array.shape[1] * 4 for array in of(beton, tmp_path / "a", names).stages.values()) + 16
     enough = 40 * row + 40 * row // 50 + 2**20
@@ -154,7 +154,7 @@ def test_arrays_that_would_not_fit_are_not_begun(
 def test_a_second_job_waits_and_computes_nothing(
     beton: Path, entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What killed jobs left is swept under the lock, and not before."""
+    """Files of killed jobs are removed only while holding the lock."""
     folder = tmp_path / "cache" / entry.name
     folder.mkdir(parents=True)
     left = folder / ".res5.npy.4194305.tmp"
@@ -187,7 +187,7 @@ def test_a_second_job_waits_and_computes_nothing(
 
 
 def refuse(beton: Path, folder: Path) -> int:
-    """One of two processes: both are told what only the main one sees."""
+    """One of two processes: both raise the error that only rank 0 sees."""
     looked: list[str] = []
     exists = Path.exists
 
@@ -198,7 +198,7 @@ def refuse(beton: Path, folder: Path) -> int:
     with distributed.process_group("cpu", timeout_seconds=60) as rank:
         Path.exists = spy  # type: ignore[assignment,method-assign]
         try:
-            with open_images(spec(beton), rank, "fp32") as images:
+            with open_extraction_loader(spec(beton), rank, "fp32") as images:
                 extract(
                     backbone_of(0), images, rank, names=("res5",), precision="fp32", cache=folder
                 )
@@ -234,7 +234,7 @@ def test_chance_and_unknown_stages_are_refused(beton: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands for the server: a made file under a checksum's name, and an empty TORCH_HOME."""
+    """A fake download server: a generated file named by its checksum, and an empty TORCH_HOME."""
     torch.manual_seed(5)
     made = tmp_path / "made.pth"
     torch.save(torchvision.models.resnet18().state_dict(), made)
@@ -256,7 +256,7 @@ def test_supervised_weights_come_from_torchvision(
         theirs = torch.load(published, weights_only=True)
         assert all(torch.equal(v, theirs[k]) for k, v in backbone.state_dict().items())
         assert not backbone.training
-        monkeypatch.delattr(torch.hub, "download_url_to_file", raising=False)  # it is kept
+        monkeypatch.delattr(torch.hub, "download_url_to_file", raising=False)  # the file is kept
     kept.write_bytes(kept.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged: remove it"):
         load_frozen_backbone("resnet18", "imagenet", Rank())
@@ -274,13 +274,15 @@ def test_supervised_weights_that_cannot_be_had(published: Path, tmp_path: Path) 
     ):
         load_frozen_backbone("resnet18", "imagenet", Rank())
     published.unlink()
-    with pytest.raises(ValueError, match=rf"No such file.*put file://.*{published.name} to .*home"):
+    with pytest.raises(
+        ValueError, match=rf"No such file.*save file://.*{published.name} as .*home"
+    ):
         load_frozen_backbone("resnet18", "imagenet", Rank())
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
 def test_labels_by_index(beton: Path, tmp_path: Path) -> None:
-    """A limit chooses rows of the table of labels by sample, not by position."""
+    """max_samples selects label rows by sample, not by position."""
     table = np.random.default_rng(0).integers(-1, 2, (37, 4)).astype(np.int8)
     path = tmp_path / "labels.npy"
     np.save(path, table)
@@ -308,7 +310,7 @@ def test_a_file_that_holds_no_array_is_named(tmp_path: Path) -> None:
 
 def test_work_is_shared_without_gaps() -> None:
     for world in (1, 2, 3, 8):
-        parts = [list(range(5))[share(5, Rank(rank=r, world=world))] for r in range(world)]
+        parts = [list(range(5))[shard_slice(5, Rank(rank=r, world=world))] for r in range(world)]
         assert [unit for part in parts for unit in part] == list(range(5))
 
 
@@ -316,8 +318,10 @@ PROGRAM = """
 import pathlib, sys, torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
-from rotpred.recipes.svm import Knn, LowShot, CachedPlace, Svm
-from rotpred import knn, svm
+from rotpred.recipes.base import CachedFeatureRun
+from rotpred.recipes.knn import Knn
+from rotpred.recipes.svm import LowShot, Svm
+from rotpred.protocols import knn, svm
 
 out = pathlib.Path(sys.argv[1])
 spec = LoaderSpec(
@@ -327,7 +331,7 @@ spec = LoaderSpec(
 with distributed.process_group("cpu", timeout_seconds=60) as rank:
     common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
     def place(name):
-        return CachedPlace(
+        return CachedFeatureRun(
             str(out / f"{name}{rank.world}"), "cpu", cache=str(out / f"cache{rank.world}")
         )
     costs = (1.0, 0.01)
@@ -343,9 +347,9 @@ with distributed.process_group("cpu", timeout_seconds=60) as rank:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
-    """37 samples in batches of 2 x 8: padding on the last rank; arrays and results are the same."""
+    """37 samples in batches of 2 x 8, so the last rank pads; arrays and results are equal."""
     (tmp_path / "data.beton").write_bytes(beton.read_bytes())
-    done = torchrun(tmp_path, PROGRAM, max_samples=200)
+    done = torchrun(tmp_path, PROGRAM, limit_seconds=200)
     assert done.returncode == 0, done.stderr
     alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
     exec(compile(alone, "alone", "exec"), {})

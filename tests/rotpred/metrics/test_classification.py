@@ -1,4 +1,4 @@
-"""Masked metrics against numpy and scikit-learn."""
+"""Classification metrics with masks, against NumPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batches(n: int, classes: int, heads: int) -> tuple[list[torch.Tensor], torch
     torch.manual_seed(0)
     logits = [torch.randn(n, classes) for _ in range(heads)]
     targets = torch.randint(classes, (n,))
-    logits[-1][torch.arange(n), targets] += 1.0  # one head that has learned something
+    logits[-1][torch.arange(n), targets] += 1.0  # one head that is better than chance
     return logits, targets
 
 
@@ -52,7 +52,7 @@ def test_invalid_samples_count_neither_as_hits_nor_as_samples() -> None:
     valid = torch.tensor([True, False, True, False])
     targets[2] = 0
     metric = TopK(ks=(1,))
-    metric.update(logits, targets, valid)  # the masked rows would both be right
+    metric.update(logits, targets, valid)  # the masked rows would both be hits
     assert metric.compute() == [{"top1": 0.5, "n": 2.0}]
 
 
@@ -81,7 +81,7 @@ def test_top_k_refuses_what_it_cannot_count() -> None:
 
 
 def test_an_undecided_network_is_not_right() -> None:
-    # A count of "strictly larger" logits would call every sample of a constant or NaN output right.
+    # Counting strictly larger logits would score every constant or NaN output as right.
     targets = torch.arange(4).repeat(25)
     for value in (0.0, float("nan")):
         metric = TopK(ks=(1,))

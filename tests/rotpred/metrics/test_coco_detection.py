@@ -1,4 +1,4 @@
-"""COCO's average precision against pycocotools driven by annotation and result files."""
+"""COCO average precision, against pycocotools run on annotation and result files."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ IDS = (2, 5, 11)
 
 
 def outline(draw: np.random.Generator, h: int, w: int, scale: float) -> tuple[list[float], Pixels]:
-    """A random rectangle or triangle: its polygon, and its pixels."""
+    """A random rectangle or triangle: its polygon and its mask."""
     left, top = draw.uniform(0, 0.5, 2) * (w, h)
     right, bottom = left + scale * w * 0.45, top + scale * h * 0.45
     polygon = [left, top, right, top, right, bottom]
     if draw.random() < 0.6:
         polygon += [left, bottom]
     polygon = [round(float(v), 2) for v in polygon]
-    return polygon, coco.rasterised([[polygon]], h, w)[0]
+    return polygon, coco.rasterize([[polygon]], h, w)[0]
 
 
 def files(root: Path, seed: int) -> tuple[Path, Path]:
-    """A tree of COCO with annotations of all sizes and some crowds, and results for it."""
+    """A COCO data set with annotations of all sizes and some crowds, and results for it."""
     draw = np.random.default_rng(seed)
     images, annotations, results = [], [], []
     (root / "val").mkdir(parents=True)
@@ -83,12 +83,12 @@ def files(root: Path, seed: int) -> tuple[Path, Path]:
     return truth, found
 
 
-def straight(truth: Path, results: Path, kind: str) -> list[float]:
-    """What pycocotools says by itself."""
+def pycocotools_stats(truth: Path, results: Path, kind: str) -> list[float]:
+    """The metrics that pycocotools computes."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = pytest.importorskip("pycocotools.coco").COCO(str(truth))
         rows = json.loads(results.read_text())
-        if kind == "segm":  # so that sizes are those of the masks
+        if kind == "segm":  # so that areas are those of the masks
             for row in rows:
                 del row["bbox"]
         run = pytest.importorskip("pycocotools.cocoeval").COCOeval(gt, gt.loadRes(rows), kind)
@@ -99,7 +99,7 @@ def straight(truth: Path, results: Path, kind: str) -> list[float]:
 
 
 def as_found(results: Path, samples: coco.CocoSamples) -> list[ImageDetections]:
-    """Results by image, by a way of its own."""
+    """Results by image, converted independently of the product code."""
     rows = json.loads(results.read_text())
     found = []
     for name in samples.names:
@@ -122,14 +122,14 @@ def test_random_boxes_and_masks_follow_pycocotools(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     truth, results = files(tmp_path, seed)
-    samples = coco.objects("val", tmp_path, problems=Problems(0))
+    samples = coco.index_objects("val", tmp_path, problems=Problems(0))
     crowds = [bool(samples.objects(i).crowd.any()) for i in range(len(samples))]
     assert any(crowds), "no crowd in the case"
     values = coco_metrics(as_found(results, samples), samples, masks=True)
     names = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
     assert list(values) == [f"{kind}/{name}" for kind in ("box", "mask") for name in names]
     for kind, theirs in (("box", "bbox"), ("mask", "segm")):
-        expected = straight(truth, results, theirs)[:6]
+        expected = pycocotools_stats(truth, results, theirs)[:6]
         assert 0.05 < expected[0] < 0.95, "the case is trivial"
         got = [values[f"{kind}/{name}"] for name in names]
         np.testing.assert_allclose(got, expected, atol=1e-9, rtol=0)
@@ -140,7 +140,7 @@ def test_random_boxes_and_masks_follow_pycocotools(
 
 
 class Changed:
-    """A data set with other objects."""
+    """A data set with replaced objects."""
 
     def __init__(self, samples: coco.CocoSamples, change: Any) -> None:
         self.samples, self.change = samples, change
@@ -156,7 +156,7 @@ class Changed:
 
 
 def test_a_difficult_object_counts_neither_way(tmp_path: Path) -> None:
-    samples = coco.objects("val", _tree(tmp_path), problems=Problems(0))
+    samples = coco.index_objects("val", _tree(tmp_path), problems=Problems(0))
     found = [
         ImageDetections(
             one.boxes, one.labels, np.linspace(0.9, 0.5, len(one.boxes), dtype=np.float32)
@@ -164,7 +164,7 @@ def test_a_difficult_object_counts_neither_way(tmp_path: Path) -> None:
         for one in map(samples.objects, range(len(samples)))
     ]
     assert coco_metrics(found, samples, masks=False)["box/AP"] == pytest.approx(1)
-    # Without the first object, its detection would be wrong; as a difficult one, it is ignored.
+    # Without the first object its detection would be wrong; if it is difficult, it is ignored.
     lacking: Any = Changed(samples, lambda o: replace(o, **{k: v[1:] for k, v in _columns(o)}))
     assert coco_metrics(found, lacking, masks=False)["box/AP"] < 1
     difficult: Any = Changed(samples, lambda o: replace(o, difficult=np.arange(len(o.labels)) == 0))
@@ -185,7 +185,7 @@ def _columns(one: Objects | ImageDetections) -> list[tuple[str, Any]]:
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, results = files(tmp_path, 5)
-    samples = coco.objects("val", tmp_path, problems=Problems(0))
+    samples = coco.index_objects("val", tmp_path, problems=Problems(0))
     found = as_found(results, samples)
     first = next(i for i, one in enumerate(found) if len(one.labels))
     name = samples.names[first]
@@ -199,7 +199,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="no masks of objects"):
         coco_metrics(found, boxes_only, masks=True)
     alien = [replace(one, labels=one.labels + 3) for one in found]
-    with pytest.raises(ValueError, match=f"{name}: a detection's label is no class"):
+    with pytest.raises(ValueError, match=f"{name}: a detection's label is not a class"):
         coco_metrics(alien, samples, masks=False)
     crowds: Any = Changed(samples, lambda o: replace(o, crowd=np.ones(len(o.labels), bool)))
     with pytest.raises(ValueError, match="not a crowd"):
@@ -211,7 +211,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_found_is_zero(tmp_path: Path) -> None:
-    samples = coco.objects("val", _tree(tmp_path), problems=Problems(0))
+    samples = coco.index_objects("val", _tree(tmp_path), problems=Problems(0))
     none = ImageDetections(
         np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
     )

@@ -1,4 +1,4 @@
-"""Predictions over processes, and in files: round trips, VOC's text files, masks, mistakes."""
+"""Predictions: gathering over processes, result files, VOC text files, masks, errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support import dense_trees, processes
 pytestmark = pytest.mark.timeout(120)
 
 
-def random_found(seed: int, k: int, *, masks: bool) -> ImageDetections:
+def random_detections(seed: int, k: int, *, masks: bool) -> ImageDetections:
     draw = np.random.default_rng(seed)
     corner = draw.uniform(0, 50, (k, 2))
     boxes = np.hstack([corner, corner + draw.uniform(1, 40, (k, 2))]).astype(np.float32)
@@ -50,17 +50,17 @@ def same(a: Sequence[ImageDetections], b: Sequence[ImageDetections]) -> bool:
 
 
 def cases(n: int) -> list[ImageDetections]:
-    return [random_found(i, (5 * i) % 4, masks=i % 2 == 0) for i in range(n)]
+    return [random_detections(i, (5 * i) % 4, masks=i % 2 == 0) for i in range(n)]
 
 
 def gather(folder: Path) -> int:
-    """One of several processes: images are shared out unevenly."""
+    """One of several processes: images are distributed unevenly."""
     with distributed.process_group("cpu", timeout_seconds=60) as rank:
         everything = cases(7)
         mine = {0: (6, 2, 5, 0, 4), 1: (3, 1)}[rank.rank]
         got = gather_detections({i: everything[i] for i in mine}, 7, rank)
         none = gather_detections({0: everything[3]} if rank.main else {}, 1, rank)
-        empty = gather_detections({rank.rank: random_found(0, 0, masks=False)}, 2, rank)
+        empty = gather_detections({rank.rank: random_detections(0, 0, masks=False)}, 2, rank)
         said = {
             "same": same(got, everything),
             "none": same(none, everything[3:4]),
@@ -82,7 +82,7 @@ def test_two_processes_gather_the_same(tmp_path: Path) -> None:
     for rank in (0, 1):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
         assert said["same"] is True and said["none"] is True and said["empty"] == [0, 0]
-        assert "come twice" in said["twice"] and said["twice"].endswith("[0]")
+        assert "duplicate" in said["twice"] and said["twice"].endswith("[0]")
         assert said["alien"].endswith("[1]")
 
 
@@ -90,24 +90,24 @@ def test_one_process_gathers_its_own() -> None:
     everything = cases(7)
     shuffled = {i: everything[i] for i in (3, 1, 6, 0, 2, 5, 4)}
     assert same(gather_detections(shuffled, 7, Rank()), everything)
-    with pytest.raises(ValueError, match=r"1 images lack.*\[2\]"):
+    with pytest.raises(ValueError, match=r"1 images are missing.*\[2\]"):
         gather_detections({i: everything[i] for i in (0, 1)}, 3, Rank())
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> coco.CocoSamples:
     root = dense_trees.coco(tmp_path_factory.mktemp("trees"))
-    return coco.objects("val2017", root, problems=Problems(0))
+    return coco.index_objects("val2017", root, problems=Problems(0))
 
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> ObjectSamples:
     root = dense_trees.voc(tmp_path_factory.mktemp("trees"))
-    return voc.boxes("2007/test", root, problems=Problems(0))
+    return voc.index_boxes("2007/test", root, problems=Problems(0))
 
 
 def perfect(samples: DenseSamples, *, masks: bool) -> list[ImageDetections]:
-    """What is there, with falling scores, and a second guess of half the width."""
+    """The true objects with falling scores, and a second detection of half the width."""
     tools: Any = pytest.importorskip("pycocotools.mask") if masks else None
     found = []
     for i in range(len(samples)):
@@ -119,7 +119,7 @@ def perfect(samples: DenseSamples, *, masks: bool) -> list[ImageDetections]:
         if masks:
             height, width = samples.sizes[i].tolist()
             outlines = [o for o, k in zip(truth.outlines, keep, strict=True) if k]
-            pixels = coco.rasterised(outlines, height, width)
+            pixels = coco.rasterize(outlines, height, width)
             runs = tuple(tools.encode(np.asfortranarray(one)) for one in pixels) * 2
         scores = np.linspace(0.9, 0.1, 2 * len(half), dtype=np.float32)
         labels = np.tile(truth.labels[keep], 2)
@@ -150,7 +150,7 @@ def test_results_of_voc_come_back(boxes: ObjectSamples, tmp_path: Path) -> None:
     found, path = perfect(boxes, masks=False), tmp_path / "found.json"
     write_detections(path, found, boxes)
     rows = json.loads(path.read_text())
-    # Leading zeros are part of a VOC name; class numbers count from 1.
+    # Leading zeros belong to a VOC name; class numbers count from 1.
     assert {row["image_id"] for row in rows} == set(boxes.names)
     assert rows[0]["category_id"] == found[0].labels[0] + 1
     assert same(read_detections(path, boxes), found)
@@ -160,7 +160,7 @@ def test_results_of_voc_come_back(boxes: ObjectSamples, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_half(
     boxes: ObjectSamples, tmp_path: Path, before: str | None
 ) -> None:
-    """Neither a temporary nor a part of the file; what was there stays."""
+    """No temporary or partial file; the previous file stays."""
     found, path = perfect(boxes, masks=False), tmp_path / "found.json"
     if before is not None:
         path.write_text(before)
@@ -227,7 +227,7 @@ def test_mistakes_in_text_files_are_named(boxes: ObjectSamples, tmp_path: Path) 
         read_detections(folder, boxes)
     (folder / "comp3_det_test_dog.txt").unlink()
     (folder / "comp4_det_test_unicorn.txt").write_text("")
-    with pytest.raises(ValueError, match=r"unicorn\.txt: no class"):
+    with pytest.raises(ValueError, match=r"unicorn\.txt: its name does not end in a class"):
         read_detections(folder, boxes)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_detections(tmp_path / "absent", boxes)
@@ -262,7 +262,7 @@ def test_mistakes_in_results_are_named(
 def test_results_that_are_none_are_refused(objects: coco.CocoSamples, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     for text, words in {
-        "{": "no JSON",
+        "{": "is not JSON",
         "{}": "expected a list",
         "[1]": "entry 0: TypeError",
         '[{"bbox": []}]': "entry 0: KeyError 'image_id'",
@@ -288,8 +288,8 @@ def save(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], *, palette: bo
 
 def test_masks_of_cityscapes(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path / "tree", n=3)
-    samples = cityscapes.masks("val", root, problems=Problems(0))
-    # The files of the truth, in the folders of their cities, are label ids of the right classes.
+    samples = cityscapes.index_masks("val", root, problems=Problems(0))
+    # The ground truth files, in the folders of their cities, hold label ids of the right classes.
     truth = root / "gtFine" / "val"
     for i in range(len(samples)):
         expected = samples.mask(i)
@@ -297,13 +297,13 @@ def test_masks_of_cityscapes(tmp_path: Path) -> None:
         assert (expected == 255).any() and len(np.unique(expected)) > 3
         save(tmp_path / "flat" / f"{samples.names[i]}.png", expected, palette=i == 0)
         np.testing.assert_array_equal(read_masks(tmp_path / "flat", samples, i), expected)
-    with pytest.raises(ValueError, match="23 is none of the 19 classes"):
+    with pytest.raises(ValueError, match="23 is not among the 19 classes"):
         read_masks(truth, samples, 0)
 
 
 def test_mistakes_in_masks_are_named(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path / "tree", n=1)
-    samples = cityscapes.masks("val", root, problems=Problems(0))
+    samples = cityscapes.index_masks("val", root, problems=Problems(0))
     name, folder = samples.names[0], tmp_path / "masks"
     height, width = samples.sizes[0].tolist()
     blank = np.zeros((height, width), np.uint8)

@@ -1,4 +1,4 @@
-"""VOC's average precision against a derivation in exact fractions, and cases done by hand."""
+"""VOC average precision, against exact fractions and cases computed by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from pipelines.datasets.annotations import Objects
 from rotpred.metrics.average_precision import average_precision_of
 from rotpred.metrics.detections import ImageDetections
-from rotpred.metrics.voc_detection import OVERLAPS, means, per_class, voc_metrics
+from rotpred.metrics.voc_detection import OVERLAPS, class_aps, means, voc_metrics
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -50,7 +50,7 @@ class Samples:
 
 
 def objects(*rows: tuple[int, int, int, int, int, int]) -> Objects:
-    """Of (left, top, right, bottom, label, difficult) each."""
+    """Objects of one image, from (left, top, right, bottom, label, difficult) each."""
     table = np.array(rows, np.int64).reshape(-1, 6)
     return Objects(
         boxes=table[:, :4].astype(np.float32),
@@ -61,7 +61,7 @@ def objects(*rows: tuple[int, int, int, int, int, int]) -> Objects:
 
 
 def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetections:
-    """Of (left, top, right, bottom, label, score) each."""
+    """Detections of one image, from (left, top, right, bottom, label, score) each."""
     table = np.array(rows, np.float64).reshape(-1, 6)
     return ImageDetections(
         boxes=table[:, :4].astype(np.float32),
@@ -73,7 +73,7 @@ def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetectio
 def random_case(
     seed: int, images: int, classes: int, *, many: int = 6
 ) -> tuple[list[ImageDetections], Samples]:
-    """Objects, and detections that shake some of them, miss some, repeat some and invent some."""
+    """Objects, and detections that jitter, miss, repeat and invent some of them."""
     draw = np.random.default_rng(seed)
     truth, results = [], []
     for _ in range(images):
@@ -91,7 +91,7 @@ def random_case(
         far = np.hstack([left, left + draw.uniform(1, 40, (3, 2))])
         mine = np.vstack([near, far]).astype(np.float32)
         names = np.hstack([labels[chosen], draw.integers(0, classes, 3)]).astype(np.int64)
-        # Three decimals leave equal scores.
+        # Three decimals produce equal scores.
         scores = draw.random(len(mine)).astype(np.float32) * np.float32(0.05)
         results.append(ImageDetections(mine, names, scores))
     names = tuple(f"class {i}" for i in range(classes + 1))
@@ -103,7 +103,7 @@ def tenths(value: float) -> Fraction:
 
 
 def overlap(a: Sequence[Fraction], b: Sequence[Fraction]) -> Fraction:
-    """As the devkit has it: corners from 1, both part of the box, hence the + 1."""
+    """As in the devkit: both corners belong to the box, hence the + 1."""
     a = [a[0] + 1, a[1] + 1, a[2], a[3]]
     b = [b[0] + 1, b[1] + 1, b[2], b[3]]
     width = min(a[2], b[2]) - max(a[0], b[0]) + 1
@@ -114,10 +114,10 @@ def overlap(a: Sequence[Fraction], b: Sequence[Fraction]) -> Fraction:
     return width * height / (sum(sizes) - width * height)
 
 
-def straight(
+def reference_aps(
     results: Sequence[ImageDetections], samples: Samples, label: int, least: Fraction
 ) -> tuple[float, float] | None:
-    """11-point AP and area of one class, from the definition."""
+    """11-point AP and area of one class, by the definition."""
     truth = {
         i: [
             ([Fraction(float(v)) for v in box], bool(flag))
@@ -168,11 +168,11 @@ def straight(
 @pytest.mark.parametrize("seed", range(4))
 def test_random_boxes_follow_the_definition(seed: int) -> None:
     results, samples = random_case(seed, images=25, classes=3)
-    aps = per_class(results, samples)
+    aps = class_aps(results, samples)
     assert np.isnan(aps.eleven[3]).all() and np.isnan(aps.area[3]).all(), "a class without objects"
     expected: list[list[tuple[float, float]]] = []
     for label in range(3):
-        row = [straight(results, samples, label, Fraction(p, 100)) for p in range(50, 100, 5)]
+        row = [reference_aps(results, samples, label, Fraction(p, 100)) for p in range(50, 100, 5)]
         expected.append([pair for pair in row if pair is not None])
     table = np.array(expected)  # (classes, overlaps, eleven and area)
     assert table.shape == (3, 10, 2)
@@ -197,7 +197,7 @@ def test_by_hand() -> None:
         found((0, 0, 10, 10, 0, 0.9), (0, 0, 10, 9, 0, 0.8), (50, 50, 60, 60, 2, 0.7)),
         found((0, 0, 10, 10, 0, 0.95), (20, 20, 30, 26, 0, 0.5)),
     ]
-    aps = per_class(results, samples)
+    aps = class_aps(results, samples)
     # Ranking of class 0: 0.95 meets the difficult one and does not count; 0.9 right; 0.8 is its
     # second one, wrong; 0.5 overlaps by 0.6. Precision 1 up to recall 0.5, then 2/3.
     assert aps.eleven[0, 0] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
@@ -208,29 +208,29 @@ def test_by_hand() -> None:
         assert aps.eleven[0, k] == pytest.approx(6 / 11, abs=1e-12)
         assert aps.area[0, k] == pytest.approx(0.5, abs=1e-12)
     assert (aps.eleven[1] == 0).all() and np.isnan(aps.eleven[2:]).all()
-    # Detections of class 2, of which there is nothing, do no harm; class 1 counts as 0.
+    # Detections of class 2, which has no objects, are ignored; class 1 counts as 0.
     assert voc_metrics(results, samples)["AP75"] == pytest.approx(3 / 11, abs=1e-12)
 
 
 def test_a_detection_takes_its_best_object_only() -> None:
     samples = Samples([objects((0, 0, 10, 10, 0, 0), (0, 0, 10, 12, 0, 0))])
     results = [found((0, 0, 10, 12, 0, 0.9), (0, 0, 10, 12, 0, 0.8))]
-    # The second one exceeds the threshold with the first object, too, but that is not its best.
-    assert per_class(results, samples).area[0, 0] == pytest.approx(0.5, abs=1e-12)
+    # The second one exceeds the threshold with the first object too, but its best is another.
+    assert class_aps(results, samples).area[0, 0] == pytest.approx(0.5, abs=1e-12)
 
 
 def test_rounding_and_equal_scores() -> None:
     samples = Samples([objects((0, 0, 10, 10, 0, 0)), objects((0, 0, 10, 10, 0, 0))])
-    # 0.9004 and 0.9001 are both 0.900: the first image's wrong one comes first.
+    # 0.9004 and 0.9001 both become 0.900: the wrong one of the first image comes first.
     results = [found((40, 40, 50, 50, 0, 0.9001)), found((0, 0, 10, 10, 0, 0.9004))]
-    assert per_class(results, samples).area[0, 0] == pytest.approx(0.25, abs=1e-12)
-    assert per_class(
+    assert class_aps(results, samples).area[0, 0] == pytest.approx(0.25, abs=1e-12)
+    assert class_aps(
         [found((40, 40, 50, 50, 0, 0.9001)), found((0, 0, 10, 10, 0, 0.9006))], samples
     ).area[0, 0] == pytest.approx(0.5, abs=1e-12)
-    # A box of 5.04 rows counts as one of 5.0, which is exactly half and hence too little.
+    # A box of 5.04 rows counts as 5.0, exactly half, which is too little.
     one = Samples([objects((0, 0, 10, 10, 0, 0))])
-    assert per_class([found((0, 0, 10, 5.04, 0, 0.9))], one).area[0, 0] == 0
-    assert per_class([found((0, 0, 10, 5.06, 0, 0.9))], one).area[0, 0] == 1
+    assert class_aps([found((0, 0, 10, 5.04, 0, 0.9))], one).area[0, 0] == 0
+    assert class_aps([found((0, 0, 10, 5.06, 0, 0.9))], one).area[0, 0] == 1
 
 
 def test_nothing_found_and_nothing_to_find() -> None:
@@ -244,7 +244,7 @@ def test_nothing_found_and_nothing_to_find() -> None:
         voc_metrics([found(), found((0, 0, 1, 1, 4, 0.5))], samples)
 
 
-def test_found_is_checked() -> None:
+def test_detections_are_checked() -> None:
     good = found((0, 0, 10, 10, 0, 0.5))
     with pytest.raises(ValueError, match="do not fit each other"):
         replace(good, labels=np.zeros(2, np.int64))

@@ -1,4 +1,4 @@
-"""Backbones against torchvision and against the shapes of the papers' code."""
+"""Backbones, against torchvision and the shapes of the papers' code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def randomise_norms(module: nn.Module) -> None:
-    """Give running statistics and affine weights values that a swapped layer would betray."""
+    """Set running statistics and affine weights so that swapped layers change the output."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.0)
@@ -121,12 +121,12 @@ def test_alexnet_forward_is_its_last_stage() -> None:
 
 
 def conv(inputs: int, outputs: int, kernel: int, bias: int) -> int:
-    """Parameters of a convolution and its batch normalisation, counted by hand."""
+    """Number of parameters of a convolution and its batch norm."""
     return inputs * outputs * kernel * kernel + bias * outputs + 2 * outputs
 
 
 def test_parameter_counts() -> None:
-    # torchvision's published counts less those of fc (1000 classes).
+    # torchvision's published counts minus those of fc (1000 classes).
     assert parameters(build_backbone("resnet50")) == 25_557_032 - 2048 * 1000 - 1000
     assert parameters(build_backbone("resnet18")) == 11_689_512 - 512 * 1000 - 1000
     block1 = conv(3, 192, 5, 0) + conv(192, 160, 1, 0) + conv(160, 96, 1, 0)
@@ -147,7 +147,7 @@ def test_specified_pools_give_the_dims_of_the_table() -> None:
         pools = stage_pools(net, 224, kind)
         assert all(isinstance(pool, nn.AvgPool2d) for pool in pools)
         assert pooled_dims(net, 224, pools) == [9216, 9216, 8192, 9216, 8192]
-    # nn.AvgPool2d counts padding in the mean: the corner window of the stem has 6x6 real values.
+    # nn.AvgPool2d includes padding in the mean: the corner window of the stem has 6x6 real values.
     corner = stage_pools(net, 224, "specified")[0](torch.ones(1, 1, 112, 112))[0, 0, 0, 0]
     assert corner.item() == pytest.approx(36 / 100)
 

@@ -1,4 +1,4 @@
-"""Detectors: numbers of the protocols, anchors, random choice, training, detection."""
+"""Detectors: published settings, anchors, sampling, training, inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from pipelines.dense.batch import Target
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.rcnn import FPN, Rcnn, faster_rcnn_c4, mask_rcnn_fpn
-from rotpred.models.detection.rpn import Anchors, Draws, Proposals, Rpn
+from rotpred.models.detection.rpn import Anchors, Proposals, Rpn, SeededSampler
 from rotpred.training.optim import param_groups
 
 FEW = Proposals(anchors=(16, 32), before=(60, 40), after=(30, 20), rois=12)
@@ -48,7 +48,7 @@ R50 = 23_508_032
 
 
 def test_the_numbers_of_faster_rcnn_c4() -> None:
-    """protocols, section 7.1; counts of weights by hand."""
+    """docs/protocols.md, section 7.1; parameter counts by hand."""
     with torch.device("meta"):
         model = faster_rcnn_c4(build_backbone("resnet50"), 20)
     rpn, heads = model.rpn, model.heads
@@ -71,7 +71,7 @@ def test_the_numbers_of_faster_rcnn_c4() -> None:
 
 @pytest.mark.parametrize(("box_head", "norms"), [("4conv1fc", 53 + 8 + 4 + 4), ("2fc", 53 + 8)])
 def test_the_numbers_of_mask_rcnn_fpn(box_head: str, norms: int) -> None:
-    """protocols, section 7.2; counts of weights by hand."""
+    """docs/protocols.md, section 7.2; parameter counts by hand."""
     with torch.device("meta"):
         model = mask_rcnn_fpn(build_backbone("resnet50"), 80, box_head=box_head)  # type: ignore[arg-type]
     rpn, heads, conv = model.rpn, model.heads, 256 * 256 * 9
@@ -128,7 +128,7 @@ def test_how_fresh_layers_start() -> None:
 
 
 def test_what_decays() -> None:
-    """detectron2 spares exactly the norms, mmdetection nothing."""
+    """detectron2 exempts exactly the norms, mmdetection nothing."""
     model = faster_rcnn_c4(build_backbone("resnet18"), 3)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     groups = param_groups(model, rule="no_norm", weight_decay=1e-4)
@@ -149,10 +149,10 @@ def test_the_backbone_lands_in_the_detector_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("stride", [4, 16, 64])
 def test_anchors_lie_where_a_loop_puts_them(stride: int) -> None:
-    """At every place of the map from the corner on, without rounding, row by row."""
+    """At every position of the feature map, starting at the corner, unrounded, row by row."""
     sizes, rows, columns = (32, 64), 2, 3
     made = Anchors((sizes,), (stride,))
-    # The image is lower than the map's rows times the stride, as above P5 of odd height.
+    # The image has fewer rows than the feature map times the stride, as with a P5 of odd height.
     images = ImageList(torch.zeros(1, 3, stride * rows - stride // 2, stride * columns), [(9, 9)])
     (found,) = made(images, [torch.zeros(1, 8, rows, columns)])
     expected = []
@@ -167,7 +167,7 @@ def test_anchors_lie_where_a_loop_puts_them(stride: int) -> None:
 
 
 def test_losses_of_the_proposals_by_hand() -> None:
-    """Cross-entropy and L1 over all chosen anchors; ignored ones count nowhere."""
+    """Cross-entropy and L1 over all sampled anchors; ignored anchors do not count."""
     rpn = Rpn(8, ((16,),), (8,), FEW)
     draw = torch.Generator().manual_seed(0)
     logits, deltas, goals = (torch.randn(2 * 10, n, generator=draw) for n in (1, 4, 4))
@@ -187,10 +187,10 @@ def test_losses_of_the_proposals_by_hand() -> None:
 
 
 def test_the_choice_is_a_function_of_the_seed() -> None:
-    """Numbers as asked for, and the same whatever the image's neighbours and torch's state."""
+    """The requested numbers; independent of the other images and of torch's random state."""
     labels = torch.cat((torch.ones(40), torch.zeros(100), -torch.ones(20)))[torch.randperm(160)]
     few = torch.tensor([1.0, 0, 0, -1])
-    draws = Draws(64, 0.25)
+    draws = SeededSampler(64, 0.25)
     draws.seeds = [5, 6]
     positive, negative = draws([labels, few])
     assert (int(positive[0].sum()), int(negative[0].sum())) == (16, 48)
@@ -260,7 +260,7 @@ def test_detections_lie_in_the_image_and_are_float32(kind: str) -> None:
             assert one["masks"].min() >= 0 and one["masks"].max() <= 1
 
 
-def test_a_image_without_objects_has_losses() -> None:
+def test_an_image_without_objects_has_losses() -> None:
     model = mask_rcnn_fpn(build_backbone("resnet18"), 3, FEW_FPN)
     nothing: Target = {
         "boxes": torch.zeros(0, 4),
@@ -276,7 +276,7 @@ def test_a_image_without_objects_has_losses() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="need a ResNet"):
         faster_rcnn_c4(build_backbone("nin3"), 3)
-    with pytest.raises(ValueError, match=r"5 maps.*\(8, 16\)"):
+    with pytest.raises(ValueError, match=r"5 feature maps.*\(8, 16\)"):
         mask_rcnn_fpn(build_backbone("resnet18"), 3, Proposals(anchors=(8, 16)))
     with pytest.raises(ValueError, match="anchors"):
         Proposals(anchors=())

@@ -1,4 +1,4 @@
-"""The segmentation network: dilation, heads, sizes, first values, loss."""
+"""The segmentation network: dilation, heads, sizes, initial values, loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines.datasets.annotations import IGNORED
 from rotpred.models.backbone import build_backbone
-from rotpred.models.fcn import Fcn, FcnHead, dilate, pixel_loss, resized
+from rotpred.models.fcn import Fcn, FcnHead, dilate, pixel_loss, resize_logits
 from rotpred.models.resnet import ResNet
 from rotpred.training.optim import param_groups
 
@@ -29,7 +29,7 @@ def convolutions(stage: nn.Module) -> list[tuple[tuple[int, ...], tuple[int, ...
 
 
 def test_dilation_is_torchvisions() -> None:
-    """ResNet-50, equal weights: equal maps, and the rates of the contracted first block."""
+    """ResNet-50, equal weights: equal feature maps, and the rates of the contracted first block."""
     torch.manual_seed(0)
     ours = dilate(build_backbone("resnet50")).eval()
     theirs = torchvision.models.resnet50(
@@ -73,7 +73,7 @@ def test_what_is_no_resnet_is_refused() -> None:
 
 
 def test_the_heads_of_the_published_network() -> None:
-    """Parameters by mmsegmentation's arithmetic, and how they start."""
+    """Parameter counts of mmsegmentation, and initial values."""
     torch.manual_seed(2)
     model = Fcn(build_backbone("resnet50"), 21)
     shapes = {
@@ -95,7 +95,7 @@ def test_the_heads_of_the_published_network() -> None:
         assert head.classifier.bias is not None and not head.classifier.bias.any()
     weight = model.decode.convs[1][0].weight  # type: ignore[index]
     assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
-    # One rate and one decay for all of it, norms and biases included; nothing is frozen.
+    # One rate and one decay for everything, norms and biases included; nothing is frozen.
     groups = param_groups(model, rule="all", weight_decay=5e-4)
     assert {group["weight_decay"] for group in groups} == {5e-4}
     count = sum(len(group["params"]) for group in groups)  # type: ignore[arg-type, misc]
@@ -103,13 +103,13 @@ def test_the_heads_of_the_published_network() -> None:
 
 
 def test_head_by_hand() -> None:
-    """The concatenation is input first, and evaluation drops nothing."""
+    """The concatenation puts the input first, and evaluation drops nothing."""
     torch.manual_seed(3)
     head = FcnHead(6, 4, 3, convs=2, concat=True, dropout=0.5).eval()
     x = torch.randn(2, 6, 5, 7)
     assert head.concat is not None
     one, two, last = (block[0] for block in (*head.convs, head.concat))
-    # Fresh batch norm in evaluation divides by sqrt(1 + eps).
+    # A new batch norm in evaluation mode divides by sqrt(1 + eps).
     scale = 1 / math.sqrt(1 + 1e-5)
     inner = (two((one(x) * scale).relu()) * scale).relu()
     inner = (last(torch.cat([x, inner], 1)) * scale).relu()
@@ -130,7 +130,7 @@ def test_training_reaches_every_parameter() -> None:
 
 
 def test_loss_is_the_mean_over_all_pixels() -> None:
-    """Against numpy: ignored pixels add nothing to the sum but count in the mean."""
+    """Against NumPy: ignored pixels add nothing to the sum but count in the mean."""
     draw = np.random.default_rng(5)
     logits = draw.normal(size=(2, 5, 6, 7)).astype(np.float32)
     masks = draw.integers(0, 5, (2, 6, 7))
@@ -148,9 +148,9 @@ def test_loss_is_the_mean_over_all_pixels() -> None:
 
 @pytest.mark.parametrize("align", [False, True])
 def test_resizing_by_hand(align: bool) -> None:
-    """Bilinear between the corners' centres, or between the corners; float32 out of bfloat16."""
+    """Bilinear, corner pixel centres or image corners aligned; float32 from bfloat16."""
     ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 3, 4)
-    found = resized(ramp.bfloat16(), (5, 10), align_corners=align)
+    found = resize_logits(ramp.bfloat16(), (5, 10), align_corners=align)
     places = np.arange(10) * 3 / 9 if align else np.clip((np.arange(10) + 0.5) * 0.4 - 0.5, 0, 3)
     expected = torch.from_numpy(places).float().expand(1, 1, 5, 10)
     assert found.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What happens to a proposal: aligned pooling, losses, boxes of classes, masks."""
+"""RoI heads: aligned pooling, losses, class-specific boxes, masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rotpred.models.detection.roi_heads import (
 
 
 def ramps(strides: dict[str, int], side: int) -> dict[str, torch.Tensor]:
-    """Maps of the x and y of each place's middle in pixels, and of the map's own number."""
+    """Feature maps with x and y of each cell centre in pixels, and the number of the level."""
     maps = {}
     for k, (name, stride) in enumerate(strides.items()):
         middle = (torch.arange(side // stride) + 0.5) * stride
@@ -33,7 +33,7 @@ def ramps(strides: dict[str, int], side: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("levels", [("res4",), ("p2", "p3", "p4", "p5")])
 def test_pooling_is_aligned(levels: tuple[str, ...]) -> None:
-    """Of a map of coordinates every bin is the middle of the bin, on any level; and which level."""
+    """On a map of coordinates every bin holds its centre, on any level; choice of the level."""
     strides = {"res4": 16} if len(levels) == 1 else dict(zip(levels, (4, 8, 16, 32), strict=True))
     boxes = [
         torch.tensor([[70.0, 83, 70 + side, 83 + side * 0.9] for side in sides])
@@ -81,7 +81,7 @@ def test_every_class_has_its_own_box() -> None:
     deltas[1, 2] = torch.tensor([0.0, 0, 0, 5 * math.log(3)])
     (found,) = heads._detect({}, logits, deltas, proposals, [(35, 78)])
     assert found["labels"].tolist() == [2, 3]
-    # Middle 30 + 0.5 * 20 and 40 - 0.25 * 40, width 20 / 2; then middle 20, height 3 * 20.
+    # Centre 30 + 0.5 * 20 and 40 - 0.25 * 40, width 20 / 2; then centre 20, height 3 * 20.
     expected = torch.tensor([[35.0, 10, 45, 35], [60, 0, 78, 35]])
     torch.testing.assert_close(found["boxes"], expected)
     shares = [math.exp(9) / (math.exp(9) + 3), math.exp(8) / (math.exp(8) + math.exp(9) + 2)]
@@ -89,7 +89,7 @@ def test_every_class_has_its_own_box() -> None:
 
 
 def test_goals_of_masks() -> None:
-    """A bin is inside where its part of the mask is: here every bin has whole pixels."""
+    """A bin is set where its part of the mask is set: here every bin covers whole pixels."""
     draw = np.random.default_rng(1)
     masks = torch.from_numpy(draw.integers(0, 2, (3, 10, 10), np.uint8)).repeat_interleave(4, 1)
     masks = masks.repeat_interleave(4, 2)
@@ -100,7 +100,7 @@ def test_goals_of_masks() -> None:
 
 
 def test_masks_are_pasted_as_a_loop_does() -> None:
-    """Bilinear at the middle of every pixel, nothing outside of the box or of the image."""
+    """Bilinear at every pixel centre, zero outside the box and the image."""
     draw = np.random.default_rng(2)
     masks = draw.random((4, 5, 5)).astype(np.float32)
     boxes = np.array([[3.3, 2.1, 17.8, 12.4], [-4, -3, 6, 9.5], [12, 8, 30, 25], [5, 5, 5, 9]])

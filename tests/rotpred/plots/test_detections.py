@@ -1,4 +1,4 @@
-"""Drawings of detections and masks: where colors and names are, not only that some are."""
+"""Figures of detections and masks: positions of boxes, names and colors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def frames(fig: Figure, i: int = 0) -> list[Rectangle]:
 
 
 def extents(frame: Rectangle) -> tuple[float, ...]:
-    """Left, top, right and bottom, in pixels counted as those of boxes."""
+    """Left, top, right and bottom, in the pixel coordinates of boxes."""
     x, y = frame.get_xy()
     return (x + 0.5, y + 0.5, x + 0.5 + frame.get_width(), y + 0.5 + frame.get_height())
 
@@ -61,7 +61,7 @@ def test_boxes_lie_where_they_were_found() -> None:
     assert len({f.get_edgecolor() for f in solid}) == 2
     names = [text.get_text() for text in fig.legends[0].get_texts()]
     assert names == ["found (score at least 0.5)", "truth"]
-    assert texts(boxes_figure([GREY], [one], CLASSES, least=0.0)) == [
+    assert texts(boxes_figure([GREY], [one], CLASSES, min_score=0.0)) == [
         "cat 0.90",
         "dog 0.70",
         "cat 0.40",
@@ -82,7 +82,7 @@ def test_names_hide_neither_each_other_nor_leave_the_image() -> None:
         for other in boxes[:k]:
             apart = left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1]
             assert apart, "two names lie over each other"
-    # The names fit into their tags as they are drawn.
+    # The names fit into their tags when drawn.
     renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
     for tag, text in zip(tags, fig.axes[0].texts, strict=True):
         outer, inner = tag.get_window_extent(renderer), text.get_window_extent(renderer)
@@ -130,7 +130,7 @@ def test_masks_in_the_colors_of_their_classes() -> None:
     assert (images[2][:5] == 255).all()
     right = 100 * (1 - 100 / (35 * 60))
     titles = [ax.get_title() for ax in fig.axes]
-    assert titles == ["image", f"predicted: {right:.1f} % right", "truth"]
+    assert titles == ["image", f"predicted: {right:.1f} % correct", "truth"]
     legend = [text.get_text() for text in fig.legends[0].get_texts()]
     assert legend == ["background", "dog", "hot dog", "not counted"]
     assert pixels_of(fig).shape[2] == 3

@@ -1,4 +1,4 @@
-"""Figures: what is in the pixels, not only that some were drawn."""
+"""Training figures: views, confusion matrix, filters, curves, checked by their contents."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_confusion_shows_counts_and_shares_of_rows() -> None:
     counts = torch.tensor([[50, 25, 25, 0], [0, 3, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1997]])
     fig = confusion(counts)
     words = texts(fig)
-    assert words[0] == "97.4 % of 2,104 right"
+    assert words[0] == "97.4 % of 2,104 correct"
     assert words[1:5] == ["50.0 %", "50", "25.0 %", "25"]
     assert words[9:13] == ["0.0 %", "0", "75.0 %", "3"]
     assert "1,997" in words
@@ -149,7 +149,7 @@ def test_curves_of_nothing_are_refused(rows: list[dict[str, object]]) -> None:
         curves(rows)
 
 
-def test_every_figure_makes_a_image_with_something_on_it() -> None:
+def test_every_figure_makes_an_image_with_something_on_it() -> None:
     images, targets = views(8)
     for fig in (
         views_grid(images, targets=targets, normalize=CIFAR10),

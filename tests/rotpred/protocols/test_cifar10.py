@@ -1,4 +1,4 @@
-"""The CIFAR-10 recipes by their command lines, on tiny data: all that they promise, exactly."""
+"""The CIFAR-10 recipes run by their commands on tiny data, with exact results."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.recipes.every import EVALUATION
 from rotpred.weights.load import save_backbone
-from tests.conftest import save_jpeg, smooth_image
-from tests.rotpred.protocols.test_features import COSTS, few, full
-from tests.rotpred.protocols.test_knn import straight
-from tests.rotpred.protocols.test_svm import unit
+from tests.support.images import save_jpeg, smooth_image
+from tests.support.references import LOW_COSTS, class_aps, knn_hits, low_shot_maps, unit_rows
 from tests.support.run_outputs import results, saved
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
@@ -36,8 +34,8 @@ TRAIN, TEST = 60, 37
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 BLOCKS = ("conv1", "conv2", "conv3", "conv4")
 SHORT = ["--run.epochs", "1", "--run.precision", "fp32", "--run.keep-checkpoints", "2"]
-LOW = ["--costs", *map(str, COSTS)]
-"""The costs that scikit-learn solves to the last digits in a moment."""
+LOW = ["--costs", *map(str, LOW_COSTS)]
+"""Costs for which scikit-learn converges to the last digits quickly."""
 
 OPTIONS = {
     "cifar10_linear": ["--train.batch-size", "20", *SHORT],
@@ -69,7 +67,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Images of 32 pixels: what is common to a class, and as much of each one's own."""
+    """Images of 32 pixels: a pattern of the class blended with one of the image."""
     base = tmp_path_factory.mktemp("cifar10")
     for part, count in (("train", TRAIN), ("test", TEST)):
         for i in range(count):
@@ -82,7 +80,7 @@ def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone, str]]:
-    """Random weights by name of the network, and their files."""
+    """Networks with random weights and their files, by architecture."""
     base, found = tmp_path_factory.mktemp("weights"), {}
     for arch in ("resnet18_tiny", "nin4"):
         torch.manual_seed(3)
@@ -94,7 +92,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backb
 
 
 def features(backbone: Backbone, spec: LoaderSpec) -> tuple[list[list[torch.Tensor]], list[int]]:
-    """All stages' maps of the images one by one, and the labels."""
+    """Feature maps of all stages, one image at a time, and the labels."""
     maps, labels = [], []
     with open_loader(spec) as loader, torch.no_grad():
         for batch in loader.epoch(0):
@@ -106,7 +104,7 @@ def features(backbone: Backbone, spec: LoaderSpec) -> tuple[list[list[torch.Tens
 
 
 def last(backbone: Backbone, spec: LoaderSpec, *, averaged: bool) -> tuple[Rows, list[int]]:
-    """The last stage's map, flat or averaged: nothing else is pooled, as small as it is."""
+    """The last feature map, flattened or averaged: it is too small for other pooling."""
     maps, labels = features(backbone, spec)
     tops = [of_one[-1].mean((2, 3)) if averaged else of_one[-1] for of_one in maps]
     return np.stack([top.numpy().ravel() for top in tops]), labels
@@ -153,7 +151,7 @@ def check_knn(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None
     queries, truth = last(backbone, recipe.val, averaged=True)
     assert (recipe.temperature, recipe.normalize) == (0.07, True)
     for k in (1, 5):
-        hits = straight(bank, queries, np.array(ids), np.array(truth), k, 0.07, cosine=True)
+        hits = knn_hits(bank, queries, np.array(ids), np.array(truth), k, 0.07, cosine=True)
         for top, count in zip((1, 5), hits, strict=True):
             assert found[f"top{top}/k={k}"]["value"] == pytest.approx(100 * count / TEST)
 
@@ -161,30 +159,30 @@ def check_knn(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None
 def check_svm(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None:
     row = found["mAP/avgpool"]
     assert row["classes"] == list(CLASSES)
-    expected = full(*tables(recipe, backbone, averaged=True))
+    expected = class_aps(*tables(recipe, backbone, averaged=True))
     assert row["per_class"] == pytest.approx(expected, abs=1e-6)
     assert row["value"] == pytest.approx(100 * np.mean(expected), abs=1e-6)
 
 
 def check_lowshot(recipe: Any, backbone: Backbone, found: Found, _out: Path) -> None:
-    expected = few(*tables(recipe, backbone, averaged=False), shots=2, draws=2)
+    expected = low_shot_maps(*tables(recipe, backbone, averaged=False), shots=2, draws=2)
     row = found["mAP/res5/k=2"]
     assert row["value"] == pytest.approx(100 * expected.mean(), abs=1e-6)
     assert row["deviation"] == pytest.approx(100 * expected.std(), abs=1e-6)
 
 
 def tables(recipe: Any, backbone: Backbone, *, averaged: bool) -> tuple[Any, ...]:
-    """Features of training and test data, and each class against the rest of both."""
+    """Features of training and test data, and one-against-rest labels of both."""
     parts = [last(backbone, spec, averaged=averaged) for spec in (recipe.train, recipe.val)]
     signs = [
         np.where(np.array(labels)[:, None] == np.arange(10), 1, -1).astype(np.int8)
         for _, labels in parts
     ]
-    return *(unit(rows) for rows, _ in parts), *signs
+    return *(unit_rows(rows) for rows, _ in parts), *signs
 
 
 def check_semi(recipe: Any, backbone: Backbone, found: Found, out: Path) -> None:
-    """Of the whole network as it was saved, all layers of which have moved."""
+    """Accuracy of the saved network, all of whose layers have changed."""
     model, state = make_rotnet(backbone.arch, 10).eval(), saved(out)
     model.load_state_dict(state)
     for name, parameter in backbone.named_parameters():
@@ -215,7 +213,7 @@ def test_end_to_end(
     backbones: dict[str, tuple[Backbone, str]],
     tmp_path: Path,
 ) -> None:
-    """Every metric with the right n; one of each recipe from the weights, image by image."""
+    """Every metric with the right n; one per recipe recomputed from the weights, image by image."""
     arch = "nin4" if name == "cifar10_probes" else "resnet18_tiny"
     backbone, weights = backbones[arch]
     args = [name, "--weights", weights, "--backbone", arch, *OPTIONS[name]]
@@ -236,6 +234,6 @@ def test_end_to_end(
 
 
 def test_every_recipe_is_here() -> None:
-    """But for the rotation head, which has a test of its own."""
+    """Except the rotation head, which has its own test."""
     names = {name for name in EVALUATION if name.startswith("cifar10_")}
     assert names - {"cifar10_rotation"} == set(OPTIONS) == set(METRICS) == set(CHECKS)

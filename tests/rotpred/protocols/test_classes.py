@@ -1,4 +1,4 @@
-"""Which data sets may be trained and tested on together: the same classes, by name and order."""
+"""Compatibility of training and test data: the same classes, by name and order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from pipelines.spec import CenterCrop, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import finetune, knn, svm
-from rotpred.protocols.classes import LabeledData, shared_classes
+from rotpred.protocols.classes import LabelledData, shared_classes
+from rotpred.recipes.every import EVALUATION
 from rotpred.recipes.finetune import RECIPES, in1k_semi
-from rotpred.recipes.svm import RECIPES as FROZEN
 from rotpred.training.settings import RunSettings
-from tests.conftest import save_jpeg, smooth_image
-from tests.support.classification_trees import plant
+from tests.support.classification_trees import make_trees
+from tests.support.images import save_jpeg, smooth_image
 from tests.support.run_outputs import results
 
 IDS = ("0", "1", "2")
@@ -35,24 +35,28 @@ NAMES = ("abbey", "bar", "yard")
     ],
 )
 def test_ids_go_with_any_names(train: Any, val: Any, count: int) -> None:
-    one, other = LabeledData("a", train[0], 0, train[1]), LabeledData("b", val[0], 0, val[1])
+    one, other = LabelledData("a", train[0], 0, train[1]), LabelledData("b", val[0], 0, val[1])
     assert shared_classes(one, other) == count
 
 
 @pytest.mark.parametrize(
     ("train", "val", "words"),
     [
-        ((NAMES, 0), (("abbey", "yard"), 0), r"\(3 and 2\): number 1 is bar and yard"),
-        ((NAMES, 0), (NAMES[:2], 0), "number 2 is yard and nothing"),
-        ((("1", "10", "2"), 0), (IDS, 0), "number 0 is 1 and 0"),
-        (((*IDS, "3"), 3), (NAMES, 2), "a has label 3, but b has 3 classes, which are counted"),
+        (
+            (NAMES, 0),
+            (("abbey", "yard"), 0),
+            r"\(3 and 2\): number 1 is bar in the first, yard in the second",
+        ),
+        ((NAMES, 0), (NAMES[:2], 0), "number 2 is yard in the first, missing in the second"),
+        ((("1", "10", "2"), 0), (IDS, 0), "number 0 is 1 in the first, 0 in the second"),
+        (((*IDS, "3"), 3), (NAMES, 2), "a has label 3, but b has 3 classes, counted from 0"),
         ((NAMES, 0), ((), -1), "b has samples without a label"),
     ],
 )
 def test_other_classes_are_refused(train: Any, val: Any, words: str) -> None:
     one, other = (
-        LabeledData("a", train[0], 0, train[1]),
-        LabeledData("b", val[0], min(0, val[1]), val[1]),
+        LabelledData("a", train[0], 0, train[1]),
+        LabelledData("b", val[0], min(0, val[1]), val[1]),
     )
     with pytest.raises(ValueError, match=words):
         shared_classes(one, other)
@@ -60,8 +64,8 @@ def test_other_classes_are_refused(train: Any, val: Any, words: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_list_with_labels_is_tested_on_the_official_archive(tmp_path: Path) -> None:
-    """As in1k_semi_1's docstring has it: train_1percent.txt, and folders or synsets to test on."""
-    trees = plant(tmp_path)
+    """As in the docstring of in1k_semi_1: train_1percent.txt, tested on folders or synsets."""
+    trees = make_trees(tmp_path)
     lists, folders = trees["in1k_mhead"], trees["in1k_linear"]
     made, common = RECIPES["in1k_semi_1"](), {"engine": "folder", "workers": 1, "batch_size": 4}
     done = finetune.run(
@@ -91,8 +95,13 @@ def test_features_of_other_classes_are_refused(name: str, tmp_path: Path) -> Non
         for label, one in enumerate(classes):
             for i in range(2):
                 save_jpeg(tmp_path / split / one / f"{i}.jpg", smooth_image(label, 40, 40))
-    made: Any = FROZEN[name]()
-    common: dict[str, Any] = {"engine": "folder", "workers": 1, "batch_size": 2, "limit": None}
+    made: Any = EVALUATION[name]()
+    common: dict[str, Any] = {
+        "engine": "folder",
+        "workers": 1,
+        "batch_size": 2,
+        "max_samples": None,
+    }
     made = replace(
         made,
         weights="random",
@@ -101,7 +110,7 @@ def test_features_of_other_classes_are_refused(name: str, tmp_path: Path) -> Non
         run=replace(made.run, out=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
     )
     run = {"cifar10_knn": knn.run, "cifar10_svm": svm.run, "cifar10_lowshot": svm.run_low_shot}
-    with pytest.raises(ValueError, match="number 1 is cat and dog"):
+    with pytest.raises(ValueError, match="number 1 is cat in the first, dog in the second"):
         run[name](made, Rank())
     assert not (tmp_path / "run/results.json").exists()
 

@@ -1,4 +1,4 @@
-"""Detection: runs that go on, results of the saved network, processes, predictions of others."""
+"""Detection runs: resuming, results of the saved network, processes, external predictions."""
 
 from __future__ import annotations
 
@@ -23,63 +23,40 @@ from rotpred.distributed import Rank
 from rotpred.metrics.predictions import read_detections
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.roi_heads import paste_masks
-from rotpred.models.detection.rpn import Proposals
 from rotpred.protocols import dense, detection
 from rotpred.protocols.dense import DenseResult, scaled
-from rotpred.protocols.detection import Detect
+from rotpred.protocols.detection import DetectionTask
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.report.results import read_runs
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
-from rotpred.training.settings import RunSettings
 from tests.support import processes
 from tests.support.dense_trees import coco, voc
 from tests.support.run_outputs import results, saved
+from tests.support.toy_recipes import toy_detection
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny trees: three images in each list of VOC, three of COCO and one without objects."""
+    """Tiny data sets: three images in each VOC list, three of COCO and one without objects."""
     base = tmp_path_factory.mktemp("trees")
     return {"voc0712_det": voc(base, n=3), "coco_det": coco(base, n=3)}
-
-
-def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Detection:
-    """A published recipe at toy size: short side 32, an epoch of three steps of two images."""
-    made, root = RECIPES[name](), str(roots[name])
-    sides = (16, 32) if made.model == "faster_rcnn_c4" else (8, 16, 32, 64, 128)
-    base = replace(
-        made,
-        weights="random",
-        backbone="resnet18_tiny",
-        sync_bn="off",
-        proposals=Proposals(anchors=sides, before=(40, 20), after=(20, 4), rois=4, pooled=6),
-        train=replace(
-            made.train, root=root, batch_size=2, geometry=ShortSide((32, 40), 64),
-            steps_per_epoch=3, workers=1,
-        ),
-        val=replace(made.val, root=root, geometry=ShortSide((32,), 64), workers=1, max_samples=3),
-        # So slow that three steps leave every class of COCO's three probable enough.
-        optim=Optim(lr=0.001 if made.model == "mask_rcnn_fpn" else 0.01, weight_decay=1e-4),
-        run=RunSettings(out=str(out), epochs=1, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
 def finished(
     request: pytest.FixtureRequest, roots: dict[str, Path], tmp_path_factory: Any
 ) -> Detection:
-    """Each recipe, run to its end: three steps and a validation."""
-    made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
+    """Each recipe, finished: three steps and a validation."""
+    made = toy_detection(request.param, roots, tmp_path_factory.mktemp("finished"))
     detection.run(made, Rank())
     return made
 
 
 def test_the_run_folder(finished: Detection) -> None:
-    """Losses by name that add up, a validation, images, and results by name."""
+    """Named losses that add up, a validation, figures, and results."""
     out, masks = Path(finished.run.out), finished.model == "mask_rcnn_fpn"
     for name in ("detections", "curves"):
         with Image.open(out / f"figures/{name}.png") as image:
@@ -102,11 +79,12 @@ def test_the_run_folder(finished: Detection) -> None:
 
 
 def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None:
-    """The file of the run, and the network that it saved on the images one by one."""
+    """The result file equals the saved network applied to one image at a time."""
     out = Path(finished.run.out)
     masks = finished.model == "mask_rcnn_fpn"
     with open_dense(finished.val) as val, torch.no_grad():
-        model = Detect(finished).network(build_backbone("resnet18_tiny"), len(val.classes)).eval()
+        task, backbone = DetectionTask(finished), build_backbone("resnet18_tiny")
+        model = task.network(backbone, len(val.classes)).eval()
         model.load_state_dict(saved(out))
         found = read_detections(out / "predictions.json", val.samples)
         count = 0
@@ -134,7 +112,7 @@ def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None
 
 
 def test_a_run_that_was_cut_goes_on(finished: Detection, tmp_path: Path) -> None:
-    """From step 2 of 3 the same bits, samples and results as without a break."""
+    """Resumed from step 2 of 3: the same bits, samples and results as without interruption."""
     made = replace(finished, run=replace(finished.run, out=str(tmp_path)))
     detection.run(replace(made, run=replace(made.run, max_steps=2)), Rank())
     torch.rand(3)
@@ -159,8 +137,8 @@ def test_a_run_that_was_cut_goes_on(finished: Detection, tmp_path: Path) -> None
 def test_of_many_validations_the_last_is_kept(
     monkeypatch: pytest.MonkeyPatch, last_step: int
 ) -> None:
-    """Each holds figures of megabytes; the one returned is that of the final weights."""
-    state: Any = types.SimpleNamespace(step=0, learn=lambda *_: None)
+    """Validations hold megabytes of figures; the one returned belongs to the final weights."""
+    state: Any = types.SimpleNamespace(step=0, train_step=lambda *_: None)
     made: list[weakref.ref[DenseResult]] = []
 
     def steps(*_: object, evaluate: Callable[[int], float], **__: object) -> Iterator[None]:
@@ -179,15 +157,15 @@ def test_of_many_validations_the_last_is_kept(
     monkeypatch.setattr(dense, "evaluate", validated)
     job: Any = types.SimpleNamespace(loader=None, val=())
     log: Any = types.SimpleNamespace(validation=lambda **_: None)
-    found = dense._train(voc0712_det(), Detect(voc0712_det()), state, job, log)
+    found = dense._train(voc0712_det(), DetectionTask(voc0712_det()), state, job, log)
     assert found.values == {"AP": last_step} and len(made) == (2 if last_step == 4 else 3)
     assert [ref() is not None for ref in made] == [False] * (len(made) - 1) + [True]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """At the command line: three steps of one image each, and every image validated once."""
-    made = small(name, roots, tmp_path)
+    """By the command: three steps of one image each, and every image validated once."""
+    made = toy_detection(name, roots, tmp_path)
     args = [
         name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
         "--proposals.anchors", *map(str, made.proposals.anchors), "--proposals.before", "40", "20",
@@ -206,7 +184,7 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
     found = results(tmp_path / "run")
     assert found["box/AP" if name == "coco_det" else "AP50"]["n"] == 3
     with open_dense(made.val) as val:
-        # read_found refuses images that are no part of the data; each came from one process.
+        # read_detections refuses images outside the data set; each came from one process.
         assert len(read_detections(tmp_path / "run/predictions.json", val.samples)) == 3
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
@@ -215,8 +193,8 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
 def test_the_rate_follows_the_number_of_images(
     roots: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """2 images a step where 16 are meant: an eighth of the rate, eight times the steps."""
-    made = small("voc0712_det", roots, tmp_path)
+    """2 images per step instead of 16: an eighth of the rate, eight times the steps."""
+    made = toy_detection("voc0712_det", roots, tmp_path)
     made = replace(
         made,
         train=replace(made.train, steps_per_epoch=1),
@@ -228,13 +206,13 @@ def test_the_rate_follows_the_number_of_images(
     assert "0.02 x 2/16 = 0.0025, and 1 steps an epoch x 16/2 = 8" in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[0]["lr"] == pytest.approx(0.0025 * 0.001)
-    with caplog.at_level("INFO"):  # two steps an update: the rate of four images
+    with caplog.at_level("INFO"):  # two steps per update: the rate of four images
         scaled(replace(made, run=replace(made.run, accumulate=2)), Rank())
     assert "0.02 x 4/16 = 0.005, and 1 steps an epoch x 16/2 = 8" in caplog.text
 
 
 def test_what_images_of_many_sizes_cannot_have(roots: dict[str, Path], tmp_path: Path) -> None:
-    made = small("voc0712_det", roots, tmp_path)
+    made = toy_detection("voc0712_det", roots, tmp_path)
     for name, words in (("compile", "no-compile"), ("cuda_graph", "no-cuda-graph")):
         with pytest.raises(ValueError, match=words):
             detection.run(replace(made, run=replace(made.run, **{name: True})), Rank())
@@ -245,18 +223,18 @@ def test_masks_are_loaded_for_who_learns_them(
 ) -> None:
     opened: list[bool] = []
     monkeypatch.setattr(dense, "run", lambda recipe, *_: opened.append(recipe.train.masks))
-    masked = small("coco_det", roots, tmp_path)
+    masked = toy_detection("coco_det", roots, tmp_path)
     boxes: dict[str, Any] = {"model": "faster_rcnn_c4"}
-    for made in (masked, replace(masked, **boxes), small("voc0712_det", roots, tmp_path)):
+    for made in (masked, replace(masked, **boxes), toy_detection("voc0712_det", roots, tmp_path)):
         detection.run(made, Rank())
-    assert opened == [True, False, True]  # of VOC there are none
+    assert opened == [True, False, True]  # VOC has none
     with pytest.raises(ValueError, match=r"mask_rcnn_fpn learns masks: pass --train\.masks"):
         detection.run(replace(masked, train=replace(masked.train, masks=False)), Rank())
 
 
 def test_predictions_of_others(roots: dict[str, Path], tmp_path: Path) -> None:
-    """Text files of the devkit: the truth is perfect, and a shifted box is not."""
-    made = small("voc0712_det", roots, tmp_path / "run")
+    """Text files of the devkit: the ground truth scores 100, a shifted box does not."""
+    made = toy_detection("voc0712_det", roots, tmp_path / "run")
     lines: dict[str, list[str]] = {}
     with open_dense(replace(made.val, max_samples=None)) as val:
         for i, name in enumerate(val.samples.names):
@@ -297,12 +275,12 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
     run = replace(finished.run, out=str(tmp_path / "run"))
     detection.run(replace(finished, predictions=str(path), weights="", run=run), Rank())
     before, after = results(Path(finished.run.out)), results(tmp_path / "run")
-    (kept,) = read_runs(tmp_path / "run")  # as the page does
+    (kept,) = read_runs(tmp_path / "run")  # as the report does
     assert {(r.kind, r.weights) for r in kept.results} == {("trained", "mine.json")}
     for name, row in before.items():
         if "AP" in name:
             assert after[name]["value"] == pytest.approx(row["value"], abs=0.05), name
-    if finished.model == "mask_rcnn_fpn":  # boxes alone are scored as boxes
+    if finished.model == "mask_rcnn_fpn":  # without masks, only boxes are scored
         rows = json.loads(path.read_text())
         path.write_text(
             json.dumps([{k: row[k] for k in row if k != "segmentation"} for row in rows])
@@ -314,7 +292,7 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
 
 
 def test_the_published_settings() -> None:
-    """protocols, sections 7.1 and 7.2."""
+    """docs/protocols.md, sections 7.1 and 7.2."""
     made = voc0712_det()
     assert made.train.steps_per_epoch == 2000 and made.run.epochs == 12
     assert (made.train.batch_size, made.optim.reference_batch, made.optim.lr) == (2, 16, 0.02)

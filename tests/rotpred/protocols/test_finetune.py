@@ -1,4 +1,4 @@
-"""Fine-tuning on a part of the labels: exact results, grid, balanced draws, data with a root."""
+"""Fine-tuning on few labels: exact results, grid search, balanced subsets, data with a root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.engines.samples import open_samples
 from pipelines.loader import open_loader
-from pipelines.sampling.order import balanced
+from pipelines.sampling.order import draw_balanced
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred import cli
 from rotpred.distributed import Rank
@@ -23,50 +23,28 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.protocols import finetune
 from rotpred.recipes.finetune import RECIPES, FineTuning, in1k_semi
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import lr_at
-from rotpred.training.settings import RunSettings
 from rotpred.training.state import TrainState
 from rotpred.weights.load import save_backbone
-from tests.support.classification_trees import Trees, plant
+from tests.support.classification_trees import Trees, make_trees
 from tests.support.run_outputs import results, saved
+from tests.support.toy_recipes import toy_fine_tuning
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
-    return plant(tmp_path_factory.mktemp("trees"))
-
-
-def small(trees: Trees, out: Path, backbone: str = "nin3", **changes: Any) -> FineTuning:
-    """in1k_semi_1 on two images of each class: 32 pixels, 4 images a step, two epochs."""
-    tree, made = trees["in1k_semi_1"], RECIPES["in1k_semi_1"]()
-    common: dict[str, Any] = {"engine": "folder", "workers": 1, "batch_size": 4}
-    base = replace(
-        made,
-        weights="random",
-        backbone=backbone,
-        sync_bn="off",
-        train=replace(
-            made.train, data=tree.train, root=tree.train_root, crop=RandomResizedCrop(32), **common
-        ),
-        val=replace(
-            made.val, data=tree.val, root=tree.val_root, crop=CenterCrop(32, 36), **common
-        ),
-        optim=Optim(lr=0.01, weight_decay=5e-4),
-        run=RunSettings(out=str(out), epochs=2, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
-    )  # fmt: skip
-    return replace(base, **changes)
+    return make_trees(tmp_path_factory.mktemp("trees"))
 
 
 def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
-    """All layers move, and top-1 is that of the saved network on the images one by one."""
+    """All layers change, and top-1 equals the saved network applied to one image at a time."""
     torch.manual_seed(3)
     source = build_backbone("resnet18_tiny")
     weights = tmp_path / "backbone.safetensors"
     save_backbone(weights, source, {})
-    made = small(trees, tmp_path / "run", "resnet18_tiny", weights=str(weights))
+    made = toy_fine_tuning(trees, tmp_path / "run", "resnet18_tiny", weights=str(weights))
     made = replace(made, run=replace(made.run, epochs=1))
     out = finetune.run(made, Rank())
     state = saved(out)
@@ -85,7 +63,7 @@ def test_end_to_end_from_a_list_of_names(trees: Trees, tmp_path: Path) -> None:
 
 
 def test_in1k_semi_10_by_its_command(trees: Trees, tmp_path: Path) -> None:
-    """Decay and share are those of ten percent; top-1 again from the saved network."""
+    """Decay and fraction are those of ten percent; top-1 recomputed from the saved network."""
     tree, out = trees["in1k_semi_1"], tmp_path / "run"
     args = [
         *("in1k_semi_10", "--weights", "random", "--backbone", "resnet18_tiny"),
@@ -98,7 +76,7 @@ def test_in1k_semi_10_by_its_command(trees: Trees, tmp_path: Path) -> None:
     ]
     assert cli.evaluate_main(args) == 0
     found = results(out)
-    assert set(found) == {"top1"}  # four classes have no top-5
+    assert set(found) == {"top1"}  # no top-5 with four classes
     made: FineTuning = cli.choose(RECIPES, args, "")
     assert made.optim.weight_decay == 1e-4
     model, hits = make_rotnet("resnet18_tiny", 4).eval(), 0
@@ -112,8 +90,8 @@ def test_in1k_semi_10_by_its_command(trees: Trees, tmp_path: Path) -> None:
 
 
 def test_one_step_is_plain_sgd_with_two_rates(trees: Trees, tmp_path: Path) -> None:
-    """The first update by hand: rate * (gradient + decay * weight), the head's times 100."""
-    made = small(trees, tmp_path)
+    """The first update by hand: rate * (gradient + decay * weight), times 100 for the head."""
+    made = toy_fine_tuning(trees, tmp_path)
     made = replace(made, run=replace(made.run, max_steps=1))
     found = saved(finetune.run(made, Rank()))
     torch.manual_seed(made.train.seed)
@@ -132,7 +110,7 @@ def test_one_step_is_plain_sgd_with_two_rates(trees: Trees, tmp_path: Path) -> N
 
 
 def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole table and the best; finished points are kept; a rate that diverges is a result."""
+    """All points and the best; finished points are kept; a diverging rate is a result."""
     learned: list[Path] = []
     train_step = TrainState.train_step
 
@@ -141,7 +119,7 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         train_step(state, *args)
 
     monkeypatch.setattr(TrainState, "train_step", spy)
-    made = small(trees, tmp_path, grid=True, lrs=(0.01, 1e30), head_lr_mults=(1.0, 10.0))
+    made = toy_fine_tuning(trees, tmp_path, grid=True, lrs=(0.01, 1e30), head_lr_mults=(1.0, 10.0))
     assert finetune.run(made, Rank()) == tmp_path
     rows = results(tmp_path)
     names = {"top1/lr=0.01,head=1", "top1/lr=0.01,head=10"}
@@ -168,14 +146,14 @@ def test_grid(trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(learned) == {tmp_path / "grid/lr0.01_head10"} and len(learned) == 4
     assert results(tmp_path)["top1"]["value"] == rows["top1"]["value"]
 
-    # A smaller grid leaves nothing of the larger one behind.
+    # A smaller grid removes the results of the larger one.
     finetune.run(replace(again, head_lr_mults=(10.0,)), Rank())
     rows = results(tmp_path)
     assert set(rows) == {"top1/lr=0.01,head=10", "top1"} and rows["top1"]["chosen_from"] == 1
 
 
 def test_a_grid_without_any_result_is_an_error(trees: Trees, tmp_path: Path) -> None:
-    made = small(trees, tmp_path, grid=True, lrs=(1e30,), head_lr_mults=(1.0,))
+    made = toy_fine_tuning(trees, tmp_path, grid=True, lrs=(1e30,), head_lr_mults=(1.0,))
     with pytest.raises(ValueError, match="finite loss"):
         finetune.run(made, Rank())
 
@@ -183,7 +161,7 @@ def test_a_grid_without_any_result_is_an_error(trees: Trees, tmp_path: Path) -> 
 def test_deterministic_kernels_while_it_lasts(
     trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Set for the run, as they were after it; the same command gives the same bits."""
+    """Enabled for the run and restored after it; the same command gives the same bits."""
     seen = []
     point = finetune._point
 
@@ -196,8 +174,8 @@ def test_deterministic_kernels_while_it_lasts(
 
     monkeypatch.setattr(finetune, "_point", spy)
     before = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
-    first = saved(finetune.run(small(trees, tmp_path / "a"), Rank()))
-    second = saved(finetune.run(small(trees, tmp_path / "b"), Rank()))
+    first = saved(finetune.run(toy_fine_tuning(trees, tmp_path / "a"), Rank()))
+    second = saved(finetune.run(toy_fine_tuning(trees, tmp_path / "b"), Rank()))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert seen == [(True, True, False)] * 2
     assert before == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
@@ -206,31 +184,31 @@ def test_deterministic_kernels_while_it_lasts(
 
 def test_sync_bn_is_refused_on_a_cpu(trees: Trees, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--sync-bn off"):
-        finetune.run(small(trees, tmp_path, sync_bn="torch"), Rank())
+        finetune.run(toy_fine_tuning(trees, tmp_path, sync_bn="torch"), Rank())
 
 
 def test_balanced_draws() -> None:
-    """As many of each class, nested, other ones for another seed, every sample equally likely."""
+    """Equal counts per class, nested, different for another seed, every sample equally likely."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), (20, 30, 25, 20, 40)))
-    few, more = balanced(labels, 4, seed=1), balanced(labels, 20, seed=1)
+    few, more = draw_balanced(labels, 4, seed=1), draw_balanced(labels, 20, seed=1)
     assert Counter(labels[few]) == dict.fromkeys(range(5), 4) and len(more) == 100
     assert set(few) < set(more) and (np.diff(few) > 0).all()
-    assert set(few) != set(balanced(labels, 4, seed=2))
+    assert set(few) != set(draw_balanced(labels, 4, seed=2))
     counts = np.zeros(len(labels))
     for seed in range(400):
-        counts[balanced(labels, 10, seed=seed)] += 1
+        counts[draw_balanced(labels, 10, seed=seed)] += 1
     expected = 400 * 10 / np.bincount(labels)[labels]
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
     with pytest.raises(ValueError, match="class 0 has 20 samples only"):
-        balanced(labels, 21, seed=0)
+        draw_balanced(labels, 21, seed=0)
     with pytest.raises(ValueError, match="a label for every sample"):
-        balanced(np.array([0, -1]), 1, seed=0)
+        draw_balanced(np.array([0, -1]), 1, seed=0)
     with pytest.raises(ValueError, match="per_class"):
         LoaderSpec(samples_per_class=3, max_samples=7)
 
 
 def test_a_balanced_draw_is_the_same_for_files_and_betons(folder: Path, beton: Path) -> None:
-    """37 images of three classes: five of each, met once an epoch, in every epoch the same."""
+    """Five of each of three classes among 37 images, once per epoch, the same in every epoch."""
     spec = LoaderSpec(
         data=str(folder), engine="folder", batch_size=4, crop=CenterCrop(16, 16), views="plain",
         workers=1, samples_per_class=5, drop_last=False,
@@ -254,9 +232,9 @@ def test_what_needs_a_root_and_what_has_none(trees: Trees, beton: Path, tmp_path
     assert len(samples) == 8 and samples.labels.tolist() == [0, 1, 3, 2] * 2
     with pytest.raises(ValueError, match="needs a root"):
         open_samples(tree.train)
-    with pytest.raises(ValueError, match="not with a folder"):
+    with pytest.raises(ValueError, match="not for folders"):
         open_samples(tree.train_root, str(tmp_path))
-    with pytest.raises(ValueError, match="not with a beton"):
+    with pytest.raises(ValueError, match="not for a beton"):
         open_samples(str(beton), str(tmp_path))
     with pytest.raises(ValueError, match="to_beton"):
         open_samples("digits")
@@ -265,7 +243,7 @@ def test_what_needs_a_root_and_what_has_none(trees: Trees, beton: Path, tmp_path
 
 
 def test_the_published_settings() -> None:
-    """protocols, section 6: 4 x 64 images, 20 epochs, x0.2 at 12 and 16, decay by fraction."""
+    """docs/protocols.md, 6: 4 x 64 images, 20 epochs, x0.2 at 12 and 16, decay by fraction."""
     for fraction, decay in ((0.01, 5e-4), (0.1, 1e-4)):
         made = in1k_semi(fraction, lr=0.1, head_lr_mult=10)
         assert RECIPES[made.name]() == in1k_semi(fraction)

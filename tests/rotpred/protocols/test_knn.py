@@ -1,4 +1,4 @@
-"""Nearest neighbours, against plain numpy; ties included."""
+"""Nearest neighbours, against plain NumPy, ties included."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rotpred.protocols import knn
 from rotpred.recipes.base import CachedFeatureRun
 from rotpred.recipes.knn import Knn, in1k_knn
 from rotpred.report.results import read_runs
+from tests.support.references import knn_hits
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,27 +33,6 @@ def found(bank: Rows, queries: Rows, k: int, *, normalize: bool) -> tuple[torch.
     )
 
 
-def straight(
-    bank: Rows, queries: Rows, ids: Ids, truth: Ids, k: int, temperature: float, *, cosine: bool
-) -> list[int]:
-    """One query after the other: sort all, vote, count; lower rows and classes first in a tie."""
-    hits = [0, 0]
-    for query, target in zip(queries.astype(np.float64), truth, strict=True):
-        rows = bank.astype(np.float64)
-        if cosine:
-            rows = rows / np.linalg.norm(rows, axis=1)[:, None]
-            query = query / np.linalg.norm(query)
-        similar = rows @ query
-        near = sorted(range(len(rows)), key=lambda i: (-similar[i], i))[:k]
-        votes: dict[int, float] = {}
-        for i in near:
-            votes[int(ids[i])] = votes.get(int(ids[i]), 0.0) + np.exp(similar[i] / temperature)
-        ranked = sorted(votes, key=lambda c: (-votes[c], c))
-        for place, top in enumerate((1, 5)):
-            hits[place] += int(target) in ranked[:top]
-    return hits
-
-
 def test_against_straight_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random features, several blocks of bank and queries, every number of neighbours."""
     monkeypatch.setattr(knn, "BANK_ROWS", 37)
@@ -66,14 +46,14 @@ def test_against_straight_code(monkeypatch: pytest.MonkeyPatch) -> None:
             *found(bank, queries, max(KS), normalize=cosine),
             bank_labels=ids, labels=truth, ks=KS, temperature=temperature, classes=9,
         )  # fmt: skip
-        expected = [straight(bank, queries, ids, truth, k, temperature, cosine=cosine) for k in KS]
+        expected = [knn_hits(bank, queries, ids, truth, k, temperature, cosine=cosine) for k in KS]
         assert counts.tolist() == expected
         assert 0 < counts[0, 0] < counts[-1, 1] < 60
 
 
 @pytest.mark.parametrize("block", [7, 1000])
 def test_ties_go_to_lower_rows_and_classes(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """Small whole numbers: similarities are exact, most of them are equal, some are negative."""
+    """Small integers: similarities are exact, most are equal, some are negative."""
     monkeypatch.setattr(knn, "BANK_ROWS", block)
     generator = np.random.default_rng(1)
     bank = generator.integers(-1, 2, (90, 3)).astype(np.float32)
@@ -90,11 +70,11 @@ def test_ties_go_to_lower_rows_and_classes(monkeypatch: pytest.MonkeyPatch, bloc
         similar, rows, bank_labels=ids, labels=truth, ks=(1,), temperature=temperature,
         classes=12,
     )  # fmt: skip
-    assert counts[0].tolist() == straight(bank, queries, ids, truth, 1, temperature, cosine=False)
+    assert counts[0].tolist() == knn_hits(bank, queries, ids, truth, 1, temperature, cosine=False)
 
 
 def test_equal_votes_and_classes_without_votes() -> None:
-    """Two classes with one vote each: the lower is first. A class that nobody voted for is out."""
+    """With one vote each, the lower class comes first. Classes without votes are left out."""
     similar, rows = torch.tensor([[0.5, 0.5]] * 3), torch.tensor([[0, 1]] * 3)
     counts = knn.count_hits(
         similar, rows, bank_labels=np.array([4, 2]), labels=np.array([2, 4, 0]), ks=(2,),
@@ -104,7 +84,7 @@ def test_equal_votes_and_classes_without_votes() -> None:
 
 
 def test_long_features_do_not_overflow() -> None:
-    """VISSL's variant: products in the thousands over a temperature of 0.1."""
+    """VISSL's variant: dot products in the thousands, divided by a temperature of 0.1."""
     bank = np.array([[100.0, 0], [99, 0], [0, 100]], np.float32)
     similar, rows = found(bank, np.array([[50.0, 0]], np.float32), 3, normalize=False)
     assert similar[0].tolist() == [5000.0, 4950.0, 0.0]
@@ -127,10 +107,10 @@ def recipe(beton: Path, tmp_path: Path) -> Knn:
 
 
 def test_run_folder(beton: Path, tmp_path: Path) -> None:
-    """A sample is its own nearest neighbour: all right at k = 1, on any data."""
+    """Every sample is its own nearest neighbour: all are right at k = 1."""
     out = knn.run(recipe(beton, tmp_path), Rank())
     rows = {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
-    assert set(rows) == {"top1/k=1", "top1/k=5"}  # three classes have no top-5
+    assert set(rows) == {"top1/k=1", "top1/k=5"}  # no top-5 with three classes
     assert rows["top1/k=1"]["value"] == 100.0 and rows["top1/k=1"]["n"] == 37
     assert (out / "done.json").exists()
 
@@ -138,7 +118,7 @@ def test_run_folder(beton: Path, tmp_path: Path) -> None:
 def test_other_settings_take_the_place_of_the_earlier_ones(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results belong to the recipe beside them; a run that was cut off is not finished."""
+    """Results belong to the recipe in their folder; an interrupted run is not finished."""
     made = recipe(beton, tmp_path)
     out = knn.run(made, Rank())
     other = replace(made, neighbours=(3,), temperature=0.1, normalize=False)
@@ -149,7 +129,7 @@ def test_other_settings_take_the_place_of_the_earlier_ones(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(knn, "neighbours", cut)
         knn.run(other, Rank())
-    with pytest.raises(ValueError, match=r"no run folder|unfinished"):
+    with pytest.raises(ValueError, match=r"not a run folder|unfinished"):
         read_runs(out)
     knn.run(other, Rank())
     (run,) = read_runs(out)
@@ -158,7 +138,7 @@ def test_other_settings_take_the_place_of_the_earlier_ones(
 
 
 def test_more_neighbours_than_samples_are_refused(beton: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="40 neighbours of 37 training samples"):
+    with pytest.raises(ValueError, match="cannot take 40 neighbours of 37 training samples"):
         knn.run(replace(recipe(beton, tmp_path), neighbours=(40,)), Rank())
 
 
@@ -173,7 +153,7 @@ def test_test_data_are_looked_at_before_the_work_on_training_data(
 
 
 def test_the_published_settings() -> None:
-    """protocols: k 10 to 200, temperature 0.07, cosine, resize 256 and crop 224."""
+    """docs/protocols.md: k 10 to 200, temperature 0.07, cosine, resize 256 and crop 224."""
     made = in1k_knn()
     assert (made.neighbours, made.temperature, made.normalize) == ((10, 20, 100, 200), 0.07, True)
     assert made.train.crop == made.val.crop == CenterCrop(224, 256)

@@ -1,4 +1,4 @@
-"""Probes: shapes and sources, the proof that the backbone is frozen, and every recipe on tiny data."""
+"""Linear evaluation: probe sizes, the frozen backbone, and every recipe on tiny data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
 from rotpred.training.settings import RunSettings
 from rotpred.weights.load import save_backbone
-from tests.support.classification_trees import Tree, Trees, plant
+from tests.support.classification_trees import Tree, Trees, make_trees
 from tests.support.run_outputs import results, saved
 
 pytestmark = pytest.mark.timeout(120)
@@ -51,11 +51,11 @@ def recipe(out: Path, weights: str) -> Linear:
 def test_not_one_tensor_of_the_backbone_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, batch norm statistics and counters are bit-equal after a run; the probes moved."""
+    """Weights, batch norm statistics and counters are bit-equal after a run; the probes changed."""
     weights = tmp_path / "backbone.safetensors"
     source = build_backbone("nin3")
     for module in source.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics that training-mode would change
+        if isinstance(module, nn.BatchNorm2d):  # statistics that training mode would change
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
     save_backbone(weights, source, {})
@@ -85,7 +85,7 @@ def test_weights_must_be_named(tmp_path: Path) -> None:
 
 
 def test_resnet50_stage_probes_have_the_published_lengths() -> None:
-    """protocols: 9216, 9216, 8192, 9216, 8192 (mmselfsup multi_pooling.py)."""
+    """docs/protocols.md: 9216, 9216, 8192, 9216, 8192 (mmselfsup multi_pooling.py)."""
     with torch.device("meta"):
         backbone = build_backbone("resnet50")
     heads = probes.stages(backbone, 1000, 224)
@@ -113,7 +113,7 @@ def rate(recipe: Linear, epoch: float) -> float:
 
 
 def test_the_authors_probes_begin_as_theirs() -> None:
-    """By what a layer puts out, not by what it reads: their `initilize`, worked out by hand."""
+    """Scaled by fan-out, not fan-in: the authors' `initilize`, computed by hand."""
     torch.manual_seed(0)
     backbone = build_backbone("nin4")
     for probe, expected in (
@@ -131,7 +131,7 @@ def test_the_authors_probes_begin_as_theirs() -> None:
 
 
 def test_the_published_settings() -> None:
-    """protocols, sections 2 and 3: 256 images a step; rates just before and after each change."""
+    """docs/protocols.md, sections 2 and 3: 256 images per step; rates around each change."""
     tables = {
         "in1k_linear": {59: 30.0, 60: 3.0, 80: 0.3, 99: 0.3},
         "in1k_mhead": {29: 0.01, 30: 1e-3, 60: 1e-4, 89: 1e-4},
@@ -168,12 +168,12 @@ def test_recipes_evaluate_every_sample_once_as_it_is(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
-    return plant(tmp_path_factory.mktemp("trees"))
+    return make_trees(tmp_path_factory.mktemp("trees"))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Backbone]:
-    """A file of random weights, and the same network."""
+    """A file of random weights, and the network."""
     torch.manual_seed(5)
     backbone = build_backbone("resnet18_tiny").eval()
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
@@ -182,7 +182,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Backbone]:
 
 
 def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
-    """A recipe on the tree of its data: 32 pixels, 6 images a step, one epoch."""
+    """A recipe on its tiny data set: 32 pixels, 6 images per step, one epoch."""
     crop = replace(made.train.crop, size=32)
     if isinstance(crop, RandomCrop):
         crop = replace(crop, resize=36)
@@ -206,7 +206,7 @@ def small(made: Linear, out: Path, weights: str, tree: Tree) -> Linear:
 def test_recipes_end_to_end(
     name: str, trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
-    """From the layout as it is handed out; top-1 again from the saved weights, one by one."""
+    """From the published layout; top-1 recomputed from the saved weights, one image at a time."""
     tree = trees[name]
     made = small(RECIPES[name](), tmp_path, weights[0], tree)
     out = linear.run(made, Rank())
@@ -252,7 +252,7 @@ def cached(out: Path, weights: str, trees: Trees, **changes: Any) -> Linear:
 def test_cached_features_train_what_plain_images_train(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same order, start and steps as a run whose training images are not augmented."""
+    """The same order, initial values and steps as a run without augmentation."""
     on_images = cached(tmp_path / "a", weights[0], trees)
     still = replace(on_images.train, crop=on_images.val.crop, flip=False)
     plain = linear.run(replace(on_images, train=still), Rank())
@@ -281,7 +281,7 @@ def test_cached_features_train_what_plain_images_train(
 def test_features_of_half_the_size(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
-    """Arrays of their own, nearly the same probes, and results that say so."""
+    """Separate arrays, nearly the same probes, and results that name the dtype."""
     cache = tmp_path / "features"
     whole = cached(tmp_path / "a", weights[0], trees, cache=str(cache))
     half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), cache_store="float16")
@@ -297,14 +297,14 @@ def test_features_of_half_the_size(
     assert sorted(map(str, types)) == ["float16"] * 2 + ["float32"] * 2
     with pytest.raises(CheckpointError, match="store"):
         linear.run(replace(half, cache_store="float32"), Rank())
-    with pytest.raises(ValueError, match="cache_store float16 is for a cache: name its folder"):
+    with pytest.raises(ValueError, match="cache_store float16 needs a cache: pass --cache FOLDER"):
         linear.run(replace(half, cache=""), Rank())
 
 
 def test_rates_side_by_side_are_what_each_is_alone(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
-    """One pass: the first rate's weights are bit-equal to those of its own run; best is named."""
+    """One pass: weights of the first rate are bit-equal to a separate run; the best is named."""
     alone = cached(tmp_path / "a", weights[0], trees)
     alone = replace(alone, probes=alone.probes[1:])
     both = replace(
@@ -339,7 +339,7 @@ def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
 def test_a_run_with_colors_goes_on_exactly(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
-    """Stopped inside an epoch and gone on: the same bits; with other colors: refused."""
+    """Interrupted inside an epoch and resumed: the same bits. Other color settings are refused."""
     name = "in1k_mhead"
     made = small(RECIPES[name](), tmp_path / "a", weights[0], trees[name])
     made = replace(made, run=replace(made.run, epochs=2))

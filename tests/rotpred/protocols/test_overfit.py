@@ -1,4 +1,4 @@
-"""Detection learns: eight images by heart, each recipe at reduced size."""
+"""Detection overfits eight images, each recipe at reduced size."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def test_eight_images_by_heart(
         val=replace(made.val, data=made.train.data, **seen),
         optim=replace(made.optim, lr=0.03, reference_batch=None),
         schedule=Steps((0.8,), warmup_epochs=0.1, warmup_start_factor=0.01),
-        run=RunSettings(out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu", log_every_steps=20),
+        run=RunSettings(
+            out=str(tmp_path / "run"), epochs=1, precision="fp32", device="cpu",
+            log_every_steps=20,
+        ),
     )  # fmt: skip
     detection.run(made, Rank())
     rows = json.loads((tmp_path / "run/results.json").read_text())

@@ -28,23 +28,24 @@ from tests.support.run_outputs import results, saved
 pytestmark = [pytest.mark.timeout(200), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
-# The engine that needs no compilation, and crops of 12 pixels: it is the run that is tested.
+# An engine without compilation and crops of 12 pixels: the run is tested, not the loader.
 SMALL = [
     "quickstart", "--backbone", "nin3", "--train.batch-size", "8", "--val.batch-size", "8",
     "--train.crop.size", "12", "--train.crop.padding", "0", "--val.crop.size", "12",
     "--train.engine", "folder", "--val.engine", "folder",
-    "--run.device", "cpu", "--run.epochs", "2", "--run.log-every-steps", "2", "--run.save-every-steps", "2",
+    "--run.device", "cpu", "--run.epochs", "2", "--run.log-every-steps", "2",
+    "--run.save-every-steps", "2",
     "--train.timeout", "60", "--train.workers", "1", "--val.workers", "1", "--run.timeout", "60",
 ]  # fmt: skip
 PAIR = [*SMALL, "--train.batch-size", "4"]
-"""The same global batch, where there are two processes."""
+"""The same global batch for two processes."""
 
 Console = Callable[[], Path]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Betons train (50 images) and val (19) of two classes that differ in their bright corner."""
+    """Betons train (50 images) and val (19) with two classes that differ in their bright corner."""
     folder = tmp_path_factory.mktemp("data")
     for name, n in (("train", 50), ("val", 19)):
         generator = np.random.default_rng(n)
@@ -63,7 +64,7 @@ def options(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def execute(script: str, args: list[str]) -> str:
-    """Run a script to its end, which must be a good one; return what it printed."""
+    """Run a script, check that it succeeds, return its output."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *args],
         capture_output=True,
@@ -78,13 +79,13 @@ def execute(script: str, args: list[str]) -> str:
 
 @pytest.fixture
 def console(tmp_path: Path) -> Console:
-    """Names a new file for the output of each run of a test."""
+    """Returns a new path for the output of each run of a test."""
     numbers = itertools.count()
     return lambda: tmp_path / f"console{next(numbers)}"
 
 
 def pretrain(args: list[str], console: Path, *, status: int = 0, world: int = 1) -> str:
-    """Pretrain in processes of their own, check how all of them end, return what they printed."""
+    """Pretrain in separate processes, check their exit statuses, return their output."""
     found = processes.run(processes.pretrain, args, console=console, world=world)
     text = console.read_text()
     assert found == [status] * world, text[-4000:]
@@ -104,7 +105,7 @@ def digest(out: Path) -> object:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run that others are compared with, by the script itself."""
+    """The uninterrupted reference run, by the script itself."""
     out = tmp_path_factory.mktemp("whole") / "run"
     execute("pretrain.py", options(data, out, *SMALL))
     return out
@@ -112,7 +113,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by two processes."""
+    """The same with two processes."""
     folder = tmp_path_factory.mktemp("pair")
     pretrain(options(data, folder / "run", *PAIR), folder / "console", world=2)
     return folder / "run"
@@ -141,7 +142,7 @@ def test_run_folder(whole: Path) -> None:
 def test_killed_run_resumes_bit_for_bit(
     data: Path, whole: Path, tmp_path: Path, console: Console, stop: int
 ) -> None:
-    """SIGKILL in mid-epoch, at its end and just before the end: same weights, same samples."""
+    """SIGKILL inside an epoch, at its end and before the last step: same weights, same samples."""
     out = tmp_path / "run"
     args = options(data, out, *SMALL)
     died = processes.run(
@@ -169,7 +170,7 @@ def test_finished_run_is_left_alone(data: Path, whole: Path, console: Console) -
 
 
 def test_a_score_costs_no_second_checkpoint(whole: Path) -> None:
-    """The validated one has its score, and was written once: nothing vouches for an older one."""
+    """The validated checkpoint has its score and was written once; no older one has a score."""
     latest = load_latest(whole / "checkpoints")
     assert latest is not None
     record = json.loads(latest.path.with_suffix(".json").read_text())
@@ -202,7 +203,7 @@ def test_sigterm_writes_a_checkpoint_and_a_status(
 
 
 def test_two_processes_meet_the_samples_of_one(whole: Path, pair: Path) -> None:
-    """Same global batch: same sample ids and boxes; the validation counts every image once."""
+    """Same global batch: same sample ids and crop boxes; validation counts every image once."""
     assert digest(pair) == digest(whole)
     assert results(pair)["accuracy"]["n"] == 76
 
@@ -210,7 +211,7 @@ def test_two_processes_meet_the_samples_of_one(whole: Path, pair: Path) -> None:
 def test_resumed_on_another_number_of_processes(
     data: Path, whole: Path, tmp_path: Path, console: Console
 ) -> None:
-    """Begun by one process, ended by two: the digest covers every sample and box of the run."""
+    """Started by one process, finished by two: the digest covers every sample and crop box."""
     out = tmp_path / "run"
     pretrain(options(data, out, *SMALL, "--run.max-steps", "5"), console())
     assert digest(out) != digest(whole)
@@ -221,7 +222,7 @@ def test_resumed_on_another_number_of_processes(
 def test_a_signal_to_one_process_stops_all_at_the_same_step(
     data: Path, pair: Path, tmp_path: Path, console: Console
 ) -> None:
-    """And what goes on from there ends with the bits of an uninterrupted run of two."""
+    """The resumed run ends with the same bits as an uninterrupted run of two processes."""
     out = tmp_path / "run"
     args = options(data, out, *PAIR, "--run.save-every-steps", "1000")
     first = console()
@@ -236,7 +237,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
 
 
 def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
-    """As a job scheduler stops a run: SIGTERM to torchrun, which sends it to both processes."""
+    """A job scheduler sends SIGTERM to torchrun, which forwards it to both processes."""
     out = tmp_path / "run"
     endless = [
         *PAIR,
@@ -274,7 +275,7 @@ def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
 
 
 def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path, console: Console) -> None:
-    """Checkpoints fall between updates only, so no pending gradient is lost."""
+    """Checkpoints are written only between updates, so no pending gradient is lost."""
     more = [*SMALL, "--run.accumulate", "4", "--run.save-every-steps", "1"]
     calm, out = tmp_path / "calm", tmp_path / "run"
     pretrain(options(data, calm, *more), console())
@@ -317,7 +318,7 @@ def test_accumulation_and_mixed_precision(data: Path, tmp_path: Path, console: C
 
 
 def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path, console: Console) -> None:
-    """All probes of a frozen backbone; the bright corner is easy, even for random features."""
+    """All probes of a frozen backbone; the bright corner is easy even for random features."""
     out = tmp_path / "linear"
     args = options(
         data, out,
@@ -379,4 +380,4 @@ def test_help_explains_recipes_and_fields(console: Console, script: str, recipe:
     text = said.read_text()
     for field in ("--train.batch-size", "--run.precision", "--train.crop.size"):
         assert field in text
-    assert "Source images per process" in text
+    assert "Images per process and step." in text

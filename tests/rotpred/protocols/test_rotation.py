@@ -1,4 +1,4 @@
-"""Scoring a checkpoint's own rotation head: ours and other projects', on one and two processes."""
+"""Accuracy of rotation heads in our and other projects' checkpoints, on one and two processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def row(out: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def turned(beton: Path) -> list[torch.Tensor]:
-    """Every image in its four turns, by torch's own rot90, counter-clockwise: (4, 3, S, S)."""
+    """Every image in its four rotations by torch.rot90, counter-clockwise: (4, 3, S, S)."""
     spec = replace(recipe(beton, beton.parent, "random").val, views="plain", batch_size=1)
     with open_loader(spec) as loader:
         return [
@@ -56,7 +56,7 @@ def turned(beton: Path) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def net(turned: list[torch.Tensor]) -> RotNet:
-    """Random, with a head that gives answers of every kind."""
+    """A random network whose head predicts all four classes."""
     torch.manual_seed(11)
     made = make_rotnet(ARCH).eval()
     assert isinstance(made.head.fc, nn.Linear)
@@ -77,13 +77,13 @@ def expected(net: RotNet, turned: list[torch.Tensor]) -> float:
 
 
 def written(net: RotNet, path: Path, layout: str) -> Path:
-    """The same network as another project would have it."""
+    """The same network as another project would save it."""
     backbone, head = net.backbone.state_dict(), net.head.state_dict()
     if layout == "ours":
         return checkpoint.save(path, 3, {"model": net.state_dict(), "arch": ARCH})
     if layout == "VISSL":
         model = {
-            "backbone": {f"_feature_blocks.{k}": v for k, v in backbone.items()},
+            "trunk": {f"_feature_blocks.{k}": v for k, v in backbone.items()},
             "heads": {f"0.clf.0.{k.removeprefix('fc.')}": v for k, v in head.items()},
         }
         content: dict[str, object] = {"classy_state_dict": {"base_model": {"model": model}}}

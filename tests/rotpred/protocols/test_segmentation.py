@@ -1,4 +1,4 @@
-"""Segmentation: exact mean IoU, runs that go on, processes, predictions of others."""
+"""Segmentation runs: exact mean IoU, resuming, processes, external predictions."""
 
 from __future__ import annotations
 
@@ -18,55 +18,30 @@ from sklearn.metrics import confusion_matrix
 
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.loader import open_dense
-from pipelines.dense.spec import FitWithin, RatioCrop
+from pipelines.dense.spec import FitWithin
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
 from rotpred.models.fcn import Fcn
 from rotpred.protocols import segmentation
 from rotpred.recipes.segmentation import RECIPES, Segmentation
 from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
 from tests.support import processes
 from tests.support.dense_trees import cityscapes, voc_masks
+from tests.support.references import naive_slide
 from tests.support.run_outputs import results, saved
-from tests.support.sliding_window import naive_slide
+from tests.support.toy_recipes import toy_segmentation
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny trees: eight images of 48 x 64 in each list of VOC, five of 40 x 80 of Cityscapes."""
+    """Tiny data sets: eight images of 48 x 64 in each VOC list, five of 40 x 80 of Cityscapes."""
     base = tmp_path_factory.mktemp("trees")
     return {
         "voc12aug_seg": voc_masks(base, n=8, side=48),
         "cityscapes_seg": cityscapes(base, n=5, height=40, width=80),
     }
-
-
-def small(name: str, roots: dict[str, Path], out: Path, **changes: Any) -> Segmentation:
-    """A published recipe at toy size: crops of 40, two epochs of two steps of two images."""
-    made, root = RECIPES[name](), str(roots[name])
-    frame: dict[str, Any] = {"long": 64, "short": 40}
-    base = replace(
-        made,
-        weights="random",
-        backbone="resnet18_tiny",
-        sync_bn="off",
-        train=replace(
-            made.train, root=root, batch_size=2, geometry=RatioCrop(40, **frame),
-            steps_per_epoch=2, workers=1,
-        ),
-        val=replace(
-            made.val, root=root, batch_size=2, geometry=FitWithin(**frame), workers=1, max_samples=5
-        ),
-        optim=Optim(lr=0.01, weight_decay=5e-4),
-        slide_crop=33,
-        slide_stride=20,
-        save_predictions=True,
-        run=RunSettings(out=str(out), epochs=2, precision="fp32", device="cpu", log_every_steps=1, keep_checkpoints=2),
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 def numbers(path: Path) -> npt.NDArray[np.uint8]:
@@ -79,14 +54,14 @@ def numbers(path: Path) -> npt.NDArray[np.uint8]:
 def finished(
     request: pytest.FixtureRequest, roots: dict[str, Path], tmp_path_factory: Any
 ) -> Segmentation:
-    """Each recipe, run to its end."""
-    made = small(request.param, roots, tmp_path_factory.mktemp("finished"))
+    """Each recipe, finished."""
+    made = toy_segmentation(request.param, roots, tmp_path_factory.mktemp("finished"))
     segmentation.run(made, Rank())
     return made
 
 
 def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
-    """mIoU, recall and accuracy by scikit-learn's matrix over the PNG files of the run."""
+    """mIoU, recall and accuracy, from scikit-learn's confusion matrix of the saved masks."""
     out = Path(finished.run.out)
     found, predicted, truths = results(out), [], []
     with open_dense(finished.val) as val:
@@ -115,7 +90,7 @@ def test_results_are_those_of_the_saved_masks(finished: Segmentation) -> None:
 
 
 def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
-    """Image by image, with logits enlarged twice: to the input, and to the stored size."""
+    """One image at a time, with logits resized twice: to the input and to the stored size."""
     out, align = Path(finished.run.out), finished.align_corners
     with open_dense(replace(finished.val, batch_size=1)) as val, torch.no_grad():
         model = Fcn(build_backbone("resnet18_tiny"), len(val.classes)).eval()
@@ -137,12 +112,12 @@ def test_masks_are_those_of_the_saved_network(finished: Segmentation) -> None:
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=align)
             expected = logits.argmax(1)[0].numpy()
             mask = numbers(out / f"predictions/{val.samples.names[i]}.png")
-            # Sums of windows in another order may break a tie.
+            # Summing windows in another order may break a tie.
             assert (mask != expected).mean() < 0.002
 
 
 def test_the_run_folder(finished: Segmentation) -> None:
-    """Curves and masks as images, losses and accuracy in the log, a validation each epoch."""
+    """Figures of curves and masks, losses and accuracy in the log, a validation each epoch."""
     out = Path(finished.run.out)
     for name in ("masks", "curves"):
         with Image.open(out / f"figures/{name}.png") as image:
@@ -158,7 +133,7 @@ def test_the_run_folder(finished: Segmentation) -> None:
 
 
 def test_a_run_goes_on_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
-    """Ended inside the second epoch, then continued; dropout draws what it would have drawn."""
+    """Interrupted inside the second epoch, then resumed; dropout draws the same numbers."""
     run = replace(finished.run, out=str(tmp_path))
     segmentation.run(replace(finished, run=replace(run, max_steps=3)), Rank())
     torch.manual_seed(99)
@@ -197,23 +172,25 @@ def test_the_folder_of_masks_scores_the_same(finished: Segmentation, tmp_path: P
 
 
 def test_label_ids_are_read_where_told(roots: dict[str, Path], tmp_path: Path) -> None:
-    """The truth itself, as Cityscapes' server would take it: all right."""
+    """The ground truth in the format of the Cityscapes server: 100 %."""
     root = roots["cityscapes_seg"] / "gtFine/val"
     for path in root.glob("*/*_labelIds.png"):
         city = tmp_path / "theirs" / path.parent.name
         city.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, city)
-    made = small("cityscapes_seg", roots, tmp_path / "out", predictions=str(tmp_path / "theirs"))
+    made = toy_segmentation(
+        "cityscapes_seg", roots, tmp_path / "out", predictions=str(tmp_path / "theirs")
+    )
     found = results(segmentation.run(replace(made, label_ids=True), Rank()))
     assert found["mIoU"]["value"] == found["accuracy"]["value"] == 100
     assert {name for name in found if name.startswith("IoU/")} == {"IoU/road", "IoU/sky", "IoU/car"}
-    with pytest.raises(ValueError, match="none of the 19 classes"):
+    with pytest.raises(ValueError, match="not among the 19 classes"):
         segmentation.run(made, Rank())
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """The command itself; its weights, validated by one process, give equal masks and numbers."""
+    """By the command; its weights, validated by one process, give equal masks and metrics."""
     root, out, alone = roots[name], tmp_path / "run", tmp_path / "alone"
     common = [
         name, "--weights", "random", "--backbone", "resnet18_tiny", "--sync-bn", "off",
@@ -247,9 +224,10 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.overfit
 @pytest.mark.timeout(600)
 def test_eight_images_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
-    """Random weights, overrides of the recipe only: what is wrong lies along the objects' edges."""
-    made = small("voc12aug_seg", roots, tmp_path)
-    data: dict[str, Any] = {"data": "vocseg:2012/train", "limit": 8, "geometry": FitWithin(64, 48)}
+    """From random weights, with recipe overrides only; the remaining errors lie along edges."""
+    made = toy_segmentation("voc12aug_seg", roots, tmp_path)
+    data: dict[str, Any] = {"data": "vocseg:2012/train", "max_samples": 8}
+    data["geometry"] = FitWithin(64, 48)
     made = replace(
         made,
         train=replace(

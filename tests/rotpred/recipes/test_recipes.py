@@ -1,9 +1,10 @@
-"""Recipes against the published configurations; what a dataclass refuses."""
+"""Recipes against the published configurations; refused values; command-line help."""
 
 from __future__ import annotations
 
 import errno
 import inspect
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_fast_sibling_spends_a_third_of_the_pixels() -> None:
     sides = [recipe.train.side(epoch) for epoch in range(recipe.run.epochs)]
     assert (sides[0], sides[13], sides[14], sides[27], sides[28]) == (128, 128, 192, 192, 224)
     assert sum((side / 224) ** 2 for side in sides) / base.run.epochs < 0.32
-    # The same rate for each image of a step, at the top.
+    # The same peak rate per image of a step.
     assert rate(recipe, 5, 1024) / 1024 == pytest.approx(rate(base, 5, 128) / 128)
     assert rate(recipe, 34.99, 1024) < 0.01
     assert recipe.val == base.val and recipe.backbone == base.backbone
@@ -77,7 +78,7 @@ def test_fast_sibling_spends_a_third_of_the_pixels() -> None:
     ],
 )
 def test_the_authors_recipes(recipe: object, images: int, table: dict[int, float]) -> None:
-    """Rates of the paper's code, not the nominal 0.1 of its AlexNet file."""
+    """Rates that the paper's code applies, not the nominal 0.1 of its AlexNet file."""
     for epoch, lr in table.items():
         assert rate(recipe, epoch, images) == pytest.approx(lr)
     made = asdict(recipe)  # type: ignore[call-overload]
@@ -109,7 +110,7 @@ def test_nin_has_as_many_blocks_as_asked(blocks: int) -> None:
         (lambda: RunSettings(max_steps=0), "max_steps"),
         (lambda: RunSettings(profile=-1), "profile"),
         (lambda: LoaderSpec(batch_size=0), "batch_size"),
-        (lambda: LoaderSpec(max_samples=0), "limit"),
+        (lambda: LoaderSpec(max_samples=0), "max_samples"),
         (lambda: LoaderSpec(timeout=0), "timeout"),
         (lambda: Shard(2, 2), "rank 2"),
     ],
@@ -126,7 +127,7 @@ EVALUATIONS = {**linear.RECIPES, **finetune.RECIPES, **svm.RECIPES, **knn.RECIPE
 def test_evaluate_runs_the_protocol_of_the_recipe(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command of the docstring, with an option changed, reaches the function of its kind."""
+    """The command of the docstring, with one option changed, calls the function of its protocol."""
     made = EVALUATIONS[name]()
     text = inspect.getdoc(EVALUATIONS[name])
     assert text is not None and "\nSource: " in text
@@ -189,7 +190,7 @@ def test_commands_have_the_published_number_of_processes(name: str) -> None:
 
 
 def test_variants_of_the_docstrings_are_options() -> None:
-    """The flags that in1k_mhead names for VISSL's protocol, as they stand there."""
+    """The flags that in1k_mhead names for VISSL's protocol, taken from its docstring."""
     text = inspect.getdoc(linear.in1k_mhead)
     assert text is not None
     flags = " ".join(text.split("yaml)")[1].split("Command:")[0].split())
@@ -244,7 +245,7 @@ def field(recipe: Any, path: str) -> object:
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_what_is_ours_can_be_as_published(name: str) -> None:
-    """Each option that a docstring names stands there as it is given, and changes its field."""
+    """Each option that a docstring names appears there literally and changes its field."""
     text = " ".join((inspect.getdoc(EVALUATIONS[name]) or "").split())
     flags = [flag for flag, _, _ in VARIANTS[name]]
     assert all(flag in text for flag in flags)
@@ -258,30 +259,78 @@ def test_what_is_ours_can_be_as_published(name: str) -> None:
     [
         ("evaluate", "in1k_lineer", ": did you mean in1k_linear,"),
         ("evaluate", "voc7_svm", ": did you mean voc07_svm?"),
-        ("evaluate", "zzz", " (--help"),
+        ("evaluate", "zzz", " ("),
         ("pretrain", "rotnet_in1k_r5", ": did you mean rotnet_in1k_r50"),
-        ("pretrain", "in1k_linear", " (--help"),
+        ("pretrain", "in1k_linear", " ("),
     ],
 )
 def test_a_mistyped_recipe_gets_one_line(
     main: str, name: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And status 2; the options after it are not looked at."""
+    """Exit status 2; the options after it are not parsed."""
     with pytest.raises(SystemExit) as leave:
         getattr(cli, f"{main}_main")([name, "--weights", "x", "--no-such-option"])
     out, err = capsys.readouterr()
     assert (leave.value.code, out) == (2, "")
     assert err.startswith(f"error: no recipe '{name}'{words}") and err.count("\n") == 1
-    assert err.endswith(" (--help lists all)\n")
+    assert err.endswith(" without arguments lists all)\n")
 
 
-def test_the_list_of_recipes_is_short(capsys: pytest.CaptureFixture[str]) -> None:
-    """One sentence a recipe; its own help has the whole docstring."""
-    with pytest.raises(SystemExit):
-        cli.evaluate_main(["--help"])
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in EVALUATIONS) and "Source:" not in listed
-    assert len(listed.splitlines()) < 4 * len(EVALUATIONS) + 15
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_without_a_recipe_the_table_of_recipes_is_printed(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Name, summary and data of each; the help of one recipe has its whole docstring."""
+    with pytest.raises(SystemExit) as leave:
+        cli.evaluate_main(args)
+    listed, err = capsys.readouterr()
+    assert (leave.value.code, err) == (0, "")
+    assert all(f"\n  {name} " in listed for name in EVALUATION) and "Source:" not in listed
+    assert "data/imagenet/{train,val}.beton" in listed
+    assert len(listed.splitlines()) < 4 * len(EVALUATION) + 15
+
+
+def test_the_help_of_a_recipe_has_its_whole_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.evaluate_main(["cifar10_semi_1", "--help"])
     assert "\n\nCommand: torchrun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["in1k_linear", "--help"]])
+def test_only_the_first_process_prints_help(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, printed in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as leave:
+            cli.evaluate_main(args)
+        out, err = capsys.readouterr()
+        assert (leave.value.code, bool(out), err) == (0, printed, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["in1k_lineer"], "error: no recipe 'in1k_lineer': did you mean in1k_linear"),
+        (["in1k_linear", "--run.epoch", "3"], "--run.epochs"),
+        (["in1k_linear", "--train.limit", "3"], "error: --train.limit is now --train.max-samples"),
+    ],
+)
+def test_a_mistake_is_printed_by_whichever_process_is_first(
+    args: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torchrun ends the others as soon as one has failed: none may rely on rank 0."""
+    for rank in ("1", "0"):
+        file = tmp_path / "attempt_0" / rank / "error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        with pytest.raises(SystemExit) as leave:
+            cli.evaluate_main(args)
+        out, err = capsys.readouterr()
+        assert (leave.value.code, out, words in err) == (2, "", rank == "1")
+        assert words in json.loads(file.read_text())["message"]["message"]

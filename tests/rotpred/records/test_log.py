@@ -1,4 +1,4 @@
-"""The run folder: rows, results, resume, and what happens when nobody can be written to."""
+"""The run folder: rows, results, resuming, full disks, closed outputs, locks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def record(log: RunLog, step: int, **values: float) -> None:
 
 
 def run_child(code: str, *, closing: str = "") -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own; `closing` is the shell's way to ill-treat its stdout."""
+    """Run Python in a separate process; `closing` is shell code that breaks its stdout."""
     return subprocess.run(
         ["bash", "-c", f'"{sys.executable}" -W error - {closing}'],
         input=textwrap.dedent(code),
@@ -188,7 +188,7 @@ def test_resume_drops_the_rows_of_lost_work(tmp_path: Path) -> None:
         for step in (10, 20, 30):
             record(log, step)
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 40, "lo')  # the machine went down in mid-write
+        file.write('{"step": 40, "lo')  # the machine went down during a write
     with open_log(tmp_path, start_step=20) as log:
         record(log, 25)
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [10, 20, 25]
@@ -237,7 +237,7 @@ def test_results_are_rows_that_later_measurements_correct(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("start_step", [0, 50])
 def test_results_of_earlier_settings_are_not_kept(tmp_path: Path, start_step: int) -> None:
-    """A run that goes on may be validated on other data than before."""
+    """A resumed run may be validated on other data."""
     with open_log(tmp_path) as log:
         log.result("knn", metric="top1/k=20", value=60, unit="%", n=400)
     (tmp_path / DONE).write_text("{}")
@@ -256,7 +256,7 @@ def test_a_folder_is_that_of_one_recipe(tmp_path: Path) -> None:
         pass
     with lock(tmp_path, "tiny"), lock(tmp_path / "other", "huge"):
         pass
-    words = "is the folder of a run of tiny: huge needs one of its own, --run.out"
+    words = "holds a run of tiny: choose another folder for huge with --run.out"
     with pytest.raises(ValueError, match=words), lock(tmp_path, "huge"):
         pass
     (tmp_path / "recipe.json").write_text("{")
@@ -310,7 +310,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 def test_a_full_disk_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     log = open_log(tmp_path)
-    log._rows._opened = True  # there is no earlier log to read: /dev/full is endless
+    log._rows._opened = True  # no earlier log to read: /dev/full is endless
     with log:
         for step in (10, 20, 30):
             record(log, step)
@@ -320,8 +320,38 @@ def test_a_full_disk_costs_one_warning(tmp_path: Path, caplog: pytest.LogCapture
     assert len(read_results(tmp_path / "results.json")) == 1
 
 
+@pytest.mark.parametrize("kind", ["interval", "validation"])
+def test_a_disk_that_is_full_at_a_resume_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """The row that finds the disk full is lost; the repeated ones are dropped at the next row."""
+
+    def write(log: RunLog, step: int) -> None:
+        if kind == "interval":
+            record(log, step)
+        else:
+            log.validation(step=step, values={"top1": 50.0})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_log(tmp_path) as log:
+        write(log, 10)
+        write(log, 20)
+    with open_log(tmp_path, start_step=10) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            write(log, 20)
+            write(log, 25)
+        write(log, 30)
+        write(log, 40)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "No space left on device" in warnings[0]
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [10, 30, 40]
+
+
 def test_files_that_cannot_grow_do_not_end_the_run(tmp_path: Path) -> None:
-    """Every file of the folder at once, TensorBoard's included: the limit is the kernel's."""
+    """All files of the folder at once, TensorBoard's included, by a limit of the kernel."""
     limit = "__import__('resource').setrlimit(1, (0, 0))" if sys.platform == "linux" else ""
     done = run_child(CHILD.format(out=str(tmp_path), each=f"{limit} if step == 5 else None"))
     assert done.returncode == 0, done.stderr
@@ -333,12 +363,12 @@ def test_files_that_cannot_grow_do_not_end_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closing", [">&-", "| head -n 1 >/dev/null; exit ${PIPESTATUS[0]}"])
 def test_a_closed_stdout_costs_one_warning(tmp_path: Path, closing: str) -> None:
-    # The pause lets `head` go away between two lines.
+    # The pause lets `head` exit between two lines.
     code = CHILD.format(out=str(tmp_path), each="__import__('time').sleep(0.05)")
     done = run_child(code, closing=closing)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "finished").exists()
-    assert done.stderr.count("standard output cannot be written") == 1, done.stderr
+    assert done.stderr.count("cannot write to standard output") == 1, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert len(read_rows(tmp_path / "log.jsonl")) == 9
 

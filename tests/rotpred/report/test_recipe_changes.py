@@ -1,4 +1,4 @@
-"""Results of changed recipes are not passed off as those of the published ones."""
+"""Changed recipes: differences from the published recipe are shown with the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rotpred.report.results import read_runs
 
 
 def kept(recipe: object) -> dict[str, object]:
-    """A recipe as a run folder gives it back."""
+    """A recipe as read back from a run folder."""
     value: dict[str, object] = json.loads(json.dumps(plain(recipe)))
     return value
 
@@ -35,16 +35,16 @@ def test_a_recipe_does_not_depart_from_itself(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "processes", "changes", "words"),
     [
-        ("in1k_linear", 1, {}, ("32 images in an update (recipe: 256)",)),
+        ("in1k_linear", 1, {}, ("32 images per update (recipe: 256)",)),
         ("in1k_linear", 4, {"batch_size": 64}, ()),
-        ("in1k_semi_10", 2, {"batch_size": 64}, ("128 images in an update (recipe: 256)",)),
+        ("in1k_semi_10", 2, {"batch_size": 64}, ("128 images per update (recipe: 256)",)),
         ("rotnet_in1k_r50", 2, {"batch_size": 64}, ()),
-        ("coco_det", 8, {"batch_size": 4}, ("32 images in an update (recipe: 16)",)),
+        ("coco_det", 8, {"batch_size": 4}, ("32 images per update (recipe: 16)",)),
         ("coco_det", 16, {"batch_size": 1}, ()),
-        ("voc12aug_seg", 3, {"batch_size": 4}, ("12 images in an update (recipe: 16)",)),
-        ("cifar10_linear", 2, {}, ()),  # of our own: nobody published a number of processes
+        ("voc12aug_seg", 3, {"batch_size": 4}, ("12 images per update (recipe: 16)",)),
+        ("cifar10_linear", 2, {}, ()),  # our own: no number of processes was published
         ("cifar10_linear", 2, {"batch_size": 32}, ("train.batch_size 32 (recipe: 64)",)),
-        ("voc07_svm", 4, {"batch_size": 16}, ()),  # nothing learns from batches
+        ("voc07_svm", 4, {"batch_size": 16}, ()),  # nothing is trained on batches
     ],
 )
 def test_the_batch_of_an_update_counts_however_many_processes_share_it(
@@ -52,7 +52,7 @@ def test_the_batch_of_an_update_counts_however_many_processes_share_it(
 ) -> None:
     made: Any = {**PRETRAINING, **EVALUATION}[name]()
     made = replace(made, train=replace(made.train, **changes))
-    if name in ("coco_det", "voc12aug_seg"):  # as `dense.run` keeps it
+    if name in ("coco_det", "voc12aug_seg"):  # as `dense.run` stores it
         made = dense.scaled(made, Rank(world=processes))
     assert recipe_changes(kept(made), processes=processes) == words
 
@@ -61,7 +61,7 @@ def test_gradients_that_are_added_up_count_as_well() -> None:
     made: Any = PRETRAINING["rotnet_in1k_r50"]()
     made = replace(made, run=replace(made.run, accumulate=4))
     assert recipe_changes(kept(made), processes=2) == ()
-    assert recipe_changes(kept(made), processes=8) == ("512 images in an update (recipe: 128)",)
+    assert recipe_changes(kept(made), processes=8) == ("512 images per update (recipe: 128)",)
     coco: Any = EVALUATION["coco_det"]()
     coco = replace(coco, run=replace(coco.run, accumulate=2))
     coco = dense.scaled(coco, Rank(world=4))
@@ -87,7 +87,7 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
     assert recipe_changes(kept(made), processes=None) == (
         "fraction 0.1 (recipe: 0.01)",
         "train.batch_size 32 (recipe: 64)",
-        "val.max-samples 50 (recipe: none)",
+        "val.max_samples 50 (recipe: none)",
         "optim.nesterov True (recipe: False)",
         "run.precision bf16 (recipe: fp32)",
     )
@@ -118,7 +118,7 @@ def test_other_names_and_older_files_are_passed_over() -> None:
 
 
 def test_the_page_marks_them(tmp_path: Path) -> None:
-    """Beside the published number stands what was changed, for trained and random weights apart."""
+    """Changes are named next to the published number, separately for trained and random weights."""
     for weights, neighbours in (("random", (10, 20, 100, 200)), ("a.safetensors", (20,))):
         out = tmp_path / weights
         out.mkdir()

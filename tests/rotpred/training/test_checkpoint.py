@@ -20,7 +20,7 @@ import torch
 from rotpred import files
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import CheckpointError, load, load_latest, rate, save
+from rotpred.training.checkpoint import CheckpointError, load, load_latest, save, set_score
 from rotpred.weights.load import load_backbone, sha256_file
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
 
 
 def flip_bit(path: Path, text: bytes | None = None) -> None:
-    """Flip one bit in the middle of the file, where the tensor's bytes are."""
+    """Flip one bit in the middle of the file, where the bytes of the tensor are."""
     data = bytearray(path.read_bytes())
     at = len(data) // 2 if text is None else data.index(text)
     data[at] ^= 1
@@ -80,9 +80,9 @@ def test_none_where_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_the_latest_is_chosen_by_number(tmp_path: Path) -> None:
-    for step in (9_999_999, 10_000_000, 123_456_789):  # one more digit than the name pads to
+    for step in (9_999_999, 10_000_000, 123_456_789):  # one digit more than the padded name
         save(tmp_path, step, state(step))
-    os.utime(tmp_path / "step_9999999.pt")  # neither by time nor by name
+    os.utime(tmp_path / "step_9999999.pt")  # not by time or name
     got = load_latest(tmp_path)
     assert got is not None and got.step == 123_456_789
 
@@ -106,13 +106,13 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, bad: object, wher
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
     for step, score in enumerate((0.1, 0.9, 0.3, 0.4, 0.5), start=1):
         save(tmp_path, step, state(step), keep=2)
-        rate(tmp_path, step, score, keep=2)
+        set_score(tmp_path, step, score, keep=2)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 4, 5)]
     assert len(list(tmp_path.glob("*.json"))) == 3
     save(tmp_path, 6, state(6), keep=2)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 5, 6)], "6 has no score yet"
     before = (tmp_path / "step_0000006.pt").stat()
-    rate(tmp_path, 6, 0.95, keep=2)
+    set_score(tmp_path, 6, 0.95, keep=2)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (5, 6)]
     after = (tmp_path / "step_0000006.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -120,9 +120,9 @@ def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep"):
         save(tmp_path, 7, state(7), keep=1)
     with pytest.raises(ValueError, match="score"):
-        rate(tmp_path, 6, float("nan"))
+        set_score(tmp_path, 6, float("nan"))
     with pytest.raises(CheckpointError, match="step_0000009"):
-        rate(tmp_path, 9, 0.5)
+        set_score(tmp_path, 9, 0.5)
 
 
 def test_a_damaged_file_does_not_take_the_place_of_a_valid_one(tmp_path: Path) -> None:
@@ -149,7 +149,9 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_taken(
         save(tmp_path, step, state(step))
     damaged = tmp_path / "step_0000002.pt"
     flip_bit(damaged)
-    torch.load(damaged, weights_only=True)  # torch alone does not notice: the reason for the digest
+    torch.load(
+        damaged, weights_only=True
+    )  # torch alone does not notice, which is why there is a digest
     with caplog.at_level(logging.WARNING):
         got = load_latest(tmp_path)
     assert got is not None and got.step == 1 and torch.equal(got.state["w"], torch.ones(1000))
@@ -184,7 +186,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Runs a command when unpickled by a careless reader."""
+    """Runs a command when unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -306,6 +308,6 @@ def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, state(1))
     monkeypatch.setattr(files, "sha256_file", lambda _: "0" * 64)
-    with pytest.raises(CheckpointError, match="reads back other bytes"):
+    with pytest.raises(CheckpointError, match="differs from what was written"):
         save(tmp_path, 2, state(2))
     assert names(tmp_path) == ["step_0000001.pt"]

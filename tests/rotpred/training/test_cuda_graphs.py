@@ -1,6 +1,6 @@
-"""Graphs without a GPU: shapes, static inputs and gradients, through a stand-in for CUDA's capture.
+"""CUDA graphs without a GPU: shapes, static inputs and gradients, with a fake capture.
 
-The stand-in obeys CUDA's rules as far as a CPU can: what is recorded does nothing until it is
+The fake obeys CUDA's rules as far as a CPU can: what is recorded does nothing until it is
 called, reads and writes the same memory each time, and its results are overwritten.
 """
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Tape:
-    """Captures by remembering; replays into the tensors of the first result."""
+    """Captures by storing the call; replays into the tensors of the first result."""
 
     def __init__(self) -> None:
         self.eager_calls, self.replays, self.recorded = 0, 0, 0
@@ -77,7 +77,7 @@ def state(folder: Path, tape: Tape | None, **run: object) -> TrainState:
 
 
 def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
-    """Means of the logged loss over pairs of steps."""
+    """Train, and return the logged loss averaged over pairs of steps."""
 
     def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
         with made.autocast():
@@ -96,7 +96,7 @@ def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_graphs_train_as_eager_steps_do(tmp_path: Path, accumulate: int) -> None:
-    """Two sides in turn: weights, statistics, momenta and logged means equal, bit for bit."""
+    """Two alternating sizes: weights, statistics, momenta and logged means are bit-equal."""
     torch.manual_seed(1)
     batches = [
         torch.randn(8, 3, side, side).to(memory_format=torch.channels_last)
@@ -151,12 +151,12 @@ def test_gradients_are_views_laid_out_as_their_weights() -> None:
     flat.zero()
     assert all(p.grad.abs().sum() == 0 for p in net.parameters() if p.requires_grad)
     net.zero_grad(set_to_none=True)
-    net(torch.randn(4, 3, 3, 3)).sum().backward()  # what was freed is allocated anew by autograd
+    net(torch.randn(4, 3, 3, 3)).sum().backward()  # autograd allocates freed gradients anew
     assert net[0].weight.grad.untyped_storage().data_ptr() not in places
 
 
 def train_half(out: Path) -> int:
-    """Train on half of each batch, weights at first different on the two ranks."""
+    """Train on half of each batch, starting with different weights on the two ranks."""
     with process_group("cpu", timeout_seconds=60) as rank:
         torch.manual_seed(rank.rank)
         net = _train_half(rank)

@@ -1,4 +1,4 @@
-"""Decay groups by module type, SGD and LARS against their formulas, apex where it is."""
+"""Optimisers: decay groups by module type, SGD and LARS against their formulas, apex."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.optim import Lars, Optim, build, fused_sgd, param_groups, set_lr
+from rotpred.training.optim import Lars, Optim, build_optimizer, fused_sgd, param_groups, set_lr
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -89,7 +89,7 @@ def test_sgd_steps_as_written_down(nesterov: bool) -> None:
     torch.manual_seed(0)
     net = nn.Linear(3, 2)
     weight, velocity = net.weight.detach().clone(), torch.zeros(2, 3)
-    sgd = build(net, Optim(nesterov=nesterov, weight_decay=0.01), 0.1)
+    sgd = build_optimizer(net, Optim(nesterov=nesterov, weight_decay=0.01), 0.1)
     assert isinstance(sgd, torch.optim.SGD)
     for _ in range(3):
         gradient = torch.randn(2, 3)
@@ -103,14 +103,14 @@ def test_sgd_steps_as_written_down(nesterov: bool) -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_fused_sgd_survives_an_overflow_in_the_first_step(nesterov: bool) -> None:
-    """Gradients of infinity under a GradScaler leave no trace, then steps are the plain ones."""
+    """Infinite gradients under a GradScaler are skipped; later steps equal plain ones."""
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     common = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
     fused = fused_sgd([{"params": list(nets[0].parameters())}], **common)  # type: ignore[arg-type]
     plain = torch.optim.SGD(nets[1].parameters(), **common)  # type: ignore[arg-type]
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    # Memory that torch hands out unwritten is filled with NaN.
+    # Uninitialised memory from torch is filled with NaN.
     torch.use_deterministic_algorithms(True)
     try:
         for gradient in (math.inf, 1.0, -2.0):
@@ -132,7 +132,7 @@ def test_lars_steps_as_in_the_paper() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     optim = Optim(kind="lars", decay_rule="no_norm_no_bias", weight_decay=0.05, trust=0.02)
-    lars = build(net, optim, 0.5)
+    lars = build_optimizer(net, optim, 0.5)
     assert isinstance(lars, Lars)
     wanted = {name: p.detach().double().clone() for name, p in net.named_parameters()}
     velocity = {name: torch.zeros_like(p) for name, p in wanted.items()}
@@ -154,7 +154,9 @@ def test_lars_steps_as_in_the_paper() -> None:
 
 def test_lars_survives_zero_weights_and_zero_gradients() -> None:
     net = nn.Linear(2, 2, bias=False)
-    lars = build(net, Optim(kind="lars", decay_rule="no_norm_no_bias", weight_decay=0.0), 0.1)
+    lars = build_optimizer(
+        net, Optim(kind="lars", decay_rule="no_norm_no_bias", weight_decay=0.0), 0.1
+    )
     for weight, gradient, expected in ((0.0, 1.0, -0.1), (1.0, 0.0, 1.0)):
         lars.state.clear()
         nn.init.constant_(net.weight, weight)
@@ -168,7 +170,7 @@ def test_the_state_survives_saving(kind: str) -> None:
     torch.manual_seed(0)
     rule = "no_norm_no_bias"
     net = build_backbone("nin3")
-    first = build(net, Optim(kind=kind, decay_rule=rule), 0.1)
+    first = build_optimizer(net, Optim(kind=kind, decay_rule=rule), 0.1)
     gradients = [torch.randn_like(p) for p in net.parameters()]
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -178,7 +180,7 @@ def test_the_state_survives_saving(kind: str) -> None:
 
     step(net, first)
     twin = copy.deepcopy(net)
-    second = build(twin, Optim(kind=kind, decay_rule=rule), 0.1)
+    second = build_optimizer(twin, Optim(kind=kind, decay_rule=rule), 0.1)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     step(net, first)
     step(twin, second)
@@ -189,12 +191,12 @@ def test_apex_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) 
     net = nn.Linear(1, 1)
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(ValueError, match=r"git\+https://github.com/NVIDIA/apex"):
-        build(net, Optim(kind="apex_sgd"), 0.1)
-    # Something else that is called apex.
+        build_optimizer(net, Optim(kind="apex_sgd"), 0.1)
+    # Another package named apex.
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.ModuleType("apex.optimizers"))
     with pytest.raises(ValueError, match="on PyPI is something else"):
-        build(net, Optim(kind="apex_sgd"), 0.1)
+        build_optimizer(net, Optim(kind="apex_sgd"), 0.1)
 
 
 def test_apex_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +204,12 @@ def test_apex_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in.FusedSGD = torch.optim.SGD
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
-    built = build(nn.Linear(1, 1), Optim(kind="apex_sgd", decay_rule="no_norm"), 0.1)
+    built = build_optimizer(nn.Linear(1, 1), Optim(kind="apex_sgd", decay_rule="no_norm"), 0.1)
     assert built.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sgd_is_fused_on_cuda() -> None:
-    built = build(nn.Linear(2, 2).cuda(), Optim(), 0.1)
+    built = build_optimizer(nn.Linear(2, 2).cuda(), Optim(), 0.1)
     assert built.param_groups[0]["fused"] is True

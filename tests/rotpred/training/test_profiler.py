@@ -1,4 +1,4 @@
-"""The profile of a run: a trace that names our ranges, a table, and nothing where none is due."""
+"""The profile of a run: a trace with our ranges, a table of operators, failures."""
 
 from __future__ import annotations
 

@@ -82,5 +82,5 @@ def test_triangle() -> None:
 
 def test_impossible_times_are_refused() -> None:
     for epoch, epochs in ((-0.1, 10), (0, 0)):
-        with pytest.raises(ValueError, match="cannot place"):
+        with pytest.raises(ValueError, match="is not in a run of"):
             lr_at(Steps(), 1.0, epoch, epochs)

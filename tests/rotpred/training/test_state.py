@@ -1,4 +1,4 @@
-"""Training state: two processes are one, gradients are accumulated, weights must be finite."""
+"""Training state: data parallelism, gradient accumulation, non-finite values."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
 from rotpred.distributed import process_group
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import Run
-from rotpred.training.state import Trained, TrainState
+from rotpred.training.settings import RunSettings
+from rotpred.training.state import OptimizedPart, TrainState
 
 data, out = sys.argv[1:]
 with process_group("cpu", timeout_seconds=60) as rank:
@@ -48,8 +48,8 @@ with process_group("cpu", timeout_seconds=60) as rank:
                       crop=RandomResizedCrop(16), workers=1)
     # No batch norm: its statistics are each process's own, and rightly differ.
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
-    state = TrainState(model, [Trained(model, Optim(lr=0.1), Steps())], rank=rank,
-                       run=Run(epochs=1), folder=None, global_batch=8, identity={})
+    state = TrainState(model, [OptimizedPart(model, Optim(lr=0.1), Steps())], rank=rank,
+                       run=RunSettings(epochs=1), folder=None, global_batch=8, identity={})
 
     def objective(x, y):
         loss = cross_entropy(state.model(x), y)
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(beton: Path, tmp_path: Path) -> None:
     one, two = weights
     torch.manual_seed(0)
     begin = nn.Conv2d(3, 8, 3).weight
-    assert (one["0.weight"] - begin).abs().max() > 1e-3  # it did train
+    assert (one["0.weight"] - begin).abs().max() > 1e-3  # training changed the weights
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -110,7 +110,7 @@ def objective(state: TrainState) -> LossFn:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    """Two half batches with accumulate=2 make the update of one whole batch."""
+    """Two half batches with accumulate=2 give the update of one whole batch."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 5), torch.arange(8) % 4
     models = [nn.Linear(5, 4) for _ in range(2)]
@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_noticed(tmp_path: Path, where: str) -> None:
 
 
 def test_a_run_over_two_sides(folder: Path, tmp_path: Path) -> None:
-    """Real images at 16 pixels, then at 24; the log says so; another side is another run."""
+    """Real images at 16 pixels, then at 24, as logged; another schedule is another run."""
     train = LoaderSpec(
         data=str(folder),
         batch_size=12,
@@ -182,7 +182,8 @@ def test_a_run_over_two_sides(folder: Path, tmp_path: Path) -> None:
     (result,) = json.loads((out / "results.json").read_text())
     assert result["n"] == 37 * 4
     other = replace(recipe, train=replace(train, resolution_schedule=((0, 16),)))
-    with pytest.raises(ValueError, match=r"another run \(sides: \[\[0, 16\], \[1, 24\]\] there"):
+    words = r"another run \(resolution_schedule: \[\[0, 16\], \[1, 24\]\] there"
+    with pytest.raises(ValueError, match=words):
         pretrain.run(other, Rank())
 
 

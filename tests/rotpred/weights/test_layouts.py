@@ -1,4 +1,4 @@
-"""Other projects' files: built with their key names from nets of their shape, then read by ours."""
+"""Weight files of other projects: their key layouts around our backbones, read back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,9 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.training.checkpoint import CheckpointError, save
 from rotpred.weights.load import load_backbone, load_rotnet, read_backbone
-from tests.support.networks import State, equal, stir
+from tests.support.networks import equal, stir, with_prefix
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def renamed(state: State, prefix: str) -> State:
-    return {prefix + key: value for key, value in state.items()}
 
 
 BACKBONE = stir(build_backbone("resnet18")).state_dict()
@@ -35,13 +31,15 @@ FC = {"weight": torch.arange(4.0)[:, None].expand(4, 512).clone(), "bias": torch
 
 
 def foreign_files() -> dict[str, Any]:
-    """One of each layout around the same backbone."""
-    mm = renamed(BACKBONE, "backbone.") | renamed(FC, "head.fc_cls.")
-    blocks = renamed(BACKBONE, "_feature_blocks.")
-    model = {"trunk": blocks, "heads": renamed(FC, "0.clf.0.")}
+    """One file of each layout around the same backbone."""
+    mm = with_prefix(BACKBONE, "backbone.") | with_prefix(FC, "head.fc_cls.")
+    blocks = with_prefix(BACKBONE, "_feature_blocks.")
+    model = {"trunk": blocks, "heads": with_prefix(FC, "0.clf.0.")}
     classy = {"base_model": {"model": model}, "optimizer": {"lr": 0.1}, "meters": [{}]}
-    moco = renamed(BACKBONE, "module.encoder_q.") | renamed(BACKBONE, "module.encoder_k.")
-    moco |= renamed({"0.weight": torch.zeros(1), "2.bias": torch.zeros(1)}, "module.encoder_q.fc.")
+    moco = with_prefix(BACKBONE, "module.encoder_q.") | with_prefix(BACKBONE, "module.encoder_k.")
+    moco |= with_prefix(
+        {"0.weight": torch.zeros(1), "2.bias": torch.zeros(1)}, "module.encoder_q.fc."
+    )
     moco |= {"module.queue": torch.zeros(1), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
     full = BACKBONE | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
     return {
@@ -54,7 +52,7 @@ def foreign_files() -> dict[str, Any]:
         "VISSL": {"phase": 125, "loss": np.float64(0.5), "classy_state_dict": classy},
         "VISSL flat": blocks,
         "VISSL converted": dict(BACKBONE),
-        "VISSL live": renamed(blocks, "trunk.base_model.") | {"heads.0.a": FC["bias"]},
+        "VISSL live": with_prefix(blocks, "trunk.base_model.") | {"heads.0.a": FC["bias"]},
         "MoCo": {"epoch": 200, "arch": "resnet18", "state_dict": moco, "optimizer": {"state": {}}},
     }  # fmt: skip
 
@@ -73,7 +71,7 @@ def test_foreign_backbones_arrive_whole(tmp_path: Path, layout: str) -> None:
         "mmselfsup 0.x": 2, "mmselfsup 1.x": 2, "mmselfsup without meta": 2,
     }.get(layout, 0)  # fmt: skip
     assert len(report.ignored) == expected
-    words = report.words()
+    words = report.summary()
     assert report.layout in words and f"{len(BACKBONE)} tensors loaded, {expected} ignored" in words
     with pytest.raises(CheckpointError, match="name its arch"):
         read_backbone(path)
@@ -90,7 +88,7 @@ def test_damaged_foreign_files_are_refused(tmp_path: Path, layout: str, how: str
     inner = content
     for key in ("classy_state_dict", "base_model", "model", "trunk", "state_dict"):
         inner = inner.get(key, inner)
-    # The first convolution is what mmselfsup's own conversion can lose without a word.
+    # mmselfsup's own conversion can lose the first convolution silently.
     key = next(key for key in inner if key.endswith("conv1.weight"))
     if how == "missing":
         del inner[key]
@@ -187,7 +185,7 @@ def test_live_models_of_timm_and_torchvision(tmp_path: Path, name: str) -> None:
 
 
 class HistoryBuffer:
-    """What mmengine's looks like in a file: later ones save their methods, by getattr."""
+    """Like mmengine's class in a file: later versions save their methods, by getattr."""
 
     def __init__(self) -> None:
         self._log_history = np.arange(3.0)
@@ -235,7 +233,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         load_backbone(build_backbone("resnet18"), tmp_path / "bad.pth")
     assert not (tmp_path / "marker").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
-    assert (tmp_path / "marker").exists()  # it would have
+    assert (tmp_path / "marker").exists()  # without restrictions it would have run
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Backbone weights: round trips, other projects' files, and files that do not fit."""
+"""Backbone weights: round trips, files of other projects, mismatched and broken files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     assert same(first, second)
     assert set(report.loaded) == set(first.state_dict())
     assert (report.ignored, report.missing, report.sha256) == ((), (), digest)
-    assert report.words() == "rotpred: 120 tensors loaded, 0 ignored, 0 missing"
+    assert report.summary() == "rotpred: 120 tensors loaded, 0 ignored, 0 missing"
     torchvision.models.resnet18().load_state_dict(
         {
             **safetensors.torch.load_file(path),
@@ -173,7 +173,7 @@ def test_broken_and_absent_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     save_backbone(path, backbone, {})
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         load_backbone(backbone, path)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="damaged"):

@@ -1,4 +1,4 @@
-"""Layouts in their wrappings: DistributedDataParallel's, encoders among others, safetensors."""
+"""Wrapped key layouts: DistributedDataParallel, several encoders, safetensors."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.load import load_backbone, load_rotnet, save_backbone
-from tests.rotpred.weights.test_layouts import renamed
-from tests.support.networks import State, equal, stir
+from tests.support.networks import State, equal, stir, with_prefix
 
 pytestmark = pytest.mark.timeout(120)
 
 NET = "resnet18_tiny"
-"""A ResNet-18 in its keys, and small."""
+"""Small, with the keys of a ResNet-18."""
 BACKBONE = stir(build_backbone(NET)).state_dict()
 DIM = build_backbone(NET).dim
 FC = {"weight": torch.zeros(4, DIM), "bias": torch.arange(4.0)}
 ONE = torch.zeros(1)
 CLASSIFIER = {"fc.weight": torch.zeros(1000, DIM), "fc.bias": torch.zeros(1000)}
 MLP = ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.num_batches_tracked", "3.weight")
-"""Of a projection or prediction: Linear, batch norm, ReLU, Linear."""
+"""Keys of a projection or prediction head: Linear, batch norm, ReLU, Linear."""
 
 
 def mlp(prefix: str) -> State:
-    return renamed(dict.fromkeys(MLP, ONE), prefix)
+    return with_prefix(dict.fromkeys(MLP, ONE), prefix)
 
 
 def bare_files() -> dict[str, State]:
-    """The state dicts by the names that the live models have, before they are wrapped."""
+    """State dicts with the key names of the bare models, without wrappers."""
     queue = {"queue": ONE, "queue_ptr": ONE.long()}
-    moco = renamed(BACKBONE, "encoder_q.") | renamed(BACKBONE, "encoder_k.") | queue
+    moco = with_prefix(BACKBONE, "encoder_q.") | with_prefix(BACKBONE, "encoder_k.") | queue
     moco |= {f"{part}.fc.{key}": ONE for part in ("encoder_q", "encoder_k") for key in MLP}
-    third = renamed(BACKBONE, "base_encoder.") | renamed(BACKBONE, "momentum_encoder.")
+    third = with_prefix(BACKBONE, "base_encoder.") | with_prefix(BACKBONE, "momentum_encoder.")
     third |= mlp("base_encoder.fc.") | mlp("momentum_encoder.fc.") | mlp("predictor.")
-    siam = renamed(BACKBONE, "encoder.") | mlp("encoder.fc.") | mlp("predictor.")
-    blocks = renamed(BACKBONE, "_feature_blocks.")
+    siam = with_prefix(BACKBONE, "encoder.") | mlp("encoder.fc.") | mlp("predictor.")
+    blocks = with_prefix(BACKBONE, "_feature_blocks.")
     return {
         "flat keys (torchvision, timm)": BACKBONE | CLASSIFIER,
         "MoCo": moco,
         "MoCo v3": third,
         "SimSiam": siam,
-        "backbone and head (mmselfsup)": renamed(BACKBONE, "backbone.")
-        | renamed(FC, "head.fc_cls."),
-        "VISSL": renamed(blocks, "trunk.") | renamed(FC, "heads.0.clf.0."),
+        "backbone and head (mmselfsup)": with_prefix(BACKBONE, "backbone.")
+        | with_prefix(FC, "head.fc_cls."),
+        "VISSL": with_prefix(blocks, "trunk.") | with_prefix(FC, "heads.0.clf.0."),
     }
 
 
@@ -58,7 +57,7 @@ LAYOUTS = sorted(bare_files())
 def write(path: Path, state: State) -> Path:
     """A checkpoint as those programs save it, or safetensors."""
     if path.suffix == ".safetensors":
-        # That format refuses tensors that share memory.
+        # safetensors refuses tensors that share memory.
         safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, path)
     else:
         torch.save({"epoch": 1, "arch": "resnet18", "state_dict": state}, path)
@@ -69,8 +68,8 @@ def write(path: Path, state: State) -> Path:
 @pytest.mark.parametrize("wrapper", ["", "module."])
 @pytest.mark.parametrize("name", ["x.pth.tar", "x.safetensors"])
 def test_backbones_arrive_whole(tmp_path: Path, layout: str, wrapper: str, name: str) -> None:
-    """Nothing of the backbone is missing; all else is named as the file names it, and ignored."""
-    state = renamed(bare_files()[layout], wrapper)
+    """No tensor of the backbone is missing; all others are ignored and reported by their names."""
+    state = with_prefix(bare_files()[layout], wrapper)
     net = build_backbone(NET)
     report = load_backbone(net, write(tmp_path / name, state))
     assert equal(net.state_dict(), BACKBONE) and report.layout == layout
@@ -82,11 +81,11 @@ def test_backbones_arrive_whole(tmp_path: Path, layout: str, wrapper: str, name:
 @pytest.mark.parametrize("wrapper", ["", "module."])
 @pytest.mark.parametrize("name", ["x.pth.tar", "x.safetensors"])
 def test_unknown_keys_are_refused(tmp_path: Path, layout: str, wrapper: str, name: str) -> None:
-    """Also one that lacks the wrapper of the others, or alone has it."""
+    """Also a key that lacks the wrapper of the others, or is the only one with it."""
     net = build_backbone(NET)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     for key in ("neck.0.weight", "module.neck.0.weight"):
-        state = renamed(bare_files()[layout], wrapper) | {key: ONE}
+        state = with_prefix(bare_files()[layout], wrapper) | {key: ONE}
         with pytest.raises(CheckpointError, match=r"tiny: 1 unknown \((module\.)?neck\.0\.weight"):
             load_backbone(net, write(tmp_path / name, state))
         assert equal(net.state_dict(), before)
@@ -103,8 +102,8 @@ def test_an_encoder_with_another_backbone_is_refused(tmp_path: Path, layout: str
 
 
 def test_a_rotation_head_comes_out_of_its_wrapping(tmp_path: Path) -> None:
-    """mmselfsup's, wrapped; which way it counts is in no safetensors, so that it must be said."""
-    state = renamed(bare_files()["backbone and head (mmselfsup)"], "module.")
+    """mmselfsup's head, wrapped. safetensors lack the direction of rotation: it must be given."""
+    state = with_prefix(bare_files()["backbone and head (mmselfsup)"], "module.")
     torch.save({"meta": {"mmengine_version": "0.1.0"}, "state_dict": state}, tmp_path / "x.pth")
     net = make_rotnet(NET)
     assert load_rotnet(net, tmp_path / "x.pth").ignored == ()
@@ -118,13 +117,13 @@ def test_a_rotation_head_comes_out_of_its_wrapping(tmp_path: Path) -> None:
 
 def test_projections_are_no_rotation_heads(tmp_path: Path) -> None:
     for layout in ("MoCo", "MoCo v3", "SimSiam"):
-        path = write(tmp_path / "x.pth", renamed(bare_files()[layout], "module."))
+        path = write(tmp_path / "x.pth", with_prefix(bare_files()[layout], "module."))
         with pytest.raises(CheckpointError, match=f"{layout}.* holds no rotation head"):
             load_rotnet(make_rotnet(NET), path)
 
 
 def test_our_own_safetensors_are_ours(tmp_path: Path) -> None:
-    """By the name of the network in their header: nothing is guessed from keys."""
+    """By the network name in their header, not by their keys."""
     net = build_backbone(NET)
     net.load_state_dict(BACKBONE)
     save_backbone(tmp_path / "x.safetensors", net, {})

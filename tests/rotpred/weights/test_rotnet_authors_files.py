@@ -1,4 +1,4 @@
-"""Files of the RotNet authors, from networks built as theirs: ours compute the same from them."""
+"""Weight files of the RotNet authors: our networks compute the same as theirs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Unit(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A network of the authors: everything in `_feature_blocks`."""
+    """A network of the authors: all modules are in `_feature_blocks`."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_the_authors_alexnet_computes_the_same_here(tmp_path: Path) -> None:
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
-    """Writes text as Python 2 wrote its byte strings."""
+    """Writes str as Python 2 wrote its byte strings."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
@@ -145,7 +145,7 @@ class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
 
 
 def test_files_from_python_2_are_read(tmp_path: Path) -> None:
-    """As the authors' are: no archive but a row of pickles, and no batch counters."""
+    """Like the authors' files: a sequence of pickles instead of an archive, no batch counters."""
     theirs = stir(authors_nin(3)).state_dict()
     state = OrderedDict((k, v) for k, v in theirs.items() if "num_batches" not in k)
     module = types.SimpleNamespace(

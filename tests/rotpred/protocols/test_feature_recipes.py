@@ -1,4 +1,4 @@
-"""The recipes on frozen features, from the layouts as they are handed out to exact numbers."""
+"""Recipes on frozen features: from published data set layouts to exact results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
-from sklearn.model_selection import StratifiedKFold
 
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.loader import open_loader
@@ -21,17 +19,14 @@ from rotpred.protocols import knn, svm
 from rotpred.recipes.base import CachedFeatureRun
 from rotpred.recipes.knn import in1k_knn
 from rotpred.recipes.svm import voc07_lowshot, voc07_svm
-from rotpred.svm.low_shot import draw_samples
 from rotpred.weights.frozen_backbone import load_frozen_backbone
-from tests.conftest import save_jpeg, smooth_image
-from tests.rotpred.protocols.test_svm import straight_ap, svc, unit
-from tests.support.classification_trees import plant
+from tests.support.classification_trees import make_trees
+from tests.support.images import save_jpeg, smooth_image
+from tests.support.references import LOW_COSTS, class_aps, low_shot_maps, unit_rows
 from tests.support.run_outputs import results
 
 pytestmark = pytest.mark.timeout(120)
 
-COSTS = (0.5, 0.5**4, 0.5**9)
-"""Low ones, which liblinear solves to the last digits in a moment."""
 SPLITS = {"trainval": 48, "test": 21}
 
 Rows = npt.NDArray[np.float32]
@@ -41,7 +36,7 @@ Labels = npt.NDArray[np.int8]
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Labels]]:
-    """VOCdevkit/VOC2007 with a few difficult labels, and those by split."""
+    """VOCdevkit/VOC2007 with a few difficult labels, and the labels by split."""
     base = tmp_path_factory.mktemp("voc") / "VOCdevkit/VOC2007"
     (base / "ImageSets/Main").mkdir(parents=True)
     chance, tables = np.random.default_rng(0), {}
@@ -60,9 +55,9 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Label
 
 
 def averaged(spec: LoaderSpec, stage: str = "avgpool") -> tuple[Rows, list[int]]:
-    """The average pool of images one by one, through random weights, and their labels.
+    """Average-pooled features of random weights, one image at a time, and the labels.
 
-    Or a stage's map, which is so small for images of 32 pixels that nothing is pooled.
+    For another stage, its flattened feature map: at 32 pixels it is too small to be pooled.
     """
     torch.manual_seed(spec.seed)
     backbone = load_frozen_backbone("resnet18_tiny", "random", Rank())[0]
@@ -76,48 +71,12 @@ def averaged(spec: LoaderSpec, stage: str = "avgpool") -> tuple[Rows, list[int]]
     return np.stack(rows), labels
 
 
-def full(rows: Unit, others: Unit, table: Labels, truths: Labels) -> list[float]:
-    """The AP of every class by scikit-learn: 0 to 1; the cost by cross-validation."""
-    expected = []
-    for labels, truth in zip(table.T, truths.T, strict=True):
-        signs = np.where(labels > 0, 1, -1)
-        folds = list(StratifiedKFold(3).split(rows, signs))
-        means = []
-        for cost in COSTS:
-            aps = []
-            for fit, held in folds:
-                scores = svc(cost).fit(rows[fit], signs[fit]).decision_function(rows[held])
-                aps.append(average_precision_score(signs[held] > 0, scores))
-            means.append(np.mean(aps))
-        model = svc(COSTS[int(np.argmax(means))]).fit(rows, signs)
-        keep = truth != 0
-        expected.append(straight_ap(model.decision_function(others[keep]), truth[keep] > 0))
-    return expected
-
-
-def few(
-    rows: Unit, others: Unit, table: Labels, truths: Labels, *, shots: int, draws: int
-) -> npt.NDArray[np.float64]:
-    """The mAP of every draw (with seed 0) by scikit-learn: 0 to 1; the cost on the test data."""
-    classes = table.shape[1]
-    signs = np.repeat([1, -1], [shots, shots * (classes - 1)])
-    aps = np.zeros((draws, classes, len(COSTS)))
-    for number, c, j in np.ndindex(aps.shape):
-        chosen = draw_samples(table[:, c], shots, classes=classes, seed=(0, number, shots, c))
-        model = svc(COSTS[j]).fit(rows[chosen], signs)
-        keep = truths[:, c] != 0
-        scores = model.decision_function(others[keep])
-        aps[number, c, j] = straight_ap(scores, truths[keep, c] > 0)
-    best: npt.NDArray[np.float64] = aps.mean(1)[:, aps.mean((0, 1)).argmax()]
-    return best
-
-
 def small(base: Path, out: Path) -> dict[str, Any]:
-    """The changes that bring a VOC07 recipe to the tree, straight from its folder."""
+    """Changes that run a VOC07 recipe on the tiny data set."""
     common: dict[str, Any] = {"root": str(base), "crop": Resize(32), "engine": "folder"}
     spec = replace(voc07_svm().train, batch_size=8, workers=1, **common)
     return {
-        "weights": "random", "backbone": "resnet18_tiny", "costs": COSTS,
+        "weights": "random", "backbone": "resnet18_tiny", "costs": LOW_COSTS,
         "train": replace(spec, data="voc2007:trainval"), "train_labels": "voc2007:trainval",
         "val": replace(spec, data="voc2007:test"), "val_labels": "voc2007:test",
         "run": CachedFeatureRun(str(out / "run"), "cpu", cache=str(out / "cache")),
@@ -125,7 +84,7 @@ def small(base: Path, out: Path) -> dict[str, Any]:
 
 
 def test_voc07_svm(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
-    """Against scikit-learn, class after class: difficult is negative in training, not tested.
+    """Against scikit-learn, class by class: difficult is negative in training and not tested.
 
     All six stages of the recipe run; two are compared.
     """
@@ -140,16 +99,16 @@ def test_voc07_svm(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
         row = found[f"mAP/{stage}"]
         assert (row["n"], row["classes"]) == (SPLITS["test"], list(VOC_CLASSES))
         assert row["value"] == pytest.approx(100 * np.mean(row["per_class"]), abs=1e-9)
-        assert set(row["costs"]) <= set(COSTS)
+        assert set(row["costs"]) <= set(LOW_COSTS)
     assert (out / "figures/per_class.png").exists()
     for stage in ("res4", "avgpool"):
-        rows, others = (unit(averaged(part, stage)[0]) for part in (recipe.train, recipe.val))
-        expected = full(rows, others, tables["trainval"], tables["test"])
+        rows, others = (unit_rows(averaged(part, stage)[0]) for part in (recipe.train, recipe.val))
+        expected = class_aps(rows, others, tables["trainval"], tables["test"])
         assert found[f"mAP/{stage}"]["per_class"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> None:
-    """Against scikit-learn on the same draws; one cost for both, chosen on the test data.
+    """Against scikit-learn on the same draws, with one cost for both, chosen on the test data.
 
     Both stages of the recipe run; the last is compared.
     """
@@ -157,8 +116,8 @@ def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> N
     changes = small(base, tmp_path) | {"shots": (1,), "draws": 2}
     recipe = replace(voc07_lowshot(), **changes)
     found = results(svm.run_low_shot(recipe, Rank()))
-    rows, others = (unit(averaged(part, "res5")[0]) for part in (recipe.train, recipe.val))
-    expected = few(rows, others, tables["trainval"], tables["test"], shots=1, draws=2)
+    rows, others = (unit_rows(averaged(part, "res5")[0]) for part in (recipe.train, recipe.val))
+    expected = low_shot_maps(rows, others, tables["trainval"], tables["test"], shots=1, draws=2)
     assert set(found) == {"mAP/res4/k=1", "mAP/res5/k=1"}
     row = found["mAP/res5/k=1"]
     assert (row["n"], row["draws"]) == (SPLITS["test"], 2)
@@ -168,7 +127,7 @@ def test_voc07_lowshot(voc: tuple[Path, dict[str, Labels]], tmp_path: Path) -> N
 
 def test_in1k_knn(tmp_path: Path) -> None:
     """From class folders and the flat validation folder with its list of synsets."""
-    tree = plant(tmp_path / "data")["in1k_linear"]
+    tree = make_trees(tmp_path / "data")["in1k_linear"]
     made = in1k_knn()
     common: dict[str, Any] = {
         "crop": CenterCrop(32, 36), "engine": "folder", "workers": 1, "batch_size": 4

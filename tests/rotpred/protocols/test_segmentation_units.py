@@ -1,4 +1,4 @@
-"""Segmentation's parts: windows, objective, published settings, shapes at true size."""
+"""Parts of the segmentation protocol: sliding windows, loss, settings, full-size shapes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.dense.batch import DenseBatch
 from pipelines.dense.spec import FitWithin, RatioCrop
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
-from rotpred.protocols.segmentation import Segment, slide
+from rotpred.protocols.segmentation import SegmentationTask, slide
 from rotpred.recipes.segmentation import RECIPES, Segmentation, cityscapes_seg, voc12aug_seg
 from rotpred.training.schedule import lr_at
-from tests.support.sliding_window import naive_slide
+from tests.support.references import naive_slide
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tests.support.sliding_window import naive_slide
     [((20, 31), 12, 8), ((12, 12), 12, 5), ((7, 30), 12, 12), ((5, 6), 12, 4), ((28, 20), 12, 8)],
 )
 def test_sliding_windows(size: tuple[int, int], crop: int, stride: int) -> None:
-    """Each pixel is the mean over all windows that have it; borders of windows are seen."""
+    """Each pixel is the mean over all windows that cover it; borders of windows have an effect."""
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3)
     seen = []
@@ -58,7 +58,7 @@ def test_windows_of_cityscapes() -> None:
 
 
 def test_objective_by_hand() -> None:
-    """Both losses over all pixels, the auxiliary one times its weight; accuracy of what counts."""
+    """Both losses over all pixels, the auxiliary one weighted; accuracy over labelled pixels."""
     draw = np.random.default_rng(1)
     masks = torch.from_numpy(draw.integers(0, 3, (2, 16, 24)))
     masks[0, :5], masks[1, :, 20:] = IGNORED, IGNORED
@@ -73,7 +73,7 @@ def test_objective_by_hand() -> None:
     batch = DenseBatch(torch.zeros(2, 3, 16, 24), none, none, none[0], none[0] == 0, [], masks)
     for align in (False, True):
         recipe = Segmentation(align_corners=align, aux_weight=0.25)
-        loss, shown = Segment(recipe).objective(state, batch)
+        loss, shown = SegmentationTask(recipe).objective(state, batch)
         losses = []
         for logits in outputs:
             large = torch.nn.Upsample((16, 24), mode="bilinear", align_corners=align)(logits)
@@ -88,11 +88,11 @@ def test_objective_by_hand() -> None:
         assert float(shown["loss/decode"]) == pytest.approx(losses[0], rel=1e-5)
         assert float(shown["accuracy"]) == pytest.approx(100 * float(right), rel=1e-5)
     with pytest.raises(ValueError, match="no masks"):
-        Segment(recipe).objective(state, batch._replace(masks=None))
+        SegmentationTask(recipe).objective(state, batch._replace(masks=None))
 
 
 def test_the_published_settings() -> None:
-    """protocols, section 8."""
+    """docs/protocols.md, section 8."""
     for made, crop, frame, batch, steps in (
         (voc12aug_seg(), 512, (2048, 512), 16, 20_000),
         (cityscapes_seg(), 769, (2049, 1025), 8, 40_000),
@@ -122,12 +122,12 @@ def test_the_published_settings() -> None:
     ("name", "classes", "side"), [("voc12aug_seg", 21, 64), ("cityscapes_seg", 19, 97)]
 )
 def test_shapes_at_true_size(name: str, classes: int, side: int) -> None:
-    """Logits of the published crops, on a device that computes nothing."""
+    """Logits of the published crops, on the meta device."""
     made = RECIPES[name]()
     geometry = made.train.geometry
     assert isinstance(geometry, RatioCrop)
     with torch.device("meta"):
-        model = Segment(made).network(build_backbone(made.backbone), classes)
+        model = SegmentationTask(made).network(build_backbone(made.backbone), classes)
         x = torch.empty(made.train.batch_size, 3, geometry.size, geometry.size)
         for logits in (*model.train()(x), model.eval()(x)):
             assert logits.shape == (len(x), classes, side, side)

@@ -1,4 +1,4 @@
-"""Data sets as they are handed out: to a beton by the script, read directly, pieces missing."""
+"""Published data set layouts: converted by scripts/to_beton.py, read directly, files missing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipelines.beton.reader import Beton
-from pipelines.engines.samples import encoded, open_samples
-from tests.support.classification_trees import Tree, Trees, plant
+from pipelines.engines.samples import open_samples, read_encoded
+from tests.support.classification_trees import Tree, Trees, make_trees
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,7 +21,7 @@ LAYOUTS = ["in1k_linear", "in1k_mhead", "inat18_mhead", "places205_mhead", "in1k
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
-    return plant(tmp_path_factory.mktemp("trees"))
+    return make_trees(tmp_path_factory.mktemp("trees"))
 
 
 def convert(data: str, root: str, output: Path) -> Any:
@@ -34,7 +34,7 @@ def convert(data: str, root: str, output: Path) -> Any:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path: Path) -> None:
-    """The script's beton has the images, labels and classes that training reads from files."""
+    """The beton has the same images, labels and classes as the files read directly."""
     tree = trees[name]
     for part, data, root in (
         ("train", tree.train, tree.train_root),
@@ -47,7 +47,7 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
             assert beton.labels.tolist() == files.labels.tolist()
             assert beton.classes == files.classes
             for i in range(len(files)):
-                assert bytes(encoded(beton, i)) == encoded(files, i)
+                assert bytes(read_encoded(beton, i)) == read_encoded(files, i)
     assert beton.labels.tolist() == tree.truth
 
 
@@ -61,8 +61,8 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
     ],
 )
 def test_a_missing_image_is_no_bad_one(name: str, words: str, tmp_path: Path) -> None:
-    """It is an error that names where it is listed, whatever may be left out or masked."""
-    tree: Tree = plant(tmp_path)[name]
+    """The error names the place that lists the image; no budget of bad samples covers it."""
+    tree: Tree = make_trees(tmp_path)[name]
     files = open_samples(tree.train, tree.train_root)
     files.path(4).unlink()  # type: ignore[union-attr]
     with pytest.raises((FileNotFoundError, ValueError), match=words):

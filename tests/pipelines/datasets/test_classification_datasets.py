@@ -1,4 +1,4 @@
-"""Data sets in the layouts in which they are handed out, each as a tiny tree."""
+"""Classification data sets in their published layouts, each as a tiny directory tree."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipelines.engines.folder import FolderSource
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.spec import CenterCrop, LoaderSpec, Shard
 from rotpred.protocols.multilabel import read_labels
-from tests.conftest import save_jpeg, smooth_image
+from tests.support.images import save_jpeg, smooth_image
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def images(root: Path, *names: str) -> None:
-    """JPEG files whose brightness tells which name they were written under."""
+    """JPEG files. Their brightness encodes their position in `names`."""
     for i, name in enumerate(names):
         image = smooth_image(0, 8, 8).point(lambda _, level=20 * i + 10: level)
         save_jpeg(root / name, image)
@@ -51,7 +51,7 @@ VAL = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 5)]
 
 
 def kit(root: Path, truth: str) -> Path:
-    """A development kit whose ids are not in the order of its synsets, with one group."""
+    """A development kit whose ids do not follow the order of its synsets, with one group."""
     rows = [(1, "n02119789", 0), (2, "n01440764", 0), (3, "n15075141", 0), (4, "n00001740", 3)]
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
     folder = root / "ILSVRC2012_devkit_t12"
@@ -100,9 +100,9 @@ def test_a_wrong_truth_is_named(tmp_path: Path, truth: str, words: str) -> None:
 def test_missing_pieces_of_imagenet_val_are_named(tmp_path: Path) -> None:
     images(tmp_path / "val", *VAL)
     with pytest.raises(IndexFormatError, match=r"truth\.txt:2: .*found '4'"):
-        imagenet_val(tmp_path / "val", truth=kit(tmp_path, "3\n4\n1\n2\n"))  # a group, no class
+        imagenet_val(tmp_path / "val", truth=kit(tmp_path, "3\n4\n1\n2\n"))  # a group, not a class
     (tmp_path / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no matrix" * 30)
-    with pytest.raises(IndexFormatError, match=r"meta\.mat: no table of synsets"):
+    with pytest.raises(IndexFormatError, match=r"meta\.mat: not a table of synsets"):
         imagenet_val(tmp_path / "val", truth=tmp_path / "ILSVRC2012_devkit_t12")
     (tmp_path / "ILSVRC2012_devkit_t12/data/meta.mat").unlink()
     with pytest.raises(FileNotFoundError, match=r"meta\.mat"):
@@ -127,7 +127,7 @@ def test_imagenet_subset(tmp_path: Path) -> None:
     assert again.labels.tolist() == [1, 0]
     for content, words in (
         ("n01440764_3.JPEG\nn01440764_4.JPEG\n", r"p\.txt:2: no image 'n01440764_4\.JPEG'"),
-        ("n01440764_3.JPEG\n\nn01440764_3.JPEG\n", r"p\.txt:3: .* comes twice"),
+        ("n01440764_3.JPEG\n\nn01440764_3.JPEG\n", r"p\.txt:3: .* is listed twice"),
     ):
         with pytest.raises(IndexFormatError, match=words):
             imagenet_subset(text(tmp_path / "p.txt", content), index)
@@ -169,8 +169,8 @@ def test_inaturalist_whichever_folder_is_given(tmp_path: Path, place: str, root:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"annotations": []}, "expected one annotation an image: image id 90"),
-        ({"annotations": [{"image_id": 90, "category_id": 0}] * 3}, "one annotation an image"),
+        ({"annotations": []}, "expected one annotation per image: image id 90"),
+        ({"annotations": [{"image_id": 90, "category_id": 0}] * 3}, "one annotation per image"),
         ({"categories": [{"id": 1, "name": "x"}]}, r"category ids are not 0\.\.0"),
         ({"categories": [{"id": 0, "name": "x"}]}, "no category 1"),
         ({"categories": None}, "expected images, annotations and categories: TypeError"),
@@ -189,7 +189,7 @@ def test_missing_inaturalist_is_named(tmp_path: Path) -> None:
         inaturalist(source, root=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"train2018\.json"):
         inaturalist(tmp_path / "train2018.json", root=tmp_path)
-    with pytest.raises(IndexFormatError, match=r"val2018\.json: no JSON"):
+    with pytest.raises(IndexFormatError, match=r"val2018\.json: not valid JSON"):
         inaturalist(text(source, "{"), root=tmp_path)
     escape = coco(images=[{"id": 90, "file_name": "../secret.jpg"}])
     escape["annotations"] = [{"image_id": 90, "category_id": 0}]
@@ -258,7 +258,7 @@ def test_missing_pieces_of_voc2007_are_named(tmp_path: Path) -> None:
         voc2007(base, split="trainval")
 
 
-def test_a_catalogue_feeds_the_folder_engine_and_a_beton(tmp_path: Path) -> None:
+def test_a_data_set_feeds_the_folder_engine_and_a_beton(tmp_path: Path) -> None:
     images(tmp_path / "val", *VAL)
     truth = text(tmp_path / "s.txt", "n02119789\nn01440764\nn01440764\nn02119789\n")
     source = open_images(f"imagenet-val:{truth}", root=tmp_path / "val")
@@ -282,7 +282,7 @@ def test_a_catalogue_feeds_the_folder_engine_and_a_beton(tmp_path: Path) -> None
         engine.close()
 
 
-def test_a_catalogue_without_a_root_is_refused() -> None:
+def test_a_data_set_without_a_root_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a root"):
         open_images("inaturalist:train2018.json")
 
@@ -307,7 +307,7 @@ def test_voc2007_is_converted_with_its_labels(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_voc2007_is_converted_whole_or_not_at_all(tmp_path: Path) -> None:
-    """An unusable image would shift the rows of all later ones: neither file is written."""
+    """An unusable image would shift all later rows: neither file is written."""
     base, out = voc(tmp_path), tmp_path / "out" / "trainval.beton"
     (base / voc2007(base, split="trainval").images.name(1)).write_bytes(b"no image")
     script = Path(__file__).parents[3] / "scripts/to_beton.py"

@@ -1,0 +1,40 @@
+"""log.jsonl on disks that are full for a while."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rotpred.records.folder import read_rows
+from rotpred.records.jsonl import JsonlWriter
+
+
+def test_open_can_be_called_again_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    earlier = JsonlWriter(path)
+    for step in (10, 20, 30):
+        earlier.append({"step": step})
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    resumed = JsonlWriter(path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        resumed.open(after=20)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    for step in (30, 40):
+        resumed.open(after=20)
+        resumed.append({"step": step, "again": True})
+    assert read_rows(path) == [
+        {"step": 10},
+        {"step": 20},
+        {"step": 30, "again": True},
+        {"step": 40, "again": True},
+    ]
