@@ -121,7 +121,7 @@ install_project() {
     local requirement
     [[ ${CONSTRAINTS-} == 1 ]] || { pip_install -e '.[dev,eval]'; return; }
     locked others
-    pip_install "${requirement[@]}" && pip_install --no-deps -e .
+    pip_install "${requirement[@]}" && pip_install --no-deps --no-build-isolation -e .
 }
 
 install_dali() {
@@ -145,7 +145,8 @@ install_ffcv() {
         packages+=("$("$PY" -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')")
     # Without apt the headers may still be present: let the build decide.
     apt_install "${packages[@]}" || true
-    [[ ${CONSTRAINTS-} != 1 ]] || locked ffcv
+    # Built with the setuptools of the same file, not with the newest.
+    [[ ${CONSTRAINTS-} != 1 ]] || { locked ffcv; requirement+=(--no-build-isolation); }
     stage "FFCV, built from source" pip_install "${requirement[@]}" && can_import ffcv && return 0
     [[ -n $why ]] || why=$(last_error)
     return 1
