@@ -1,4 +1,4 @@
-"""Registry of the backbones: ResNet, the RotNet authors' AlexNet, and network-in-network.
+"""Backbones by name: ResNet, the RotNet authors' AlexNet, and network-in-network.
 
 Each returns its stages as a list of feature maps, for linear probes. Rotation heads and the pooling
 of the probes are in `heads.py`.
