@@ -16,6 +16,7 @@ from pipelines.beton.reader import Beton, BetonError, verify
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.images import MemoryImages
 from tests.support.betons import COUNT, import_ffcv, make_beton, noise_pixels
+from tests.support.stock_ffcv import read_with_stock_ffcv
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,29 +44,14 @@ def test_round_trip(good: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_stock_ffcv_reads_our_file(tmp_path: Path) -> None:
-    ffcv = import_ffcv()
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-
     count = 12
     source = MemoryImages(lambda i: noise_pixels(i)[:20], np.arange(count) % 3, tuple("xyz"))
-    write_beton(source, tmp_path / "f.beton", workers=1)
-    for os_cache in (True, False):
-        loader = ffcv.Loader(
-            str(tmp_path / "f.beton"),
-            batch_size=4,
-            num_workers=1,
-            os_cache=os_cache,
-            order=ffcv.loader.OrderOption.SEQUENTIAL,
-            pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-        )
-        got = [(np.array(images), np.array(labels)) for images, labels in loader]
-        images = np.concatenate([part[0] for part in got])
-        labels = np.concatenate([part[1] for part in got])[:, 0]
+    path = tmp_path / "f.beton"
+    write_beton(source, path, workers=1)
+    for images, labels in read_with_stock_ffcv(tmp_path, (path, True), (path, False)):
         assert labels.tolist() == [i % 3 for i in range(count)]
-        with Beton.open(tmp_path / "f.beton") as beton:
+        with Beton.open(path) as beton:
             for i in range(count):
                 ours = np.asarray(Image.open(BytesIO(beton.payload(i).tobytes())))
                 # FFCV uses the fast inverse DCT: noise differs slightly, another image by about 80.

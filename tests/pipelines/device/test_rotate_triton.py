@@ -70,7 +70,7 @@ def check_crops() -> None:
 
 
 def check_regions() -> None:
-    from pipelines.device import rotate_triton as rotate_triton
+    from pipelines.device import rotate_triton
 
     regions = some_regions(side=17)
     size = (4, len(SHAPES), 17, 17, 3)
@@ -119,7 +119,7 @@ def test_kernels_compile_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pipelines.device import rotate_triton as rotate_triton
+    from pipelines.device import rotate_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     crops = {"crops": "*u8"}
