@@ -9,6 +9,8 @@ Stock FFCV has faults that matter in long runs. Subclasses here and in
   `pipelines.sampling.crops`, by sample.
 - It allocates a ring of buffers in every epoch. `RingLoader` keeps one for its lifetime.
 - Its import sets torch to one CPU thread and compiles a dictionary. Both are undone.
+- Its memory managers make array types read-only that numba shares with every compiled function of
+  the process. Here none is asked for a type.
 - It builds dictionaries of all samples on opening. `RingLoader` uses the arrays of
   `pipelines.beton.reader`.
 """

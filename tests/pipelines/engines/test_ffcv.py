@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -252,13 +251,6 @@ def test_a_dropped_source_takes_its_thread_along(beton: Path) -> None:
     gc.collect()
     thread.join(5)
     assert not threads()
-
-
-def test_numba_keeps_its_array_types(beton: Path) -> None:
-    """Stock FFCV makes types read-only that numba shares with every function of the process."""
-    shared = [numba.uint8[::1], numba.uint8[:, ::1], numba.uint32[::1], numba.uint64[::1]]
-    epochs(source_of(beton), 0)
-    assert [kind.mutable for kind in shared] == [True] * len(shared)
 
 
 def test_the_number_of_threads_may_change_at_any_batch(beton: Path) -> None:

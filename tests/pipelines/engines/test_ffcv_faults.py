@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ DAMAGED, BEFORE = 14, 2
 STOCK = r"""
 import json, sys, threading, time, torch
 torch.set_num_threads(3)
-import ffcv
+import numba, ffcv
 from dataclasses import replace
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
 from ffcv.pipeline.operation import Operation
@@ -70,6 +71,7 @@ def loader(path, decoder, *more):
     return ffcv.Loader(path, batch_size=4, num_workers=1, batches_ahead=1, seed=0,
                        pipelines={"image": [decoder, *more, ToTensor()], "label": None})
 
+bytes_type = numba.uint8[::1]
 centre = loader(damaged, CenterCropRGBImageDecoder((32, 32), 1.0))
 torch.set_num_threads(3)
 kept, copies = [], []
@@ -77,6 +79,7 @@ for (images,) in centre:
     kept.append(images)
     copies.append(images.clone())
 seen["threads_after_epoch"] = torch.get_num_threads()
+seen["numba_type_changed"] = not bytes_type.mutable
 seen["kept_batches_that_changed"] = sum(
     not torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 everything = torch.cat(copies)
@@ -316,6 +319,16 @@ def test_a_mere_warning_of_the_decoder_is_no_damage(
     assert asked == [5]
     assert all(b.valid.all() for b in served["ffcv"])
     assert torch.equal(served["ffcv"][1].images[1], served["folder"][1].images[1])
+
+
+def test_stock_changes_types_that_numba_shares(stock: dict[str, Any]) -> None:
+    assert stock["numba_type_changed"]
+
+
+def test_numba_keeps_its_array_types(loader: Loader) -> None:
+    shared = [numba.uint8[::1], numba.uint8[:, ::1], numba.uint32[::1], numba.uint64[::1]]
+    assert len(list(loader.epoch(0))) == 6
+    assert [kind.mutable for kind in shared] == [True] * 4
 
 
 def test_stock_overwrites_kept_batches(stock: dict[str, Any]) -> None:
