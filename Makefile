@@ -1,4 +1,4 @@
-# What a person types. Every target sets up first; a set-up that is up to date costs nothing.
+# Every target runs the set-up first, which does nothing if it is up to date.
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/setup.stamp
@@ -21,7 +21,7 @@ demo: $(STAMP) ## the main job on real images: convert, pretrain, evaluate (3 mi
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest -q --durations=10
 
-overfit: $(STAMP) ## detectors and segmentation learn eight images by heart (7 minutes, two cores)
+overfit: $(STAMP) ## detectors and segmentation overfit eight images (7 minutes, two cores)
 	@$(BIN)/python -m pytest -q -m overfit
 
 check: $(STAMP) ## ruff, mypy --strict, import contracts
@@ -30,8 +30,8 @@ check: $(STAMP) ## ruff, mypy --strict, import contracts
 	@$(BIN)/mypy --strict rotpred pipelines
 	@PYTHONPATH=benchmarks $(BIN)/lint-imports --no-logo
 
-docs: $(STAMP) ## draw the rooms in docs/ from the imports as they are
-	@$(BIN)/python scripts/draw_rooms.py
+docs: $(STAMP) ## draw the sub-packages in docs/ from their imports
+	@$(BIN)/python scripts/draw_imports.py
 
 bench: $(STAMP) ## CPU benchmarks against others and the targets (10 minutes, two cores); BENCH_DATA=folder
 	@$(BIN)/python benchmarks/run_all.py $(if $(BENCH_DATA),--data "$(BENCH_DATA)")

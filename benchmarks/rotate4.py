@@ -11,7 +11,6 @@ dominated by arithmetic.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -191,14 +190,14 @@ def _batches(work: Callable[[], object], images: int, device: torch.device) -> I
 
 def _dali(crops: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     """Return a call that makes the same views with DALI's operators, from crops on the GPU."""
-    fn: Any = importlib.import_module("nvidia.dali.fn")
-    types: Any = importlib.import_module("nvidia.dali.types")
-    pipeline: Any = importlib.import_module("nvidia.dali.pipeline").Pipeline
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
     kinds = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
     # DALI has no bf16; fp16 is as wide.
     kind = kinds.get(dtype, types.FLOAT16)
     nearest = types.INTERP_NN
-    pipe = pipeline(batch_size=len(crops), num_threads=1, device_id=crops.device.index or 0)
+    pipe = Pipeline(batch_size=len(crops), num_threads=1, device_id=crops.device.index or 0)
     with pipe:
         source = fn.external_source(
             source=lambda: crops, device="gpu", batch=True, layout="HWC", no_copy=True

@@ -67,9 +67,9 @@ class Loader:
         return len(self.source)
 
     @property
-    def bad(self) -> int:
+    def undecodable(self) -> int:
         """Number of undecodable samples masked so far."""
-        return self.source.bad.total
+        return self.source.decode_errors.total
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch.

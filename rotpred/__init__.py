@@ -1,7 +1,8 @@
 """Self-supervised pretraining by rotation prediction, and its transfer benchmarks.
 
 Public: the names in `__all__`, imported when they are first used, so that `import rotpred` does not
-load torch. Programs start from `rotpred.cli`.
+load torch. Command lines: `rotpred.cli` (pretrain.py, evaluate.py), `rotpred.program` (the others).
+Imports `pipelines`.
 """
 
 from __future__ import annotations

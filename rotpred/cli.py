@@ -69,44 +69,47 @@ def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: s
             _print(table(recipes, about))
         sys.exit(0)
     if args[0] not in recipes:
-        # tyro would take it for an option, and explain those of every recipe.
+        # Otherwise tyro would report it as an unknown option of every recipe.
         close = ", ".join(difflib.get_close_matches(args[0], recipes))
-        meant = f": did you mean {close}?" if close else ""
-        lists = f"{program} without arguments lists all"
-        report_error(f"error: no recipe {args[0]!r}{meant} ({lists})")
+        suggestion = f": did you mean {close}?" if close else ""
+        hint = f"{program} without arguments lists all"
+        report_error(f"error: no recipe {args[0]!r}{suggestion} ({hint})")
         sys.exit(USER_ERROR)
+    make = recipes[args[0]]
+    default = make()
+    dense = hasattr(default.val, "geometry")
     for word in args[1:]:
-        if (renamed := translate_option(word)) != word:
+        if (renamed := translate_option(word, dense=dense)) != word:
             report_error(f"error: {word} is now {renamed}")
             sys.exit(USER_ERROR)
     import tyro  # half a second that the table does not need
 
-    make = recipes[args[0]]
-    made = make()
-    said = io.StringIO()
+    captured = io.StringIO()
     with contextlib.ExitStack() as stack:
-        if "RANK" in os.environ:  # one of several, which must not all explain the same
-            stack.enter_context(contextlib.redirect_stdout(said))
-            stack.enter_context(contextlib.redirect_stderr(said))
+        if "RANK" in os.environ:  # under torchrun, only one process prints it
+            stack.enter_context(contextlib.redirect_stdout(captured))
+            stack.enter_context(contextlib.redirect_stderr(captured))
         try:
             return tyro.cli(
-                type(made),
+                type(default),
                 prog=f"{program} {args[0]}",
                 description=_paragraphs(make),
                 args=list(args[1:]),
-                default=made,
+                default=default,
                 config=(tyro.conf.AvoidSubcommands,),
             )
-        except SystemExit as leave:
-            status = leave.code
+        except SystemExit as stop:
+            status = stop.code
         except BrokenPipeError:
             _drop_stdout()
             status = 0
-    # Outside the redirection: a mistake once per machine, help once.
-    if status and said.getvalue():
-        report_error(said.getvalue().rstrip())
-    elif first and said.getvalue():
-        _print(said.getvalue().rstrip())
+    # Print after the redirection ends: errors once per machine, help on rank 0.
+    if status and captured.getvalue():
+        report_error(
+            captured.getvalue().rstrip(), summary=f"{program}: invalid options for {args[0]}"
+        )
+    elif first and captured.getvalue():
+        _print(captured.getvalue().rstrip())
     sys.exit(status)
 
 
@@ -119,12 +122,12 @@ def _print(text: str) -> None:
 
 
 def _drop_stdout() -> None:
-    """Send stdout nowhere: Python flushes it again at its exit, and would complain."""
+    """Redirect stdout to /dev/null, because Python flushes it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(recipes: Mapping[str, Callable[[], AnyRecipe]], about: str) -> str:
-    """Return what a person sees who names no recipe: name, purpose and data of each.
+    """Return the table of recipes: name, purpose and default data of each.
 
     Args:
         recipes: Functions that build the recipes, by name.
@@ -138,7 +141,9 @@ def table(recipes: Mapping[str, Callable[[], AnyRecipe]], about: str) -> str:
         first = f"  {name}".ljust(len(margin))
         lines += textwrap.wrap(what, width, initial_indent=first, subsequent_indent=margin)
         lines.append(f"{margin}{_data(make())}")
-    return "\n".join((*lines, "", f"{program} RECIPE --help: source, command and options of one."))
+    return "\n".join(
+        (*lines, "", f"{program} RECIPE --help: source, command and options of that recipe.")
+    )
 
 
 def _data(recipe: AnyRecipe) -> str:
@@ -158,7 +163,7 @@ def _paragraphs(make: Callable[[], object]) -> str:
     """Return a recipe's docstring, one line per paragraph: source, command, published result."""
     paragraphs: list[str] = []
     for line in (inspect.getdoc(make) or "").split("\n"):
-        begins = re.match(r"(Source|VISSL|Command|Published|Measured)\b", line) is not None
+        begins = re.match(r"(Source|VISSL|Command|Published|Measured|Note)\b", line) is not None
         note = line.startswith("(") and paragraphs[-1].startswith("Command:")
         if not line or begins or note or not paragraphs:
             paragraphs.append(line)

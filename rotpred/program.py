@@ -71,20 +71,22 @@ def leave_if_terminated() -> None:
         sys.exit(TERMINATED)
 
 
-def report_error(text: str) -> None:
-    """Print one line to stderr, once per machine, and tell it to torchrun.
+def report_error(text: str, *, summary: str = "") -> None:
+    """Print an error to stderr, once per machine, and pass it to torchrun.
 
-    Every process of a job fails with the same line when the data are missing, say. The first one on
+    If the data are missing, say, every process of a job fails with the same error. The first one on
     a machine prints it. torchrun sets TORCHELASTIC_ERROR_FILE: the text in that file appears in its
     summary, in place of the advice to record tracebacks.
 
     Args:
-        text: One line.
+        text: To print. One line, or a message of tyro.
+        summary: One line for torchrun; empty for `text`.
     """
+    summary = summary or text
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:
         folder = Path(file).parents[1]  # of this attempt; each local rank has a folder in it
-        note = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        note = {"py_callstack": summary, "timestamp": str(int(time.time()))}
         marker = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.printed"
         try:
             marker.touch(exist_ok=False)
@@ -98,6 +100,6 @@ def report_error(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
         # After the line: torchrun may end this process as soon as another one has failed.
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": note}}))
+            Path(file).write_text(json.dumps({"message": {"message": summary, "extraInfo": note}}))
         return
     print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the documents say is so: examples run, files exist, the rooms are drawn from the imports."""
+"""Documentation: README examples run, named files exist, the diagram matches the imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pipelines
 import rotpred
 
 ROOT = Path(__file__).parents[1]
-DRAW: dict[str, Any] = runpy.run_path(str(ROOT / "scripts/draw_rooms.py"))
+DRAW: dict[str, Any] = runpy.run_path(str(ROOT / "scripts/draw_imports.py"))
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
@@ -38,18 +38,18 @@ def test_examples_of_the_readme_run(
     assert names["loss"].isfinite()
 
 
-def test_the_rooms_are_drawn_from_the_imports() -> None:
+def test_the_diagram_matches_the_imports() -> None:
     """`make docs` would change nothing."""
     page = (ROOT / "docs/architecture.md").read_text()
     assert DRAW["page"](page) == page
-    assert DRAW["drawing"]() == (ROOT / "docs/rooms.svg").read_text()
+    assert DRAW["drawing"]() == (ROOT / "docs/imports.svg").read_text()
 
 
-def test_a_new_import_changes_the_drawing() -> None:
+def test_a_new_import_changes_the_diagram() -> None:
     """Arrows that a longer path implies are left out, and no others."""
     edges = {"a": frozenset("bc"), "b": frozenset("c"), "c": frozenset[str]()}
     assert DRAW["needed"](edges) == {"a": frozenset("b"), "b": frozenset("c"), "c": frozenset()}
-    assert "splice" not in DRAW["rooms"]("pipelines") and "jpeg" in DRAW["rooms"]("pipelines")
+    assert "splice" not in DRAW["imports"]("pipelines") and "jpeg" in DRAW["imports"]("pipelines")
 
 
 @pytest.mark.parametrize(

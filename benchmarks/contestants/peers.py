@@ -7,7 +7,6 @@ with the same decoder and filter.
 
 from __future__ import annotations
 
-import importlib
 import queue
 import time
 import warnings
@@ -148,9 +147,10 @@ class StockFfcv(LoaderContestant):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.ffcv = importlib.import_module("ffcv")
-        self.decoders = importlib.import_module("ffcv.fields.rgb_image")
-        self.transforms = importlib.import_module("ffcv.transforms")
+        import ffcv.fields.rgb_image
+        import ffcv.transforms
+
+        self.ffcv, self.decoders, self.transforms = ffcv, ffcv.fields.rgb_image, ffcv.transforms
 
     def open(self) -> None:
         side = (self.size, self.size)
@@ -216,10 +216,10 @@ class StockDali(LoaderContestant):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        importlib.import_module("nvidia.dali")
-        self.fn: Any = importlib.import_module("nvidia.dali.fn")
-        self.types: Any = importlib.import_module("nvidia.dali.types")
-        self.pipeline: Any = importlib.import_module("nvidia.dali.pipeline").Pipeline
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+
+        self.fn, self.types, self.pipeline = fn, types, Pipeline
 
     def open(self) -> None:
         index = SampleIndex.from_folder(self.data)

@@ -1,5 +1,5 @@
 """Data to measure on: photographs, annotated scenes, betons of any size.
 
 The programs import `photographs`, `annotated_scenes` and `sparse_beton`; `stock_ffcv_beton` is run
-as a program. This room imports `contestants`, `harness` and `pipelines`.
+as a program. Imports `contestants`, `harness` and `pipelines`.
 """

@@ -39,7 +39,7 @@ def module_command(module: str) -> list[str]:
 
 
 def module_environment() -> dict[str, str]:
-    """Return an environment in which the rooms of the benchmarks come first."""
+    """Return an environment in which the packages of the benchmarks are found first."""
     paths = (str(FOLDER), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

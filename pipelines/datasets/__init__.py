@@ -1,4 +1,4 @@
-"""Data sets as they are distributed: images, labels and annotations. No photographs are decoded.
+"""Data sets as distributed: files, labels, annotations. Decodes label masks, but no image files.
 
 Public: `annotations`, `images` (`Images`, `open_images`), `index` (`SampleIndex`),
 `voc_classification` (`VOC_CLASSES`, `voc2007`), `cityscapes`, `coco` and `voc`.

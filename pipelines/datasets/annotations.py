@@ -19,7 +19,7 @@ from pipelines.imaging.decode import ImageError, read_label_png
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5  # problems in an error message
+_SHOWN = 5  # in a message
 _SLACK = 1.0  # pixels that a box may extend beyond its image
 
 IGNORED = 255
@@ -79,7 +79,7 @@ class DenseSamples(Protocol):
 
 
 @dataclass
-class Problems:
+class AnnotationErrors:
     """Wrong annotations found so far, up to a limit."""
 
     budget: int
@@ -101,7 +101,7 @@ class Problems:
         if len(self.found) > self.budget:
             more = len(self.found) - _SHOWN
             raise ValueError(
-                f"{len(self.found)} wrong annotations, max_undecodable is {self.budget}: "
+                f"{len(self.found)} wrong annotations, max_invalid_annotations is {self.budget}: "
                 + "; ".join(self.found[:_SHOWN])
                 + (f"; and {more} more" if more > 0 else "")
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets.annotations import IGNORED, AnnotatedImage, MaskSamples, Problems
+from pipelines.datasets.annotations import IGNORED, AnnotatedImage, AnnotationErrors, MaskSamples
 from pipelines.datasets.files import IndexFormatError
 from pipelines.imaging.decode import ImageError, describe_error, image_size
 
@@ -29,7 +29,7 @@ def index_masks(
     split: str,
     root: str | os.PathLike[str],
     *,
-    problems: Problems,
+    errors: AnnotationErrors,
     limit: int | None = None,
 ) -> MaskSamples:
     """Index the images in leftImg8bit/SPLIT and their masks of label ids in gtFine/SPLIT.
@@ -37,12 +37,12 @@ def index_masks(
     Args:
         split: train or val.
         root: The folder that contains leftImg8bit and gtFine.
-        problems: Counts the images that are unreadable or have no mask.
+        errors: Counts the images that are unreadable or have no mask.
         limit: Number of images to take, in the order of names. None: all.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: No image is left, or there are too many problems.
+        ValueError: No image is left, or there are too many errors.
     """
     base, truth = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
     for folder in (base, truth):
@@ -58,7 +58,7 @@ def index_masks(
                 raise FileNotFoundError(f"no mask {str(mask)!r}")
             images.append(AnnotatedImage(stem, str(path), *image_size(str(path))))
         except (OSError, ImageError) as error:
-            problems.add(str(path), describe_error(error))
+            errors.add(str(path), describe_error(error))
         else:
             paths.append(str(mask))
     if not images:

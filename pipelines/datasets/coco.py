@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from pipelines.datasets.annotations import (
     AnnotatedImage,
+    AnnotationErrors,
     Objects,
     ObjectSamples,
-    Problems,
     clip,
     pack,
 )
@@ -104,7 +104,7 @@ def index_objects(
     name: str,
     root: str | os.PathLike[str],
     *,
-    problems: Problems,
+    errors: AnnotationErrors,
     limit: int | None = None,
 ) -> CocoSamples:
     """Index the images in folder NAME, with the objects in annotations/instances_NAME.json.
@@ -114,12 +114,12 @@ def index_objects(
     Args:
         name: Name of the split, such as train2017.
         root: The folder that contains annotations and NAME.
-        problems: Counts wrong annotations and missing images.
+        errors: Counts wrong annotations and missing images.
         limit: Number of images to take, in the order of ids. None: all.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
-        ValueError: The file is malformed, no image is left, there are too many problems, or
+        ValueError: The file is malformed, no image is left, there are too many errors, or
             pycocotools, which training and validation need, is not installed.
     """
     source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
@@ -138,7 +138,7 @@ def index_objects(
         if file in present:
             annotated[number] = AnnotatedImage(str(number), str(folder / file), height, width)
         else:
-            problems.add(f"{source}: image id {number}", f"no image {str(folder / file)!r}")
+            errors.add(f"{source}: image id {number}", f"no image {str(folder / file)!r}")
     rows: dict[int, list[tuple[Any, ...]]] = {number: [] for number in annotated}
     outlines: dict[int, list[object]] = {number: [] for number in annotated}
     annotations.reverse()
@@ -152,12 +152,12 @@ def index_objects(
                 continue  # beyond the limit, or the missing image was already counted
             row, outline = _object(one, labels, annotated[number])
         except KeyError as error:
-            problems.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
+            errors.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
             continue
         except (TypeError, ValueError) as error:
             what = f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
             where = one.get("id") if isinstance(one, dict) else repr(one)[:50]
-            problems.add(f"{source}: annotation id {where}", what)
+            errors.add(f"{source}: annotation id {where}", what)
             continue
         rows[number].append(row)
         outlines[number].append(outline)

@@ -21,10 +21,10 @@ import numpy as np
 from pipelines.datasets.annotations import (
     IGNORED,
     AnnotatedImage,
+    AnnotationErrors,
     MaskSamples,
     Objects,
     ObjectSamples,
-    Problems,
     clip,
     pack,
 )
@@ -70,7 +70,7 @@ def index_boxes(
     parts: str,
     root: str | os.PathLike[str],
     *,
-    problems: Problems,
+    errors: AnnotationErrors,
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> ObjectSamples:
@@ -83,13 +83,13 @@ def index_boxes(
     Args:
         parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
         root: The folder that contains DIR.
-        problems: Counts wrong objects, and images whose file or annotation is missing.
+        errors: Counts wrong objects, and images whose file or annotation is missing.
         classes: Class names. Empty: VOC's.
         limit: Number of lines to take. None: all.
 
     Raises:
         FileNotFoundError: A folder or list is missing.
-        ValueError: A list is malformed, no image is left, or there are too many problems.
+        ValueError: A list is malformed, no image is left, or there are too many errors.
     """
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
@@ -103,16 +103,16 @@ def index_boxes(
     for one, (size, entries) in _in_threads(read, listed):
         annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
         if isinstance(size, str):
-            problems.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
         elif isinstance(entries, XmlError):
-            problems.add(f"{annotation}:{entries.line}", str(entries))
+            errors.add(f"{annotation}:{entries.line}", str(entries))
         else:
             rows = []
             for entry in entries:
                 try:
                     rows.append(_object(entry, names, *size))
                 except XmlError as error:
-                    problems.add(f"{annotation}:{error.line}", str(error))
+                    errors.add(f"{annotation}:{error.line}", str(error))
             images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
             found.append(pack(rows))
     if not images:
@@ -124,7 +124,7 @@ def index_masks(
     parts: str,
     root: str | os.PathLike[str],
     *,
-    problems: Problems,
+    errors: AnnotationErrors,
     classes: Sequence[str] = (),
     limit: int | None = None,
 ) -> MaskSamples:
@@ -136,13 +136,13 @@ def index_masks(
     Args:
         parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
         root: The folder that contains DIR.
-        problems: Counts images that are unreadable or have no mask.
+        errors: Counts images that are unreadable or have no mask.
         classes: Class names without the background. Empty: VOC's.
         limit: Number of lines to take. None: all.
 
     Raises:
         FileNotFoundError: A folder or list is missing.
-        ValueError: A list is malformed, no image is left, or there are too many problems.
+        ValueError: A list is malformed, no image is left, or there are too many errors.
     """
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
@@ -152,9 +152,9 @@ def index_masks(
     for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
         mask = one.folder / one.masks / f"{one.stem}.png"
         if isinstance(size, str):
-            problems.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
         elif not mask.is_file():
-            problems.add(one.location, f"{mask}: a file that does not exist")
+            errors.add(one.location, f"{mask}: a file that does not exist")
         else:
             images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
             paths.append(str(mask))

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from pipelines.arrays import Float64, Int64
 from pipelines.datasets import cityscapes, coco, voc
-from pipelines.datasets.annotations import DenseSamples, Objects, Problems
+from pipelines.datasets.annotations import AnnotationErrors, DenseSamples, Objects
 from pipelines.dense import transforms
 from pipelines.dense.batch import Target
 from pipelines.dense.spec import DenseSpec, RatioCrop
@@ -113,7 +113,7 @@ def open_dense_samples(spec: DenseSpec) -> DenseSamples:
         ValueError: The spec, a list or an annotation is invalid. Names file and line.
     """
     kind, _, parts = spec.data.partition(":")
-    problems = Problems(spec.max_undecodable)
+    errors = AnnotationErrors(spec.max_invalid_annotations)
     if spec.classes and kind not in ("voc", "vocseg"):
         raise ValueError(f"{spec.data}: classes are for voc and vocseg data")
     if not spec.masks and kind in ("vocseg", "cityscapes"):
@@ -122,14 +122,12 @@ def open_dense_samples(spec: DenseSpec) -> DenseSamples:
         case "voc" | "vocseg":
             read = voc.index_boxes if kind == "voc" else voc.index_masks
             return read(
-                parts, spec.root, problems=problems, classes=spec.classes, limit=spec.max_samples
+                parts, spec.root, errors=errors, classes=spec.classes, limit=spec.max_samples
             )
         case "coco":
-            return coco.index_objects(parts, spec.root, problems=problems, limit=spec.max_samples)
+            return coco.index_objects(parts, spec.root, errors=errors, limit=spec.max_samples)
         case "cityscapes":
-            return cityscapes.index_masks(
-                parts, spec.root, problems=problems, limit=spec.max_samples
-            )
+            return cityscapes.index_masks(parts, spec.root, errors=errors, limit=spec.max_samples)
     raise ValueError(
         f"data {spec.data!r}: expected voc:DIR/LIST, vocseg:DIR/LIST, coco:NAME or cityscapes:SPLIT"
     )

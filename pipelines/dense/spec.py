@@ -96,7 +96,7 @@ class DenseSpec:
     """Use only the first images, this many."""
     seed: int = 0
     """Seed of order and augmentation."""
-    max_undecodable: int = 0
+    max_invalid_annotations: int = 0
     """Invalid annotations to tolerate (no area, outside the image, unknown class, missing image).
     They are left out with a warning. One more is an error."""
     workers: int = 0
@@ -112,9 +112,15 @@ class DenseSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers < 0 or self.max_undecodable < 0 or self.timeout <= 0 or self.seed < 0:
+        if (
+            self.workers < 0
+            or self.max_invalid_annotations < 0
+            or self.timeout <= 0
+            or self.seed < 0
+        ):
             raise ValueError(
-                "workers, max_undecodable and seed must not be negative, timeout must be positive"
+                "workers, max_invalid_annotations and seed must not be negative, "
+                "timeout must be positive"
             )
 
     @property
@@ -142,7 +148,7 @@ class DenseSpec:
             "root",
             "batch_size",
             "masks",
-            "max_undecodable",
+            "max_invalid_annotations",
             "workers",
             "timeout",
         ):

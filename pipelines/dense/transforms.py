@@ -115,7 +115,7 @@ def resize_scene(scene: Scene, plan: ResizePlan) -> Scene:
     """Resize, then flip.
 
     Images are resized with an antialiased bilinear filter, like Pillow's, which detectron2 uses.
-    Masks take the nearest pixel, by pixel centers, so that they remain aligned with the images.
+    Masks take the nearest pixel, by pixel centres, so that they remain aligned with the images.
     """
     size = [plan.height, plan.width]
     image = scene.image

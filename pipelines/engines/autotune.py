@@ -51,7 +51,7 @@ class Budget(NamedTuple):
 class Tunable(Protocol):
     """A `pipelines.engines.source.Source` whose number of threads can be changed between epochs."""
 
-    bad: DecodeErrorBudget
+    decode_errors: DecodeErrorBudget
     workers: int
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Tunable(Protocol):
         """See `pipelines.engines.source.Source.epoch`."""
 
 
-class _Ignored(DecodeErrorBudget):
+class _NoErrorCount(DecodeErrorBudget):
     """Neither counts nor reports undecodable samples in trials: the epoch will do so."""
 
     def __init__(self) -> None:
@@ -104,11 +104,11 @@ def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
     elif len(source) < 3 or len(source) * spec.batch_size < _LEAST_SAMPLES:
         reason = "the whole budget: the epoch is too short for trials"
     else:
-        kept, source.bad = source.bad, _Ignored()
+        kept, source.decode_errors = source.decode_errors, _NoErrorCount()
         try:
             source.workers, reason = _choose(source, spec.batch_size, limit.threads)
         finally:
-            source.bad = kept
+            source.decode_errors = kept
         log.info("decoding threads: %d of a budget of %s; %s", source.workers, limit, reason)
         return
     log.info("decoding threads: %s, %s", limit, reason)

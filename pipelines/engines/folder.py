@@ -40,7 +40,7 @@ class _PendingBatch(NamedTuple):
     valid: npt.NDArray[np.bool_]
     images: torch.Tensor
     boxes: Int32
-    bad: dict[int, str]
+    errors: dict[int, str]
     """Undecodable rows, each with the reason."""
     futures: list[Future[None]]
 
@@ -70,7 +70,7 @@ class FolderSource:
     ) -> None:
         self._samples, self._spec, self._pin = samples, spec, pin
         self._order = Order(len(samples), spec, shard, samples.labels)
-        self.bad = DecodeErrorBudget(spec.max_undecodable)
+        self.decode_errors = DecodeErrorBudget(spec.max_undecodable)
         self._pool = _pool(workers)
         self._workers = workers
         self._kept: tuple[int, _Run] | None = None
@@ -96,7 +96,7 @@ class FolderSource:
         ends.
         """
         run = self._resume(epoch, start_step)
-        self.bad.start_epoch()
+        self.decode_errors.start_epoch()
         left = self._order.steps - start_step
         try:
             while left:
@@ -154,9 +154,9 @@ class FolderSource:
         if late:
             raise TimeoutError(f"no batch from the decoding threads for {limit:.0f} s")
         ok = work.valid.copy()
-        for i, reason in work.bad.items():
+        for i, reason in work.errors.items():
             if ok[i]:
-                self.bad.report(sample_name(self._samples, int(work.indices[i])), reason)
+                self.decode_errors.report(sample_name(self._samples, int(work.indices[i])), reason)
             ok[i] = False
         return RawBatch(
             work.images,
@@ -187,7 +187,7 @@ class FolderSource:
             try:
                 images.append(self._image(int(sample)))
             except ImageError as error:
-                work.bad[rows.start + i] = str(error)
+                work.errors[rows.start + i] = str(error)
                 # Any size that a crop fits into: the crop is black.
                 side = self._spec.crop.size
                 images.append(torch.zeros((3, side, side), dtype=torch.uint8))

@@ -18,7 +18,7 @@ Samples = SampleIndex | Beton
 RAW = 1
 """Value of `Beton.modes` for uncompressed pixels. Stock FFCV writes them, we do not."""
 
-SIZED = 1024
+FINGERPRINT_FILES = 1024
 """Number of files whose size `fingerprint` reads: few enough for a network file system."""
 
 
@@ -74,16 +74,16 @@ def close_samples(samples: Samples) -> None:
 def fingerprint(samples: Samples) -> str:
     """Return a short hash that identifies the data set. For a beton, a hash of its tables.
 
-    For image files, it covers paths, labels, and the sizes of up to `SIZED` evenly spaced files. So
-    it detects that all files were replaced under the same names. It may miss a few replaced files
-    among many, and misses a replacement of equal size. Modification times are not included: a copy
-    on another machine has the same fingerprint.
+    For image files, it covers paths, labels, and the sizes of up to `FINGERPRINT_FILES` evenly
+    spaced files. So it detects that all files were replaced under the same names. It may miss a few
+    replaced files among many, and misses a replacement of equal size. Modification times are not
+    included: a copy on another machine has the same fingerprint.
     """
     if isinstance(samples, Beton):
         return samples.fingerprint
     digest = hashlib.sha256(samples.blob)
     digest.update(samples.labels.tobytes())
-    count = min(len(samples), SIZED)
+    count = min(len(samples), FINGERPRINT_FILES)
     sizes = [samples.size(k * len(samples) // count) for k in range(count)]
     digest.update(np.array(sizes, "<i8").tobytes())
     return digest.hexdigest()[:16]

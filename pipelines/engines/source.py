@@ -13,8 +13,8 @@ from pipelines.imaging.decode import ImageError
 class Source(Protocol):
     """The interface of an engine: decoded crops of a data set, in batches."""
 
-    bad: DecodeErrorBudget
-    """Undecodable samples so far."""
+    decode_errors: DecodeErrorBudget
+    """Count and limit of undecodable samples."""
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""

@@ -27,7 +27,7 @@ class SyntheticSource:
 
     def __init__(self, spec: LoaderSpec, *, shard: Shard, device: torch.device) -> None:
         self._spec = spec
-        self.bad = DecodeErrorBudget(spec.max_undecodable)
+        self.decode_errors = DecodeErrorBudget(spec.max_undecodable)
         generator = torch.Generator().manual_seed(spec.seed)
         count = spec.batch_size * spec.crop.size**2 * 3
         pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)

@@ -55,7 +55,7 @@ def _crop(crop: Crop, draws: Float64, heights: Int64, widths: Int64) -> Int64:
             return np.stack([zero, zero, heights, widths], axis=1)
         case CenterCrop():
             side = _side(crop.size, crop.resize, heights, widths)
-            # Floor division also centers boxes that are larger than the image.
+            # Floor division also centres boxes that are larger than the image.
             return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
         case RandomCrop():
             side = _side(crop.size, crop.resize, heights, widths)

@@ -28,7 +28,7 @@ class _Rows:
     """Data source: rows of several stages side by side, as uint8 (B, 4*D) for the transfer."""
 
     def __init__(self, features: Features, names: Sequence[str], order: Order) -> None:
-        self.bad = DecodeErrorBudget(0)
+        self.decode_errors = DecodeErrorBudget(0)
         self._features, self._names, self._order = features, names, order
 
     def __len__(self) -> int:

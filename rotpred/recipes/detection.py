@@ -80,8 +80,8 @@ def voc0712_det() -> Detection:
     x0.1 at 18k and 22k, warm-up over 100 iterations from a factor of 0.001; short side 480 to 800
     in steps of 32, long side at most 1333, flip; test at 800; SyncBN, nothing frozen, one extra
     batch norm after res5.
-    The two differ. detectron2, as here, trains on difficult objects and does not decay norms; for
-    mmdetection's variant: --train.no-keep-difficult --optim.decay-rule all. Not implemented:
+    Note: the two differ. detectron2, as here, trains on difficult objects and does not decay norms;
+    for mmdetection's variant: --train.no-keep-difficult --optim.decay-rule all. Not implemented:
     detectron2's PreciseBN, which re-estimates batch norm statistics from 200 batches before each
     validation.
     AP is detectron2's: 11-point AP, averaged over ten IoU thresholds. AP/area is the area under the
@@ -121,7 +121,7 @@ def coco_det() -> Detection:
             geometry=ShortSide(tuple(range(640, 801, 32)), 1333),
             steps_per_epoch=7330,
             # train2017 has boxes without area. Unreadable data still end the run.
-            max_undecodable=10,
+            max_invalid_annotations=10,
         ),
         val=replace(base.val, data="coco:val2017", root=root),
         optim=replace(base.optim, decay_rule="all"),

@@ -12,7 +12,7 @@ from rotpred.svm.dual import COSTS
 
 
 @dataclass(frozen=True)
-class _Svms:
+class _SvmFields:
     """Fields that `Svm` and `LowShot` share."""
 
     name: str = "svms"
@@ -49,7 +49,7 @@ class _Svms:
 
 
 @dataclass(frozen=True)
-class Svm(_Svms):
+class Svm(_SvmFields):
     """One linear SVM per class and stage; cross-validation chooses its cost."""
 
     name: str = "svm"
@@ -66,7 +66,7 @@ class Svm(_Svms):
 
 
 @dataclass(frozen=True)
-class LowShot(_Svms):
+class LowShot(_SvmFields):
     """Linear SVMs per class and stage on a few samples, over several independent draws."""
 
     name: str = "lowshot"

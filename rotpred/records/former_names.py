@@ -22,6 +22,9 @@ _FIELDS = {
     "sides": "resolution_schedule",
 }
 
+_DENSE_FIELDS = {"max_bad": "max_invalid_annotations"}
+"""Fields that have another name in a `DenseSpec`, which alone has a `geometry`."""
+
 _TYPES = {
     "CachedPlace": "CachedFeatureRun",
     "Colour": "ColorJitter",
@@ -50,8 +53,9 @@ def translate_names(value: object) -> object:
         A copy with the current names.
     """
     if isinstance(value, Mapping):
+        fields = _FIELDS | _DENSE_FIELDS if "geometry" in value else _FIELDS
         renamed = {
-            _FIELDS.get(str(key), str(key)): translate_names(item) for key, item in value.items()
+            fields.get(str(key), str(key)): translate_names(item) for key, item in value.items()
         }
         for key in ("type", "kind"):
             if isinstance(kind := renamed.get(key), str):
@@ -65,12 +69,12 @@ def translate_names(value: object) -> object:
 def restore_names(value: object) -> object:
     """Rename fields and types back to the names of 0.1; the inverse of `translate_names`.
 
-    For keys of what is kept on disk: a key that followed the names would orphan it.
+    Cache keys are computed from the names of 0.1, so that features cached by 0.1 are still found.
 
     Args:
         value: Plain JSON with current names.
     """
-    fields = {new: old for old, new in _FIELDS.items()}
+    fields = {new: old for old, new in (*_FIELDS.items(), *_DENSE_FIELDS.items())}
     types = {new: old for old, new in _TYPES.items()}
     if isinstance(value, Mapping):
         former = {
@@ -84,16 +88,18 @@ def restore_names(value: object) -> object:
     return value
 
 
-def translate_option(word: str) -> str:
+def translate_option(word: str, *, dense: bool = False) -> str:
     """Rename an option of a command line, `--train.limit`, to its current name.
 
     Args:
         word: Any word of a command; what is not an option of 0.1 is returned unchanged.
+        dense: The command is that of a detection or segmentation recipe.
     """
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")
     path = [part.replace("-", "_") for part in option[2:].split(".")]
-    renamed = [_FIELDS.get(part, part).replace("_", "-") for part in path]
-    changed = any(part in _FIELDS for part in path)
+    fields = _FIELDS | _DENSE_FIELDS if dense else _FIELDS
+    renamed = [fields.get(part, part).replace("_", "-") for part in path]
+    changed = any(part in fields for part in path)
     return f"--{'.'.join(renamed)}{equals}{value}" if changed else word

@@ -34,6 +34,7 @@ IGNORED_FIELDS = frozenset(
             "grid",
             "seed",
             "max_undecodable",
+            "max_invalid_annotations",
         ),
         # `cpu` and `device` give the same pixels except for rounding.
         "resize",

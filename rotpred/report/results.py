@@ -72,7 +72,10 @@ class FinishedRun:
             words = ["", str(self.results[0].recipe)]
             words += ["--weights", str(weights)] if weights else []
         start = ["torchrun", "--standalone", "--nproc-per-node", str(self.processes or 1)]
-        return shlex.join([*start, f"scripts/{script}", *map(translate_option, words[1:])])
+        val = self.recipe.get("val")
+        dense = isinstance(val, dict) and "geometry" in val
+        options = [translate_option(word, dense=dense) for word in words[1:]]
+        return shlex.join([*start, f"scripts/{script}", *options])
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,7 +132,9 @@ def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadRe
     """
     found = read_state_dict(path)
     if arch is None and found.arch is None:
-        raise CheckpointError(f"{path} does not say which network it is for: name its arch")
+        raise CheckpointError(
+            f"{path} does not name its architecture: pass it (--arch of export.py)"
+        )
     backbone = build_backbone(arch or str(found.arch))
     return backbone, _fill_backbone(backbone, path, found)
 
@@ -197,12 +199,13 @@ def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> Lo
         raise CheckpointError(f"{path} ({found.layout}) holds no rotation head")
     if found.clockwise is None and clockwise is None:
         raise CheckpointError(
-            f"{path} ({found.layout}) does not show which way its labels turn: say whether "
-            "clockwise (mmselfsup 1.x) or not (0.x)"
+            f"{path} ({found.layout}): the direction of its rotation labels is unknown; pass "
+            "--labels clockwise (mmselfsup 1.x) or --labels counter-clockwise (0.x)"
         )
     if None not in (found.clockwise, clockwise) and found.clockwise != clockwise:
         raise CheckpointError(
-            f"{path} ({found.layout}) turns {'' if found.clockwise else 'counter-'}clockwise"
+            f"{path} ({found.layout}): its rotation labels are "
+            f"{'' if found.clockwise else 'counter-'}clockwise, which contradicts --labels"
         )
     head = dict(found.head)
     if found.clockwise or clockwise:

@@ -46,10 +46,10 @@ _FEED_AHEAD = 1  # batches ready in the feed, beyond those that DALI has taken
 
 
 class _Feed:
-    """An endless supply of batches for `fn.external_source`, from a place that can be moved.
+    """Endless input batches for `fn.external_source`; `move` jumps to any step.
 
-    DALI asks for a batch from within `run`, before it gives one: a thread of the feed has it ready,
-    files read and boxes drawn.
+    DALI requests inputs within `run`. A background thread prepares them in advance: it reads the
+    files and computes the crop boxes.
     """
 
     def __init__(self, samples: Samples, spec: LoaderSpec, batches: Batches) -> None:
@@ -153,7 +153,7 @@ class DaliSource:
         self._batches: Batches = functools.lru_cache(maxsize=2)(self._order.batches)
         self._feed = _Feed(samples, spec, self._batches)
         self._next: tuple[int, int] | None = None
-        self.bad = DecodeErrorBudget(0)
+        self.decode_errors = DecodeErrorBudget(0)
         self._graph = Graph(self._feed, samples, spec, workers=workers, device=device)
 
     def __len__(self) -> int:

@@ -118,7 +118,7 @@ class FfcvSource:
         self._running: DecodingThread | None = None
         self._ahead: tuple[int, int] | None = None
         self._end: weakref.finalize[..., Any] | None = None
-        self.bad = DecodeErrorBudget(spec.max_undecodable)
+        self.decode_errors = DecodeErrorBudget(spec.max_undecodable)
 
     def __len__(self) -> int:
         return self._order.steps
@@ -143,7 +143,7 @@ class FfcvSource:
         if start_step == len(self):
             return
         running = self._thread(epoch, start_step)
-        self.bad.start_epoch()
+        self.decode_errors.start_epoch()
         complete = False
         try:
             while not complete:
@@ -211,7 +211,7 @@ class FfcvSource:
                 raise ImageError(MISMATCH_REASON)
             image = decode(self._beton.payload(sample))
         except ImageError as error:
-            self.bad.report(sample_name(self._beton, sample), str(error))
+            self.decode_errors.report(sample_name(self._beton, sample), str(error))
             return False
         if isinstance(item.images, Regions):
             h, w = item.images.shapes[i].tolist()

@@ -81,7 +81,7 @@ def test_files_of_the_stock_writer_open(tmp_path: Path, order: tuple[str, ...], 
     assert verify(path).checksums is False
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_not_a_regular_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         Beton.open(tmp_path / "none.beton")
     with pytest.raises(BetonError, match="expected a regular file"):

@@ -60,8 +60,10 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
         ("in1k_semi_1", r"percent\.txt:5: no image '.*' below"),
     ],
 )
-def test_a_missing_image_is_no_bad_one(name: str, words: str, tmp_path: Path) -> None:
-    """The error names the place that lists the image; no budget of bad samples covers it."""
+def test_a_missing_image_is_not_counted_as_undecodable(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    """The error names the place that lists the image; no limit on undecodable samples covers it."""
     tree: Tree = make_trees(tmp_path)[name]
     files = open_samples(tree.train, tree.train_root)
     files.path(4).unlink()  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.datasets import coco
-from pipelines.datasets.annotations import Problems
+from pipelines.datasets.annotations import AnnotationErrors
 from pipelines.dense.loader import open_dense
 from pipelines.dense.spec import DenseSpec
 from tests.support import dense_trees
@@ -23,7 +23,7 @@ N = 5
 
 def test_coco_objects_lie_on_the_pixels(tmp_path: Path) -> None:
     root = dense_trees.coco(tmp_path, N)
-    samples = coco.index_objects("train2017", root, problems=Problems(0))
+    samples = coco.index_objects("train2017", root, errors=AnnotationErrors(0))
     assert samples.category_ids == (1, 3, 18) and samples.classes == ("person", "car", "dog")
     assert len(samples) == N + 1 and list(samples.names) == sorted(samples.names, key=int)
     kinds = [name for _, name in COCO_CATEGORIES]
@@ -77,7 +77,7 @@ def test_without_pycocotools_nothing_is_read(
     )  # reading it would raise another error
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     for read in (
-        lambda: coco.index_objects("val2017", root, problems=Problems(0)),
+        lambda: coco.index_objects("val2017", root, errors=AnnotationErrors(0)),
         lambda: open_dense(DenseSpec(data="coco:val2017", root=str(root))),
         lambda: coco.import_pycocotools("mask"),
     ):
@@ -103,13 +103,13 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
     missing = content["images"][1]
     (root / "val2017" / missing["file_name"]).unlink()
     source.write_text(json.dumps(content))
-    problems = Problems(8)
-    samples = coco.index_objects("val2017", root, problems=problems)
+    errors = AnnotationErrors(8)
+    samples = coco.index_objects("val2017", root, errors=errors)
     assert len(samples) == 3
-    assert problems.found[0].startswith(f"{source}: image id {missing['id']}: no image ")
+    assert errors.found[0].startswith(f"{source}: image id {missing['id']}: no image ")
     for number, (line, what) in enumerate(
         zip(
-            problems.found[1:],
+            errors.found[1:],
             (
                 "leaves the image", "has no area", "no category id 2", "no image id 5",
                 "fewer than three points", "it has no 'category_id'", "run lengths of [1, 2]",
@@ -120,13 +120,13 @@ def test_wrong_coco_annotations_are_left_out_and_named(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert line.startswith(f"{source}: annotation id {number}: ") and what in line
     with pytest.raises(
-        ValueError, match=r"8 wrong annotations, max_undecodable is 7: .*; and 3 more"
+        ValueError, match=r"8 wrong annotations, max_invalid_annotations is 7: .*; and 3 more"
     ):
-        coco.index_objects("val2017", root, problems=Problems(7))
+        coco.index_objects("val2017", root, errors=AnnotationErrors(7))
     for text, what in (
         ("{", "not valid JSON"),
         ('{"images": []}', "expected images, annotations and"),
     ):
         source.write_text(text)
         with pytest.raises(ValueError, match=what):
-            coco.index_objects("val2017", root, problems=Problems(9))
+            coco.index_objects("val2017", root, errors=AnnotationErrors(9))

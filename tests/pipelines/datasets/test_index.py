@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.images import from_digits, open_images
 from pipelines.datasets.index import SampleIndex
-from pipelines.engines.samples import SIZED, fingerprint
+from pipelines.engines.samples import FINGERPRINT_FILES, fingerprint
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -102,7 +102,7 @@ def test_links_outside_and_loops_are_refused(tmp_path: Path) -> None:
         SampleIndex.from_folder(root)
 
 
-def test_reading_names_what_is_no_file(tmp_path: Path) -> None:
+def test_reading_names_the_path_that_is_not_a_regular_file(tmp_path: Path) -> None:
     put(tmp_path / "a/good.jpg")
     (tmp_path / "a/folder.jpg").mkdir()
     (tmp_path / "a/gone.jpg").symlink_to("nowhere.jpg")
@@ -209,12 +209,17 @@ def test_other_images_under_the_same_names_are_other_data(tmp_path: Path) -> Non
 def test_of_many_files_some_are_asked_for_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(SampleIndex, "size", lambda _, i: asked.append(i) or 7)
-    for count, gaps in ((1, set()), (SIZED, {1}), (SIZED * 3 // 2, {1, 2}), (5 * SIZED, {5})):
+    for count, gaps in (
+        (1, set()),
+        (FINGERPRINT_FILES, {1}),
+        (FINGERPRINT_FILES * 3 // 2, {1, 2}),
+        (5 * FINGERPRINT_FILES, {5}),
+    ):
         asked.clear()
         offsets = np.zeros(count + 1, np.int64)
         many = SampleIndex(Path(), b"", offsets, np.zeros(count, np.int64), ("a",))
         fingerprint(many)
-        assert len(asked) == min(count, SIZED) and asked[0] == 0
+        assert len(asked) == min(count, FINGERPRINT_FILES) and asked[0] == 0
         assert set(np.diff(asked).tolist()) == gaps and asked[-1] < count
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.datasets import cityscapes, voc
-from pipelines.datasets.annotations import Problems
+from pipelines.datasets.annotations import AnnotationErrors
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.dense.samples import open_dense_samples
 from pipelines.dense.spec import DenseSpec
@@ -79,9 +79,9 @@ def edit(root: Path, old: str, new: str) -> None:
 
 
 def read(root: Path, budget: int) -> tuple[object, list[str]]:
-    problems = Problems(budget)
-    samples = voc.index_boxes("zoo/all", root, problems=problems, classes=("cat", "dog"))
-    return samples, problems.found
+    errors = AnnotationErrors(budget)
+    samples = voc.index_boxes("zoo/all", root, errors=errors, classes=("cat", "dog"))
+    return samples, errors.found
 
 
 def test_voc_own_classes_and_the_images_own_size(own: Path) -> None:
@@ -114,7 +114,8 @@ def test_a_wrong_object_is_left_out_and_named(
     assert len(found) == 1 and found[0].startswith(f"{path}:{line}: ") and what in found[0]
     assert len(samples.objects(1).labels) == 0 and len(samples.objects(0).labels) == 1  # type: ignore[attr-defined]
     with pytest.raises(
-        ValueError, match=f"1 wrong annotations, max_undecodable is 0: {re.escape(found[0])}"
+        ValueError,
+        match=f"1 wrong annotations, max_invalid_annotations is 0: {re.escape(found[0])}",
     ):
         read(own, 0)
 
@@ -208,7 +209,7 @@ def test_voc_masks(base: Path) -> None:
 
 def test_damaged_masks_are_named(tmp_path: Path) -> None:
     root = dense_trees.voc_masks(tmp_path, 2)
-    spec = DenseSpec(data="vocseg:2012/val", root=str(root), max_undecodable=1)
+    spec = DenseSpec(data="vocseg:2012/val", root=str(root), max_invalid_annotations=1)
     folder = root / "VOC2012/SegmentationClass"
     first, second = (folder / f"{name}.png" for name in open_dense_samples(spec).names)
     for mask, what in (
@@ -244,8 +245,8 @@ def test_cityscapes_train_ids(base: Path) -> None:
 def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path, 2)
     next((root / "gtFine/val").glob("*/lindau*")).unlink()
-    problems = Problems(1)
-    assert len(cityscapes.index_masks("val", root, problems=problems)) == 1
-    assert "lindau_000001_000019_leftImg8bit.png: no mask" in problems.found[0]
+    errors = AnnotationErrors(1)
+    assert len(cityscapes.index_masks("val", root, errors=errors)) == 1
+    assert "lindau_000001_000019_leftImg8bit.png: no mask" in errors.found[0]
     with pytest.raises(FileNotFoundError, match="leftImg8bit/test' is not a folder"):
-        cityscapes.index_masks("test", root, problems=problems)
+        cityscapes.index_masks("test", root, errors=errors)

@@ -24,7 +24,7 @@ class _Engine:
     """Takes two seconds for each batch and logs its calls."""
 
     def __init__(self, log: list[str]) -> None:
-        self.bad, self.now, self._log = DecodeErrorBudget(0), 0.0, log
+        self.decode_errors, self.now, self._log = DecodeErrorBudget(0), 0.0, log
 
     def __len__(self) -> int:
         return STEPS

@@ -52,7 +52,7 @@ class _Clocked:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float], *, batch: int = 100
     ) -> None:
-        self.bad, self.workers, self.now, self.open = DecodeErrorBudget(0), 16, 0.0, 0
+        self.decode_errors, self.workers, self.now, self.open = DecodeErrorBudget(0), 16, 0.0, 0
         self.tried: list[int] = []
         self._rate, self._batch = rate, batch
         monkeypatch.setattr("pipelines.engines.autotune.time.perf_counter", lambda: self.now)
@@ -67,7 +67,9 @@ class _Clocked:
         none = torch.zeros(0)
         try:
             for _ in range(start_step, len(self)):
-                self.bad.report("image", "broken")  # in a trial, neither counted nor an error
+                self.decode_errors.report(
+                    "image", "broken"
+                )  # in a trial, neither counted nor an error
                 self.now += self._batch / self._rate(self.workers)
                 yield RawBatch(none, none, none, none, none)
         finally:
@@ -87,7 +89,7 @@ def test_the_fewest_threads_that_are_as_fast(
     chosen(source)
     assert source.workers == 4 and source.open == 0
     assert source.tried == [16, 16, 8, 4, 2]  # the first trial only reads the data
-    assert source.bad.total == 0 and source.now < 4
+    assert source.decode_errors.total == 0 and source.now < 4
     (line,) = caplog.messages
     assert line == (
         "decoding threads: 4 of a budget of 16 (1 of 16 cores); images/s: "
@@ -136,10 +138,10 @@ def test_an_error_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ValueError("too small for a crop")
 
     source = _Clocked(monkeypatch, rate)
-    kept = source.bad
+    kept = source.decode_errors
     with pytest.raises(ValueError, match="too small"):
         chosen(source)
-    assert source.open == 0 and source.bad is kept
+    assert source.open == 0 and source.decode_errors is kept
 
 
 @pytest.mark.parametrize("engine", engines("folder", "ffcv", "dali"))
@@ -164,7 +166,7 @@ def test_trials_change_nothing_that_is_emitted(
                     epoch_of(tuned, epoch), epoch_of(fixed, epoch), strict=True
                 ):
                     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-            assert tuned.digest == fixed.digest and tuned.bad == 0
+            assert tuned.digest == fixed.digest and tuned.undecodable == 0
 
 
 def test_a_short_epoch_is_not_worth_trials(

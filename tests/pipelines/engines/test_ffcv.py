@@ -196,7 +196,9 @@ def test_a_refused_sample_is_looked_at_again_as_a_region(
     assert "sample 2" in caplog.text
 
 
-def test_training_goes_on_into_the_next_epoch(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_into_the_next_epoch(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ahead = threading.Event()
     decoded = []
     real = engine.RingLoader.decode

@@ -99,14 +99,14 @@ def test_damage_is_found_and_named(name: str) -> None:
         walk(data)
 
 
-def test_walk_finds_what_a_decoder_papers_over() -> None:
+def test_walk_finds_damage_that_libjpeg_ignores() -> None:
     """libjpeg fills missing data with grey, and Pillow does not report it."""
     data, _ = DAMAGE["end marker too early"]
     assert inspect(data) is None
 
 
 @pytest.mark.parametrize("base", [NOISE, MARKED, PHOTOGRAPH, encode(gradient_image(40, 40))])
-def test_whatever_bits_flip_the_walk_ends_in_words(base: bytes) -> None:
+def test_bit_flips_never_crash_the_walk(base: bytes) -> None:
     """No crash, no read outside the buffer; most bit flips in the coded data are detected."""
     draw = np.random.default_rng(len(base))
     found = 0

@@ -92,7 +92,7 @@ def test_restart_markers_are_not_odd() -> None:
         (with_size(encode(gradient_image()), height=0, width=40), "0 x 40 pixels"),
     ],
 )
-def test_broken_streams_are_refused_in_words(data: bytes, words: str) -> None:
+def test_broken_streams_are_refused_with_a_message(data: bytes, words: str) -> None:
     with pytest.raises(JpegError, match=words):
         read_header(data, whole=True)
 
@@ -152,7 +152,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG"),
     ],
 )
-def test_unusable_files_are_refused_in_words(data: bytes, words: str) -> None:
+def test_unusable_files_are_refused_with_a_message(data: bytes, words: str) -> None:
     with pytest.raises(ImageError, match=words):
         decode_rgb(data) if "end marker" not in words else _strict(data)
 

@@ -28,8 +28,8 @@ def package(folder: Path) -> Path:
     )
     (folder / "callee.py").write_text("from pipelines.native.jit import njit\nONE = 1\n")
     (folder / "plain.py").write_text("import numpy\n")
-    (folder / "room").mkdir()
-    (folder / "room" / "inner.py").write_text("import numpy\n")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "deep.py").write_text("import numpy\n")
     return folder
 
 
@@ -48,9 +48,9 @@ def test_any_change_of_a_source_or_the_compiler_is_another_folder(
     changed = jit.cache_folder(source)
     (source / "callee.py").rename(source / "other.py")
     renamed = jit.cache_folder(source)
-    (source / "room" / "inner.py").write_text("import torch\n")
+    (source / "inner" / "deep.py").write_text("import torch\n")
     below = jit.cache_folder(source)
-    (source / "room").rename(source / "hall")
+    (source / "inner").rename(source / "renamed")
     moved = jit.cache_folder(source)
     monkeypatch.setattr("llvmlite.__version__", "0")
     assert len({first, other, changed, renamed, below, moved, jit.cache_folder(source)}) == 7

@@ -190,7 +190,7 @@ def test_center_crop_is_the_middle() -> None:
     assert draw(Resize(5), 6, 30, flip=False).tolist() == [[0, 0, 6, 30, 0]]
 
 
-def test_a_crop_that_does_not_fit_is_refused_in_words() -> None:
+def test_a_crop_that_does_not_fit_is_refused_with_a_message() -> None:
     with pytest.raises(ValueError, match="an image of 30x20 pixels with 4 pixels of padding"):
         draw(RandomCrop(32, 4), [40, 20], [40, 30])
 

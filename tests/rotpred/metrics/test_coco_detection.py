@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from pipelines.datasets import coco
-from pipelines.datasets.annotations import Objects, Problems
+from pipelines.datasets.annotations import AnnotationErrors, Objects
 from rotpred.metrics.coco_detection import check_runs, coco_metrics
 from rotpred.metrics.detections import ImageDetections
 
@@ -122,7 +122,7 @@ def test_random_boxes_and_masks_follow_pycocotools(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     truth, results = files(tmp_path, seed)
-    samples = coco.index_objects("val", tmp_path, problems=Problems(0))
+    samples = coco.index_objects("val", tmp_path, errors=AnnotationErrors(0))
     crowds = [bool(samples.objects(i).crowd.any()) for i in range(len(samples))]
     assert any(crowds), "no crowd in the case"
     values = coco_metrics(as_found(results, samples), samples, masks=True)
@@ -156,7 +156,7 @@ class Changed:
 
 
 def test_a_difficult_object_counts_neither_way(tmp_path: Path) -> None:
-    samples = coco.index_objects("val", _tree(tmp_path), problems=Problems(0))
+    samples = coco.index_objects("val", _tree(tmp_path), errors=AnnotationErrors(0))
     found = [
         ImageDetections(
             one.boxes, one.labels, np.linspace(0.9, 0.5, len(one.boxes), dtype=np.float32)
@@ -185,7 +185,7 @@ def _columns(one: Objects | ImageDetections) -> list[tuple[str, Any]]:
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, results = files(tmp_path, 5)
-    samples = coco.index_objects("val", tmp_path, problems=Problems(0))
+    samples = coco.index_objects("val", tmp_path, errors=AnnotationErrors(0))
     found = as_found(results, samples)
     first = next(i for i, one in enumerate(found) if len(one.labels))
     name = samples.names[first]
@@ -211,7 +211,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_found_is_zero(tmp_path: Path) -> None:
-    samples = coco.index_objects("val", _tree(tmp_path), problems=Problems(0))
+    samples = coco.index_objects("val", _tree(tmp_path), errors=AnnotationErrors(0))
     none = ImageDetections(
         np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
     )

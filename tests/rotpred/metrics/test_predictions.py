@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.datasets import cityscapes, coco, voc
-from pipelines.datasets.annotations import DenseSamples, ObjectSamples, Problems
+from pipelines.datasets.annotations import AnnotationErrors, DenseSamples, ObjectSamples
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.metrics.coco_detection import coco_metrics
@@ -97,13 +97,13 @@ def test_one_process_gathers_its_own() -> None:
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> coco.CocoSamples:
     root = dense_trees.coco(tmp_path_factory.mktemp("trees"))
-    return coco.index_objects("val2017", root, problems=Problems(0))
+    return coco.index_objects("val2017", root, errors=AnnotationErrors(0))
 
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> ObjectSamples:
     root = dense_trees.voc(tmp_path_factory.mktemp("trees"))
-    return voc.index_boxes("2007/test", root, problems=Problems(0))
+    return voc.index_boxes("2007/test", root, errors=AnnotationErrors(0))
 
 
 def perfect(samples: DenseSamples, *, masks: bool) -> list[ImageDetections]:
@@ -288,7 +288,7 @@ def save(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], *, palette: bo
 
 def test_masks_of_cityscapes(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path / "tree", n=3)
-    samples = cityscapes.index_masks("val", root, problems=Problems(0))
+    samples = cityscapes.index_masks("val", root, errors=AnnotationErrors(0))
     # The ground truth files, in the folders of their cities, hold label ids of the right classes.
     truth = root / "gtFine" / "val"
     for i in range(len(samples)):
@@ -303,7 +303,7 @@ def test_masks_of_cityscapes(tmp_path: Path) -> None:
 
 def test_mistakes_in_masks_are_named(tmp_path: Path) -> None:
     root = dense_trees.cityscapes(tmp_path / "tree", n=1)
-    samples = cityscapes.index_masks("val", root, problems=Problems(0))
+    samples = cityscapes.index_masks("val", root, errors=AnnotationErrors(0))
     name, folder = samples.names[0], tmp_path / "masks"
     height, width = samples.sizes[0].tolist()
     blank = np.zeros((height, width), np.uint8)

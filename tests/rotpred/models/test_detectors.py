@@ -48,7 +48,7 @@ R50 = 23_508_032
 
 
 def test_the_numbers_of_faster_rcnn_c4() -> None:
-    """docs/protocols.md, section 7.1; parameter counts by hand."""
+    """docs/protocols.md, Detection; parameter counts by hand."""
     with torch.device("meta"):
         model = faster_rcnn_c4(build_backbone("resnet50"), 20)
     rpn, heads = model.rpn, model.heads
@@ -71,7 +71,7 @@ def test_the_numbers_of_faster_rcnn_c4() -> None:
 
 @pytest.mark.parametrize(("box_head", "norms"), [("4conv1fc", 53 + 8 + 4 + 4), ("2fc", 53 + 8)])
 def test_the_numbers_of_mask_rcnn_fpn(box_head: str, norms: int) -> None:
-    """docs/protocols.md, section 7.2; parameter counts by hand."""
+    """docs/protocols.md, Detection; parameter counts by hand."""
     with torch.device("meta"):
         model = mask_rcnn_fpn(build_backbone("resnet50"), 80, box_head=box_head)  # type: ignore[arg-type]
     rpn, heads, conv = model.rpn, model.heads, 256 * 256 * 9

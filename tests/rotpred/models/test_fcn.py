@@ -67,7 +67,7 @@ def test_every_fourth_value_is_the_strided_networks(name: str) -> None:
     torch.testing.assert_close(dilated[4][..., ::4, ::4], strided[4], rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_no_resnet_is_refused() -> None:
+def test_other_networks_than_a_resnet_are_refused() -> None:
     with pytest.raises(ValueError, match="nin4 cannot be dilated"):
         dilate(build_backbone("nin4"))
 

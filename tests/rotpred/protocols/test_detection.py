@@ -111,7 +111,7 @@ def test_predictions_are_those_of_the_saved_network(finished: Detection) -> None
         assert count > 3
 
 
-def test_a_run_that_was_cut_goes_on(finished: Detection, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(finished: Detection, tmp_path: Path) -> None:
     """Resumed from step 2 of 3: the same bits, samples and results as without interruption."""
     made = replace(finished, run=replace(finished.run, out=str(tmp_path)))
     detection.run(replace(made, run=replace(made.run, max_steps=2)), Rank())
@@ -292,7 +292,7 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
 
 
 def test_the_published_settings() -> None:
-    """docs/protocols.md, sections 7.1 and 7.2."""
+    """docs/protocols.md, Detection."""
     made = voc0712_det()
     assert made.train.steps_per_epoch == 2000 and made.run.epochs == 12
     assert (made.train.batch_size, made.optim.reference_batch, made.optim.lr) == (2, 16, 0.02)

@@ -131,7 +131,7 @@ def test_the_authors_probes_begin_as_theirs() -> None:
 
 
 def test_the_published_settings() -> None:
-    """docs/protocols.md, sections 2 and 3: 256 images per step; rates around each change."""
+    """docs/protocols.md, Linear evaluation: 256 images per step; rates around each change."""
     tables = {
         "in1k_linear": {59: 30.0, 60: 3.0, 80: 0.3, 99: 0.3},
         "in1k_mhead": {29: 0.01, 30: 1e-3, 60: 1e-4, 89: 1e-4},
@@ -336,7 +336,7 @@ def test_probes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
             Probe("avgpool", **senseless)
 
 
-def test_a_run_with_colors_goes_on_exactly(
+def test_a_run_with_color_jitter_resumes_exactly(
     trees: Trees, weights: tuple[str, Backbone], tmp_path: Path
 ) -> None:
     """Interrupted inside an epoch and resumed: the same bits. Other color settings are refused."""

@@ -27,7 +27,7 @@ from tests.support.dense_trees import coco, voc
         ("coco_det", 64, (8, 16, 32, 64, 128), 160, ("box/AP50", "mask/AP50")),
     ],
 )
-def test_eight_images_by_heart(
+def test_eight_images_are_overfitted(
     name: str,
     side: int,
     anchors: tuple[int, ...],

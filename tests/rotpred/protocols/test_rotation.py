@@ -127,7 +127,9 @@ def test_the_wrong_direction_is_another_accuracy_or_refused(
     net: RotNet, expected: float, beton: Path, tmp_path: Path
 ) -> None:
     weights = written(net, tmp_path / "weights.pth", "mmselfsup 1.x without meta")
-    with pytest.raises(ValueError, match="does not show which way"):
+    with pytest.raises(
+        ValueError, match="direction of its rotation labels is unknown; pass --labels"
+    ):
         rotation.run(recipe(beton, tmp_path, weights), Rank())
     wrong = recipe(beton, tmp_path, weights, labels="counter-clockwise")
     assert row(rotation.run(wrong, Rank()))["value"] != pytest.approx(expected)

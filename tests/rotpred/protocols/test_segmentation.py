@@ -132,7 +132,7 @@ def test_the_run_folder(finished: Segmentation) -> None:
     assert (out / "done.json").exists() and results(out)["training speed"]["value"] > 0
 
 
-def test_a_run_goes_on_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit(finished: Segmentation, tmp_path: Path) -> None:
     """Interrupted inside the second epoch, then resumed; dropout draws the same numbers."""
     run = replace(finished.run, out=str(tmp_path))
     segmentation.run(replace(finished, run=replace(run, max_steps=3)), Rank())
@@ -223,7 +223,7 @@ def test_two_processes(name: str, roots: dict[str, Path], tmp_path: Path) -> Non
 
 @pytest.mark.overfit
 @pytest.mark.timeout(600)
-def test_eight_images_are_learned_by_heart(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_eight_images_are_overfitted(roots: dict[str, Path], tmp_path: Path) -> None:
     """From random weights, with recipe overrides only; the remaining errors lie along edges."""
     made = toy_segmentation("voc12aug_seg", roots, tmp_path)
     data: dict[str, Any] = {"data": "vocseg:2012/train", "max_samples": 8}

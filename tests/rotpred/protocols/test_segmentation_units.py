@@ -92,7 +92,7 @@ def test_objective_by_hand() -> None:
 
 
 def test_the_published_settings() -> None:
-    """docs/protocols.md, section 8."""
+    """docs/protocols.md, Segmentation."""
     for made, crop, frame, batch, steps in (
         (voc12aug_seg(), 512, (2048, 512), 16, 20_000),
         (cityscapes_seg(), 769, (2049, 1025), 8, 40_000),

@@ -70,6 +70,8 @@ def test_options_of_kept_commands_have_the_present_names() -> None:
     assert translate_option("--train.limit") == "--train.max-samples"
     assert translate_option("--head-mults=1") == "--head-lr-mults=1"
     assert translate_option("--train.colour.hue") == "--train.color-jitter.hue"
+    assert translate_option("--val.max-bad=1") == "--val.max-undecodable=1"
+    assert translate_option("--val.max-bad=1", dense=True) == "--val.max-invalid-annotations=1"
     commands = [run.command for run in read_runs(KEPT / "rotnet_cifar10_r18")]
     assert any("--train.max-samples" in command for command in commands)
     assert not any("limit" in command for command in commands)
@@ -103,12 +105,12 @@ def test_checkpoints_resume(tmp_path: Path) -> None:
         )  # fmt: skip
 
     old = {
-        "geometry": {"kind": "Within", "width": 8}, "sides": [[0, 16]], "limit": None,
-        "per_class": 5, "max_bad": 0, "head_mult": 10.0,
+        "val": {"geometry": {"kind": "Within", "width": 8}, "max_bad": 2},
+        "sides": [[0, 16]], "limit": None, "per_class": 5, "max_bad": 0, "head_mult": 10.0,
     }  # fmt: skip
     state(old).save(keep=2)
     present = {
-        "geometry": {"kind": "FitWithin", "width": 8},
+        "val": {"geometry": {"kind": "FitWithin", "width": 8}, "max_invalid_annotations": 2},
         "resolution_schedule": [[0, 16]], "max_samples": None, "samples_per_class": 5,
         "max_undecodable": 0, "head_lr_mult": 10.0,
     }  # fmt: skip

@@ -140,9 +140,9 @@ def test_our_own_head_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "given", "words"),
     [
-        ("mmselfsup without meta", None, "does not show which way"),
-        ("mmselfsup 1.x", False, "turns clockwise"),
-        ("mmselfsup 0.x", True, "turns counter-clockwise"),
+        ("mmselfsup without meta", None, "direction of its rotation labels is unknown"),
+        ("mmselfsup 1.x", False, "its rotation labels are clockwise, which contradicts"),
+        ("mmselfsup 0.x", True, "its rotation labels are counter-clockwise, which contradicts"),
         ("torchvision", None, "holds no rotation head"),
         ("MoCo", None, "holds no rotation head"),
         ("mmselfsup extracted", None, "holds no rotation head"),

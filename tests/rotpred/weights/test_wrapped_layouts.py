@@ -109,7 +109,7 @@ def test_a_rotation_head_comes_out_of_its_wrapping(tmp_path: Path) -> None:
     assert load_rotnet(net, tmp_path / "x.pth").ignored == ()
     assert net.head.fc.bias.tolist() == [0.0, 3.0, 2.0, 1.0]
     path = write(tmp_path / "x.safetensors", state)
-    with pytest.raises(CheckpointError, match="does not show which way"):
+    with pytest.raises(CheckpointError, match="direction of its rotation labels is unknown"):
         load_rotnet(net, path)
     load_rotnet(net, path, clockwise=False)
     assert net.head.fc.bias.tolist() == [0.0, 1.0, 2.0, 3.0]

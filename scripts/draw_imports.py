@@ -1,9 +1,9 @@
-"""Draw docs/rooms.svg and the table of rooms in docs/architecture.md from the present imports.
+"""Draw docs/imports.svg and the tables of sub-packages in docs/architecture.md from the imports.
 
 Usage:
 
-    python scripts/draw_rooms.py            # or: make docs
-    python scripts/draw_rooms.py --check    # status 1 if the committed files are out of date
+    python scripts/draw_imports.py            # or: make docs
+    python scripts/draw_imports.py --check    # status 1 if the committed files are out of date
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, IMAGE = ROOT / "docs/architecture.md", ROOT / "docs/rooms.svg"
-MARKS = ("<!-- rooms: made by scripts/draw_rooms.py -->\n", "<!-- end of rooms -->\n")
+PAGE, IMAGE = ROOT / "docs/architecture.md", ROOT / "docs/imports.svg"
+MARKS = (
+    "<!-- sub-packages: made by scripts/draw_imports.py -->\n",
+    "<!-- end of sub-packages -->\n",
+)
 PACKAGES = ("pipelines", "rotpred")
 
 BOX, GAP, ROW = (118, 30), 14, 74
@@ -30,7 +33,7 @@ MARGIN = 24
 Edges = Mapping[str, frozenset[str]]
 
 
-def rooms(package: str) -> Edges:
+def imports(package: str) -> Edges:
     """Return the direct imports between the sub-packages and top modules of a package, by name."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     children = graph.find_children(package)
@@ -61,23 +64,23 @@ def needed(edges: Edges) -> Edges:
         found: set[str] = set()
         waiting = list(first)
         while waiting:
-            room = waiting.pop()
-            if room not in found and room != start:
-                found.add(room)
-                waiting += edges[room]
+            name = waiting.pop()
+            if name not in found and name != start:
+                found.add(name)
+                waiting += edges[name]
         return found
 
     return {
-        room: frozenset(
-            target for target in targets if target not in reachable(room, targets - {target})
+        name: frozenset(
+            target for target in targets if target not in reachable(name, targets - {target})
         )
-        for room, targets in edges.items()
+        for name, targets in edges.items()
     }
 
 
 def drawing() -> str:
     """Return the diagram of both packages as SVG."""
-    plans = [(package, layers(package), needed(rooms(package))) for package in PACKAGES]
+    plans = [(package, layers(package), needed(imports(package))) for package in PACKAGES]
     widest = [max(len(row) for row in rows) * (BOX[0] + GAP) - GAP for _, rows, _ in plans]
     width = sum(widest) + 5 * MARGIN
     height = max(len(rows) for _, rows, _ in plans) * ROW + 2 * MARGIN
@@ -101,22 +104,22 @@ def _package(
     places: dict[str, tuple[float, float]] = {}
     for i, row in enumerate(rows):
         first = left + (span - len(row) * (BOX[0] + GAP) + GAP) / 2
-        for k, room in enumerate(row):
-            places[room] = (first + k * (BOX[0] + GAP), 2 * MARGIN + i * ROW)
+        for k, name in enumerate(row):
+            places[name] = (first + k * (BOX[0] + GAP), 2 * MARGIN + i * ROW)
     parts = [
         f'<text x="{left + span / 2:g}" y="{MARGIN}" text-anchor="middle" font-weight="bold" '
         f'font-size="16">{escape(package)}</text>'
     ]
-    for room in sorted(edges):
-        x, y = places[room]
-        for target in sorted(edges[room]):
+    for name in sorted(edges):
+        x, y = places[name]
+        for target in sorted(edges[name]):
             tx, ty = places[target]
             parts.append(_arrow(x + BOX[0] / 2, y, tx + BOX[0] / 2, ty))
-    for room, (x, y) in places.items():
+    for name, (x, y) in places.items():
         parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{BOX[0]}" height="{BOX[1]}" rx="5" '
             f'fill="#e8eef7" stroke="#4a6fa5"/><text x="{x + BOX[0] / 2:g}" y="{y + 20:g}" '
-            f'text-anchor="middle">{escape(room)}</text>'
+            f'text-anchor="middle">{escape(name)}</text>'
         )
     return parts
 
@@ -133,21 +136,21 @@ def _arrow(x: float, y: float, tx: float, ty: float) -> str:
 
 
 def table() -> str:
-    """Return the rooms of both packages as Markdown: purpose, and what each imports."""
+    """Return the sub-packages of both packages as Markdown: purpose, and what each imports."""
     lines = []
     for package in PACKAGES:
-        edges = rooms(package)
-        lines += [f"| `{package}` | what lives there | imports |", "|---|---|---|"]
+        edges = imports(package)
+        lines += [f"| `{package}` | purpose | imports |", "|---|---|---|"]
         for row in layers(package):
-            for room in row:
-                imported = ", ".join(sorted(edges[room])) or "–"
-                lines.append(f"| `{room}` | {_purpose(package, room)} | {imported} |")
+            for name in row:
+                imported = ", ".join(sorted(edges[name])) or "–"
+                lines.append(f"| `{name}` | {_purpose(package, name)} | {imported} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _purpose(package: str, room: str) -> str:
-    path = ROOT / package / room
+def _purpose(package: str, name: str) -> str:
+    path = ROOT / package / name
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = ast.get_docstring(ast.parse(source.read_text()))
     if not text:
