@@ -168,7 +168,8 @@ def _paragraphs(make: Callable[[], object]) -> str:
         if not line or begins or note or not paragraphs:
             paragraphs.append(line)
         else:
-            paragraphs[-1] = f"{paragraphs[-1]} {line}".strip()
+            glue = "" if paragraphs[-1].endswith(("/", "-")) else " "  # a path over two lines
+            paragraphs[-1] = f"{paragraphs[-1]}{glue}{line}".strip()
     return "\n\n".join(filter(None, paragraphs))
 
 

@@ -292,8 +292,10 @@ def test_without_a_recipe_the_table_of_recipes_is_printed(
 
 def test_the_help_of_a_recipe_has_its_whole_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.evaluate_main(["cifar10_semi_1", "--help"])
-    assert "\n\nCommand: torchrun" in capsys.readouterr().out
+        cli.evaluate_main(["voc12aug_seg", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n\n{word}: " in text for word in ("Source", "Note", "Command"))
+    assert "voc12aug/fcn_r50-d8_4xb4-20k_voc12aug-512x512.py" in text  # over two lines there
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["in1k_linear", "--help"]])
