@@ -22,7 +22,7 @@ KINDS = {
     "our writer": ("contestants.writers", "OurWriter"),
     "stock writer": ("contestants.writers", "StockWriter"),
     "opened": ("contestants.opened_beton", "OpenedBeton"),
-    "step": ("harness.training_step", "StepContestant"),
+    "step": ("contestants.training_step", "StepContestant"),
 }
 """Module and class by kind. Only the chosen one is imported: memory is measured, and imports take
 seconds."""
