@@ -79,7 +79,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    if name.startswith("_") or name not in __all__:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(_MODULES.get(name, "pipelines.spec")), name)
     globals()[name] = value

@@ -75,11 +75,14 @@ def choose(recipes: Mapping[str, Callable[[], R]], args: Sequence[str], about: s
         hint = f"{program} without arguments lists all"
         report_error(f"error: no recipe {args[0]!r}{suggestion} ({hint})")
         sys.exit(USER_ERROR)
-    make = recipes[args[0]]
+    return _parse(recipes[args[0]], args, program=program, first=first)
+
+
+def _parse(make: Callable[[], R], args: Sequence[str], *, program: str, first: bool) -> R:
+    """Return the recipe that `make` builds, with the fields that `args[1:]` change."""
     default = make()
-    dense = hasattr(default.val, "geometry")
     for word in args[1:]:
-        if (renamed := translate_option(word, dense=dense)) != word:
+        if (renamed := translate_option(word, vars(default.val))) != word:
             report_error(f"error: {word} is now {renamed}")
             sys.exit(USER_ERROR)
     import tyro  # half a second that the table does not need

@@ -82,24 +82,26 @@ def report_error(text: str, *, summary: str = "") -> None:
         text: To print. One line, or a message of tyro.
         summary: One line for torchrun; empty for `text`.
     """
-    summary = summary or text
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is not None:
-        folder = Path(file).parents[1]  # of this attempt; each local rank has a folder in it
-        note = {"py_callstack": summary, "timestamp": str(int(time.time()))}
-        marker = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.printed"
-        try:
-            marker.touch(exist_ok=False)
-        except FileExistsError:
-            printed = True
-        except OSError:
-            printed = False  # a full disk, say, which may be what the text is about
-        else:
-            printed = False
-        if not printed:
-            print(text, file=sys.stderr, flush=True)
-        # After the line: torchrun may end this process as soon as another one has failed.
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": summary, "extraInfo": note}}))
+    if file is None:
+        print(text, file=sys.stderr)
         return
-    print(text, file=sys.stderr)
+    summary = summary or text
+    folder = Path(file).parents[1]  # of this attempt; each local rank has a folder in it
+    if not _printed_by_another(text, folder):
+        print(text, file=sys.stderr, flush=True)
+    # After the line: torchrun may end this process as soon as another one has failed.
+    note = {"py_callstack": summary, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": summary, "extraInfo": note}}))
+
+
+def _printed_by_another(text: str, folder: Path) -> bool:
+    marker = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.printed"
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False  # a full disk, say, which may be what the text is about
+    return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import configparser
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 import grimp
+import networkx
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, IMAGE = ROOT / "docs/architecture.md", ROOT / "docs/imports.svg"
@@ -33,6 +35,7 @@ MARGIN = 24
 Edges = Mapping[str, frozenset[str]]
 
 
+@functools.cache
 def imports(package: str) -> Edges:
     """Return the direct imports between the sub-packages and top modules of a package, by name."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
@@ -59,23 +62,8 @@ def layers(package: str) -> list[list[str]]:
 
 def needed(edges: Edges) -> Edges:
     """Return the transitive reduction: the edges that no longer path implies."""
-
-    def reachable(start: str, first: frozenset[str]) -> set[str]:
-        found: set[str] = set()
-        waiting = list(first)
-        while waiting:
-            name = waiting.pop()
-            if name not in found and name != start:
-                found.add(name)
-                waiting += edges[name]
-        return found
-
-    return {
-        name: frozenset(
-            target for target in targets if target not in reachable(name, targets - {target})
-        )
-        for name, targets in edges.items()
-    }
+    reduced = networkx.transitive_reduction(networkx.DiGraph(edges))
+    return {name: frozenset(reduced[name]) for name in edges}
 
 
 def drawing() -> str:

@@ -6,7 +6,7 @@ are the same, so such a folder can be resumed and reported like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 _FIELDS = {
     "colour": "color_jitter",
@@ -38,6 +38,10 @@ _TYPES = {
 _COLUMNS = {"head_mult": "head_lr_mult", "wait_percent": "data_wait_percent"}
 
 
+def _former_fields(spec: Container[object]) -> Mapping[str, str]:
+    return _FIELDS | _DENSE_FIELDS if "geometry" in spec else _FIELDS
+
+
 def translate_row(row: Mapping[str, object]) -> dict[str, object]:
     """Return a row of log.jsonl or results.json with its columns renamed to the current names."""
     return {_COLUMNS.get(name, name): value for name, value in row.items()}
@@ -53,7 +57,7 @@ def translate_names(value: object) -> object:
         A copy with the current names.
     """
     if isinstance(value, Mapping):
-        fields = _FIELDS | _DENSE_FIELDS if "geometry" in value else _FIELDS
+        fields = _former_fields(value)
         renamed = {
             fields.get(str(key), str(key)): translate_names(item) for key, item in value.items()
         }
@@ -88,18 +92,18 @@ def restore_names(value: object) -> object:
     return value
 
 
-def translate_option(word: str, *, dense: bool = False) -> str:
+def translate_option(word: str, spec: Container[object]) -> str:
     """Rename an option of a command line, `--train.limit`, to its current name.
 
     Args:
         word: Any word of a command; what is not an option of 0.1 is returned unchanged.
-        dense: The command is that of a detection or segmentation recipe.
+        spec: Names of the fields of the recipe's data specs, former or current ones.
     """
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")
     path = [part.replace("-", "_") for part in option[2:].split(".")]
-    fields = _FIELDS | _DENSE_FIELDS if dense else _FIELDS
+    fields = _former_fields(spec)
     renamed = [fields.get(part, part).replace("_", "-") for part in path]
     changed = any(part in fields for part in path)
     return f"--{'.'.join(renamed)}{equals}{value}" if changed else word

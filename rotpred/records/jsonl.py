@@ -13,34 +13,27 @@ from rotpred.records.folder import read_rows, row_step
 
 
 class JsonlWriter:
-    """Appends to one log.jsonl. Any method may raise `OSError` and may then be called again."""
+    """Appends to one log.jsonl.
 
-    def __init__(self, path: Path) -> None:
+    The first row drops the rows beyond step `after` of an earlier run: those steps are repeated.
+    """
+
+    def __init__(self, path: Path, *, after: int) -> None:
         self._path = path
-        self._opened = False
+        self._after = after
+        self._pruned = False
         self._torn = False
-
-    def open(self, *, after: int) -> None:
-        """Drop the rows beyond step `after`: those steps are about to be repeated.
-
-        Call it before the first row. Once it has succeeded, later calls do nothing.
-
-        Raises:
-            OSError: The file cannot be read or rewritten. It is unchanged.
-        """
-        if self._opened:
-            return
-        if self._path.exists():
-            rows = [row for row in read_rows(self._path) if row_step(row) <= after]
-            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._opened = True  # last: after an error the next call must try again
 
     def append(self, row: Mapping[str, object]) -> None:
         """Append one line. The file is opened each time: writing resumes once the disk has room.
 
         Raises:
-            OSError: The row cannot be written completely.
+            OSError: The earlier rows cannot be rewritten, and the file is unchanged; or the row
+                cannot be written completely. The next call tries again.
         """
+        if not self._pruned:
+            self._prune()
+            self._pruned = True  # not after an error
         # After a write that a full disk cut short, start the next row on a new line.
         data = (b"\n" if self._torn else b"") + (json.dumps(row) + "\n").encode()
         with self._path.open("ab", buffering=0) as file:
@@ -49,3 +42,8 @@ class JsonlWriter:
             self._torn = self._torn or bool(written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._torn = False
+
+    def _prune(self) -> None:
+        if self._path.is_file():  # a device may be endless
+            rows = [row for row in read_rows(self._path) if row_step(row) <= self._after]
+            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -81,7 +80,7 @@ class RunLog:
         self._warned = False
         self._seconds_per_step: float | None = None
         self._results: list[dict[str, object]] = []
-        self._rows = JsonlWriter(out / "log.jsonl")
+        self._rows = JsonlWriter(out / "log.jsonl", after=start_step)
         self._scalars = TensorBoardWriter(out / "tensorboard")
         self._progress: Progress | None = None
         self._began = time.monotonic()
@@ -112,12 +111,7 @@ class RunLog:
         self._progress = Progress(self._recipe_name, self._total_steps, start=self._step)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         """Close the progress bar and TensorBoard's file. Results are already on disk."""
         with self._keeps_going():
             if self._progress is not None:
@@ -188,8 +182,6 @@ class RunLog:
         self.tick(step)
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
         with self._keeps_going():
-            # In one block: the file takes no new row before the old ones are dropped.
-            self._rows.open(after=self._resumed)
             self._rows.append(row)
             self._scalars.interval(row, values, step=step, resumed=self._resumed)
 
@@ -209,7 +201,6 @@ class RunLog:
             "  ".join(f"{name} {value:.2f} %" for name, value in values.items()),
         )
         with self._keeps_going():
-            self._rows.open(after=self._resumed)
             self._rows.append({"step": step, **named, "time": round(time.time(), 3)})
             self._scalars.add(named, step=step, resumed=self._resumed)
 

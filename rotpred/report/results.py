@@ -73,8 +73,8 @@ class FinishedRun:
             words += ["--weights", str(weights)] if weights else []
         start = ["torchrun", "--standalone", "--nproc-per-node", str(self.processes or 1)]
         val = self.recipe.get("val")
-        dense = isinstance(val, dict) and "geometry" in val
-        options = [translate_option(word, dense=dense) for word in words[1:]]
+        spec = val if isinstance(val, dict) else {}
+        options = [translate_option(word, spec) for word in words[1:]]
         return shlex.join([*start, f"scripts/{script}", *options])
 
 

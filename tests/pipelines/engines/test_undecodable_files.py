@@ -55,7 +55,7 @@ def test_png_files_are_images_too(open_engine, damaged: Path, name: str) -> None
     assert np.array_equal(batch.images[6].permute(1, 2, 0).numpy(), expected)
 
 
-def test_max_bad_masks_and_counts(
+def test_max_undecodable_masks_and_counts(
     open_engine, damaged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = open_engine(

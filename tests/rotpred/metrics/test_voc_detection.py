@@ -16,6 +16,7 @@ from pipelines.datasets.annotations import Objects
 from rotpred.metrics.average_precision import average_precision_of
 from rotpred.metrics.detections import ImageDetections
 from rotpred.metrics.voc_detection import OVERLAPS, class_aps, means, voc_metrics
+from tests.support.detections import found
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -57,16 +58,6 @@ def objects(*rows: tuple[int, int, int, int, int, int]) -> Objects:
         labels=table[:, 4],
         difficult=table[:, 5] > 0,
         crowd=np.zeros(len(table), bool),
-    )
-
-
-def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetections:
-    """Detections of one image, from (left, top, right, bottom, label, score) each."""
-    table = np.array(rows, np.float64).reshape(-1, 6)
-    return ImageDetections(
-        boxes=table[:, :4].astype(np.float32),
-        labels=table[:, 4].astype(np.int64),
-        scores=table[:, 5].astype(np.float32),
     )
 
 

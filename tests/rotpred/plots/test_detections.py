@@ -15,20 +15,12 @@ from pipelines.dense.batch import Target
 from rotpred.metrics.detections import ImageDetections
 from rotpred.plots.detections import CITYSCAPES_PALETTE, boxes_figure, masks_figure, voc_palette
 from rotpred.records.tensorboard import pixels as pixels_of
+from tests.support.detections import found
 
 pytestmark = pytest.mark.timeout(60)
 
 CLASSES = ("cat", "dog", "hot dog")
 GREY = np.full((120, 160, 3), 128, np.uint8)
-
-
-def found(*rows: tuple[float, float, float, float, int, float]) -> ImageDetections:
-    table = np.array(rows, np.float64).reshape(-1, 6)
-    return ImageDetections(
-        boxes=table[:, :4].astype(np.float32),
-        labels=table[:, 4].astype(np.int64),
-        scores=table[:, 5].astype(np.float32),
-    )
 
 
 def texts(fig: Figure, i: int = 0) -> list[str]:

@@ -309,9 +309,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    log = open_log(tmp_path)
-    log._rows._opened = True  # no earlier log to read: /dev/full is endless
-    with log:
+    with open_log(tmp_path) as log:
         for step in (10, 20, 30):
             record(log, step)
         log.result("b", metric="m", value=1.0, unit="%", n=1)
