@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-from xml.parsers import expat
 
 import numpy as np
 
@@ -25,17 +24,15 @@ from pipelines.datasets.annotations import (
     MaskSamples,
     Objects,
     ObjectSamples,
-    clip,
     pack,
 )
 from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.listing import EXTENSIONS
+from pipelines.datasets.voc_annotation import Fields, XmlError, parse_object, read_xml
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.imaging.decode import ImageError, describe_error, image_size
 
 _YEAR = re.compile(r"\d{4}")
-_CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
-_FIELDS = frozenset(("name", "difficult", *_CORNERS))
 _READERS = 16  # threads, to overlap the latency of network file systems
 
 T = TypeVar("T")
@@ -52,18 +49,6 @@ class ListedImage(NamedTuple):
     """File name of the image, without extension."""
     masks: str
     """Name of the folder of masks."""
-
-
-class XmlError(ValueError):
-    """A file is not a valid annotation. The message says why; `line` says where."""
-
-    def __init__(self, line: int, what: str) -> None:
-        super().__init__(what)
-        self.line = line
-
-
-Fields = dict[str, tuple[int, str]]
-"""An object: line number and text by path of the XML element. The key "" is the object itself."""
 
 
 def index_boxes(
@@ -110,7 +95,7 @@ def index_boxes(
             rows = []
             for entry in entries:
                 try:
-                    rows.append(_object(entry, names, *size))
+                    rows.append(parse_object(entry, names, *size))
                 except XmlError as error:
                     errors.add(f"{annotation}:{error.line}", str(error))
             images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
@@ -163,50 +148,6 @@ def index_masks(
     table = np.full(256, -1, np.int64)
     table[: len(names)], table[IGNORED] = np.arange(len(names)), IGNORED
     return MaskSamples(names, images, paths, table)
-
-
-def read_xml(data: bytes) -> list[Fields]:
-    """Parse the objects of an annotation file.
-
-    Raises:
-        XmlError: The file is damaged, is not an annotation, or declares a document type, whose
-            entities could expand a small file to gigabytes.
-    """
-    parser = expat.ParserCreate()
-    path: list[str] = []
-    lines: list[int] = []
-    text: list[str] = []
-    found: list[Fields] = []
-
-    def start(tag: str, _attributes: object) -> None:
-        path.append(tag)
-        lines.append(parser.CurrentLineNumber)
-        text.clear()
-        if path[0] != "annotation":
-            raise XmlError(lines[0], f"<{tag}> where <annotation> was expected")
-        if path == ["annotation", "object"]:
-            found.append({"": (lines[-1], "")})
-
-    def end(_tag: str) -> None:
-        field = "/".join(path[2:])
-        if path[:2] == ["annotation", "object"] and field in _FIELDS:
-            found[-1].setdefault(field, (lines[-1], "".join(text).strip()))
-        path.pop()
-        lines.pop()
-        text.clear()
-
-    def refuse(*_declaration: object) -> None:
-        raise XmlError(parser.CurrentLineNumber, "document type declarations are not allowed")
-
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, refuse
-    try:
-        parser.Parse(data, True)
-    except expat.ExpatError as error:
-        raise XmlError(
-            error.lineno, f"not valid XML: {expat.errors.messages[error.code]}"
-        ) from error
-    return found
 
 
 def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[ListedImage]:
@@ -283,30 +224,3 @@ def _annotation(one: ListedImage) -> list[Fields] | XmlError:
         return error
     except OSError as error:
         return XmlError(0, describe_error(error))
-
-
-def _object(
-    entry: Fields, classes: Sequence[str], height: int, width: int
-) -> tuple[tuple[float, float, float, float], int, bool, bool]:
-    """Return box, label, difficult and crowd of an object."""
-    at = entry[""][0]
-    line, name = entry.get("name", (at, ""))
-    if name not in classes:
-        raise XmlError(line, f"class {name!r} is none of the {len(classes)} classes")
-    values = []
-    for corner in _CORNERS:
-        line, text = entry.get(corner, (at, ""))
-        try:
-            values.append(float(text))
-        except ValueError as error:
-            what = f"expected a number in <{corner.rpartition('/')[2]}>, found {text[:50]!r}"
-            raise XmlError(line, what) from error
-    left, top, right, bottom = values
-    try:
-        box = clip(left - 1, top - 1, right, bottom, height=height, width=width)
-    except ValueError as error:
-        raise XmlError(entry[_CORNERS[0]][0], str(error)) from error
-    line, flag = entry.get("difficult", (at, "0"))
-    if flag not in ("", "0", "1"):
-        raise XmlError(line, f"expected 0 or 1 in <difficult>, found {flag[:50]!r}")
-    return box, classes.index(name), flag == "1", False

@@ -22,8 +22,9 @@ from rotpred.metrics.detections import ImageDetections
 from rotpred.metrics.predictions import gather_detections, read_detections, write_detections
 from rotpred.metrics.voc_detection import voc_metrics
 from rotpred.models.base import Backbone
+from rotpred.models.detection.masks import paste_masks
 from rotpred.models.detection.rcnn import faster_rcnn_c4, mask_rcnn_fpn
-from rotpred.models.detection.roi_heads import Detections, paste_masks
+from rotpred.models.detection.roi_heads import Detections
 from rotpred.plots.detections import boxes_figure
 from rotpred.protocols import dense
 from rotpred.protocols.dense import DenseResult

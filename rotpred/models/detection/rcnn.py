@@ -19,13 +19,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from pipelines.dense.batch import Target
 from rotpred.models.base import Backbone
 from rotpred.models.detection.fpn import LEVELS, Pyramid, stride
-from rotpred.models.detection.roi_heads import (
-    BoxPredictor,
-    Detections,
-    Heads,
-    MaskPredictor,
-    Pooler,
-)
+from rotpred.models.detection.masks import MaskPredictor
+from rotpred.models.detection.roi_heads import BoxPredictor, Detections, Heads, Pooler
 from rotpred.models.detection.rpn import Proposals, Rpn
 from rotpred.models.resnet import ResNet
 

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from rotpred.models.detection.masks import mask_loss, mask_targets, paste_masks
 from rotpred.models.detection.roi_heads import (
     BoxPredictor,
     Heads,
     Pooler,
     box_losses,
-    mask_loss,
-    mask_targets,
-    paste_masks,
 )
 
 

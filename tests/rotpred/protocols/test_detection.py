@@ -22,7 +22,7 @@ from pipelines.dense.spec import ShortSide
 from rotpred.distributed import Rank
 from rotpred.metrics.predictions import read_detections
 from rotpred.models.backbone import build_backbone
-from rotpred.models.detection.roi_heads import paste_masks
+from rotpred.models.detection.masks import paste_masks
 from rotpred.protocols import dense, detection
 from rotpred.protocols.dense import DenseResult, scaled
 from rotpred.protocols.detection import DetectionTask
