@@ -21,7 +21,7 @@ from rotpred.models.heads import RotNet, make_rotnet
 from rotpred.plots.grid import grid_figure
 from rotpred.plots.training import curves
 from rotpred.protocols.classes import number_of_classes
-from rotpred.protocols.scoring import Scores, score
+from rotpred.protocols.scoring import Scores, log_scores, score
 from rotpred.protocols.session import Job, open_job
 from rotpred.recipes.finetune import FineTuning
 from rotpred.records.folder import read_results
@@ -172,20 +172,16 @@ def _finish(
     recipe: FineTuning, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
 ) -> None:
     logger.info("digest of all sample ids and crop boxes: %s", state.digest)
-    for metric in ("top1", "top5"):
-        if metric in scores[""]:
-            log.result(
-                recipe.name,
-                metric=metric,
-                value=100 * scores[""][metric],
-                unit="%",
-                n=int(scores[""]["n"]),
-                checkpoint_sha256=sha or None,
-                weights=Path(recipe.weights).name,
-                fraction=recipe.fraction,
-                lr=recipe.optim.lr,
-                head_lr_mult=recipe.head_lr_mult,
-            )
+    log_scores(
+        log,
+        recipe.name,
+        scores[""],
+        checkpoint_sha256=sha or None,
+        weights=Path(recipe.weights).name,
+        fraction=recipe.fraction,
+        lr=recipe.optim.lr,
+        head_lr_mult=recipe.head_lr_mult,
+    )
     if state.rank.main:
         log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
     job.finish(state)

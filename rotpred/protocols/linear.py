@@ -18,20 +18,19 @@ from rotpred.distributed import Rank
 from rotpred.features.base import AVGPOOL
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.features.loader import FeatureLoader
-from rotpred.models import probes
 from rotpred.models.base import Backbone
-from rotpred.models.heads import pooled_dims, stage_pools
-from rotpred.models.probes import ProbeSet, StageProbe
+from rotpred.models.probes import ProbeSet
 from rotpred.plots.training import curves
 from rotpred.protocols.classes import number_of_classes
-from rotpred.protocols.scoring import Scores, score
+from rotpred.protocols.probe_parts import ProbePart, build_parts, pooled_shapes
+from rotpred.protocols.scoring import Scores, log_scores, score
 from rotpred.protocols.session import Job, open_job
-from rotpred.recipes.linear import Linear, Probe
+from rotpred.recipes.linear import Linear
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.data import check_data
 from rotpred.training.loop import steps
 from rotpred.training.precision import autocast
-from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from rotpred.training.state import LossAndLogs, TrainState
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
@@ -69,21 +68,6 @@ class _Setup:
     """Stages with cached features; empty if the backbone reads images."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Probes with one optimiser."""
-
-    probes: ProbeSet
-    recipe: Probe
-    lr: float
-
-    @property
-    def trained(self) -> OptimizedPart:
-        return OptimizedPart(
-            self.probes, replace(self.recipe.optim, lr=self.lr), self.recipe.schedule
-        )
-
-
 def run(recipe: Linear, rank: Rank) -> Path:
     """Train the probes, compute exact top-1 and top-5 on the validation set, write the run folder.
 
@@ -98,7 +82,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
         job, sha = setup.job, setup.sha
         assert job.val is not None
         classes = number_of_classes(job.loader, job.val)
-        parts = _parts(recipe, setup, classes)
+        parts = build_parts(recipe, setup.backbone, classes, cached=setup.names)
         heads = ProbeSet(probe for part in parts for probe in part.probes).to(rank.device)
         if len(set(heads.names)) < len(heads):
             raise ValueError(f"two probes have the same name: {', '.join(heads.names)}")
@@ -128,19 +112,6 @@ def run(recipe: Linear, rank: Rank) -> Path:
                     scores = evaluate(state, _reader(recipe, setup, rank), job.val)
                 _finish(recipe, state, setup, parts, scores, log)
     return job.out
-
-
-def build_probes(probe: Probe, backbone: Backbone, classes: int, size: int) -> list[StageProbe]:
-    """Build the classifiers of one `Probe` for images of `size` pixels."""
-    match probe.kind:
-        case "avgpool":
-            return probes.avgpool(backbone, classes)
-        case "stages":
-            return probes.stages(backbone, classes, size, affine=probe.affine)
-        case "conv":
-            return probes.conv(backbone, classes)
-        case "nonlinear":
-            return probes.nonlinear(backbone, classes, size)
 
 
 @contextlib.contextmanager
@@ -190,43 +161,10 @@ def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
         yield _Setup(Job(recipe, rank, out, *loaders), backbone, sha, names)
 
 
-def _parts(recipe: Linear, setup: _Setup, classes: int) -> list[_Part]:
-    """Build all probes, one part per optimiser."""
-    size = recipe.val.crop.size if setup.names else recipe.train.crop.size
-    shapes = _pooled_shapes(setup, size)
-    parts = []
-    for probe in recipe.probes:
-        for lr in probe.lrs or (probe.optim.lr,):
-            made = build_probes(probe, setup.backbone, classes, size)
-            if setup.names:
-                places = [setup.names.index(one.name) for one in made]
-                made = [
-                    probes.on_features(one, place, shapes[place])
-                    for one, place in zip(made, places, strict=True)
-                ]
-            if probe.lrs:
-                for one in made:
-                    one.name = f"{one.name}@{lr:g}"
-            parts.append(_Part(ProbeSet(made), probe, lr))
-    return parts
-
-
-def _pooled_shapes(setup: _Setup, size: int) -> list[tuple[int, int, int]]:
-    """Return (channels, height, width) of every cached stage."""
-    backbone = setup.backbone
-    known = {AVGPOOL: (backbone.dim, 1, 1)}
-    dims = pooled_dims(backbone, size, stage_pools(backbone, size))
-    for name, channels, dim in zip(
-        backbone.stage_names, backbone.stage_channels, dims, strict=True
-    ):
-        side = math.isqrt(dim // channels)
-        known[name] = (channels, side, side)
-    return [known[name] for name in setup.names]
-
-
 def _reader(recipe: Linear, setup: _Setup, rank: Rank, *, compiled: bool = False) -> Reader:
     if setup.names:
-        dims = [math.prod(shape) for shape in _pooled_shapes(setup, recipe.val.crop.size)]
+        shapes = pooled_shapes(setup.backbone, recipe.val.crop.size, names=setup.names)
+        dims = [math.prod(shape) for shape in shapes]
         return lambda images: torch.split(images, dims, dim=1)
     stages = setup.backbone.stages
     if compiled:
@@ -281,7 +219,7 @@ def _finish(
     recipe: Linear,
     state: TrainState,
     setup: _Setup,
-    parts: list[_Part],
+    parts: list[ProbePart],
     scores: Scores,
     log: RunLog,
 ) -> None:
@@ -293,19 +231,16 @@ def _finish(
         own["protocol"] = f"{CACHED}, stored as {recipe.cache_store}" if half else CACHED
 
     def results(name: str, score: dict[str, float], **extra: Any) -> None:
-        for metric in ("top1", "top5"):
-            if metric in score:
-                log.result(
-                    recipe.name,
-                    metric=f"{metric}/{name}",
-                    value=100 * score[metric],
-                    unit="%",
-                    n=int(score["n"]),
-                    checkpoint_sha256=setup.sha or None,
-                    weights=Path(recipe.weights).name,
-                    **own,
-                    **extra,
-                )
+        log_scores(
+            log,
+            recipe.name,
+            score,
+            suffix=f"/{name}",
+            checkpoint_sha256=setup.sha or None,
+            weights=Path(recipe.weights).name,
+            **own,
+            **extra,
+        )
 
     sweeps: dict[str, list[tuple[float, str]]] = {}
     for part in parts:

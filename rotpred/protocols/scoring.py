@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from pipelines.loader import Loader
 from pipelines.spec import Precision
 from rotpred.distributed import Rank
 from rotpred.metrics.classification import Confusion, ConfusionResult, TopK
+from rotpred.records.log import RunLog
 from rotpred.training.precision import autocast
 
 Scores = dict[str, dict[str, float]]
@@ -44,6 +46,30 @@ def score(
         counts.update(outputs, batch.targets, batch.valid)
     assert counts is not None
     return dict(zip(names, counts.compute(rank), strict=True))
+
+
+def log_scores(
+    log: RunLog, benchmark: str, metrics: Mapping[str, float], *, suffix: str = "", **extra: Any
+) -> None:
+    """Add the results of one classifier of `score`, in percent.
+
+    Args:
+        log: The log of the run.
+        benchmark: As in `RunLog.result`.
+        metrics: top1, n, and top5 if it was counted.
+        suffix: Of the metrics' names, for example "/res4".
+        extra: Other arguments of `RunLog.result`.
+    """
+    for name in ("top1", "top5"):
+        if name in metrics:
+            log.result(
+                benchmark,
+                metric=f"{name}{suffix}",
+                value=100 * metrics[name],
+                unit="%",
+                n=int(metrics["n"]),
+                **extra,
+            )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
-from rotpred.recipes.linear import Linear
+from rotpred.recipes.base import PLAIN
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
@@ -27,9 +27,9 @@ class FineTuning:
     """Architecture of the weights."""
     fraction: float = 0.01
     """Fraction of the labels in the training data. Reported in the results; selects nothing."""
-    train: LoaderSpec = field(default_factory=lambda: Linear().train)
+    train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
     """Labelled training data."""
-    val: LoaderSpec = field(default_factory=lambda: Linear().val)
+    val: LoaderSpec = PLAIN
     """Labelled validation data."""
     optim: Optim = field(default_factory=lambda: Optim(lr=0.01, weight_decay=5e-4))
     """Optimiser of the backbone."""
@@ -82,21 +82,17 @@ def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_lr_mult: float = 10
     if fraction not in decays:
         raise ValueError(f"fraction must be 0.01 or 0.1, got {fraction}")
     percent, decay = round(100 * fraction), decays[fraction]
-    plain = LoaderSpec(
-        data=f"data/imagenet/train_{percent}percent.beton", batch_size=64, views="plain"
-    )
     return FineTuning(
         name=f"in1k_semi_{percent}",
         fraction=fraction,
-        train=replace(plain, crop=RandomResizedCrop(224)),
+        train=LoaderSpec(
+            data=f"data/imagenet/train_{percent}percent.beton",
+            batch_size=64,
+            crop=RandomResizedCrop(224),
+            views="plain",
+        ),
         val=replace(
-            plain,
-            data="data/imagenet/val.beton",
-            batch_size=128,
-            crop=CenterCrop(224, 256),
-            flip=False,
-            shuffle=False,
-            drop_last=False,
+            PLAIN, data="data/imagenet/val.beton", batch_size=128, crop=CenterCrop(224, 256)
         ),
         optim=Optim(lr=lr, weight_decay=decay, reference_batch=256),
         head_lr_mult=head_lr_mult,

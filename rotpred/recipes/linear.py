@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from pipelines.spec import (
-    CIFAR10,
     NO_COLOR_JITTER,
     CenterCrop,
     ColorJitter,
@@ -17,39 +14,12 @@ from pipelines.spec import (
     RandomResizedCrop,
 )
 from rotpred.features.base import Store
+from rotpred.recipes.base import PLAIN, cifar10_data
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
+from rotpred.recipes.probe import Probe
 from rotpred.training.optim import Optim
-from rotpred.training.schedule import Schedule, Steps, Table, Triangle
+from rotpred.training.schedule import Steps, Table, Triangle
 from rotpred.training.settings import RunSettings
-
-ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Classifiers on frozen features, all trained in one pass of the backbone."""
-
-    kind: ProbeKind = "avgpool"
-    """avgpool: linear, on the average-pooled last feature map. stages: pooling, batch norm (see
-    affine) and linear, on every stage. conv, nonlinear: the RotNet authors' probes of every stage,
-    with three convolutions or two hidden layers of 200."""
-    optim: Optim = field(default_factory=lambda: Optim(lr=30.0, weight_decay=0.0))
-    """Optimiser of these classifiers."""
-    schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
-    """Learning rate over time."""
-    lrs: tuple[float, ...] = ()
-    """Learning rates to compare. Each classifier is trained with all of them in the same pass, as
-    NAME@LR; the best on the validation data is reported. Empty: optim.lr only."""
-    affine: bool = False
-    """Whether the batch norm of stages has affine parameters (VISSL) or not (mmselfsup)."""
-
-    def __post_init__(self) -> None:
-        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
-            raise ValueError(f"lrs must be positive, got {self.lrs}")
-        if len(set(self.lrs)) < len(self.lrs):
-            raise ValueError(f"lrs must differ, got {self.lrs}")
-        if self.affine and self.kind != "stages":
-            raise ValueError(f"affine applies to kind stages, not to {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +35,7 @@ class Linear:
     """Architecture of the weights."""
     train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
     """Labelled training data."""
-    val: LoaderSpec = field(
-        default_factory=lambda: LoaderSpec(
-            views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False
-        )
-    )
+    val: LoaderSpec = PLAIN
     """Labelled validation data."""
     probes: tuple[Probe, ...] = (Probe(),)
     """Sets of classifiers. All are trained in the same pass, each set with its own optimiser."""
@@ -96,19 +62,18 @@ def _large(
     name: str, data: str, *, crop: Crop, color_jitter: ColorJitter = NO_COLOR_JITTER
 ) -> Linear:
     """ResNet-50 at 224 pixels, 256 images a step on 8 GPUs."""
-    plain = LoaderSpec(data=f"data/{data}/train.beton", batch_size=32, views="plain")
     return Linear(
         name=name,
         backbone="resnet50",
-        train=replace(plain, crop=crop, color_jitter=color_jitter),
+        train=LoaderSpec(
+            data=f"data/{data}/train.beton",
+            batch_size=32,
+            crop=crop,
+            views="plain",
+            color_jitter=color_jitter,
+        ),
         val=replace(
-            plain,
-            data=f"data/{data}/val.beton",
-            batch_size=128,
-            crop=CenterCrop(224, 256),
-            flip=False,
-            shuffle=False,
-            drop_last=False,
+            PLAIN, data=f"data/{data}/val.beton", batch_size=128, crop=CenterCrop(224, 256)
         ),
     )
 
@@ -226,24 +191,15 @@ def places205_mhead_vissl() -> Linear:
 
 def _cifar10(name: str, backbone: str, batch_size: int) -> Linear:
     """CIFAR-10 with padded random crops; the caller sets probes and length."""
-    data = "data/cifar10/{}.beton"
-    plain = LoaderSpec(
-        data=data.format("train"), batch_size=batch_size, views="plain", normalize=CIFAR10
+    plain, val = cifar10_data()
+    train = LoaderSpec(
+        data=plain.data,
+        batch_size=batch_size,
+        crop=RandomCrop(32, padding=4),
+        views="plain",
+        normalize=plain.normalize,
     )
-    return Linear(
-        name=name,
-        backbone=backbone,
-        train=replace(plain, crop=RandomCrop(32, padding=4)),
-        val=replace(
-            plain,
-            data=data.format("test"),
-            batch_size=250,
-            crop=CenterCrop(32, None),
-            flip=False,
-            shuffle=False,
-            drop_last=False,
-        ),
-    )
+    return Linear(name=name, backbone=backbone, train=train, val=val)
 
 
 def cifar10_probes() -> Linear:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
+    IMAGENET,
     CenterCrop,
     Crop,
     LoaderSpec,
@@ -45,12 +46,7 @@ def rotnet_in1k_r50() -> Pretrain:
         name="rotnet_in1k_r50",
         backbone="resnet50",
         train=LoaderSpec(data=data.format("train"), batch_size=16, crop=RandomResizedCrop(224)),
-        val=replace(
-            LoaderSpec(data=data.format("val"), batch_size=64, crop=CenterCrop(224, 256)),
-            flip=False,
-            shuffle=False,
-            drop_last=False,
-        ),
+        val=_val(data.format("val"), crop=CenterCrop(224, 256), batch_size=64, normalize=IMAGENET),
         optim=Optim(lr=0.2, momentum=0.9, weight_decay=1e-4, reference_batch=128),
         schedule=Steps((30, 50), gamma=0.1, warmup_epochs=5, warmup_start_factor=0.1),
         sync_bn="torch",

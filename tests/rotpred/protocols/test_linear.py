@@ -21,7 +21,8 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
 from rotpred.protocols import linear
-from rotpred.recipes.linear import RECIPES, Linear, Probe, ProbeKind, cifar10_probes
+from rotpred.recipes.linear import RECIPES, Linear, cifar10_probes
+from rotpred.recipes.probe import Probe, ProbeKind
 from rotpred.training.checkpoint import CheckpointError
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
