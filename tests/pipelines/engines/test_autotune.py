@@ -67,9 +67,8 @@ class _Clocked:
         none = torch.zeros(0)
         try:
             for _ in range(start_step, len(self)):
-                self.decode_errors.report(
-                    "image", "broken"
-                )  # in a trial, neither counted nor an error
+                # In a trial, neither counted nor an error.
+                self.decode_errors.report("image", "broken")
                 self.now += self._batch / self._rate(self.workers)
                 yield RawBatch(none, none, none, none, none)
         finally:

@@ -284,7 +284,7 @@ def test_a_damaged_image_over_the_budget_is_named(damaged_beton: Path) -> None:
     assert not ffcv_threads()
 
 
-def test_padding_does_not_count_as_bad(square_beton: Path) -> None:
+def test_padding_does_not_count_as_undecodable(square_beton: Path) -> None:
     """The undecodable last sample is repeated to fill the batch: it counts once, not twelvefold."""
     copy = zeroed(square_beton, COUNT - 1, "last.beton")
     with open_loader(spec_of(copy, max_undecodable=1, batch_size=35, drop_last=False)) as loader:

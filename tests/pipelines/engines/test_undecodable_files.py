@@ -75,7 +75,7 @@ def test_max_undecodable_masks_and_counts(
         epoch_of(loader, 3)
 
 
-def test_padding_does_not_count_as_bad(open_engine, damaged: Path) -> None:
+def test_padding_does_not_count_as_undecodable(open_engine, damaged: Path) -> None:
     """The undecodable last sample is repeated to fill the batch: it counts once, not six times."""
     (damaged / "x" / "8.png").rename(damaged / "x" / "0.png")
     (damaged / "x" / "3.jpg").rename(damaged / "x" / "9.jpg")

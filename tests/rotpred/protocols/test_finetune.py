@@ -243,7 +243,7 @@ def test_what_needs_a_root_and_what_has_none(trees: Trees, beton: Path, tmp_path
 
 
 def test_the_published_settings() -> None:
-    """docs/protocols.md, Fine-tuning: 4 x 64 images, 20 epochs, x0.2 at 12 and 16, decays."""
+    """docs/protocols.md, Fine-tuning: 4 x 64 images, 20 epochs, rates and decays."""
     for fraction, decay in ((0.01, 5e-4), (0.1, 1e-4)):
         made = in1k_semi(fraction, lr=0.1, head_lr_mult=10)
         assert RECIPES[made.name]() == in1k_semi(fraction)
