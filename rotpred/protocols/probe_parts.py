@@ -37,8 +37,8 @@ def build_parts(
     """Build all probes of a recipe, one part per optimiser.
 
     Args:
-        recipe: Its probes, and the size of its crops.
-        backbone: The network whose features they read.
+        recipe: Names the probes and the size of the crops.
+        backbone: The frozen network that the probes read.
         classes: Number of classes.
         cached: Stages with cached features, in their order in a batch; empty if the probes read
             feature maps of all stages.

@@ -1,4 +1,4 @@
-"""Exact accuracy of classifiers on a validation set."""
+"""Exact accuracy of classifiers on a validation set, and its rows in the results."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def log_scores(
     Args:
         log: The log of the run.
         benchmark: As in `RunLog.result`.
-        metrics: top1, n, and top5 if it was counted.
-        suffix: Of the metrics' names, for example "/res4".
+        metrics: top1 and, if it was counted, top5, from 0 to 1; n.
+        suffix: Appended to the names of the metrics, for example "/res4".
         extra: Other arguments of `RunLog.result`.
     """
     for name in ("top1", "top5"):

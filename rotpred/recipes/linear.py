@@ -192,12 +192,13 @@ def places205_mhead_vissl() -> Linear:
 def _cifar10(name: str, backbone: str, batch_size: int) -> Linear:
     """CIFAR-10 with padded random crops; the caller sets probes and length."""
     plain, val = cifar10_data()
-    train = LoaderSpec(
-        data=plain.data,
+    train = replace(
+        plain,
         batch_size=batch_size,
         crop=RandomCrop(32, padding=4),
-        views="plain",
-        normalize=plain.normalize,
+        flip=True,
+        shuffle=True,
+        drop_last=True,
     )
     return Linear(name=name, backbone=backbone, train=train, val=val)
 

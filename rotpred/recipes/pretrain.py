@@ -7,30 +7,15 @@ from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
-    IMAGENET,
     CenterCrop,
-    Crop,
     LoaderSpec,
-    Normalize,
     RandomCrop,
     RandomResizedCrop,
 )
+from rotpred.recipes.base import PLAIN, cifar10_data
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
 from rotpred.training.settings import RunSettings
-
-
-def _val(data: str, *, crop: Crop, batch_size: int, normalize: Normalize) -> LoaderSpec:
-    """Every image once, in order, without flip, as in both papers' validation."""
-    return LoaderSpec(
-        data=data,
-        batch_size=batch_size,
-        crop=crop,
-        flip=False,
-        normalize=normalize,
-        shuffle=False,
-        drop_last=False,
-    )
 
 
 def rotnet_in1k_r50() -> Pretrain:
@@ -46,7 +31,13 @@ def rotnet_in1k_r50() -> Pretrain:
         name="rotnet_in1k_r50",
         backbone="resnet50",
         train=LoaderSpec(data=data.format("train"), batch_size=16, crop=RandomResizedCrop(224)),
-        val=_val(data.format("val"), crop=CenterCrop(224, 256), batch_size=64, normalize=IMAGENET),
+        val=replace(
+            PLAIN,
+            data=data.format("val"),
+            batch_size=64,
+            crop=CenterCrop(224, 256),
+            views="rotate4",
+        ),
         optim=Optim(lr=0.2, momentum=0.9, weight_decay=1e-4, reference_batch=128),
         schedule=Steps((30, 50), gamma=0.1, warmup_epochs=5, warmup_start_factor=0.1),
         sync_bn="torch",
@@ -131,7 +122,7 @@ def _cifar10(name: str, backbone: str, *, batch_size: int) -> Pretrain:
             crop=RandomCrop(32, padding=4),
             normalize=CIFAR10,
         ),
-        val=_val(data.format("test"), crop=CenterCrop(32, None), batch_size=250, normalize=CIFAR10),
+        val=replace(cifar10_data()[1], views="rotate4"),
     )
 
 
@@ -192,7 +183,7 @@ def quickstart() -> Pretrain:
             flip=False,
             normalize=CIFAR10,
         ),
-        val=_val(data.format("val"), crop=CenterCrop(32, None), batch_size=60, normalize=CIFAR10),
+        val=replace(cifar10_data()[1], data=data.format("val"), batch_size=60, views="rotate4"),
         optim=Optim(lr=0.03, nesterov=True, weight_decay=5e-4, decay_rule="no_norm_no_bias"),
         schedule=Triangle(warmup=0.2),
         eval_every_epochs=2,
