@@ -7,17 +7,20 @@ Without them the world size is 1: there is no process group and every function h
 from __future__ import annotations
 
 import inspect
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -137,18 +140,16 @@ def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
     return total
 
 
-def any_true(flag: bool | torch.Tensor, rank: Rank) -> bool:
+def any_true(flag: bool, rank: Rank) -> bool:
     """Return whether `flag` is true on any rank; every rank gets the same answer.
 
-    A bool (for example "a signal has arrived") costs no GPU synchronisation. A tensor of one
-    element on a GPU is reduced there and read back, which waits for the GPU.
+    Does not wait for a GPU.
     """
     if rank.world == 1:
-        return bool(flag)
-    state = flag.to(torch.int32) if isinstance(flag, torch.Tensor) else torch.tensor(int(flag))
-    state = state.clone()
+        return flag
+    state = torch.tensor(int(flag))
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    return bool(state.item())
+    return bool(state)
 
 
 def check_equal(value: int, rank: Rank, *, what: str) -> None:
@@ -168,20 +169,34 @@ def check_equal(value: int, rank: Rank, *, what: str) -> None:
         raise RuntimeError(f"ranks disagree about {what}: from {low} to {high}")
 
 
-def broadcast_str(text: str, rank: Rank, *, source: int = 0) -> str:
-    """Return the text of rank `source` on every rank; the other ranks' texts are ignored."""
+def from_main(work: Callable[[], T], rank: Rank, *, error: type[ValueError] = ValueError) -> T:
+    """Call `work` on rank 0 alone, and return its result on every rank.
+
+    Args:
+        work: Returns JSON values, without tuples.
+        rank: All ranks call.
+        error: If the work raises it, all ranks raise it, with the same message.
+    """
     if rank.world == 1:
-        return text
+        return work()
+    message: dict[str, Any] = {}
+    if rank.main:
+        try:
+            message["result"] = work()
+        except error as problem:
+            message["error"] = str(problem)
     # Bytes in tensors: broadcast_object_list would unpickle what it receives.
-    data = text.encode()
+    data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
     size = torch.tensor(len(data))
-    dist.broadcast(size, src=source)
-    buffer = torch.empty(int(size), dtype=torch.uint8)
-    if rank.rank == source:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
-    if len(buffer):
-        dist.broadcast(buffer, src=source)
-    return bytes(buffer.tolist()).decode()
+    dist.broadcast(size, src=0)
+    if not rank.main:
+        data = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    message = json.loads(bytes(data.tolist()))
+    if "error" in message:
+        raise error(message["error"])
+    result: T = message["result"]
+    return result
 
 
 def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:

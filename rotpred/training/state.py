@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
+from rotpred.distributed import Rank, barrier, data_parallel, from_main
 from rotpred.records.former_names import translate_names
 from rotpred.training import checkpoint
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
@@ -270,19 +270,13 @@ class TrainState:
             CheckpointError: The checkpoint belongs to another run (the message lists the
                 differences), or all checkpoints are damaged.
         """
-        found = ""
-        failure = ""
-        if self.rank.main:
-            try:
-                latest = checkpoint.load_latest(self.folder)
-                found = str(latest.path) if latest is not None else ""
-            except checkpoint.CheckpointError as error:
-                failure = str(error)
+
+        def newest() -> str:
+            latest = checkpoint.load_latest(self.folder)
+            return str(latest.path) if latest is not None else ""
+
         # Rank 0 chooses. All ranks load the same file, or fail with the same message.
-        failure = broadcast_str(failure, self.rank)
-        if failure:
-            raise checkpoint.CheckpointError(failure)
-        found = broadcast_str(found, self.rank)
+        found = from_main(newest, self.rank, error=checkpoint.CheckpointError)
         if not found:
             return False
         loaded = checkpoint.load(Path(found), map_location="cpu")
