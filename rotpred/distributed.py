@@ -22,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+VARIABLES = {
+    "RANK": "rank",
+    "LOCAL_RANK": "local_rank",
+    "WORLD_SIZE": "world",
+    "LOCAL_WORLD_SIZE": "local_world",
+}
+"""Torchrun's environment variables, and the fields of `Rank` that they give."""
 
 
 @dataclass(frozen=True)
@@ -54,37 +60,51 @@ class Rank:
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
 
-def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0) -> Rank:
-    """Read torchrun's environment, choose the device, join the process group.
+@contextmanager
+def process_group(
+    device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
+) -> Iterator[Rank]:
+    """Read torchrun's environment, choose the device, join the process group for a block.
 
     With several processes the group uses gloo for CPU tensors. If the device is a GPU, it uses NCCL
     for CUDA tensors: flags and names are then exchanged without synchronising the GPU.
+
+    After an error on a GPU the group is not left: NCCL can wait for peers that are still in a
+    collective, and they are released only when this process ends.
 
     Args:
         device: "auto" (CUDA if available), "cpu", "cuda", or, for a world size of 1, "cuda:N".
         timeout_seconds: How long a collective waits for a peer before it raises.
         threads: CPU threads of torch in this process; 0 for the result of `cpu_threads`.
 
-    Returns:
+    Yields:
         The rank of this process.
 
     Raises:
         ValueError: The environment is incomplete or contradictory, or the device does not exist.
     """
     fields = _environment()
-    rank = Rank(**fields, device=_device(device, fields["local_rank"], fields["world"]))
+    rank = Rank(
+        **fields, device=_device(device, fields.get("local_rank", 0), fields.get("world", 1))
+    )
     torch.set_num_threads(threads or cpu_threads(rank.local_world))
-    if rank.device.type == "cuda":
+    on_gpu = rank.device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(rank.device)
         torch.backends.cudnn.benchmark = True  # shapes do not change within a run
     if rank.world > 1:
-        on_gpu = rank.device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             device_id=rank.device if on_gpu else None,
         )
-    return rank
+    completed = False
+    try:
+        yield rank
+        completed = True
+    finally:
+        if dist.is_initialized() and (completed or not on_gpu):
+            dist.destroy_process_group()
 
 
 def cpu_threads(local_world: int = 1) -> int:
@@ -93,7 +113,7 @@ def cpu_threads(local_world: int = 1) -> int:
     The allowed cores are divided evenly. They come from the affinity mask, which containers and job
     schedulers narrow, not from the number of cores present. OMP_NUM_THREADS overrides this, with
     one exception: torchrun sets it to 1 if it starts several processes and the user has not set it
-    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored; `init(threads=1)` is not.
+    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored; `threads=1` is not.
     """
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
@@ -101,31 +121,6 @@ def cpu_threads(local_world: int = 1) -> int:
         if not by_torchrun:
             return int(setting)
     return max(1, len(os.sched_getaffinity(0)) // local_world)
-
-
-@contextmanager
-def process_group(
-    device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
-) -> Iterator[Rank]:
-    """Run a block between `init` and `shutdown`. The arguments are those of `init`.
-
-    After an error on a GPU there is no shutdown: NCCL's can wait for peers that are still in a
-    collective, and they are released only when this process ends.
-    """
-    rank = init(device, timeout_seconds=timeout_seconds, threads=threads)
-    try:
-        yield rank
-    except BaseException:
-        if rank.device.type == "cpu":
-            shutdown()
-        raise
-    shutdown()
-
-
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
@@ -230,24 +225,20 @@ def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
 
 
 def _environment() -> dict[str, int]:
-    """Return the fields of `Rank` that torchrun sets, or those of a single process."""
-    names = ("rank", "local_rank", "world", "local_world")
-    found = [name for name in VARIABLES if name in os.environ]
+    """Return the fields of `Rank` that torchrun sets; none for a single process."""
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if not found:
-        return dict(zip(names, (0, 0, 1, 1), strict=True))
+        return {}
     if len(found) < len(VARIABLES):
-        lacking = ", ".join(name for name in VARIABLES if name not in os.environ)
+        lacking = ", ".join(name for name in VARIABLES if name not in found)
         raise ValueError(
             f"{', '.join(found)} set but not {lacking}: start with torchrun, which sets all four, "
             "or unset them to run as a single process"
         )
-    values = []
-    for name in VARIABLES:
-        text = os.environ[name]
+    for name, text in found.items():
         if not text.isdigit():
             raise ValueError(f"{name}={text!r} is not a whole number")
-        values.append(int(text))
-    return dict(zip(names, values, strict=True))
+    return {VARIABLES[name]: int(text) for name, text in found.items()}
 
 
 def _device(name: str, local_rank: int, world: int) -> torch.device:

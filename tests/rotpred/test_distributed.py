@@ -118,6 +118,11 @@ def test_threads_share_the_allowed_cores(alone: pytest.MonkeyPatch) -> None:
     assert distributed.cpu_threads(1) == 1, "torchrun sets it for several processes only"
 
 
+def opened(device: str) -> Rank:
+    with distributed.process_group(device) as rank:
+        return rank
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -133,15 +138,15 @@ def test_broken_environments_are_refused(
     for name, value in zip(distributed.VARIABLES, values.split(), strict=False):
         alone.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        distributed.init("cpu")
+        opened("cpu")
 
 
 def test_devices_are_checked(alone: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected auto, cpu, cuda"):
-        distributed.init("gpu")
+        opened("gpu")
     alone.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="no CUDA device"):
-        distributed.init("cuda")
+        opened("cuda")
     alone.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="torch sees 2"):
-        distributed.init("cuda:2")
+        opened("cuda:2")
