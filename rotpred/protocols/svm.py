@@ -44,6 +44,7 @@ def run(recipe: Svm, rank: Rank) -> Path:
         signs = np.where(labels > 0, np.int8(1), np.int8(-1))
         needed = recipe.folds
         check_counts(signs, class_names, "training data", positive=needed, negative=needed)
+        check_counts(test_labels, class_names, "test data", positive=1, negative=0)
         if run.start(-(-len(recipe.stages) * classes // rank.world)):
             done = itertools.count(1)
 
@@ -133,6 +134,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
         classes, most = labels.shape[1], max(shots)
         others = most * (classes - 1)
         check_counts(labels, class_names, "training data", positive=most, negative=others)
+        check_counts(test_labels, class_names, "test data", positive=1, negative=0)
         if run.start(-(-len(recipe.stages) * draws * len(shots) * classes // rank.world)):
             done = itertools.count(1)
 
@@ -176,8 +178,7 @@ def _prepare(
     Label files are read first, because extraction may take hours.
 
     Raises:
-        ValueError: There are more than `MAX_SAMPLES` training samples, labels do not fit, or a
-            class has no positive in the test data.
+        ValueError: There are more than `MAX_SAMPLES` training samples, or labels do not fit.
     """
     samples, data = selectable(run.train), (run.train, run.val)
     if samples > MAX_SAMPLES:
@@ -192,7 +193,6 @@ def _prepare(
     labels, test_labels = (
         labels_of(part, table, classes) for part, table in zip(parts, tables, strict=True)
     )
-    check_counts(test_labels, names, "test data", positive=1, negative=0)
     return parts, (labels, test_labels), names
 
 

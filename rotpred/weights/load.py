@@ -219,8 +219,11 @@ def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> Lo
 
 
 def _fill_backbone(backbone: Backbone, path: Path, found: StateDictFile) -> LoadReport:
-    parts = [(key.partition("."), tensor) for key, tensor in found.tensors.items()]
-    given = {key: tensor for (part, _, key), tensor in parts if part == "backbone"}
+    given = {
+        key.removeprefix("backbone."): tensor
+        for key, tensor in found.tensors.items()
+        if key.startswith("backbone.")
+    }
     return _fill(backbone, backbone.arch, path, found, given, found.head_keys + found.ignored)
 
 
