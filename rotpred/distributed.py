@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,21 +246,16 @@ def _device(name: str, local_rank: int, world: int) -> torch.device:
     """Return the device of this process for a device name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    if name == "cuda":
-        index = local_rank
-    else:
-        if world > 1:
-            raise ValueError(f"device {name!r} names one GPU for {world} processes: use cuda")
-        if not name[5:].isdigit():
-            raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
-        index = int(name[5:])
+    if name != "cuda" and world > 1:
+        raise ValueError(f"device {name!r} names one GPU for {world} processes: use cuda")
+    index = local_rank if name == "cuda" else int(name[5:])
     if index >= count:
         raise ValueError(
             f"this process needs GPU {index}, but torch sees {count}: start at most {count} "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -108,14 +108,6 @@ class Run(Generic[L]):
         )
         self._done = done
         return True
-
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[Self]:
-        """Mark a run that was started as finished after a block without error; close all."""
-        with self.loaders, self._log:
-            yield self
-            if self._done is not None and self.rank.main:
-                write_json(self.out / DONE, self._done())
 
     @property
     def total(self) -> int:
@@ -218,8 +210,6 @@ class Run(Generic[L]):
                 self.log.figure(name, figure)
             return found.score
 
-        if state.step > 0 or not self.rank.main:
-            first = None
         for batch in steps(
             state,
             self.train,
@@ -228,9 +218,8 @@ class Run(Generic[L]):
             evaluate=None if evaluate is None else validate,
             eval_every_epochs=eval_every_epochs,
         ):
-            if first is not None:
+            if first is not None and state.step == 0 and self.rank.main:
                 first(batch)
-                first = None
             state.train_step(objective, batch)
         if evaluate is not None and (last is None or last[0] != state.step):
             validate(0)  # max_steps ended the run within an epoch
@@ -256,8 +245,11 @@ def open_folder(recipe: Recipe, rank: Rank, *, out: str = "") -> Iterator[Run[An
     """
     path = Path(out or recipe.run.out or f"runs/{recipe.name}")
     with lock(path, recipe.name) if rank.main else contextlib.nullcontext():
-        with Run[Any](recipe, rank, path).closing() as run:
+        run = Run[Any](recipe, rank, path)
+        with run.loaders, run._log:
             yield run
+            if run._done is not None and rank.main:
+                write_json(path / DONE, run._done())
 
 
 @contextlib.contextmanager

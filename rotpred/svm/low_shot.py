@@ -134,16 +134,8 @@ def aggregate(scores: Float64, costs: Sequence[float]) -> list[ShotResult]:
     """
     means = scores.mean(axis=2)
     results = []
-    for k in range(scores.shape[1]):
-        best = int(means[:, k].mean(axis=0).argmax())
+    for k, best in enumerate(means.mean(axis=0).argmax(axis=1)):
         draws = means[:, k, best]
-        results.append(
-            ShotResult(
-                float(draws.mean()),
-                float(draws.std()),
-                float(draws.min()),
-                float(draws.max()),
-                float(costs[best]),
-            )
-        )
+        numbers = (draws.mean(), draws.std(), draws.min(), draws.max(), costs[best])
+        results.append(ShotResult(*map(float, numbers)))
     return results
