@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -22,6 +22,9 @@ from rotpred.records.folder import environment
 
 Row = dict[str, Any]
 A = TypeVar("A")
+
+NO_TARGET: Row = {"target": None, "met": None}
+"""The fields of `against` for a row that is for information only."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,13 @@ def ratio_row(
         unit="x",
         device=device,
         digits=3,
-        target=target,
-        met=None if target is None else median(values) >= target,
+        **(NO_TARGET if target is None else against(median(values), target, "higher")),
     )
+
+
+def against(value: float, target: float, better: Literal["higher", "lower"]) -> Row:
+    """Return the fields of a row that has a target: `target`, and whether `value` has `met` it."""
+    return {"target": target, "met": value >= target if better == "higher" else value <= target}
 
 
 @functools.cache
