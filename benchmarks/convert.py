@@ -19,16 +19,7 @@ import torch
 
 from data.photographs import PHOTOGRAPHS, photographs
 from harness.plots import bars
-from harness.results import (
-    Row,
-    TimingOptions,
-    against,
-    image_row,
-    publish,
-    ratio_row,
-    row,
-    run_program,
-)
+from harness.results import Row, TimingOptions, image_row, publish, ratio_row, row, run_program
 from harness.runner import run_alternating
 
 COLUMNS = ("cpu_seconds_per_1k_images", "megabytes", "bytes_added_percent", "target", "met")
@@ -133,7 +124,8 @@ def _added(markers: Row, device: torch.device) -> Row:
         device=device,
         digits=3,
         order="",
-        **against(added, MOST_ADDED_PERCENT, "lower"),
+        target=MOST_ADDED_PERCENT,
+        better="lower",
     )
 
 

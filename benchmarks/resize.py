@@ -22,16 +22,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from harness.plots import bars
-from harness.results import (
-    Row,
-    TimingOptions,
-    against,
-    image_row,
-    publish,
-    ratio_row,
-    row,
-    run_program,
-)
+from harness.results import Row, TimingOptions, image_row, publish, ratio_row, row, run_program
 from harness.timing import Window, abba, window
 from pipelines.engines.samples import open_samples, read_encoded
 from pipelines.imaging.decode import decode_rgb
@@ -120,7 +111,7 @@ def _difference(ours: Row, device: torch.device) -> Row:
     name, variant = "mean difference to Pillow's pixels", ours["variant"]
     return row(
         "resize", name, variant, [off], unit="levels", device=device, digits=4, order="",
-        **against(off, LARGEST_DIFFERENCE, "lower"),
+        target=LARGEST_DIFFERENCE, better="lower",
     )  # fmt: skip
 
 

@@ -22,16 +22,7 @@ from tqdm import tqdm
 
 from data.photographs import PHOTOGRAPHS, containers
 from harness.plots import bars
-from harness.results import (
-    RepeatOptions,
-    Row,
-    against,
-    image_row,
-    publish,
-    ratio_row,
-    row,
-    run_program,
-)
+from harness.results import RepeatOptions, Row, image_row, publish, ratio_row, row, run_program
 from harness.timing import Window, abba
 from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
@@ -169,7 +160,8 @@ def _rows(
         order="",
         crops=crops,
         differing_bytes=differing,
-        **against(differing, 0, "lower"),
+        target=0,
+        better="lower",
     )
     return [*rows, exact]
 

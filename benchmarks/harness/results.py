@@ -22,9 +22,7 @@ from rotpred.records.folder import environment
 
 Row = dict[str, Any]
 A = TypeVar("A")
-
-NO_TARGET: Row = {"target": None, "met": None}
-"""The fields of `against` for a row that is for information only."""
+Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ def row(
     device: torch.device,
     digits: int = 1,
     order: str = "ABBA",
+    target: float | None = None,
+    better: Better | None = None,
     **more: object,
 ) -> Row:
     """Return one result: median, min and max of the windows, and the machine and versions.
@@ -93,6 +93,8 @@ def row(
         device: Device that did the work.
         digits: Decimals of the rounded values.
         order: Order in which contestants alternated; empty if they did not.
+        target: For the median; None if there is none on this machine.
+        better: Which medians meet the target; None for a row without these two fields.
         more: Further fields.
     """
     return {
@@ -102,6 +104,7 @@ def row(
         "unit": unit,
         **spread(values, digits),
         "order": order,
+        **({} if better is None else against(median(values), target, better)),
         **more,
         **_machine(str(device)),
     }
@@ -176,12 +179,18 @@ def ratio_row(
         unit="x",
         device=device,
         digits=3,
-        **(NO_TARGET if target is None else against(median(values), target, "higher")),
+        target=target,
+        better="higher",
     )
 
 
-def against(value: float, target: float, better: Literal["higher", "lower"]) -> Row:
-    """Return the fields of a row that has a target: `target`, and whether `value` has `met` it."""
+def against(value: float, target: float | None, better: Better) -> Row:
+    """Return the fields of a row that has a target: `target`, and whether `value` has `met` it.
+
+    Both are None if there is no target on this machine.
+    """
+    if target is None:
+        return {"target": None, "met": None}
     return {"target": target, "met": value >= target if better == "higher" else value <= target}
 
 

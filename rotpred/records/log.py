@@ -254,8 +254,8 @@ class RunLog:
         with self._keeps_going():
             write_json(self.out / "results.json", self._results)
 
-    def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
-        """Write figures/NAME.png and add it to TensorBoard at `step` (default: the current one)."""
+    def figure(self, name: str, fig: Figure) -> None:
+        """Write figures/NAME.png, and add it to TensorBoard at the current step."""
         if not self._rank.main:
             return
         from PIL import Image
@@ -263,11 +263,10 @@ class RunLog:
         from rotpred.records.tensorboard import pixels
 
         image = pixels(fig)
-        at = self._step if step is None else step
         with self._keeps_going():
             with replaced(self.out / "figures" / f"{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-            self._scalars.image(name, image, step=at, resumed=self._resumed)
+            self._scalars.image(name, image, step=self._step, resumed=self._resumed)
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:
