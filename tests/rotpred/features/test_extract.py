@@ -11,6 +11,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,13 @@ from rotpred.features.base import AVGPOOL, Features
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
+from rotpred.protocols import knn, svm
 from rotpred.protocols.multilabel import labels_of, read_labels
+from rotpred.recipes.base import FeatureRun
+from rotpred.recipes.knn import Knn
+from rotpred.recipes.svm import LowShot, Svm
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 from tests.support import processes
-from tests.support.processes import torchrun
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -313,44 +317,36 @@ def test_work_is_shared_without_gaps() -> None:
         assert [unit for part in parts for unit in part] == list(range(5))
 
 
-PROGRAM = """
-import pathlib, sys, torch
-from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred import distributed
-from rotpred.recipes.base import FeatureRun
-from rotpred.recipes.knn import Knn
-from rotpred.recipes.svm import LowShot, Svm
-from rotpred.protocols import knn, svm
+def evaluate_features(folder: Path) -> int:
+    """One of one or two processes: SVMs, low-shot SVMs and neighbours on the same images."""
+    with distributed.process_group("cpu", timeout_seconds=60) as rank:
+        data = spec(folder / "data.beton")
 
-out = pathlib.Path(sys.argv[1])
-spec = LoaderSpec(
-    data=str(out / "data.beton"), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
-    shuffle=False, drop_last=False, workers=1, engine="folder",
-)
-with distributed.process_group("cpu", timeout_seconds=60) as rank:
-    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec,
-              "cache": str(out / f"cache{rank.world}")}
-    def place(name):
-        return FeatureRun(str(out / f"{name}{rank.world}"), "cpu")
-    costs = (1.0, 0.01)
-    svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
-    few = LowShot(
-        run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
-    )
-    svm.run_low_shot(few, rank)
-    knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
-"""
+        def place(name: str) -> FeatureRun:
+            return FeatureRun(str(folder / f"{name}{rank.world}"), "cpu")
+
+        common: dict[str, Any] = {
+            "weights": "random", "backbone": "resnet18_tiny", "train": data, "val": data,
+            "cache": str(folder / f"cache{rank.world}"),
+        }  # fmt: skip
+        costs = (1.0, 0.01)
+        svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
+        few = LowShot(
+            run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
+        )
+        svm.run_low_shot(few, rank)
+        knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
+    return 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
     """37 samples in batches of 2 x 8, so the last rank pads; arrays and results are equal."""
     (tmp_path / "data.beton").write_bytes(beton.read_bytes())
-    done = torchrun(tmp_path, PROGRAM, limit_seconds=200)
-    assert done.returncode == 0, done.stderr
-    alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
-    exec(compile(alone, "alone", "exec"), {})
+    console = tmp_path / "console"
+    for world in (1, 2):
+        status = processes.run(evaluate_features, tmp_path, console=console, world=world)
+        assert status == [0] * world, console.read_text()[-3000:]
     first, second = (sorted((tmp_path / f"cache{world}").rglob("*.npy")) for world in (1, 2))
     assert [p.name for p in first] == [p.name for p in second] and len(first) == 4
     for one, two in zip(first, second, strict=True):
