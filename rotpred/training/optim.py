@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
+
+from pipelines.checks import (
+    Checked,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    below,
+)
 
 DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
 
@@ -30,37 +38,29 @@ APEX_INSTALL = (
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(Checked):
     """Optimiser and hyperparameters. The defaults are mmselfsup's for RotNet with ResNet-50."""
 
-    lr: float = 0.2
+    lr: PositiveFloat = 0.2
     """Peak learning rate, for `reference_batch` source images per step."""
-    momentum: float = 0.9
+    momentum: Annotated[float, at_least(0), below(1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     decay_rule: DecayRule = "all"
     """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
     no_norm_no_bias (LARS)."""
     kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
     """sgd, lars, or apex_sgd: NVIDIA apex's FusedSGD, which must be installed."""
-    reference_batch: int | None = None
+    reference_batch: PositiveInt | None = None
     """Source images per global step that `lr` is for. The learning rate scales linearly with the
     batch (Goyal et al. 2017, section 2.1). None: no scaling."""
-    trust: float = 0.001
+    trust: PositiveFloat = 0.001
     """Trust coefficient of LARS (You et al. 2017, eta); unused by other optimisers."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.trust <= 0:
-            raise ValueError(
-                f"momentum must be in [0, 1), weight_decay not negative and trust positive, got "
-                f"{self.momentum}, {self.weight_decay}, {self.trust}"
-            )
+        super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum")
-        if self.reference_batch is not None and self.reference_batch < 1:
-            raise ValueError(f"reference_batch must be at least 1, got {self.reference_batch}")
         if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
             raise ValueError('lars needs decay_rule="no_norm_no_bias" and no nesterov')
 

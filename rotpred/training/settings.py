@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pipelines.checks import Checked, NonNegativeInt, PositiveFloat, PositiveInt, at_least
 from pipelines.spec import Precision
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Checked):
     """Run folder, length, device, precision and checkpoints of a run."""
 
     out: str = ""
     """Run folder; empty for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
-    epochs: int = 70
+    epochs: PositiveInt = 70
     """Passes over the training data. Learning-rate schedules span them or count them."""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """Stop after this many steps, with the schedule of the full run (smoke tests, benchmarks)."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
@@ -26,29 +28,16 @@ class RunSettings:
     cuda_graph: bool = False
     """Replay forward and backward as one CUDA graph per image size. Helps if the CPU launches
     kernels too slowly. Needs a GPU, and batch norm without SyncBN."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Gradient accumulation: steps per update of the weights."""
-    log_every_steps: int = 50
+    log_every_steps: PositiveInt = 50
     """Steps between log lines. Apart from SyncBN and detection, only then does the host wait for
     the device."""
-    save_every_steps: int = 1000
+    save_every_steps: PositiveInt = 1000
     """Steps between checkpoints. Another one is written at the end of each epoch."""
-    profile: int = 0
+    profile: NonNegativeInt = 0
     """Steps to profile, shortly after the start, into OUT/profile; 0 for none."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, at_least(2)] = 3
     """How many of the newest checkpoints to keep, at least 2, besides the best one."""
-    timeout: float = 1800.0
+    timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others before the job fails."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "log_every_steps", "save_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
-        if self.profile < 0:
-            raise ValueError(f"run.profile must not be negative, got {self.profile}")
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                f"run.keep_checkpoints must be at least 2, got {self.keep_checkpoints}"
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"run.max_steps must be at least 1, got {self.max_steps}")
