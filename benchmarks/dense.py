@@ -26,7 +26,7 @@ from pipelines.dense.loader import DenseLoader, open_dense
 from pipelines.dense.spec import DenseSpec, RatioCrop, ShortSide
 from rotpred.distributed import Rank
 from rotpred.models.backbone import build_backbone
-from rotpred.models.detection.rpn import Proposals
+from rotpred.models.detection.settings import Proposals
 from rotpred.models.memory_format import channels_last
 from rotpred.protocols.dense import Task
 from rotpred.protocols.detection import DetectionTask

@@ -34,8 +34,7 @@ from harness.training_step import (
 from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 

@@ -27,7 +27,8 @@ from sklearn.svm import LinearSVC
 
 from harness.results import RepeatOptions, Row, publish, row, run_program
 from rotpred.metrics.average_precision import average_precision
-from rotpred.svm.dual import COSTS, gram, normalize_rows
+from rotpred.recipes.svm import COSTS
+from rotpred.svm.dual import gram, normalize_rows
 from rotpred.svm.low_shot import draw_samples, scores_of_draw
 
 WEIGHT = 2.0

@@ -52,6 +52,7 @@ def below(limit: float) -> Must:
 
 
 NOT_EMPTY = Must("not be empty", bool)
+EVEN = Must("be even", lambda value: value % 2 == 0)
 DISTINCT = Must("not repeat a value", lambda values: len(set(values)) == len(values))
 ORDERED = Must("be in ascending order", lambda values: sorted(values) == list(values))
 
@@ -135,7 +136,7 @@ def check(name: str, value: object, hint: Any) -> Any:
 
 
 class MismatchError(ValueError):
-    """A value has the wrong type or is none of the choices. It may fit another member of a union."""
+    """A value has the wrong type or is none of the choices; another one of a union may take it."""
 
 
 _WORDS = {

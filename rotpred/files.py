@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class CheckpointError(ValueError):
@@ -109,6 +110,8 @@ def load_plain(path: Path, map_location: str | torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged or holds anything else.
     """
+    import torch
+
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     # Damaged bytes may raise any exception; all of them mean a damaged file.

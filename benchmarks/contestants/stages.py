@@ -32,8 +32,7 @@ from pipelines.engines.autotune import thread_budget
 from pipelines.engines.samples import Samples, open_samples, read_encoded
 from pipelines.imaging.torchvision_decode import crop, decode
 from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop, Shard
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 Read = Callable[[int], bytes]
 

@@ -16,12 +16,12 @@ import torch
 import tyro
 
 from harness.timing import Window
-from pipelines.imaging.decode import ImageError
 from rotpred.files import write_atomic
+from rotpred.program import exit_status
 from rotpred.records.folder import environment
 
 Row = dict[str, Any]
-A = TypeVar("A", bound="RepeatOptions")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -237,12 +237,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def run_program(main: Callable[[A], None], arguments: type[A], name: str) -> None:
-    """Parse the command line and run `main`. User errors print one line and exit with status 2."""
-    try:
-        main(tyro.cli(arguments))
-    except (ValueError, OSError, ImportError, ImageError) as problem:
-        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def run_program(main: Callable[[A], int | None], arguments: type[A], name: str) -> None:
+    """Parse the command line, run `main` and exit with the status of `exit_status`."""
+    sys.exit(exit_status(name, lambda: main(tyro.cli(arguments))))

@@ -19,9 +19,8 @@ from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 
 ON_GPU = torch.cuda.is_available()

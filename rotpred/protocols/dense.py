@@ -27,9 +27,8 @@ from rotpred.protocols.session import Job, open_run
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.loop import steps
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import SyncBn, check_sync_bn, convert_sync_bn
 from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.dense.spec import DenseSpec, ShortSide
-from rotpred.models.detection.rcnn import C4, FPN, BoxHead
-from rotpred.models.detection.rpn import Proposals
-from rotpred.training.optim import Optim
+from rotpred.models.detection.settings import C4, FPN, BoxHead, Proposals
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Literal
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred.recipes.base import PLAIN
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)

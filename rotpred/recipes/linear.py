@@ -17,9 +17,8 @@ from rotpred.features.base import Store
 from rotpred.recipes.base import PLAIN, cifar10_data
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.recipes.probe import Probe
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, Table, Triangle
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
+from rotpred.training.settings import Optim
 
 ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
 

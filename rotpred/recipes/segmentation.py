@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Poly, Schedule
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)

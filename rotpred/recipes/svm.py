@@ -8,7 +8,10 @@ from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.spec import LoaderSpec, Resize
 from rotpred.recipes.base import PLAIN, RESNET_STAGES, CachedFeatureRun, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
-from rotpred.svm.dual import COSTS
+
+COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
+"""Costs C of the published runs. Their order decides ties (mmselfsup, tools/benchmarks/
+classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipelines import __version__
 from rotpred.records.former_names import translate_row
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,8 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
 
     Imports no package to find its version.
     """
+    import torch
+
     versions: dict[str, str | None] = dict.fromkeys(("torch", "torchvision", "numpy", "ffcv"))
     versions["dali"] = None
     for package in distributions():

@@ -1,12 +1,22 @@
-"""Settings of a run that every recipe shares: length, device, precision, checkpoints."""
+"""Settings that recipes share: the run (length, device, precision, checkpoints), the optimiser."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pipelines.checks import Checked, NonNegativeInt, PositiveFloat, PositiveInt, at_least
+from pipelines.checks import (
+    Checked,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    below,
+)
 from pipelines.spec import Precision
+
+DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
 
 
 @dataclass(frozen=True)
@@ -41,3 +51,37 @@ class RunSettings(Checked):
     """How many of the newest checkpoints to keep, at least 2, besides the best one."""
     timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others before the job fails."""
+
+
+@dataclass(frozen=True)
+class Optim(Checked):
+    """Optimiser and hyperparameters. The defaults are mmselfsup's for RotNet with ResNet-50."""
+
+    lr: PositiveFloat = 0.2
+    """Peak learning rate, for `reference_batch` source images per step."""
+    momentum: Annotated[float, at_least(0), below(1)] = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 1e-4
+    decay_rule: DecayRule = "all"
+    """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
+    no_norm_no_bias (LARS)."""
+    kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
+    """sgd, lars, or apex_sgd: NVIDIA apex's FusedSGD, which must be installed."""
+    reference_batch: PositiveInt | None = None
+    """Source images per global step that `lr` is for. The learning rate scales linearly with the
+    batch (Goyal et al. 2017, section 2.1). None: no scaling."""
+    trust: PositiveFloat = 0.001
+    """Trust coefficient of LARS (You et al. 2017, eta); unused by other optimisers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum")
+        if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
+            raise ValueError('lars needs decay_rule="no_norm_no_bias" and no nesterov')
+
+    def lr_for(self, source_images: int) -> float:
+        """Return the learning rate for a global step of `source_images` images (not views)."""
+        if self.reference_batch is None:
+            return self.lr
+        return self.lr * source_images / self.reference_batch

@@ -21,10 +21,10 @@ from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
 from rotpred.records.former_names import translate_names
 from rotpred.training import checkpoint
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
-from rotpred.training.optim import Optim, build_optimizer, set_lr
+from rotpred.training.optim import build_optimizer, set_lr
 from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 logger = logging.getLogger(__name__)
 

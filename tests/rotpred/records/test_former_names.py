@@ -22,9 +22,8 @@ from rotpred.records.former_names import (
 )
 from rotpred.report.results import read_runs
 from rotpred.training.checkpoint import CheckpointError
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import OptimizedPart, TrainState
 
 KEPT = Path(__file__).parents[3] / "docs" / "results"

@@ -24,9 +24,8 @@ from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.cuda_graphs import WARM_UP, FlatGradients, Graphs
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from tests.support import processes
 

@@ -21,9 +21,8 @@ from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import read_rows
 from rotpred.training.data import check_data
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, LossFn, OptimizedPart, TrainState
 
 pytestmark = pytest.mark.timeout(200)
@@ -36,9 +35,8 @@ from torch.nn.functional import cross_entropy
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
 from rotpred.distributed import process_group
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import OptimizedPart, TrainState
 
 data, out = sys.argv[1:]

@@ -30,7 +30,8 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
 from rotpred.training.checkpoint import save
-from rotpred.weights.export import SUFFIXES, ExportedFile, Format, export_backbone, reader_settings
+from rotpred.weights.export import ExportedFile, export_backbone
+from rotpred.weights.formats import SUFFIXES, Format, reader_settings
 from rotpred.weights.load import load_backbone, save_backbone
 from tests.support.networks import equal, stir
 
