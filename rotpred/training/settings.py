@@ -18,6 +18,9 @@ from pipelines.spec import Precision
 
 DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
 
+SyncBn = Literal["off", "torch", "apex"]
+"""Batch norm statistics: of each process alone, or over all processes by torch or apex."""
+
 
 @dataclass(frozen=True)
 class RunSettings(Checked):
@@ -51,6 +54,11 @@ class RunSettings(Checked):
     """How many of the newest checkpoints to keep, at least 2, besides the best one."""
     timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others before the job fails."""
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Return the length of the run: all epochs, or `max_steps` if that is less."""
+        total = self.epochs * per_epoch
+        return total if self.max_steps is None else min(total, self.max_steps)
 
 
 @dataclass(frozen=True)
