@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import faulthandler
 import inspect
 import io
 import logging
@@ -190,6 +191,8 @@ def _run(recipe: AnyRecipe) -> int:
     from rotpred.distributed import process_group
     from rotpred.training.loop import STOP_STATUS, Stopped
 
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash inside a library shows where each thread was
     try:
         with process_group(recipe.run.device, timeout_seconds=recipe.run.timeout) as rank:
             configure_logging(rank=rank.rank)

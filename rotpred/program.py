@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import hashlib
 import json
 import os
@@ -62,7 +61,6 @@ def exit_status(name: str, main: Callable[[], int | None]) -> int:
         name: Printed before the text of an error.
         main: Returns the exit status; None for 0.
     """
-    faulthandler.enable()  # a crash in a library shows where each thread was
     try:
         return main() or 0
     except KeyboardInterrupt:

@@ -1,22 +1,25 @@
 """Figures of training runs, for the run folder and TensorBoard.
 
 Functions return plain `matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
-`RunLog.figure` renders and saves them.
+`RunLog.figure` renders and saves them. Each imports matplotlib when it draws: it takes half a
+second, which a run would spend before its first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipelines.batch import IGNORE
 from pipelines.spec import Normalize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROTATIONS = ("0°", "90°", "180°", "270°")
 """Class names of rotation prediction; angles are counter-clockwise."""
@@ -39,6 +42,8 @@ def views_grid(
         ValueError: The number of images is not a positive multiple of four, or targets differ in
             number.
     """
+    from matplotlib.figure import Figure
+
     rows = len(images)
     if rows == 0 or rows % 4 or len(targets) != rows:
         raise ValueError(f"expected 4*B images and targets, got {rows} and {len(targets)}")
@@ -75,6 +80,9 @@ def confusion(
     Raises:
         ValueError: The matrix is not (K, K).
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
     matrix = torch.as_tensor(counts).detach().cpu().double().numpy()
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"counts are {matrix.shape}, expected {(len(names), len(names))}")
@@ -117,6 +125,8 @@ def filters(weight: torch.Tensor) -> Figure:
     Raises:
         ValueError: The filters do not have three input channels.
     """
+    from matplotlib.figure import Figure
+
     if weight.ndim != 4 or weight.shape[1] != 3:
         raise ValueError(f"weight is {tuple(weight.shape)}, expected (O, 3, kh, kw)")
     count, _, height, width = weight.shape
@@ -156,6 +166,8 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
     Raises:
         ValueError: There is nothing to draw.
     """
+    from matplotlib.figure import Figure
+
     if not rows:
         raise ValueError("no rows to draw: the log is empty")
     panels = {
@@ -185,6 +197,8 @@ def curves(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 def _lines(ax: Axes, *, rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> None:
     """Draw one panel: a line per name against the step."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     for name, color in zip(names, (ACCENT, "#c8641e"), strict=False):
         points = [
             (row["step"], value if isinstance(value := row.get(name), int | float) else np.nan)

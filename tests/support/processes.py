@@ -23,7 +23,17 @@ from rotpred.records.log import RunLog
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Importable without the path of the tests, which Python 3.11 does not pass to the server.
-_CONTEXT.set_forkserver_preload(["rotpred.cli"])
+_PROTOCOLS = (
+    *("detection", "finetune", "knn", "linear"),
+    *("pretrain", "rotation", "segmentation", "svm"),
+)
+_CONTEXT.set_forkserver_preload(
+    [
+        *(f"rotpred.protocols.{name}" for name in _PROTOCOLS),
+        # What a run imports when it needs it.
+        *("rotpred.cli", "matplotlib.backends.backend_agg", "torch.utils.tensorboard.writer"),
+    ]
+)
 
 LIMIT_SECONDS = 100
 ROOT = Path(__file__).resolve().parents[2]
