@@ -135,7 +135,10 @@ class Shard(Checked):
 
 @dataclass(frozen=True)
 class LoaderSpec(Checked):
-    """All options of a loader. Equal specs emit equal samples and crops."""
+    """All options of a loader. Equal specs emit equal samples and crops.
+
+    Paths may be given as `os.PathLike`; the fields are strings.
+    """
 
     data: str = "synthetic"
     """A .beton file, a folder of images, a list file, or "synthetic" (random images). With `root`
