@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from pipelines.arrays import Int64
 from pipelines.batch import DTYPES, IGNORE, Batch, RawBatch
 from pipelines.beton.reader import Beton
+from pipelines.checks import check
 from pipelines.device.color_jitter import draw_jitter, jitter_views
 from pipelines.device.host_memory import BufferPool
 from pipelines.device.rotate import normalize_views, rotate4
@@ -151,8 +152,11 @@ def open_loader(
 
     Raises:
         FileNotFoundError: The data does not exist.
-        ValueError: The engine cannot read the data, is not installed, or ignores an option.
+        ValueError: An argument is no choice, or the engine cannot read the data, is not installed,
+            or ignores an option.
     """
+    check("spec", spec, LoaderSpec)
+    check("precision", precision, Precision)
     shard = shard if shard is not None else Shard()
     device = torch.device(device)
     # Check the options first: a beton opens at once, a folder of a million files does not.

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipelines.checks import check
 from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.imagenet import imagenet_subset, imagenet_val
 from pipelines.datasets.inaturalist import inaturalist
@@ -182,7 +183,7 @@ def from_digits(*, split: Split = "train") -> MemoryImages:
 
 
 def open_images(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
     labelled: bool = True,
@@ -207,9 +208,12 @@ def open_images(
 
     Raises:
         FileNotFoundError: The data does not exist.
-        ValueError: The data exists but is not a data set, or `root` is missing.
+        ValueError: The data exists but is not a data set, `root` is missing, or there is no such
+            split.
     """
     found: Images
+    source = os.fspath(source)
+    check("split", split, Split)
     kind, _, name = source.partition(":")
     if kind in _LAYOUTS and name:
         if root is None:

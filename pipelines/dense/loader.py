@@ -22,6 +22,7 @@ from torch.profiler import record_function
 
 from pipelines.arrays import Int64
 from pipelines.batch import DTYPES
+from pipelines.checks import check
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
 from pipelines.dense.batch import DenseBatch, Target
@@ -267,8 +268,11 @@ def open_dense(
 
     Raises:
         FileNotFoundError: A folder, list or file does not exist.
-        ValueError: The spec, a list or an annotation is invalid. Names file and line.
+        ValueError: An argument is no choice, or a list or an annotation is invalid: names file and
+            line.
     """
+    check("spec", spec, DenseSpec)
+    check("precision", precision, Precision)
     return DenseLoader(
         open_dense_samples(spec),
         spec,

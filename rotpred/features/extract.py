@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.checks import check
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
@@ -75,10 +76,12 @@ def extract(
         store: Dtype of the arrays.
 
     Raises:
-        ValueError: There is no such stage, or the folder cannot be written, is being written by
-            another job, or has no space for the arrays.
+        ValueError: There is no such stage, precision or store, or the folder cannot be written, is
+            being written by another job, or has no space for the arrays.
         RuntimeError: The ranks have different data.
     """
+    check("precision", precision, Precision)
+    check("store", store, Store)
     unknown = [name for name in names if name not in (*backbone.stage_names, AVGPOOL)]
     if unknown or not names:
         known = ", ".join((*backbone.stage_names, AVGPOOL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ class LoadReport(NamedTuple):
         return f"{self.layout}: {len(self.loaded)} tensors loaded, {', '.join(more)}"
 
 
-def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> str:
+def save_backbone(path: str | os.PathLike[str], backbone: Backbone, meta: Mapping[str, str]) -> str:
     """Write a backbone's weights as safetensors with its own (torchvision's) keys.
 
     Args:
@@ -79,7 +80,7 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
     """
     tensors = finite_tensors(backbone)
     data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
-    return write_whole(path, data)
+    return write_whole(Path(path), data)
 
 
 def finite_tensors(backbone: Backbone) -> Tensors:
@@ -108,7 +109,7 @@ def write_whole(path: Path, data: bytes) -> str:
     return digest
 
 
-def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
+def load_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> LoadReport:
     """Load a backbone from a file of any layout that `read_state_dict` knows.
 
     Raises:
@@ -116,10 +117,13 @@ def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
         CheckpointError: The file is damaged, unsafe or of another architecture, keys are missing or
             unknown, shapes differ, or values are not finite. The backbone is then unchanged.
     """
+    path = Path(path)
     return _fill_backbone(backbone, path, read_state_dict(path))
 
 
-def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadReport]:
+def read_backbone(
+    path: str | os.PathLike[str], arch: str | None = None
+) -> tuple[Backbone, LoadReport]:
     """Build the backbone that a file holds, and load it.
 
     Args:
@@ -130,6 +134,7 @@ def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadRe
         FileNotFoundError: There is no such file.
         CheckpointError: As for `load_backbone`, or the architecture is unknown.
     """
+    path = Path(path)
     found = read_state_dict(path)
     if arch is None and found.arch is None:
         raise CheckpointError(
