@@ -15,16 +15,16 @@ from torch.profiler import record_function
 
 from pipelines.arrays import Int64
 from pipelines.batch import DTYPES, IGNORE, Batch, RawBatch
-from pipelines.beton.reader import Beton
 from pipelines.device.color_jitter import draw_jitter, jitter_views
 from pipelines.device.host_memory import BufferPool
 from pipelines.device.rotate import normalize_views, rotate4
 from pipelines.device.transfer import Transfer
-from pipelines.engines.choice import choose_engine, open_engine
-from pipelines.engines.samples import RAW, fingerprint, open_samples
+from pipelines.engines.choice import open_engine
 from pipelines.engines.source import Source
+from pipelines.engines.synthetic import CLASSES
+from pipelines.samples import Samples
 from pipelines.sampling.random_bits import digest64
-from pipelines.spec import LoaderSpec, Precision, Shard, check_options
+from pipelines.spec import LoaderSpec, Precision, Shard
 
 
 class Loader:
@@ -34,23 +34,31 @@ class Loader:
         self,
         source: Source,
         spec: LoaderSpec,
+        samples: Samples | None = None,
         *,
         engine: str,
         device: torch.device,
         precision: Precision = "fp32",
-        classes: tuple[str, ...] = (),
-        data_id: str = "",
-        label_range: tuple[int, int] = (-1, -1),
-        total: int = 0,
     ) -> None:
+        """
+        Args:
+            source: The engine.
+            spec: Options.
+            samples: The data set that the engine reads. None: synthetic.
+            engine: Name of the engine.
+            device: Device of the batches.
+            precision: Type of the emitted images.
+        """
         self.spec, self.engine, self.device = spec, engine, device
-        self.classes = classes
+        self.classes = () if samples is None else samples.classes
         """Class names; empty if the data set has none."""
-        self.data_id = data_id
-        """Short hash that identifies the data set."""
-        self.label_range = label_range
+        self.data_id = "" if samples is None else samples.fingerprint
+        """Short hash that identifies the data set; empty for synthetic images."""
+        self.label_range = (0, CLASSES - 1)
         """Smallest and largest label of the data set; -1 means no label."""
-        self.total = total
+        if samples is not None:
+            self.label_range = int(samples.labels.min()), int(samples.labels.max())
+        self.total = spec.samples if samples is None else len(samples.labels)
         """Samples of the data set, before `max_samples` and `samples_per_class`."""
         self.wait_seconds = 0.0
         """Seconds spent waiting for decoded crops, summed over all epochs."""
@@ -153,38 +161,6 @@ def open_loader(
         FileNotFoundError: The data does not exist.
         ValueError: The engine cannot read the data, is not installed, or ignores an option.
     """
-    shard = shard if shard is not None else Shard()
     device = torch.device(device)
-    # Check the options first: a beton opens at once, a folder of a million files does not.
-    samples = None
-    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
-        samples = open_samples(spec.data, spec.root)
-    raw = isinstance(samples, Beton) and bool((samples.modes == RAW).any())
-    engine = choose_engine(spec, raw=raw)
-    check_options(spec, engine, on_gpu=device.type == "cuda")
-    if engine == "synthetic":
-        from pipelines.engines.synthetic import CLASSES, SyntheticSource
-
-        source: Source = SyntheticSource(spec, shard=shard, device=device)
-        return Loader(
-            source,
-            spec,
-            engine=engine,
-            device=device,
-            precision=precision,
-            label_range=(0, CLASSES - 1),
-            total=spec.samples,
-        )
-    samples = samples or open_samples(spec.data, spec.root)
-    source = open_engine(engine, samples, spec, shard, device)
-    return Loader(
-        source,
-        spec,
-        engine=engine,
-        device=device,
-        precision=precision,
-        classes=samples.classes,
-        data_id=fingerprint(samples),
-        label_range=(int(samples.labels.min()), int(samples.labels.max())),
-        total=len(samples.labels),
-    )
+    engine, source, samples = open_engine(spec, shard, device)
+    return Loader(source, spec, samples, engine=engine, device=device, precision=precision)

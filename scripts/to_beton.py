@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.beton.reader import verify
-from pipelines.datasets.images import Images, open_images
+from pipelines.datasets.images import open_images
 from pipelines.datasets.voc_classification import voc2007
+from pipelines.samples import Samples
 from rotpred.files import replaced
 from rotpred.program import drive, leave_if_terminated
 
@@ -110,7 +111,7 @@ def main(args: Arguments) -> str:
     )
 
 
-def open_input(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | None]:
+def open_input(args: Arguments, stack: contextlib.ExitStack) -> tuple[Samples, int | None]:
     """Open the images; return them and the number that may be left out (None: the default).
 
     VOC2007 has several labels per image. They are written to NAME.labels.npy beside NAME.beton when

@@ -18,12 +18,11 @@ from PIL import features
 
 from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
 from pipelines.beton.reader import BetonError
-from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
-from pipelines.datasets.images import Images
 from pipelines.durable import exclusive_lock, stage_text, sync_folder, write_text
+from pipelines.samples import Samples
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and the total."""
@@ -40,7 +39,7 @@ class ConversionError(ValueError):
 
 
 def write_beton(
-    source: Images,
+    source: Samples,
     output: str | os.PathLike[str],
     *,
     max_side: int | None = None,
@@ -106,7 +105,7 @@ def write_beton(
     try:
         with exclusive_lock(target):
             return run.convert()
-    except (BetonError, SegmentsError, WorkerError) as error:
+    except (BetonError, WorkerError) as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{target}: {error.strerror or error}") from error
@@ -117,7 +116,7 @@ class _Conversion:
 
     def __init__(
         self,
-        source: Images,
+        source: Samples,
         target: Path,
         options: Options,
         workers: int,

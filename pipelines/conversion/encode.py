@@ -96,7 +96,7 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     markers it keeps its bytes, too, except those after its end.
 
     Args:
-        image: Bytes of a file, or upright pixels, uint8 (H, W, 3).
+        image: Bytes of a file, also as uint8 (bytes,), or upright pixels, uint8 (H, W, 3).
         options: How to store it.
 
     Returns:
@@ -106,7 +106,9 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
         ImageError: It is not a usable image.
     """
     if not isinstance(image, bytes):
-        return _encode(image, "array", options)
+        if image.ndim == 3:
+            return _encode(image, "array", options)
+        image = image.tobytes()
     if image[:2] != b"\xff\xd8":
         return _encode(decode_rgb(image), "format", options)
     try:

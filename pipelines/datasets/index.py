@@ -6,15 +6,17 @@ path; a list of `Path` objects would take ten times as much.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Int64
 from pipelines.datasets.files import IndexFormatError, read_file
 from pipelines.datasets.listing import (
     describe_extensions,
@@ -25,27 +27,47 @@ from pipelines.datasets.listing import (
     walk_classes,
     walk_images,
 )
+from pipelines.imaging.decode import ImageError, describe_error
+
+FINGERPRINT_FILES = 1024
+"""Number of files whose size `fingerprint` reads: few enough for a network file system."""
 
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Image files below one folder, in a fixed order, with labels."""
+    """Image files below one folder, in order, with labels: a `pipelines.samples.Samples`."""
 
     root: Path
     """Folder that all paths are relative to."""
     blob: bytes
     """All relative paths, concatenated, in the file system's encoding."""
-    offsets: npt.NDArray[np.int64]
+    offsets: Int64
     """int64 (N + 1,): path i is `blob[offsets[i]:offsets[i + 1]]`."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     """int64 (N,): class ids; -1 where there are no labels."""
     classes: tuple[str, ...]
     """Class names by id; empty where there are no labels."""
+    beton: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of paths, labels, and sizes of up to `FINGERPRINT_FILES` evenly spaced files.
+
+        So it detects that all files were replaced under the same names. It may miss a few replaced
+        files among many, and misses a replacement of equal size. Modification times are not
+        included: a copy on another machine has the same fingerprint.
+        """
+        digest = hashlib.sha256(self.blob)
+        digest.update(self.labels.tobytes())
+        count = min(len(self), FINGERPRINT_FILES)
+        sizes = [self.size(k * len(self) // count) for k in range(count)]
+        digest.update(np.array(sizes, "<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def name(self, i: int) -> str:
         """Return the path of sample `i` relative to the root.
@@ -61,14 +83,21 @@ class SampleIndex:
         """Return the path of sample `i`."""
         return self.root / self.name(i)
 
+    def location(self, i: int) -> str:
+        """Return the path of sample `i` as text."""
+        return str(self.path(i))
+
     def read(self, i: int) -> bytes:
         """Read the file of sample `i`.
 
         Raises:
-            OSError: It is missing, not a regular file, too long, or a link that leads outside the
-                root.
+            ImageError: It cannot be read, is not a regular file, too long, or a link that leads
+                outside the root.
         """
-        return read_file(self.path(i), root=self.root)
+        try:
+            return read_file(self.path(i), root=self.root)
+        except OSError as error:
+            raise ImageError(describe_error(error)) from error
 
     def size(self, i: int) -> int:
         """Return the file size of sample `i` in bytes; 0 if it cannot be read."""
@@ -77,7 +106,10 @@ class SampleIndex:
         except OSError:
             return 0  # `read` reports the error; this is only an estimate.
 
-    def subset(self, indices: npt.NDArray[np.int64]) -> SampleIndex:
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+    def subset(self, indices: Int64) -> SampleIndex:
         """Select samples; class ids stay as they are.
 
         Args:
@@ -219,7 +251,7 @@ class SampleIndex:
         return cls(Path(root), blob, offsets, np.array(labels, np.int64), tuple(classes))
 
 
-def _pack(names: Iterable[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
+def _pack(names: Iterable[bytes]) -> tuple[bytes, Int64]:
     """Concatenate names and return their offsets, without keeping a list of names."""
     blob, offsets = bytearray(), array("q", (0,))
     for name in names:

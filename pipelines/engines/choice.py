@@ -1,17 +1,17 @@
-"""Choice of the engine for a data set, and opening it."""
+"""Choice of the engine for a data set, and opening both."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+from typing import NamedTuple
 
 import torch
 
-from pipelines.beton.reader import Beton
 from pipelines.engines.autotune import autotune, thread_budget
-from pipelines.engines.samples import Samples
 from pipelines.engines.source import Source
-from pipelines.spec import Engine, LoaderSpec, Shard
+from pipelines.samples import Samples, open_samples
+from pipelines.spec import Engine, LoaderSpec, Shard, check_options
 
 log = logging.getLogger(__name__)
 
@@ -98,23 +98,45 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     raise ValueError(f"no engine can read {spec.data}: " + "; ".join(notes))
 
 
-def open_engine(
-    engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
-) -> Source:
-    """Open an engine that reads `samples`, and autotune its threads if `spec.workers` is 0.
+class OpenEngine(NamedTuple):
+    """A data set and the engine that reads it."""
+
+    engine: Engine
+    """Never `auto`."""
+    source: Source
+    """The engine. It closes the data set."""
+    samples: Samples | None
+    """The data set; None if it is synthetic."""
+
+
+def open_engine(spec: LoaderSpec, shard: Shard | None, device: torch.device) -> OpenEngine:
+    """Open a data set with the engine that suits it; autotune its threads if `spec.workers` is 0.
 
     Imports the engine's package, which may take seconds.
 
     Args:
-        engine: ffcv, dali or folder. ffcv needs a beton.
-        samples: The data set. The engine closes it.
-        spec: Options.
-        shard: The part of each global batch to load.
+        spec: Data set, engine and options.
+        shard: The part of each global batch to load. None: all of it.
         device: Device of the batches.
 
     Raises:
-        ValueError: The engine cannot read this data, or does not support an option.
+        FileNotFoundError: The data does not exist.
+        ValueError: The engine cannot read the data, is not installed, or ignores an option.
     """
+    shard = shard or Shard()
+    # Check the options first: a beton opens at once, a folder of a million files does not.
+    samples = None
+    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
+        samples = open_samples(spec.data, spec.root)
+    beton = None if samples is None else samples.beton
+    engine = choose_engine(spec, raw=beton is not None and beton.raw)
+    check_options(spec, engine, on_gpu=device.type == "cuda")
+    if engine == "synthetic":
+        from pipelines.engines.synthetic import SyntheticSource
+
+        return OpenEngine(engine, SyntheticSource(spec, shard=shard, device=device), None)
+    if samples is None:
+        samples = open_samples(spec.data, spec.root)
     limit = thread_budget(spec, shard, device)
     workers = spec.workers or limit.threads
     source: Source
@@ -122,8 +144,8 @@ def open_engine(
         case "ffcv":
             from pipelines.engines.ffcv.source import FfcvSource
 
-            assert isinstance(samples, Beton)
-            source = FfcvSource(samples, spec, shard=shard, workers=workers)
+            assert beton is not None
+            source = FfcvSource(beton, spec, shard=shard, workers=workers)
         case "dali":
             from pipelines.engines.dali.source import DaliSource
 
@@ -139,4 +161,4 @@ def open_engine(
         except BaseException:
             source.close()
             raise
-    return source
+    return OpenEngine(engine, source, samples)

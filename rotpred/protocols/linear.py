@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipelines.batch import Batch
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.features.base import AVGPOOL
@@ -28,6 +29,7 @@ from rotpred.protocols.session import Job, open_job
 from rotpred.recipes.linear import Linear
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.training.data import check_data
+from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.loop import steps
 from rotpred.training.precision import autocast
 from rotpred.training.state import LossAndLogs, TrainState
@@ -60,7 +62,7 @@ Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 class _Setup:
     """An open job and its backbone."""
 
-    job: Job[Loader]
+    job: Job[Loader] | Job[FeatureLoader]
     backbone: Backbone
     sha: str
     """SHA-256 of the weights, "" for random ones."""
@@ -203,7 +205,7 @@ def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Sco
     return results.get(state.step)
 
 
-def evaluate(state: TrainState, read: Reader, val: Loader) -> Scores:
+def evaluate(state: TrainState, read: Reader, val: TrainingLoader[Batch]) -> Scores:
     """Return top-1, and top-5 if there are more than five classes, of every probe by name."""
     state.sync_buffers()
     heads = state.module

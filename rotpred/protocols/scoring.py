@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.loader import Loader
+from pipelines.batch import Batch
 from pipelines.spec import Precision
 from rotpred.distributed import Rank
 from rotpred.metrics.classification import Confusion, ConfusionResult, TopK
 from rotpred.records.log import RunLog
+from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.precision import autocast
 
 Scores = dict[str, dict[str, float]]
@@ -24,7 +25,7 @@ ROTATIONS = 4
 
 @torch.no_grad()
 def score(
-    val: Loader,
+    val: TrainingLoader[Batch],
     rank: Rank,
     names: Sequence[str],
     logits_of: Callable[[torch.Tensor], Sequence[torch.Tensor]],
@@ -75,7 +76,7 @@ def log_scores(
 @torch.no_grad()
 def score_rotations(
     net: nn.Module,
-    val: Loader,
+    val: TrainingLoader[Batch],
     rank: Rank,
     precision: Precision,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Shard
+from pipelines.spec import LoaderSpec
 from rotpred.distributed import Rank, check_equal
 from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.settings import RunSettings
@@ -11,8 +11,7 @@ from rotpred.training.settings import RunSettings
 
 def open_data(spec: LoaderSpec, rank: Rank, run: RunSettings) -> Loader:
     """Open this rank's shard of the data; batches have the dtype of the run's precision."""
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
+    return open_loader(spec, shard=rank.shard, device=rank.device, precision=run.precision)
 
 
 def check_data(loader: TrainingLoader[object], rank: Rank) -> None:

@@ -27,7 +27,6 @@ from pipelines.batch import RawBatch, Regions
 from pipelines.beton.reader import Beton
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import AHEAD, DecodedBatch, RingLoader, Step, StockEpochIterator
-from pipelines.engines.samples import close_samples, sample_name
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.jpeg.splice import MISMATCH_REASON
@@ -162,7 +161,7 @@ class FfcvSource:
         # A thread that is still alive is stuck: do not wait for it.
         if self._running is None or not self._running.is_alive():
             self._loader.close()
-        close_samples(self._beton)
+        self._beton.close()
 
     def _thread(self, epoch: int, start_step: int) -> DecodingThread:
         """Return a thread whose next batch is the requested one: the running one, or a new one."""
@@ -211,7 +210,7 @@ class FfcvSource:
                 raise ImageError(MISMATCH_REASON)
             image = decode(self._beton.payload(sample))
         except ImageError as error:
-            self.decode_errors.report(sample_name(self._beton, sample), str(error))
+            self.decode_errors.report(self._beton.location(sample), str(error))
             return False
         if isinstance(item.images, Regions):
             h, w = item.images.shapes[i].tolist()
