@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipelines.arrays import Int64
-from pipelines.datasets.files import IndexFormatError, read_file
+from pipelines.datasets.files import IndexFormatError, read_file, require_folder
 from pipelines.datasets.listing import (
     describe_extensions,
     is_image,
@@ -173,9 +173,7 @@ class SampleIndex:
             FileNotFoundError: `root` is not a folder.
             IndexFormatError: There are no images, a class has no images, or a link leads outside.
         """
-        base = Path(root)
-        if not base.is_dir():
-            raise FileNotFoundError(f"{str(base)!r} is not a folder")
+        base = require_folder(root)
         real = os.path.realpath(base)
         entries = [e for e in os.scandir(base) if not e.name.startswith(".")]
         folders = sorted(e.name for e in entries if e.is_dir())
@@ -213,15 +211,9 @@ class SampleIndex:
             IndexFormatError: A line is malformed. The message starts with file:line.
         """
         source = Path(file)
-        base = source.parent if root is None else Path(root)
-        if not source.is_file():
-            raise FileNotFoundError(f"list file {str(source)!r} does not exist")
-        if not base.is_dir():
-            raise FileNotFoundError(f"{str(base)!r} is not a folder")
+        base = require_folder(source.parent if root is None else root)
         labels = array("q")
         blob, offsets = _pack(parse_list(source, labels))
-        if not labels:
-            raise IndexFormatError(f"{str(source)!r} names no images")
         ids = np.frombuffer(labels, np.int64)
         classes = tuple(map(str, range(int(ids.max()) + 1)))
         index = cls(base, blob, offsets, ids, classes)

@@ -26,7 +26,7 @@ from pipelines.datasets.annotations import (
     ObjectSamples,
     pack,
 )
-from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.files import IndexFormatError, read_lines, require_folder
 from pipelines.datasets.listing import EXTENSIONS
 from pipelines.datasets.voc_annotation import Fields, XmlError, parse_object, read_xml
 from pipelines.datasets.voc_classification import VOC_CLASSES
@@ -159,17 +159,11 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
         if not folder or not name:
             raise ValueError(f"expected DIR/LIST+..., as in 2007/trainval, found {part!r}")
         base = root / (f"VOC{folder}" if _YEAR.fullmatch(folder) else folder)
-        source = base / "ImageSets" / task / f"{name}.txt"
-        if not source.is_file():
-            raise FileNotFoundError(f"{str(source)!r} does not exist")
         where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
-        for number, line in enumerate(source.read_text("utf-8", "replace").splitlines(), 1):
-            stem, location = line.strip(), f"{source}:{number}"
-            if not stem:
-                continue
+        for location, stem in read_lines(base / "ImageSets" / task / f"{name}.txt"):
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
                 raise IndexFormatError(
-                    f"{location}: expected an image's name, found {line[:200]!r}"
+                    f"{location}: expected an image's name, found {stem[:200]!r}"
                 )
             if stem in seen:
                 raise IndexFormatError(
@@ -177,8 +171,6 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
                 )
             seen[stem] = location
             found.append(ListedImage(location, base, stem, where))
-    if not found:
-        raise IndexFormatError(f"{parts}: the lists name no images")
     return found[:limit]
 
 
@@ -186,9 +178,7 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     """List the paths of images, by folder and stem."""
     found: dict[Path, dict[str, str]] = {}
     for base in {one.folder for one in listed}:
-        folder = base / "JPEGImages"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+        folder = require_folder(base / "JPEGImages")
         splits = (os.path.splitext(name) for name in sorted(os.listdir(folder)))
         found[base] = {
             stem: str(folder / (stem + ending))

@@ -145,7 +145,7 @@ def test_list_without_labels(tmp_path: Path) -> None:
         (b"a.jpg\nb.jpg 1\n", r"l\.txt:2: has a label"),
         (b"a.jpg 99999999999999999999\n", r"l\.txt:1: label"),
         (b"a.jpg 0\n\xff\xfe.jpg 1\n", r"l\.txt:2: not UTF-8"),
-        (b"\n\n", "names no images"),
+        (b"\n\n", r"l\.txt: is empty"),
     ],
 )
 def test_bad_lists_name_the_line(tmp_path: Path, text: bytes, words: str) -> None:
