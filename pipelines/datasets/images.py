@@ -176,7 +176,6 @@ def open_images(
     root: str | os.PathLike[str] | None = None,
     labelled: bool = True,
     split: Split = "train",
-    download: bool = True,
 ) -> SampleIndex | MemoryImages:
     """Open a folder, a list file, `torchvision:NAME`, `digits`, or one of these layouts:
 
@@ -192,10 +191,9 @@ def open_images(
             list). torchvision: the folder of its data (None: `data`).
         labelled: False drops the labels, and takes all images below a folder.
         split: For torchvision and digits only; a folder or list is one split.
-        download: Whether torchvision may download missing data.
 
     Raises:
-        FileNotFoundError: The data does not exist.
+        FileNotFoundError: The data does not exist, or torchvision cannot download it.
         ValueError: The data exists but is not a data set, or `root` is missing.
     """
     found: SampleIndex | MemoryImages
@@ -205,7 +203,7 @@ def open_images(
             raise ValueError(f"{source!r} needs a root: the folder of the images")
         found = _LAYOUTS[kind](name, root)
     elif source.startswith("torchvision:"):
-        found = from_torchvision(name, root=root or "data", split=split, download=download)
+        found = from_torchvision(name, root=root or "data", split=split, download=True)
     elif source == "digits":
         found = from_digits(split=split)
     elif Path(source).is_dir():

@@ -79,7 +79,7 @@ def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
     except ImageError:
         raise
     except _PILLOW_ERRORS as error:
-        raise ImageError(_describe_pillow_error(error)) from error
+        raise ImageError(describe_error(error)) from error
 
 
 def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
@@ -108,7 +108,7 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
     except (JpegError, ImageError) as error:
         return str(error)
     except _PILLOW_ERRORS as error:
-        return _describe_pillow_error(error)
+        return describe_error(error)
     return None
 
 
@@ -162,14 +162,6 @@ def _scale16(grey: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
     scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(scaled[:, :, None], 3, axis=2)
-
-
-def _describe_pillow_error(error: BaseException) -> str:
-    """Format a Pillow error as one line."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more pixels than the limit of {MAX_PIXELS}"
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
@@ -227,4 +219,6 @@ def describe_error(error: BaseException) -> str:
     """Format an error as one line, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than the limit of {MAX_PIXELS}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipelines.datasets.files import IndexFormatError
-from pipelines.datasets.images import from_digits, open_images
+from pipelines.datasets.images import from_digits, from_torchvision, open_images
 from pipelines.datasets.index import FINGERPRINT_FILES, SampleIndex
 from pipelines.imaging.decode import ImageError
 
@@ -243,4 +243,4 @@ def test_open_images_resolves_or_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected one of"):
         open_images("torchvision:os")
     with pytest.raises(FileNotFoundError, match="cannot be opened"):
-        open_images("torchvision:CIFAR10", root=tmp_path, download=False)
+        from_torchvision("CIFAR10", root=tmp_path)
