@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.arrays import Bool
+from pipelines.arrays import Bool, Int64
 from pipelines.beton.layout import RAW, BetonError, Checker, Layout, drop_pages, row_blocks
 
 if TYPE_CHECKING:  # Reading a beton needs no compiler.
@@ -61,7 +61,7 @@ def segments_path(beton: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(beton)}.segments")
 
 
-def counts(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+def counts(records: npt.NDArray[np.void]) -> Int64:
     """Return the number of entropy-coded segments of each sample, int64 (N,).
 
     Args:

@@ -7,9 +7,9 @@ from io import BytesIO
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from pipelines.arrays import Uint8
 from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
 from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
@@ -88,7 +88,7 @@ class PreparedImage(NamedTuple):
     """Bytes that restart markers added."""
 
 
-def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> PreparedImage:
+def prepare(image: bytes | Uint8, *, options: Options) -> PreparedImage:
     """Check one image and encode it for storage.
 
     A JPEG stream keeps all its coefficients, unless it is shrunk, rotated by Exif, not 8-bit grey
@@ -162,7 +162,7 @@ def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> 
     return "cleaned" if header.warning or (scan is not None and scan.spare) else None
 
 
-def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> PreparedImage:
+def _encode(pixels: Uint8, reason: str, options: Options) -> PreparedImage:
     height, width = pixels.shape[:2]
     target = options.target(height, width)
     image = Image.fromarray(pixels)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint8
 from pipelines.datasets.annotations import (
     AnnotatedImage,
     AnnotationErrors,
@@ -163,7 +163,7 @@ def index_objects(
     return CocoSamples(categories, list(annotated.values()), found)
 
 
-def rasterize(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
+def rasterize(outlines: Sequence[object], height: int, width: int) -> Uint8:
     """Convert outlines to masks. Polygons are rasterized by pycocotools.
 
     Args:
@@ -191,7 +191,7 @@ def rasterize(outlines: Sequence[object], height: int, width: int) -> npt.NDArra
     return masks
 
 
-def decode_run_lengths(counts: str | bytes) -> npt.NDArray[np.int64]:
+def decode_run_lengths(counts: str | bytes) -> Int64:
     """Decode COCO's compressed run lengths.
 
     A number is stored in groups of five bits, lowest first, one group per character, offset by 48.

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.arrays import Uint8
 from pipelines.jpeg.markers import MAX_PIXELS, JpegError, JpegHeader, read_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -53,7 +54,7 @@ class ImageError(ValueError):
     """The bytes are not a usable image; the message says why in one line."""
 
 
-def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_rgb(data: bytes) -> Uint8:
     """Decode one image: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
 
     Args:
@@ -158,7 +159,7 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _scale16(grey: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+def _scale16(grey: npt.NDArray[np.uint16]) -> Uint8:
     """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
     scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(scaled[:, :, None], 3, axis=2)
@@ -168,7 +169,7 @@ _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
 _ORIENTATION = 0x0112
 
 
-def read_label_png(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+def read_label_png(path: str | os.PathLike[str]) -> Uint8:
     """Read a PNG file of one 8-bit channel: palette indices or grey levels.
 
     Returns:
