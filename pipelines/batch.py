@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipelines.arrays import Bool, Int32, Int64
 from pipelines.spec import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -56,6 +57,18 @@ class RawBatch(NamedTuple):
     boxes: torch.Tensor
     """int32 (B, 5): crop boxes, as `pipelines.sampling.crops.crop_boxes` returns them. The part of
     a box outside the image is black."""
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: torch.Tensor | Regions,
+        labels: Int64,
+        indices: Int64,
+        valid: Bool,
+        boxes: Int32,
+    ) -> RawBatch:
+        """Return a batch that shares the memory of the arrays."""
+        return cls(images, *map(torch.from_numpy, (labels, indices, valid, boxes)))
 
 
 class Batch(NamedTuple):

@@ -65,7 +65,7 @@ class Loader:
         self.digest = 0
         """Sum of `digest64` over all batches so far, modulo 2**64. Valid samples only."""
         self.source = source
-        """The engine. `source.epoch(e)` yields `RawBatch`es: crops before transfer and rotation."""
+        """The engine: crops before transfer and rotation, and the count of undecodable samples."""
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
         self._buffers = BufferPool()
@@ -73,11 +73,6 @@ class Loader:
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
         return len(self.source)
-
-    @property
-    def undecodable(self) -> int:
-        """Number of undecodable samples masked so far."""
-        return self.source.decode_errors.total
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch.

@@ -124,7 +124,7 @@ def prepare(image: bytes | Uint8, *, options: Options) -> PreparedImage:
     if reason is not None:
         return _encode(decode_rgb(image), reason, options)
     if scan is None and options.check == "scan":
-        fault = inspect(image, header=header)
+        fault = inspect(image, header)
         if fault is not None:
             raise ImageError(fault)
     end = header.end if scan is None else scan.end

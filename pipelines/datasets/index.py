@@ -10,7 +10,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -108,22 +108,6 @@ class SampleIndex:
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
-
-    def subset(self, indices: Int64) -> SampleIndex:
-        """Select samples; class ids stay as they are.
-
-        Args:
-            indices: int64 (M,), in the order of the result.
-
-        Raises:
-            IndexError: An index is not in [0, N).
-        """
-        chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"an index of the subset is not in 0..{len(self) - 1}")
-        bounds = self.offsets
-        blob, offsets = _pack(self.blob[bounds[i] : bounds[i + 1]] for i in chosen)
-        return replace(self, blob=blob, offsets=offsets, labels=self.labels[chosen])
 
     def require_files(self, location_of: Callable[[int], str]) -> None:
         """Check that all files exist.
@@ -225,7 +209,7 @@ class SampleIndex:
         cls,
         root: str | os.PathLike[str],
         names: Iterable[str],
-        labels: Sequence[int],
+        labels: Sequence[int] | Int64,
         classes: Sequence[str],
     ) -> SampleIndex:
         """Index files with known paths and labels. Does not check that they exist.

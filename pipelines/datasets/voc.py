@@ -79,27 +79,19 @@ def index_boxes(
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
     found: list[Objects] = []
-    listed = _listed(parts, Path(root), "Main", limit)
-    files = _image_files(listed)
-
-    def read(one: ListedImage) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
-        return _size(files[one.folder].get(one.stem)), _annotation(one)
-
-    for one, (size, entries) in _in_threads(read, listed):
+    for one, image, entries in _readable(parts, root, "Main", errors, limit, _annotation):
         annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif isinstance(entries, XmlError):
+        if isinstance(entries, XmlError):
             errors.add(f"{annotation}:{entries.line}", str(entries))
-        else:
-            rows = []
-            for entry in entries:
-                try:
-                    rows.append(parse_object(entry, names, *size))
-                except XmlError as error:
-                    errors.add(f"{annotation}:{error.line}", str(error))
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
-            found.append(pack(rows))
+            continue
+        rows = []
+        for entry in entries:
+            try:
+                rows.append(parse_object(entry, names, image.height, image.width))
+            except XmlError as error:
+                errors.add(f"{annotation}:{error.line}", str(error))
+        images.append(image)
+        found.append(pack(rows))
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     return ObjectSamples(names, images, found)
@@ -132,16 +124,11 @@ def index_masks(
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
-    listed = _listed(parts, Path(root), "Segmentation", limit)
-    files = _image_files(listed)
-    for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
-        mask = one.folder / one.masks / f"{one.stem}.png"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif not mask.is_file():
+    for one, image, mask in _readable(parts, root, "Segmentation", errors, limit, _mask):
+        if not mask.is_file():
             errors.add(one.location, f"{mask}: a file that does not exist")
         else:
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
+            images.append(image)
             paths.append(str(mask))
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
@@ -188,12 +175,32 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _in_threads(
-    work: Callable[[ListedImage], T], listed: list[ListedImage]
-) -> Iterator[tuple[ListedImage, T]]:
-    """Yield each listed image with the result of `work`, in order."""
+def _readable(
+    parts: str,
+    root: str | os.PathLike[str],
+    task: str,
+    errors: AnnotationErrors,
+    limit: int | None,
+    read: Callable[[ListedImage], T],
+) -> Iterator[tuple[ListedImage, AnnotatedImage, T]]:
+    """Yield the listed images that can be read, each with the result of `read`."""
+    listed = _listed(parts, Path(root), task, limit)
+    files = _image_files(listed)
+
+    def work(one: ListedImage) -> tuple[tuple[int, int] | str, T]:
+        return _size(files[one.folder].get(one.stem)), read(one)
+
     with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
-        yield from zip(listed, pool.map(work, listed), strict=True)
+        for one, (size, found) in zip(listed, pool.map(work, listed), strict=True):
+            if isinstance(size, str):
+                errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            else:
+                yield one, AnnotatedImage(one.stem, files[one.folder][one.stem], *size), found
+
+
+def _mask(one: ListedImage) -> Path:
+    """Return the path of the mask of an image."""
+    return one.folder / one.masks / f"{one.stem}.png"
 
 
 def _size(path: str | None) -> tuple[int, int] | str:

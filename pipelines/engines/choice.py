@@ -114,14 +114,7 @@ def open_engine(spec: LoaderSpec, shard: Shard | None, device: torch.device) -> 
 
     Imports the engine's package, which may take seconds.
 
-    Args:
-        spec: Data set, engine and options.
-        shard: The part of each global batch to load. None: all of it.
-        device: Device of the batches.
-
-    Raises:
-        FileNotFoundError: The data does not exist.
-        ValueError: The engine cannot read the data, is not installed, or ignores an option.
+    Arguments and errors are those of `pipelines.loader.open_loader`.
     """
     shard = shard or Shard()
     # Check the options first: a beton opens at once, a folder of a million files does not.

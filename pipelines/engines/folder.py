@@ -153,13 +153,8 @@ class FolderSource:
             if ok[i]:
                 self.decode_errors.report(self._samples.location(int(work.indices[i])), reason)
             ok[i] = False
-        return RawBatch(
-            work.images,
-            torch.from_numpy(self._samples.labels[work.indices]),
-            torch.from_numpy(work.indices),
-            torch.from_numpy(ok),
-            torch.from_numpy(work.boxes),
-        )
+        labels = self._samples.labels[work.indices]
+        return RawBatch.from_arrays(work.images, labels, work.indices, ok, work.boxes)
 
     def _submit(
         self, epoch: int, indices: Int64, valid: Bool, stop: threading.Event

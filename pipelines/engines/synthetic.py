@@ -32,8 +32,8 @@ class SyntheticSource:
         count = spec.batch_size * spec.crop.size**2 * 3
         pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
         self._pixels = pixels.to(device)
-        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
-        self._order = Order(spec.samples, spec, shard, self._labels.numpy())
+        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator).numpy()
+        self._order = Order(spec.samples, spec, shard, self._labels)
 
     def __len__(self) -> int:
         return self._order.steps
@@ -47,13 +47,7 @@ class SyntheticSource:
         sizes = np.full(spec.batch_size, spec.crop.size, np.int32)
         for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
             where = crop_boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
-            yield RawBatch(
-                images,
-                self._labels[torch.from_numpy(indices)],
-                torch.from_numpy(indices),
-                torch.from_numpy(valid),
-                torch.from_numpy(where),
-            )
+            yield RawBatch.from_arrays(images, self._labels[indices], indices, valid, where)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

@@ -83,7 +83,7 @@ def decode_rgb(data: bytes) -> Uint8:
         raise ImageError(describe_error(error)) from error
 
 
-def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
+def inspect(data: bytes, header: JpegHeader) -> str | None:
     """Check a JPEG: decode all of its coefficients, but only at an eighth of its size.
 
     This is a quarter cheaper than a full decode and finds the same truncations. Neither finds
@@ -92,13 +92,12 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
 
     Args:
         data: The JPEG stream.
-        header: Its header, if the caller has read it already.
+        header: Its header.
 
     Returns:
         The reason why the image is unusable, or None.
     """
     try:
-        header = header or read_header(data)
         check_size(header.width, header.height)
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
@@ -106,7 +105,7 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
             # Grey saves the work on chroma pixels, but chroma coefficients are still decoded.
             image.draft("L" if header.components == 3 else None, (1, 1))
             image.load()
-    except (JpegError, ImageError) as error:
+    except ImageError as error:
         return str(error)
     except _PILLOW_ERRORS as error:
         return describe_error(error)

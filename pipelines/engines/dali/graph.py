@@ -50,7 +50,7 @@ class Crops(NamedTuple):
 
     images: torch.Tensor
     """uint8 (B, S, S, 3), on the device. Borrowed until the next batch is requested."""
-    boxes: torch.Tensor
+    boxes: Int32
     """int32 (B, 5): crop boxes."""
     place: tuple[int, int]
     """Epoch and step."""
@@ -159,7 +159,7 @@ class Graph:
 def _crops(images: torch.Tensor, boxes: Int32, tag: Any) -> Crops:
     epoch, step = tag.as_array()[0].tolist()
     # A copy: the memory belongs to DALI.
-    return Crops(images, torch.from_numpy(boxes.copy()), (epoch, step))
+    return Crops(images, boxes.copy(), (epoch, step))
 
 
 def _resize(pixels: list[Uint8], flips: Bool, out: Uint8) -> None:

@@ -158,14 +158,10 @@ class DaliSource:
             images, where, _ = self._run(epoch, step)
             at = (epoch, step + 1) if step + 1 < self._order.steps else (epoch + 1, 0)
             self._next = at
-            row = step - start_step
-            yield RawBatch(
-                images,
-                torch.from_numpy(self._samples.labels[indices[row]]),
-                torch.from_numpy(indices[row].copy()),
-                torch.from_numpy(valid[row].copy()),
-                where,
-            )
+            # Copies: `_batches` keeps the arrays.
+            rows, keep = indices[step - start_step].copy(), valid[step - start_step].copy()
+            labels = self._samples.labels[rows]
+            yield RawBatch.from_arrays(images, labels, rows, keep, where)
 
     def close(self) -> None:
         """Release DALI's threads and memory pools, the feed's thread, and the data set."""

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.batch import RawBatch, Regions
 from pipelines.beton.reader import Beton
@@ -188,13 +187,8 @@ class FfcvSource:
         step, ok = item.step, item.step.valid.copy()
         for i in np.flatnonzero(ok & (item.status != kernels.OK)):
             ok[i] = self._decode_with_torchvision(item, int(i))
-        return RawBatch(
-            item.images,
-            torch.from_numpy(self._beton.labels[step.indices]),
-            torch.from_numpy(step.indices),
-            torch.from_numpy(ok),
-            torch.from_numpy(item.boxes),
-        )
+        labels = self._beton.labels[step.indices]
+        return RawBatch.from_arrays(item.images, labels, step.indices, ok, item.boxes)
 
     def _decode_with_torchvision(self, item: DecodedBatch, i: int) -> bool:
         """Decode a rejected sample with torchvision. Returns whether it could be decoded.
