@@ -85,8 +85,10 @@ class Loader:
             ImageError: More samples are undecodable than the spec allows.
             TimeoutError: The engine yielded no batch within the spec's timeout.
         """
-        source = self.source.epoch(epoch, start_step)
-        try:
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(contextlib.closing(self.source.epoch(epoch, start_step)))
+            # Before closing: the last copy may still read memory that closing frees.
+            stack.callback(self._transfer.wait)
             while True:
                 with record_function("device"):
                     self._transfer.wait()
@@ -103,12 +105,6 @@ class Loader:
                     batch = self._finish(self._transfer.copy(raw), epoch, raw.indices.numpy())
                 self._transfer.release()
                 yield batch
-        finally:
-            try:
-                self._transfer.wait()  # The last copy may still read memory that closing frees.
-            finally:
-                if isinstance(source, Generator):
-                    source.close()
 
     def close(self) -> None:
         """Release the threads, buffers and files of the engine."""

@@ -114,8 +114,7 @@ class Beton(Layout):
             BetonError: The file, its manifest or its side file is invalid, or is being written.
             FileNotFoundError: The file does not exist.
         """
-        file = Path(path)
-        return _open(file, _manifest(file))
+        return _open(Path(path))
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,9 @@ def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments
         raise BetonError(str(error)) from error
 
 
-def _open(path: Path, manifest: Manifest | None) -> Beton:
+def _open(path: Path) -> Beton:
     """Map, lock and check a file, also against its manifest and side file if they exist."""
+    manifest = _manifest(path)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:

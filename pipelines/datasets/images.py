@@ -143,13 +143,8 @@ def from_torchvision(
         raise FileNotFoundError(f"torchvision:{name} cannot be opened: {reason}") from error
     labels = np.asarray(getattr(data, "targets", getattr(data, "labels", None)), dtype=np.int64)
     classes = getattr(data, "classes", None) or map(str, range(int(labels.max()) + 1))
-
-    def get(i: int) -> Image.Image:
-        image: Image.Image = data[i][0]
-        return image
-
     about: dict[str, object] = {"data": f"torchvision:{name}", "split": split}
-    return MemoryImages(get, labels, tuple(classes), about)
+    return MemoryImages(lambda i: data[i][0], labels, tuple(classes), about)
 
 
 def from_digits(*, split: Split = "train") -> MemoryImages:

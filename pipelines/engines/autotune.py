@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -126,5 +125,4 @@ def _rate(source: Tunable, batch: int) -> float:
             seconds = time.perf_counter() - begin
         return images / seconds
     finally:
-        assert isinstance(batches, Generator)
         batches.close()

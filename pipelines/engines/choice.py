@@ -15,13 +15,12 @@ from pipelines.spec import Engine, LoaderSpec, Shard, check_options
 
 log = logging.getLogger(__name__)
 
-_MODULES = {
-    "ffcv": "pipelines.engines.ffcv.source",
-    "dali": "pipelines.engines.dali.source",
-    "folder": "pipelines.engines.folder",
+_ENGINES = {
+    "ffcv": ("pipelines.engines.ffcv.source", "ffcv"),
+    "dali": ("pipelines.engines.dali.source", "nvidia.dali"),
+    "folder": ("pipelines.engines.folder", "torchvision"),
 }
-ENGINE_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
-"""Third-party package of each engine."""
+"""Module and third-party package of each engine."""
 
 
 def missing_engines() -> dict[str, str]:
@@ -29,11 +28,8 @@ def missing_engines() -> dict[str, str]:
 
     Imports the packages of all engines.
     """
-    return {
-        engine: reason
-        for engine in ENGINE_PACKAGES
-        if (reason := missing_reason(engine)) is not None
-    }
+    reasons = {engine: missing_reason(engine) for engine in _ENGINES}
+    return {engine: reason for engine, reason in reasons.items() if reason is not None}
 
 
 def missing_reason(engine: str) -> str | None:
@@ -42,15 +38,16 @@ def missing_reason(engine: str) -> str | None:
     Imports the engine's package, which may take seconds.
 
     Args:
-        engine: A key of `ENGINE_PACKAGES`.
+        engine: ffcv, dali or folder.
     """
+    module, package = _ENGINES[engine]
     try:
         # Our module, not the bare package: it undoes the side effects of importing ffcv on torch.
-        importlib.import_module(_MODULES[engine])
+        importlib.import_module(module)
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
         # The last three are raised by packages built for another version of numpy or numba.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{ENGINE_PACKAGES[engine]} cannot be imported ({reason})"
+        return f"{package} cannot be imported ({reason})"
     return None
 
 

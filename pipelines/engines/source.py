@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol, runtime_checkable
 
 from pipelines.batch import RawBatch
@@ -19,7 +19,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """Yield the batches of an epoch, starting at a step: a pure function of both and the spec.
 
         Each batch is borrowed until the next one is requested. Closing the iterator early releases

@@ -7,7 +7,7 @@ probe has something to fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class SyntheticSource:
     def __len__(self) -> int:
         return self._order.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`."""
         spec, side = self._spec, self._spec.side(epoch)
         shape = (spec.batch_size, side, side, 3)

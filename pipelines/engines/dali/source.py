@@ -16,7 +16,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -148,7 +148,7 @@ class DaliSource:
     def __len__(self) -> int:
         return self._order.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`."""
         indices, valid = self._batches(epoch, start_step)
         if self._next != (epoch, start_step):
