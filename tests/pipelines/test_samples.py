@@ -107,7 +107,7 @@ def test_a_fingerprint_in_memory_covers_pixels_and_labels() -> None:
         replace(in_memory(), labels=LABELS + 1),
         replace(in_memory(), get=lambda _: PIXELS[0]),
     ]
-    found = {data.fingerprint for data in (one, in_memory(), *others)}
+    found = {data.fingerprint for data in (in_memory(), in_memory(), *others)}
     assert len(found) == 3
 
 
