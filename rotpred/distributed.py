@@ -53,6 +53,10 @@ class Rank:
         """The part of every global batch that this process loads."""
         return Shard(self.rank, self.world, self.local_world)
 
+    def part_of(self, count: int) -> slice:
+        """Return this rank's contiguous part of `count` units: neighbours share inputs."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
 
 def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0) -> Rank:
     """Read torchrun's environment, choose the device, join the process group.

@@ -30,8 +30,8 @@ from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
 from rotpred.training.data import open_data
+from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
-from rotpred.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ def open_extraction_loader(spec: LoaderSpec, rank: Rank, precision: Precision) -
             "features need every image once, unchanged: views plain, no flip, no shuffle, no color "
             "jitter and no drop_last"
         )
-    return open_data(spec, rank, RunSettings(precision=precision))
+    return open_data(spec, rank, precision)
 
 
 def extract(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     *,
     names: Sequence[str],
@@ -116,7 +116,7 @@ def extract(
 
 
 def _description(
-    backbone: Backbone, loader: Loader, precision: Precision, store: Store
+    backbone: Backbone, loader: LabelledLoader, precision: Precision, store: Store
 ) -> dict[str, object]:
     """Return everything that determines the features. The engine only affects rounding."""
     digest = hashlib.sha256()
@@ -147,7 +147,7 @@ def _description(
 
 def _missing(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     store: Store,
@@ -198,7 +198,7 @@ def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn
 @torch.inference_mode()
 def _compute(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     precision: Precision,

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec
+from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, check_equal
 from rotpred.training.loader_interface import TrainingLoader
-from rotpred.training.settings import RunSettings
+
+_VIEWS_REASONS = {
+    "rotate4": "rotation prediction needs all four rotations",
+    "plain": "classification needs unrotated images",
+}
 
 
-def open_data(spec: LoaderSpec, rank: Rank, run: RunSettings) -> Loader:
-    """Open this rank's shard of the data; batches have the dtype of the run's precision."""
-    return open_loader(spec, shard=rank.shard, device=rank.device, precision=run.precision)
+def open_data(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+    """Open this rank's shard of the data; batches have the dtype of the precision."""
+    return open_loader(spec, shard=rank.shard, device=rank.device, precision=precision)
+
+
+def check_views(views: Literal["rotate4", "plain"], *specs: LoaderSpec | None) -> None:
+    """Raise `ValueError` if one of the specs has other views."""
+    if any(spec is not None and spec.views != views for spec in specs):
+        raise ValueError(f"{_VIEWS_REASONS[views]}: views must be {views}")
 
 
 def check_data(loader: TrainingLoader[object], rank: Rank) -> None:
