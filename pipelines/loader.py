@@ -40,15 +40,7 @@ class Loader:
         device: torch.device,
         precision: Precision = "fp32",
     ) -> None:
-        """
-        Args:
-            source: The engine.
-            spec: Options.
-            samples: The data set that the engine reads. None: synthetic.
-            engine: Name of the engine.
-            device: Device of the batches.
-            precision: Type of the emitted images.
-        """
+        """Use `open_loader`. `samples` is the data set that `source` reads, None if synthetic."""
         self.spec, self.engine, self.device = spec, engine, device
         self.classes = () if samples is None else samples.classes
         """Class names; empty if the data set has none."""

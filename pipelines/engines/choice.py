@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import NamedTuple
 
 import torch
 
@@ -95,23 +94,17 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
     raise ValueError(f"no engine can read {spec.data}: " + "; ".join(notes))
 
 
-class OpenEngine(NamedTuple):
-    """A data set and the engine that reads it."""
-
-    engine: Engine
-    """Never `auto`."""
-    source: Source
-    """The engine. It closes the data set."""
-    samples: Samples | None
-    """The data set; None if it is synthetic."""
-
-
-def open_engine(spec: LoaderSpec, shard: Shard | None, device: torch.device) -> OpenEngine:
+def open_engine(
+    spec: LoaderSpec, shard: Shard | None, device: torch.device
+) -> tuple[Engine, Source, Samples | None]:
     """Open a data set with the engine that suits it; autotune its threads if `spec.workers` is 0.
 
     Imports the engine's package, which may take seconds.
 
     Arguments and errors are those of `pipelines.loader.open_loader`.
+
+    Returns:
+        Name of the engine; the engine, which closes the data set; the data set, None if synthetic.
     """
     shard = shard or Shard()
     # Check the options first: a beton opens at once, a folder of a million files does not.
@@ -124,7 +117,7 @@ def open_engine(spec: LoaderSpec, shard: Shard | None, device: torch.device) -> 
     if engine == "synthetic":
         from pipelines.engines.synthetic import SyntheticSource
 
-        return OpenEngine(engine, SyntheticSource(spec, shard=shard, device=device), None)
+        return engine, SyntheticSource(spec, shard=shard, device=device), None
     if samples is None:
         samples = open_samples(spec.data, spec.root)
     limit = thread_budget(spec, shard, device)
@@ -151,4 +144,4 @@ def open_engine(spec: LoaderSpec, shard: Shard | None, device: torch.device) -> 
         except BaseException:
             source.close()
             raise
-    return OpenEngine(engine, source, samples)
+    return engine, source, samples
