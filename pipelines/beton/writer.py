@@ -152,8 +152,7 @@ class BetonWriter:
             The open and verified temporary file, which the caller closes, and its SHA-256.
 
         Raises:
-            BetonError: The data read back differ from the data written.
-            SegmentsError: The same, for the side file.
+            BetonError: The data or the side file read back differ from those written.
             OSError: The disk is full or broken.
         """
         self._end_page()

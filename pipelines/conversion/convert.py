@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,11 @@ from PIL import features
 
 from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
 from pipelines.beton.reader import BetonError
-from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
-from pipelines.datasets.images import Images
 from pipelines.durable import exclusive_lock, stage_text, sync_folder, write_text
+from pipelines.samples import Samples
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and the total."""
@@ -40,7 +39,7 @@ class ConversionError(ValueError):
 
 
 def write_beton(
-    source: Images,
+    source: Samples,
     output: str | os.PathLike[str],
     *,
     max_side: int | None = None,
@@ -102,39 +101,32 @@ def write_beton(
         raise ConversionError(f"{str(target)!r} exists and is not a file")
     if target.exists() and not overwrite:
         raise ConversionError(f"{str(target)!r} exists; overwriting it was not requested")
+    budget = max(10, len(source) // 1000) if budget is None else budget
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
         with exclusive_lock(target):
             return run.convert()
-    except (BetonError, SegmentsError, WorkerError) as error:
+    except (BetonError, WorkerError) as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{target}: {error.strerror or error}") from error
 
 
+@dataclass
 class _Conversion:
     """State of one conversion."""
 
-    def __init__(
-        self,
-        source: Images,
-        target: Path,
-        options: Options,
-        workers: int,
-        budget: int | None,
-        progress: Progress | None,
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.options = options
-        self.workers = workers
-        self.budget = max(10, len(source) // 1000) if budget is None else budget
-        self.progress = progress
-        self.kinds: Counter[str] = Counter()
-        self.uncut: Counter[str] = Counter()
-        self.cut = 0
-        self.added = 0
-        self.rejected: list[RejectedFile] = []
+    source: Samples
+    target: Path
+    options: Options
+    workers: int
+    budget: int
+    progress: Progress | None
+    kinds: Counter[str] = field(default_factory=Counter)
+    uncut: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    added: int = 0
+    rejected: list[RejectedFile] = field(default_factory=list)
 
     def convert(self) -> Manifest:
         """Convert the data set.

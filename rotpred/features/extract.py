@@ -31,6 +31,7 @@ from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
 from rotpred.training.data import open_data
+from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def open_extraction_loader(spec: LoaderSpec, rank: Rank, precision: Precision) -
 
 def extract(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     *,
     names: Sequence[str],
@@ -118,7 +119,7 @@ def extract(
 
 
 def _description(
-    backbone: Backbone, loader: Loader, precision: Precision, store: Store
+    backbone: Backbone, loader: LabelledLoader, precision: Precision, store: Store
 ) -> dict[str, object]:
     """Return everything that determines the features. The engine only affects rounding."""
     digest = hashlib.sha256()
@@ -149,7 +150,7 @@ def _description(
 
 def _missing(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     store: Store,
@@ -200,7 +201,7 @@ def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn
 @torch.inference_mode()
 def _compute(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     precision: Precision,

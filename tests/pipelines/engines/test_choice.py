@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.batch import check_batch
 from pipelines.engines.choice import choose_engine
 from pipelines.loader import open_loader
 from pipelines.spec import (
     LoaderSpec,
     Resize,
 )
+from tests.support.batches import check_batch
 from tests.support.engines import MISSING, engines
 
 pytestmark = pytest.mark.timeout(120)
