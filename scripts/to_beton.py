@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipelines.beton.reader import verify
 from pipelines.datasets.images import Images, open_images
 from pipelines.datasets.voc_classification import voc2007
-from rotpred.files import replaced
+from pipelines.storage import replaced
 from rotpred.program import drive, leave_if_terminated
 
 

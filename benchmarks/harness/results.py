@@ -17,7 +17,7 @@ import tyro
 
 from harness.timing import Window
 from pipelines.imaging.decode import ImageError
-from rotpred.files import write_atomic
+from pipelines.storage import write_atomic
 from rotpred.records.folder import environment
 
 Row = dict[str, Any]

@@ -1,9 +1,11 @@
-"""Writer of beton files: pages go to a temporary file, which replaces the output at the end."""
+"""Writer of beton files: all files go to a temporary folder and replace the output at the end."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from pipelines.beton.layout import (
 )
 from pipelines.beton.reader import Beton, check_sums
 from pipelines.beton.segments import SegmentsWriter, segments_path
+from pipelines.storage import sync_folder, temporary_of, write_verified
 
 if TYPE_CHECKING:
     from pipelines.jpeg.restart_markers import RestartLayout
@@ -47,13 +50,13 @@ def page_for(size: int, *, least: int = MIN_PAGE) -> int:
 
 
 class BetonWriter:
-    """Writes samples to a temporary file next to the output.
+    """Writes samples to a file in a temporary folder next to the output.
 
-    Use as a context manager: the exit removes the temporary file unless `publish` was called.
+    Use as a context manager: the exit removes the folder.
     """
 
     def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
-        """Create the temporary file.
+        """Create the temporary folder and its files.
 
         Args:
             output: Path of the output.
@@ -63,12 +66,13 @@ class BetonWriter:
 
         Raises:
             ValueError: `page_size` is not a power of two in the allowed range.
-            OSError: The temporary file cannot be created.
+            OSError: They cannot be created.
         """
         if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
         self.output = output
-        self.temporary = Path(f"{output}.tmp.{os.getpid()}")
+        self._folder = temporary_of(output)
+        self.temporary = self._folder / output.name
         self.page_size = page_size
         self.count = 0
         self._rows = np.zeros(capacity, metadata_type(FIELDS))
@@ -77,15 +81,16 @@ class BetonWriter:
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
         self._next = -(-head // page_size) * page_size
         self._used = 0  # Bytes used in the page that starts at `_next`.
-        self._file = open(self.temporary, "xb", buffering=_BUFFER)
-        self._file.seek(self._next)
-        self._segments: SegmentsWriter | None = None
-        if segments:
-            try:
+        self._folder.mkdir()
+        try:
+            self._file = open(self.temporary, "xb", buffering=_BUFFER)
+            self._file.seek(self._next)
+            self._segments: SegmentsWriter | None = None
+            if segments:
                 self._segments = SegmentsWriter(segments_path(self.temporary), capacity=capacity)
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -104,8 +109,7 @@ class BetonWriter:
             if error is None:  # Otherwise a full disk has been reported already.
                 raise
         finally:
-            self.temporary.unlink(missing_ok=True)
-            segments_path(self.temporary).unlink(missing_ok=True)
+            shutil.rmtree(self._folder)
 
     def add(
         self,
@@ -195,16 +199,28 @@ class BetonWriter:
         """uint32 (count,): CRC-32 of each sample added."""
         return self._sums[: self.count]
 
-    def publish(self) -> None:
+    def publish(self, texts: Mapping[str, str]) -> None:
         """Rename the finished files to the output, each atomically.
 
-        The side file is last: until then an old one remains, which names another beton.
+        The beton is first: until the others follow, old ones remain, which name another beton.
+
+        Args:
+            texts: Further files by suffix, such as the manifest. An empty text removes the file.
+
+        Raises:
+            OSError: The disk is full or broken.
         """
-        os.replace(self.temporary, self.output)
-        if self._segments is not None:
-            os.replace(segments_path(self.temporary), segments_path(self.output))
-        else:
-            segments_path(self.output).unlink(missing_ok=True)
+        for suffix, text in texts.items():
+            if text:
+                write_verified(Path(f"{self.temporary}{suffix}"), text.encode())
+        # All files are on disk before the first is renamed: nothing that can fail is left.
+        for suffix in ("", ".segments", *texts):
+            staged, place = Path(f"{self.temporary}{suffix}"), Path(f"{self.output}{suffix}")
+            if staged.exists():
+                os.replace(staged, place)
+            else:
+                place.unlink(missing_ok=True)
+        sync_folder(self.output.parent)
 
     def _end_page(self) -> None:
         """Fill the rest of the current page with zeros."""

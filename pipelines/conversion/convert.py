@@ -16,14 +16,14 @@ import numpy as np
 import PIL
 from PIL import features
 
-from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
+from pipelines.beton.manifest import Manifest, RestartCounts
 from pipelines.beton.reader import BetonError
 from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
 from pipelines.datasets.images import Images
-from pipelines.durable import exclusive_lock, stage_text, sync_folder, write_text
+from pipelines.storage import LockedError, locked, write_atomic
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and the total."""
@@ -104,9 +104,9 @@ def write_beton(
         raise ConversionError(f"{str(target)!r} exists; overwriting it was not requested")
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
-        with exclusive_lock(target):
+        with locked(target, hint="two conversions cannot write one file"):
             return run.convert()
-    except (BetonError, SegmentsError, WorkerError) as error:
+    except (BetonError, LockedError, SegmentsError, WorkerError) as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{target}: {error.strerror or error}") from error
@@ -195,16 +195,8 @@ class _Conversion:
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            # All files are on disk before the first is renamed: nothing that can fail is left.
-            staged = stage_text(manifest_path(self.target), manifest.dumps())
-            try:
-                writer.publish()
-                os.replace(staged, manifest_path(self.target))
-            finally:
-                staged.unlink(missing_ok=True)
-        self._report("quarantine")
-        Path(f"{self.target}.failed.jsonl").unlink(missing_ok=True)
-        sync_folder(self.target.parent)
+            texts = {".json": manifest.dumps(), ".quarantine.jsonl": self._list_rejected()}
+            writer.publish({**texts, ".failed.jsonl": ""})
         return manifest
 
     def _fill(self, writer: BetonWriter, chunk: int) -> None:
@@ -243,7 +235,7 @@ class _Conversion:
     def _reject(self, file: RejectedFile) -> None:
         self.rejected.append(file)
         if len(self.rejected) > self.budget:
-            self._report("failed")
+            write_atomic(Path(f"{self.target}.failed.jsonl"), self._list_rejected().encode())
             raise ConversionError(
                 f"stopped at {len(self.rejected)} unusable files, the budget is {self.budget} "
                 f"(listed in {self.target}.failed.jsonl){self._worst()}"
@@ -253,17 +245,12 @@ class _Conversion:
         named = [f"{file.name!r}: {file.reason}" for file in self.rejected[:_NAMED_BAD]]
         return "".join(f"; {line}" for line in named)
 
-    def _report(self, kind: str) -> None:
-        """Write the rejected files as JSON lines. If there are none, remove an old list."""
-        path = Path(f"{self.target}.{kind}.jsonl")
-        if not self.rejected:
-            path.unlink(missing_ok=True)
-            return
-        lines = (
-            json.dumps({"path": file.name, "reason": file.reason, "bytes": file.size})
+    def _list_rejected(self) -> str:
+        """Return the rejected files as JSON lines."""
+        return "".join(
+            json.dumps({"path": file.name, "reason": file.reason, "bytes": file.size}) + "\n"
             for file in self.rejected
         )
-        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _versions() -> dict[str, str]:

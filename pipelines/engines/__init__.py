@@ -2,6 +2,6 @@
 
 Public: `autotune` (`thread_budget`), `choice` (`choose_engine`, `missing_engines`, `open_engine`),
 `samples`, `source` (`DecodeErrorBudget`, `Source`) and `synthetic` (`CLASSES`, `SyntheticSource`).
-Imports: beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec and storage.
 No engine imports another.
 """

@@ -18,8 +18,8 @@ from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
 from pipelines.dense.spec import DenseSpec
 from pipelines.spec import Shard
+from pipelines.storage import write_json
 from rotpred.distributed import Rank
-from rotpred.files import write_json
 from rotpred.models.base import Backbone
 from rotpred.models.memory_format import channels_last
 from rotpred.plots.training import curves

@@ -14,14 +14,15 @@ import torch
 
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
+from pipelines.storage import write_json
 from rotpred.distributed import Rank, any_true
 from rotpred.features.base import Features, Store
 from rotpred.features.extract import extract, open_extraction_loader
-from rotpred.files import plain, write_json
 from rotpred.models.base import Backbone
 from rotpred.records.folder import DONE
 from rotpred.records.former_names import translate_names
 from rotpred.records.log import RunLog, lock
+from rotpred.records.recipe_json import plain
 from rotpred.weights.frozen_backbone import HasWeights, load_frozen_backbone
 
 logger = logging.getLogger(__name__)

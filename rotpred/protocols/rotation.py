@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from pipelines.storage import write_json
 from rotpred.distributed import Rank, check_equal
-from rotpred.files import write_json
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.plots.training import confusion

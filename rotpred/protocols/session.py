@@ -16,10 +16,11 @@ from torch import nn
 
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec
+from pipelines.storage import write_json
 from rotpred.distributed import Rank, any_true
-from rotpred.files import plain, write_json
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock
+from rotpred.records.recipe_json import plain
 from rotpred.training.data import check_data, open_data
 from rotpred.training.loader_interface import DataSpec, TrainingLoader
 from rotpred.training.settings import RunSettings

@@ -3,6 +3,6 @@
 Public: `checkpoint` (`load`, `sidecar_of`), `data` (`check_data`, `open_data`), `loader_interface`,
 `loop`, `optim` (`Optim`), `precision` (`autocast`), `schedule`, `settings` (`RunSettings`), `state`
 and `sync_bn`.
-Imports: `pipelines`, and of `rotpred` svm, program, records, metrics, models, distributed and
-files.
+Imports: `pipelines`, and of `rotpred` svm, program, records, metrics, models and
+distributed.
 """

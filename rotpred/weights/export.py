@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
-from rotpred.files import CheckpointError
 from rotpred.models.base import Backbone
+from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.load import finite_tensors, save_backbone, write_whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ def test_rebuilding_without_markers_removes_the_side_file(copy: Path) -> None:
 
 
 def test_stale_temporary_files_are_swept_and_failures_leave_none(tmp_path: Path) -> None:
-    stale = tmp_path / "out.beton.tmp.123.segments"
-    stale.write_bytes(b"x")
+    stale = tmp_path / ".out.beton.123.tmp"
+    stale.mkdir()
+    (stale / "out.beton.segments").write_bytes(b"x")
     bad = MemoryImages(lambda _: IMAGES[0][:-9], np.zeros(3, np.int64), ("c",))
     with pytest.raises(ConversionError, match="budget"):
         write_beton(bad, tmp_path / "out.beton", workers=1, budget=1)
@@ -126,7 +128,7 @@ def test_a_run_that_dies_between_its_renames_is_noticed(
     """The old side file and the old manifest are refused for the new beton."""
     other = MemoryImages(lambda _: IMAGES[0], np.zeros(6, np.int64), ("c",))
 
-    def publish(self: BetonWriter) -> None:
+    def publish(self: BetonWriter, _texts: Mapping[str, str]) -> None:
         self.temporary.replace(self.output)
         raise OSError(5, "power is gone")
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
-from rotpred.files import write_json
+from pipelines.storage import write_json
 from rotpred.records.log import RunLog
 from rotpred.report.recipe_changes import PROCESSES
 from tests.support.report_pages import Rows

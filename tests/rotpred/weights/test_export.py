@@ -29,7 +29,7 @@ from rotpred.files import CheckpointError, sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import save
+from rotpred.training.checkpoint import CheckpointFolder
 from rotpred.weights.export import SUFFIXES, ExportedFile, Format, export_backbone, reader_settings
 from rotpred.weights.load import load_backbone, save_backbone
 from tests.support.networks import equal, stir
@@ -266,7 +266,9 @@ def test_the_command_converts_a_checkpoint_and_says_what_it_wrote(
     tmp_path: Path, command: Command
 ) -> None:
     net = make_rotnet("resnet18")
-    source = save(tmp_path / "run", 7, {"model": net.state_dict(), "arch": "resnet18"})
+    source = CheckpointFolder(tmp_path / "run").save(
+        7, {"model": net.state_dict(), "arch": "resnet18"}
+    )
     output = tmp_path / "new" / "r18.pth"
     done = command(source, "--format", "torchvision", "--output", output)
     assert (done.status, done.err) == (0, "")
