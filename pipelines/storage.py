@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -101,6 +101,29 @@ def replaced(path: Path, *, size: int = 0) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_together(target: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary path; on exit, rename each file PATH + suffix to `target` + suffix.
+
+    The body writes and syncs them. They are renamed one by one, in the order of `suffixes`, after
+    all are complete; a file that was not written is removed from beside `target`. If the body
+    raises, its files are removed, and `target` stays unchanged.
+    """
+    folder = temporary_of(target)
+    folder.mkdir()
+    try:
+        yield folder / target.name
+        for suffix in suffixes:
+            staged, place = folder / f"{target.name}{suffix}", Path(f"{target}{suffix}")
+            if staged.exists():
+                os.replace(staged, place)
+            else:
+                place.unlink(missing_ok=True)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder)
 
 
 class _HashingFile(io.FileIO):

@@ -1,11 +1,9 @@
-"""Writer of beton files: all files go to a temporary folder and replace the output at the end."""
+"""Writer of beton files, which reads back what it has written."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,7 +22,6 @@ from pipelines.beton.layout import (
 )
 from pipelines.beton.reader import Beton, check_sums
 from pipelines.beton.segments import SegmentsWriter, segments_path
-from pipelines.storage import sync_folder, temporary_of, write_verified
 
 if TYPE_CHECKING:
     from pipelines.jpeg.restart_markers import RestartLayout
@@ -50,16 +47,13 @@ def page_for(size: int, *, least: int = MIN_PAGE) -> int:
 
 
 class BetonWriter:
-    """Writes samples to a file in a temporary folder next to the output.
+    """Writes a beton, and its side file if wanted. A context manager that closes them."""
 
-    Use as a context manager: the exit removes the folder.
-    """
-
-    def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
-        """Create the temporary folder and its files.
+    def __init__(self, path: Path, *, capacity: int, page_size: int, segments: bool) -> None:
+        """Create the files.
 
         Args:
-            output: Path of the output.
+            path: Path of the beton, which must not exist.
             capacity: Largest number of samples.
             page_size: Bytes in a page.
             segments: Whether to write a side file, which tells where samples can be cut.
@@ -70,9 +64,7 @@ class BetonWriter:
         """
         if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
-        self.output = output
-        self._folder = temporary_of(output)
-        self.temporary = self._folder / output.name
+        self.path = path
         self.page_size = page_size
         self.count = 0
         self._rows = np.zeros(capacity, metadata_type(FIELDS))
@@ -81,16 +73,11 @@ class BetonWriter:
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
         self._next = -(-head // page_size) * page_size
         self._used = 0  # Bytes used in the page that starts at `_next`.
-        self._folder.mkdir()
-        try:
-            self._file = open(self.temporary, "xb", buffering=_BUFFER)
-            self._file.seek(self._next)
-            self._segments: SegmentsWriter | None = None
-            if segments:
-                self._segments = SegmentsWriter(segments_path(self.temporary), capacity=capacity)
-        except BaseException:
-            shutil.rmtree(self._folder)
-            raise
+        self._segments: SegmentsWriter | None = None
+        if segments:
+            self._segments = SegmentsWriter(segments_path(path), capacity=capacity)
+        self._file = open(path, "xb", buffering=_BUFFER)
+        self._file.seek(self._next)
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -108,8 +95,6 @@ class BetonWriter:
         except OSError:
             if error is None:  # Otherwise a full disk has been reported already.
                 raise
-        finally:
-            shutil.rmtree(self._folder)
 
     def add(
         self,
@@ -153,7 +138,7 @@ class BetonWriter:
         """Write the tables, sync to disk, read everything back and compare.
 
         Returns:
-            The open and verified temporary file, which the caller closes, and its SHA-256.
+            The open and verified file, which the caller closes, and its SHA-256.
 
         Raises:
             BetonError: The data read back differ from the data written.
@@ -179,11 +164,11 @@ class BetonWriter:
         if self._segments is not None:
             # Equal to `Beton.fingerprint`: opening compares the two.
             self._segments.finish(hashlib.sha256(head + allocation).hexdigest()[:16])
-        beton = Beton.open(self.temporary)
+        beton = Beton.open(self.path)
         try:
             check_sums(beton, self.sums)
             if not np.array_equal(beton.labels, self._rows["label"][: self.count]):
-                raise BetonError(f"{self.temporary}: labels read back differ from those written")
+                raise BetonError(f"{self.path}: labels read back differ from those written")
             if self._segments is not None and beton.segments is not None:
                 self._segments.check(beton.segments)
             digest = hashlib.sha256()
@@ -198,29 +183,6 @@ class BetonWriter:
     def sums(self) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
         """uint32 (count,): CRC-32 of each sample added."""
         return self._sums[: self.count]
-
-    def publish(self, texts: Mapping[str, str]) -> None:
-        """Rename the finished files to the output, each atomically.
-
-        The beton is first: until the others follow, old ones remain, which name another beton.
-
-        Args:
-            texts: Further files by suffix, such as the manifest. An empty text removes the file.
-
-        Raises:
-            OSError: The disk is full or broken.
-        """
-        for suffix, text in texts.items():
-            if text:
-                write_verified(Path(f"{self.temporary}{suffix}"), text.encode())
-        # All files are on disk before the first is renamed: nothing that can fail is left.
-        for suffix in ("", ".segments", *texts):
-            staged, place = Path(f"{self.temporary}{suffix}"), Path(f"{self.output}{suffix}")
-            if staged.exists():
-                os.replace(staged, place)
-            else:
-                place.unlink(missing_ok=True)
-        sync_folder(self.output.parent)
 
     def _end_page(self) -> None:
         """Fill the rest of the current page with zeros."""

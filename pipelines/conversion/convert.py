@@ -16,17 +16,26 @@ import numpy as np
 import PIL
 from PIL import features
 
-from pipelines.beton.manifest import Manifest, RestartCounts
+from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
 from pipelines.beton.reader import BetonError
 from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
 from pipelines.datasets.images import Images
-from pipelines.storage import LockedError, locked, write_atomic
+from pipelines.storage import (
+    LockedError,
+    locked,
+    replaced_together,
+    write_atomic,
+    write_verified,
+)
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and the total."""
+
+QUARANTINE, FAILED = ".quarantine.jsonl", ".failed.jsonl"
+"""Suffixes of the lists of files that were left out, and that stopped a conversion."""
 
 _PAGE = 1 << 23
 _SMALL_BYTES = 1 << 26
@@ -169,15 +178,16 @@ class _Conversion:
         self.uncut.clear()
         self.rejected.clear()
         self.cut = self.added = 0
-        with BetonWriter(
-            self.target,
-            capacity=len(self.source),
-            page_size=page,
-            segments=self.options.restart_markers,
-        ) as writer:
+        markers = self.options.restart_markers
+        count = len(self.source)
+        with (
+            # The beton is first: until the others follow, old ones remain, which name another.
+            replaced_together(self.target, ("", ".segments", ".json", QUARANTINE, FAILED)) as path,
+            BetonWriter(path, capacity=count, page_size=page, segments=markers) as writer,
+        ):
             self._fill(writer, chunk)
             if not writer.count:
-                raise ConversionError(f"no usable image among {len(self.source)}{self._worst()}")
+                raise ConversionError(f"no usable image among {count}{self._worst()}")
             beton, sha256 = writer.finish()
             with beton:
                 manifest = Manifest(
@@ -195,8 +205,9 @@ class _Conversion:
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            texts = {".json": manifest.dumps(), ".quarantine.jsonl": self._list_rejected()}
-            writer.publish({**texts, ".failed.jsonl": ""})
+            write_verified(manifest_path(path), manifest.dumps().encode())
+            if self.rejected:
+                write_verified(Path(f"{path}{QUARANTINE}"), self._list_rejected())
         return manifest
 
     def _fill(self, writer: BetonWriter, chunk: int) -> None:
@@ -235,22 +246,20 @@ class _Conversion:
     def _reject(self, file: RejectedFile) -> None:
         self.rejected.append(file)
         if len(self.rejected) > self.budget:
-            write_atomic(Path(f"{self.target}.failed.jsonl"), self._list_rejected().encode())
+            write_atomic(Path(f"{self.target}{FAILED}"), self._list_rejected())
             raise ConversionError(
                 f"stopped at {len(self.rejected)} unusable files, the budget is {self.budget} "
-                f"(listed in {self.target}.failed.jsonl){self._worst()}"
+                f"(listed in {self.target}{FAILED}){self._worst()}"
             )
 
     def _worst(self) -> str:
         named = [f"{file.name!r}: {file.reason}" for file in self.rejected[:_NAMED_BAD]]
         return "".join(f"; {line}" for line in named)
 
-    def _list_rejected(self) -> str:
+    def _list_rejected(self) -> bytes:
         """Return the rejected files as JSON lines."""
-        return "".join(
-            json.dumps({"path": file.name, "reason": file.reason, "bytes": file.size}) + "\n"
-            for file in self.rejected
-        )
+        rows = ({"path": f.name, "reason": f.reason, "bytes": f.size} for f in self.rejected)
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _versions() -> dict[str, str]:

@@ -39,7 +39,6 @@ class Checkpoint(NamedTuple):
     step: int
     state: dict[str, Any]
     path: Path
-    sha256: str
 
 
 class CheckpointFolder:
@@ -90,7 +89,7 @@ class CheckpointFolder:
                 digest = write_verified(temporary, lambda file: torch.save(state, file))
                 # The sidecar first: a checkpoint is never without one. If this step is written
                 # again, the sidecar holds the digest of the old file too, until it is replaced.
-                previous = _intact(path) if path.exists() else None
+                previous = _sha256_if_intact(path) if path.exists() else None
                 record = {"step": step, "score": None, "sha256": digest, "previous": previous}
                 write_json(sidecar_of(path), record, indent=None)
         # torch turns a full disk into a RuntimeError
@@ -152,8 +151,8 @@ class CheckpointFolder:
 
     def _steps(self) -> list[tuple[int, Path]]:
         """Return (step, path), highest step first; neither names nor times are compared."""
-        found = [(_step_of(path), path) for path in self.path.glob("step_*.pt")]
-        return sorted(((step, path) for step, path in found if step is not None), reverse=True)
+        found = [(re.fullmatch(r"step_(\d+)\.pt", p.name), p) for p in self.path.glob("*.pt")]
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
     def _remove_old(self, *, newest: int) -> None:
         """Remove checkpoints older than the `keep` latest valid ones, except the best one.
@@ -192,17 +191,14 @@ def load(path: Path) -> Checkpoint:
     """Read one training state, on the CPU, after checking its digest against the sidecar.
 
     Args:
-        path: The checkpoint, named step_N.pt.
+        path: The checkpoint, beside its sidecar.
 
     Raises:
         CheckpointError: The sidecar is missing, the digest differs, or the file holds more than
             tensors and plain types.
     """
-    step = _step_of(path)
-    if step is None:
-        raise CheckpointError(f"{path} is not named step_N.pt")
-    digest = _verify(path)
-    return Checkpoint(step, load_plain(path), path, digest)
+    _verify(path)
+    return Checkpoint(_record(path)["step"], load_plain(path), path)
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -229,18 +225,13 @@ def sidecar_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step_(\d+)\.pt", path.name)
-    return None if match is None else int(match[1])
-
-
 def _record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = read_json(sidecar_of(path), dict)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be verified: {error}") from error
-    if not isinstance(record.get("sha256"), str):
-        raise CheckpointError(f"{path} cannot be verified: {sidecar_of(path).name} has no sha256")
+    if not (isinstance(record.get("sha256"), str) and isinstance(record.get("step"), int)):
+        raise CheckpointError(f"{path} cannot be verified: no sha256 or step in {sidecar_of(path)}")
     return record
 
 
@@ -253,7 +244,7 @@ def _verify(path: Path) -> str:
     return digest
 
 
-def _intact(path: Path) -> str | None:
+def _sha256_if_intact(path: Path) -> str | None:
     """Return the digest of a checkpoint that is about to be replaced; None if it is damaged."""
     try:
         return _verify(path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 from pipelines.beton.manifest import Manifest, manifest_path
 from pipelines.beton.reader import Beton, BetonError, verify
 from pipelines.beton.segments import HEADER, RECORD, SegmentsWriter, segments_path
-from pipelines.beton.writer import BetonWriter
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
 from pipelines.imaging.decode import decode_rgb
@@ -128,12 +127,15 @@ def test_a_run_that_dies_between_its_renames_is_noticed(
     """The old side file and the old manifest are refused for the new beton."""
     other = MemoryImages(lambda _: IMAGES[0], np.zeros(6, np.int64), ("c",))
 
-    def publish(self: BetonWriter, _texts: Mapping[str, str]) -> None:
-        self.temporary.replace(self.output)
-        raise OSError(5, "power is gone")
+    replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        if target != copy:
+            raise OSError(5, "power is gone")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BetonWriter, "publish", publish)
+        patch.setattr(os, "replace", die)
         with pytest.raises(ConversionError, match="power"):
             write_beton(other, copy, workers=1, overwrite=True)
     with pytest.raises(BetonError, match="belongs to another file"):

@@ -25,11 +25,11 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import rotpred.weights.export
-from rotpred.files import CheckpointError, sha256_file
+from pipelines.storage import sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import CheckpointFolder
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
 from rotpred.weights.export import SUFFIXES, ExportedFile, Format, export_backbone, reader_settings
 from rotpred.weights.load import load_backbone, save_backbone
 from tests.support.networks import equal, stir
