@@ -68,9 +68,9 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
                 path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that renames in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Sync a file to the disk, or a folder, so that renames in it survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -95,10 +95,9 @@ def replaced(path: Path, *, size: int = 0) -> Iterator[Path]:
     temporary = temporary_of(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -121,7 +120,7 @@ def replaced_together(target: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                 os.replace(staged, place)
             else:
                 place.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        _sync(target.parent)
     finally:
         shutil.rmtree(folder)
 

@@ -46,6 +46,10 @@ class Rank:
         """True in the one process (rank 0) that logs and writes files."""
         return self.rank == 0
 
+    def part_of(self, count: int) -> slice:
+        """Return this rank's contiguous part of `count` units: neighbours share inputs."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
 
 def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0) -> Rank:
     """Read torchrun's environment, choose the device, join the process group.

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,7 @@ def write_beton(
         raise ConversionError(f"{str(target)!r} exists and is not a file")
     if target.exists() and not overwrite:
         raise ConversionError(f"{str(target)!r} exists; overwriting it was not requested")
+    budget = max(10, len(source) // 1000) if budget is None else budget
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
         with locked(target, hint="two conversions cannot write one file"):
@@ -121,29 +122,21 @@ def write_beton(
         raise ConversionError(f"{target}: {error.strerror or error}") from error
 
 
+@dataclass
 class _Conversion:
     """State of one conversion."""
 
-    def __init__(
-        self,
-        source: Images,
-        target: Path,
-        options: Options,
-        workers: int,
-        budget: int | None,
-        progress: Progress | None,
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.options = options
-        self.workers = workers
-        self.budget = max(10, len(source) // 1000) if budget is None else budget
-        self.progress = progress
-        self.kinds: Counter[str] = Counter()
-        self.uncut: Counter[str] = Counter()
-        self.cut = 0
-        self.added = 0
-        self.rejected: list[RejectedFile] = []
+    source: Images
+    target: Path
+    options: Options
+    workers: int
+    budget: int
+    progress: Progress | None
+    kinds: Counter[str] = field(default_factory=Counter)
+    uncut: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    added: int = 0
+    rejected: list[RejectedFile] = field(default_factory=list)
 
     def convert(self) -> Manifest:
         """Convert the data set.

@@ -32,7 +32,6 @@ from rotpred.records.progress import Progress
 from rotpred.records.recipe_json import plain
 from rotpred.training.data import open_data
 from rotpred.training.precision import autocast
-from rotpred.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def open_extraction_loader(spec: LoaderSpec, rank: Rank, precision: Precision) -
             "features need every image once, unchanged: views plain, no flip, no shuffle, no color "
             "jitter and no drop_last"
         )
-    return open_data(spec, rank, RunSettings(precision=precision))
+    return open_data(spec, rank, precision)
 
 
 def extract(

@@ -27,7 +27,7 @@ from rotpred.models.detection.rcnn import faster_rcnn_c4, mask_rcnn_fpn
 from rotpred.models.detection.roi_heads import Detections
 from rotpred.plots.detections import boxes_figure
 from rotpred.protocols import dense
-from rotpred.protocols.dense import DenseResult
+from rotpred.protocols.scoring import Validation
 from rotpred.recipes.detection import Detection
 from rotpred.training.state import LossAndLogs, TrainState
 
@@ -103,7 +103,7 @@ class DetectionTask:
         loss = torch.stack(list(losses.values())).sum()
         return loss, {"loss": loss, **{f"loss/{name}": part for name, part in losses.items()}}
 
-    def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
+    def evaluate(self, state: TrainState, val: DenseLoader) -> Validation:
         """Return average precision over all images; write the detections to the run folder."""
         mine: dict[int, ImageDetections] = {}
         for batch in val.epoch(0):
@@ -161,7 +161,7 @@ def to_stored_pixels(
 
 def detection_result(
     val: DenseLoader, found: Sequence[ImageDetections], *, masks: bool, rank: Rank
-) -> DenseResult:
+) -> Validation:
     """Compute average precision by the rules of the data set. Only the main rank draws the figure.
 
     Args:
@@ -191,7 +191,7 @@ def detection_result(
             samples.classes,
             truth=[samples.objects(i) for i in some],
         )
-    return DenseResult(values, n=len(samples), figures=figures)
+    return dense.validation(values, len(samples), figures)
 
 
 def _on_main_rank(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
@@ -219,7 +219,7 @@ def score_predictions(recipe: Detection, rank: Rank) -> Path:
         ValueError: An entry names an unknown image or class, or has impossible values.
     """
 
-    def count(val: DenseLoader) -> DenseResult:
+    def count(val: DenseLoader) -> Validation:
         found = read_detections(Path(recipe.predictions), val.samples)
         masks = any(one.masks for one in found)
         return detection_result(val, found, masks=masks, rank=rank)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,21 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipelines.batch import Batch
 from pipelines.loader import Loader
 from rotpred.distributed import Rank
 from rotpred.models.heads import RotNet, make_rotnet
 from rotpred.plots.grid import grid_figure
-from rotpred.plots.training import curves
 from rotpred.protocols.classes import number_of_classes
-from rotpred.protocols.scoring import Scores, log_scores, score
-from rotpred.protocols.session import Job, open_job
+from rotpred.protocols.run import Run, open_folder, open_run
+from rotpred.protocols.scoring import Validation, score
 from rotpred.recipes.finetune import FineTuning
 from rotpred.records.folder import read_results
-from rotpred.records.log import RunLog, lock, read_rows
-from rotpred.training.loop import NotFiniteError, steps
-from rotpred.training.precision import autocast
+from rotpred.records.log import RunLog
+from rotpred.training.data import check_views, open_data
+from rotpred.training.loop import NotFiniteError
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import convert_sync_bn
-from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -90,110 +89,77 @@ def deterministic() -> Iterator[None]:
 
 def _point(recipe: FineTuning, rank: Rank) -> Path:
     """Train one pair of learning rate and head multiple."""
-    with open_job(recipe, rank, views="plain") as job:
-        assert job.val is not None
-        model, sha = _network(recipe, number_of_classes(job.loader, job.val), rank)
+    check_views("plain", recipe.train, recipe.val)
+    with open_run(recipe, rank, open_data) as run:
+        model = _network(recipe, number_of_classes(run.train, run.val), run)
         head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_lr_mult)
-        state = job.train_state(
+        state = run.train_state(
             model,
             [
                 OptimizedPart(model.backbone, recipe.optim, recipe.schedule),
                 OptimizedPart(model.head, head, recipe.schedule),
             ],
-            backbone=recipe.backbone,
-            weights=sha,
             sync_bn=recipe.sync_bn,
             deterministic=recipe.deterministic,
-            optim=asdict(recipe.optim),
             head_lr_mult=recipe.head_lr_mult,
-            schedule={"kind": type(recipe.schedule).__name__, **asdict(recipe.schedule)},
+            optim=recipe.optim,
+            schedule=recipe.schedule,
         )
-        with job.begin(state) as log:
-            if log is not None:
-                logger.info(
-                    "%s: %s (%s), learning rate %g, head x%g, engine %s, %d steps",
-                    recipe.name, recipe.backbone, recipe.weights, recipe.optim.lr,
-                    recipe.head_lr_mult, job.loader.engine, job.total,
-                )  # fmt: skip
-                scores = _train(recipe, state, job, log)
-                if scores is None:  # max_steps ended it mid-epoch
-                    scores = evaluate(recipe, state, job.val)
-                _finish(recipe, state, job, scores, log, sha)
-    return job.out
+        if run.resume(state):
+            logger.info(
+                "%s: %s (%s), learning rate %g, head x%g, engine %s, %d steps",
+                recipe.name, recipe.backbone, recipe.weights, recipe.optim.lr,
+                recipe.head_lr_mult, run.train.engine, run.total,
+            )  # fmt: skip
+
+            def objective(batch: Batch) -> LossAndLogs:
+                with state.autocast():
+                    logits = state.model(batch.images)
+                loss = cross_entropy(logits, batch.targets)
+                hits = (logits.argmax(1) == batch.targets).float().mean()
+                return loss, {"loss": loss, "accuracy": 100 * hits}
+
+            found = run.fit(
+                state,
+                objective,
+                lambda: evaluate(state, run.val),
+                eval_every_epochs=recipe.eval_every_epochs,
+            )
+            assert found is not None
+            settings = {
+                "fraction": recipe.fraction,
+                "lr": recipe.optim.lr,
+                "head_lr_mult": recipe.head_lr_mult,
+            }
+            for metric, value in found.results.items():
+                run.result(metric, value, n=found.n, **settings)
+    return run.out
 
 
-def _network(recipe: FineTuning, classes: int, rank: Rank) -> tuple[Classifier, str]:
-    backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-    head = make_rotnet(recipe.backbone, classes).head.to(rank.device)
-    model = Classifier(backbone.requires_grad_(True), head)
-    return convert_sync_bn(model, recipe.sync_bn, rank, recipe.run).train(), sha
+def _network(recipe: FineTuning, classes: int, run: Run[Loader]) -> Classifier:
+    head = make_rotnet(recipe.backbone, classes).head.to(run.rank.device)
+    model = Classifier(run.backbone.requires_grad_(True), head)
+    return convert_sync_bn(model, recipe.sync_bn, run.rank, recipe.run).train()
 
 
-def _train(recipe: FineTuning, state: TrainState, job: Job[Loader], log: RunLog) -> Scores | None:
-    """Train to the end. Return the last validation, if it is of the final weights."""
-    results: dict[int, Scores] = {}
-
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
-        with state.autocast():
-            logits = state.model(images)
-        loss = cross_entropy(logits, targets)
-        hits = (logits.argmax(1) == targets).float().mean()
-        return loss, {"loss": loss, "accuracy": 100 * hits}
-
-    def validate(_finished: int) -> float:
-        assert job.val is not None
-        scores = results[state.step] = evaluate(recipe, state, job.val)
-        log.validation(step=state.step, values={"accuracy": 100 * scores[""]["top1"]})
-        return scores[""]["top1"]
-
-    data, pace = job.loader, recipe.eval_every_epochs
-    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
-        state.train_step(objective, batch.images, batch.targets)
-    return results.get(state.step)
-
-
-def evaluate(recipe: FineTuning, state: TrainState, val: Loader) -> Scores:
-    """Return top-1, and top-5 if there are more than five classes, of the only classifier, ""."""
-    state.sync_buffers()
-    model, rank = state.module, state.rank
+def evaluate(state: TrainState, val: Loader) -> Validation:
+    """Return top-1, and top-5 if there are more than five classes."""
 
     def logits_of(images: torch.Tensor) -> list[torch.Tensor]:
-        with autocast(rank.device, recipe.run.precision):
-            return [model(images)]
+        with state.autocast():
+            return [state.module(images)]
 
-    model.eval()
-    try:
-        return score(val, rank, [""], logits_of)
-    finally:
-        model.train()
-
-
-def _finish(
-    recipe: FineTuning, state: TrainState, job: Job[Loader], scores: Scores, log: RunLog, sha: str
-) -> None:
-    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
-    log_scores(
-        log,
-        recipe.name,
-        scores[""],
-        checkpoint_sha256=sha or None,
-        weights=Path(recipe.weights).name,
-        fraction=recipe.fraction,
-        lr=recipe.optim.lr,
-        head_lr_mult=recipe.head_lr_mult,
-    )
-    if state.rank.main:
-        log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
-    job.finish(state)
+    found = score(val, state.rank, [""], logits_of)
+    results = {metric.removesuffix("/"): value for metric, value in found.results.items()}
+    return replace(found, results=results, logged={"accuracy": results["top1"]})
 
 
 def _grid(recipe: FineTuning, rank: Rank) -> Path:
     """Train all pairs in turn. Finished ones are read from their folders."""
-    out = Path(recipe.run.out or f"runs/{recipe.name}")
     points: dict[Pair, dict[str, dict[str, Any]]] = {}
-    with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
+    with open_folder(recipe, rank) as run:
         for lr, mult in itertools.product(recipe.lrs, recipe.head_lr_mults):
-            folder = out / "grid" / f"lr{lr:g}_head{mult:g}"
+            folder = run.out / "grid" / f"lr{lr:g}_head{mult:g}"
             point = replace(
                 recipe,
                 grid=False,
@@ -210,17 +176,10 @@ def _grid(recipe: FineTuning, rank: Rank) -> Path:
             if rank.main:
                 rows = read_results(folder / "results.json")
                 points[lr, mult] = {str(row["metric"]): row for row in rows}
-        with RunLog(
-            out,
-            recipe=recipe,
-            rank_main=rank.main,
-            world=rank.world,
-            total_steps=len(points),
-            device=str(rank.device),
-        ) as log:
-            if rank.main:
-                _report(recipe, points, log)
-    return out
+        run.start(len(points), repeat=True)
+        if rank.main:
+            _report(recipe, points, run.log)
+    return run.out
 
 
 def _report(recipe: FineTuning, points: dict[Pair, dict[str, dict[str, Any]]], log: RunLog) -> None:

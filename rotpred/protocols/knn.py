@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from rotpred.distributed import Rank, all_sum
+from rotpred.features.extract import open_extraction_loader
 from rotpred.protocols.classes import number_of_classes
-from rotpred.protocols.feature_session import open_evaluation, shard_slice
+from rotpred.protocols.features import extract_both, selectable
+from rotpred.protocols.run import open_run
 from rotpred.recipes.knn import Knn
 
 BANK_ROWS = 8192
@@ -32,23 +34,20 @@ def run(recipe: Knn, rank: Rank) -> Path:
     Raises:
         ValueError: The weights, data and recipe do not fit together.
     """
-    with open_evaluation(recipe, rank) as evaluation:
-        classes = number_of_classes(*evaluation.data)
-        _check_enough(recipe, evaluation.samples)
-        train, val = evaluation.features((recipe.stage,), recipe.store)
+    with open_run(recipe, rank, open_extraction_loader) as run:
+        classes = number_of_classes(run.train, run.val)
+        _check_enough(recipe, selectable(run.train))
+        train, val = extract_both(run, (recipe.stage,), cache=recipe.cache, store=recipe.store)
         _check_enough(recipe, len(train.labels))
-        blocks = -(-len(train.labels) // BANK_ROWS)
-        with evaluation.begin(blocks * rank.world) as log:
-            if log is None:
-                return evaluation.out
-            rows = shard_slice(len(val.labels), rank)
+        if run.start(-(-len(train.labels) // BANK_ROWS)):
+            rows = rank.part_of(len(val.labels))
             found = neighbours(
                 train.stages[recipe.stage],
                 val.stages[recipe.stage][rows],
                 k=max(recipe.neighbours),
                 normalize=recipe.normalize,
                 device=rank.device,
-                tick=log.tick,
+                tick=run.log.tick,
             )
             hits = count_hits(
                 *found,
@@ -62,8 +61,8 @@ def run(recipe: Knn, rank: Rank) -> Path:
             for k, counts in zip(recipe.neighbours, hits.tolist(), strict=True):
                 for top, count in zip(TOPS, counts, strict=True):
                     if top < classes:
-                        evaluation.result(log, f"top{top}/k={k}", count / n, n=n)
-    return evaluation.out
+                        run.result(f"top{top}/k={k}", count / n, n=n)
+    return run.out
 
 
 def _check_enough(recipe: Knn, samples: int) -> None:

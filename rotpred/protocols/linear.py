@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipelines.batch import Batch
 from pipelines.loader import Loader
+from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank
 from rotpred.features.base import AVGPOOL
-from rotpred.features.extract import extract, open_extraction_loader
+from rotpred.features.extract import open_extraction_loader
 from rotpred.features.loader import FeatureLoader
-from rotpred.models.base import Backbone
 from rotpred.models.probes import ProbeSet
-from rotpred.plots.training import curves
 from rotpred.protocols.classes import number_of_classes
+from rotpred.protocols.features import extract_both
 from rotpred.protocols.probe_parts import ProbePart, build_parts, pooled_shapes
-from rotpred.protocols.scoring import Scores, log_scores, score
-from rotpred.protocols.session import Job, open_job
+from rotpred.protocols.run import Run, open_run
+from rotpred.protocols.scoring import TOPS, Validation, score
 from rotpred.recipes.linear import Linear
-from rotpred.records.log import RunLog, lock, read_rows
-from rotpred.training.data import check_data
-from rotpred.training.loop import steps
+from rotpred.training.data import check_views, open_data
 from rotpred.training.precision import autocast
 from rotpred.training.state import LossAndLogs, TrainState
-from rotpred.weights.frozen_backbone import load_frozen_backbone
+from rotpred.training.sync_bn import convert_sync_bn
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +54,6 @@ Reader = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 """Maps a batch to the inputs of the probes: feature maps of all stages, or cached features."""
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """An open job and its backbone."""
-
-    job: Job[Loader]
-    backbone: Backbone
-    sha: str
-    """SHA-256 of the weights, "" for random ones."""
-    names: tuple[str, ...] = ()
-    """Stages with cached features; empty if the backbone reads images."""
-
-
 def run(recipe: Linear, rank: Rank) -> Path:
     """Train the probes, compute exact top-1 and top-5 on the validation set, write the run folder.
 
@@ -78,169 +64,115 @@ def run(recipe: Linear, rank: Rank) -> Path:
         ValueError: The weights, data and recipe do not fit together.
         Stopped: A signal ended the run after a checkpoint.
     """
-    with _open(recipe, rank) as setup:
-        job, sha = setup.job, setup.sha
-        assert job.val is not None
-        classes = number_of_classes(job.loader, job.val)
-        parts = build_parts(recipe, setup.backbone, classes, cached=setup.names)
+    check_views("plain", recipe.train, recipe.val)
+    if recipe.cache and not {probe.kind for probe in recipe.probes} <= {"avgpool", "stages"}:
+        raise ValueError("cache works with probes of kind avgpool and stages only")
+    if recipe.store != "float32" and not recipe.cache:
+        raise ValueError(f"store {recipe.store} needs a cache: pass --cache FOLDER")
+
+    def open_unaugmented(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+        own = {name: getattr(spec, name) for name in _DATA_FIELDS}
+        return open_extraction_loader(replace(recipe.val, **own), rank, precision)
+
+    with open_run(recipe, rank, open_unaugmented if recipe.cache else open_data) as run:
+        classes = number_of_classes(run.train, run.val)
+        names = _train_on_features(recipe, run) if recipe.cache else ()
+        parts = build_parts(recipe, run.backbone, classes, cached=names)
         heads = ProbeSet(probe for part in parts for probe in part.probes).to(rank.device)
         if len(set(heads.names)) < len(heads):
             raise ValueError(f"two probes have the same name: {', '.join(heads.names)}")
-        if rank.world > 1 and rank.device.type == "cuda":
-            if recipe.run.cuda_graph:
-                raise ValueError("run.cuda_graph trains probes on one GPU only: SyncBN on several")
-            # As mmselfsup's heads. In place: the optimisers hold the StageProbes.
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # type: ignore[no-untyped-call]
-        state = job.train_state(
+        # In place: the optimisers hold the StageProbes.
+        convert_sync_bn(heads, recipe.sync_bn, rank, recipe.run)
+        state = run.train_state(
             heads,
             [part.trained for part in parts],
-            backbone=recipe.backbone,
-            weights=sha,
             probes=[asdict(probe) for probe in recipe.probes],
-            **({"features": setup.names} if setup.names else {}),
-            **({"store": recipe.cache_store} if recipe.cache_store != "float32" else {}),
+            **({"features": names} if names else {}),
+            **({"store": recipe.store} if recipe.store != "float32" else {}),
+            **({"sync_bn": recipe.sync_bn} if recipe.sync_bn != "off" else {}),
         )
-        with job.begin(state) as log:
-            if log is not None:
-                logger.info(
-                    "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
-                    recipe.name, len(heads), recipe.backbone, recipe.weights, job.loader.engine,
-                    classes, job.total,
-                )  # fmt: skip
-                scores = _train(recipe, state, setup, log)
-                if scores is None:  # max_steps ended it mid-epoch
-                    scores = evaluate(state, _reader(recipe, setup, rank), job.val)
-                _finish(recipe, state, setup, parts, scores, log)
-    return job.out
+        if run.resume(state):
+            logger.info(
+                "%s: %d probes on %s (%s), engine %s, %d classes, %d steps",
+                recipe.name, len(heads), recipe.backbone, recipe.weights, run.train.engine,
+                classes, run.total,
+            )  # fmt: skip
+            read = _reader(recipe, run, names, compiled=recipe.run.compile)
+            read_val = _reader(recipe, run, names)
+
+            def objective(batch: Batch) -> LossAndLogs:
+                inputs, targets = read(batch.images), batch.targets
+                # Probes compute in fp32: bf16 logits of a thousand classes tie too often to be
+                # ranked.
+                losses = [cross_entropy(logits, targets) for logits in state.model(inputs)]
+                # Probes share no parameters: the gradient of the sum is each one's own gradient.
+                loss = torch.stack(losses)
+                return loss.sum(), {"loss": loss.mean()}
+
+            found = run.fit(
+                state,
+                objective,
+                lambda: evaluate(state, run.val, read_val),
+                eval_every_epochs=recipe.eval_every_epochs,
+            )
+            assert found is not None
+            _write_results(recipe, run, parts, found)
+    return run.out
 
 
-@contextlib.contextmanager
-def _open(recipe: Linear, rank: Rank) -> Iterator[_Setup]:
-    """Open the job and its backbone. With `recipe.cache`, extract features first and read those."""
-    if not recipe.cache:
-        if recipe.cache_store != "float32":
-            raise ValueError(f"cache_store {recipe.cache_store} needs a cache: pass --cache FOLDER")
-        with open_job(recipe, rank, views="plain") as job:
-            yield _Setup(job, *load_frozen_backbone(recipe.backbone, recipe.weights, rank))
-        return
+def _train_on_features(recipe: Linear, run: Run[Loader]) -> tuple[str, ...]:
+    """Replace the run's images by their cached features; return the stages in their order."""
     kinds = {probe.kind for probe in recipe.probes}
-    if not kinds <= {"avgpool", "stages"}:
-        raise ValueError("cache works with probes of kind avgpool and stages only")
-    out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.train.seed)  # as open_job, for random weights and the probes'
-    with lock(out, recipe.name) if rank.main else contextlib.nullcontext():
-        backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-        names = backbone.stage_names if "stages" in kinds else ()
-        names = (*names, AVGPOOL) if "avgpool" in kinds else names
-        own = {n: getattr(recipe.train, n) for n in _DATA_FIELDS}
-        specs = (replace(recipe.val, **own), recipe.val)
-        precision = recipe.run.precision
-        with contextlib.ExitStack() as stack:
-            # Open both first: extraction may take hours.
-            data = [
-                stack.enter_context(open_extraction_loader(spec, rank, precision)) for spec in specs
-            ]
-            number_of_classes(*data)
-            found = [
-                extract(
-                    *(backbone, part, rank),
-                    names=names,
-                    precision=precision,
-                    cache=Path(recipe.cache),
-                    store=recipe.cache_store,
-                )
-                for part in data
-            ]
-        size = recipe.train.batch_size
-        train = replace(specs[0], batch_size=size, shuffle=True, drop_last=True)
-        loaders = [
-            FeatureLoader(features, spec, names=names, rank=rank)
-            for features, spec in zip(found, (train, recipe.val), strict=True)
-        ]
-        check_data(loaders[0], rank)
-        yield _Setup(Job(recipe, rank, out, *loaders), backbone, sha, names)
+    names = run.backbone.stage_names if "stages" in kinds else ()
+    names = (*names, AVGPOOL) if "avgpool" in kinds else names
+    train, val = run.train.spec, run.val.spec
+    size = recipe.train.batch_size
+    specs = (replace(train, batch_size=size, shuffle=True, drop_last=True), val)
+    features = extract_both(run, names, cache=recipe.cache, store=recipe.store)
+    run.train, run.val = (
+        FeatureLoader(part, spec, names=names, rank=run.rank)
+        for part, spec in zip(features, specs, strict=True)
+    )
+    return names
 
 
-def _reader(recipe: Linear, setup: _Setup, rank: Rank, *, compiled: bool = False) -> Reader:
-    if setup.names:
-        shapes = pooled_shapes(setup.backbone, recipe.val.crop.size, names=setup.names)
+def _reader(
+    recipe: Linear, run: Run[Loader], names: Sequence[str], *, compiled: bool = False
+) -> Reader:
+    if names:
+        shapes = pooled_shapes(run.backbone, recipe.val.crop.size, names=names)
         dims = [math.prod(shape) for shape in shapes]
         return lambda images: torch.split(images, dims, dim=1)
-    stages = setup.backbone.stages
+    stages = run.backbone.stages
     if compiled:
         stages = torch.compile(stages, dynamic=False)
 
     def read(images: torch.Tensor) -> Sequence[torch.Tensor]:
-        with autocast(rank.device, recipe.run.precision), torch.no_grad():
+        with autocast(run.rank.device, recipe.run.precision), torch.no_grad():
             return stages(images)
 
     return read
 
 
-def _train(recipe: Linear, state: TrainState, setup: _Setup, log: RunLog) -> Scores | None:
-    """Train to the end. Return the last validation, if it is of the final probes."""
-    results: dict[int, Scores] = {}
-    read = _reader(recipe, setup, state.rank, compiled=recipe.run.compile)
-    read_val = _reader(recipe, setup, state.rank)
-
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
-        inputs = read(images)
-        # Probes compute in fp32: bf16 logits of a thousand classes tie too often to be ranked.
-        losses = torch.stack([cross_entropy(logits, targets) for logits in state.model(inputs)])
-        # Probes share no parameters, so the gradient of the sum is each one's own gradient.
-        return losses.sum(), {"loss": losses.mean()}
-
-    def validate(_finished: int) -> float:
-        assert setup.job.val is not None
-        scores = results[state.step] = evaluate(state, read_val, setup.job.val)
-        tops = {f"top1/{name}": 100 * score["top1"] for name, score in scores.items()}
-        log.validation(step=state.step, values=tops)
-        return max(score["top1"] for score in scores.values())
-
-    data, pace = setup.job.loader, recipe.eval_every_epochs
-    for batch in steps(state, data, recipe.run, log=log, evaluate=validate, eval_every_epochs=pace):
-        state.train_step(objective, batch.images, batch.targets)
-    return results.get(state.step)
-
-
-def evaluate(state: TrainState, read: Reader, val: Loader) -> Scores:
+def evaluate(state: TrainState, val: Loader, read: Reader) -> Validation:
     """Return top-1, and top-5 if there are more than five classes, of every probe by name."""
-    state.sync_buffers()
     heads = state.module
     assert isinstance(heads, ProbeSet)
-    heads.eval()
-    try:
-        return score(val, state.rank, heads.names, lambda images: heads(read(images)))
-    finally:
-        heads.train()
+    return score(val, state.rank, heads.names, lambda images: heads(read(images)))
 
 
-def _finish(
-    recipe: Linear,
-    state: TrainState,
-    setup: _Setup,
-    parts: list[ProbePart],
-    scores: Scores,
-    log: RunLog,
+def _write_results(
+    recipe: Linear, run: Run[Loader], parts: list[ProbePart], found: Validation
 ) -> None:
-    logger.info("digest of all sample ids and crop boxes: %s", state.digest)
-
     own: dict[str, Any] = {}
-    if setup.names:
-        half = recipe.cache_store != "float32"
-        own["protocol"] = f"{CACHED}, stored as {recipe.cache_store}" if half else CACHED
+    if recipe.cache:
+        half = recipe.store != "float32"
+        own["protocol"] = f"{CACHED}, stored as {recipe.store}" if half else CACHED
 
-    def results(name: str, score: dict[str, float], **extra: Any) -> None:
-        log_scores(
-            log,
-            recipe.name,
-            score,
-            suffix=f"/{name}",
-            checkpoint_sha256=setup.sha or None,
-            weights=Path(recipe.weights).name,
-            **own,
-            **extra,
-        )
+    def results(name: str, probe: str, **extra: Any) -> None:
+        for top in TOPS:
+            if (value := found.results.get(f"{top}/{probe}")) is not None:
+                run.result(f"{top}/{name}", value, n=found.n, **own, **extra)
 
     sweeps: dict[str, list[tuple[float, str]]] = {}
     for part in parts:
@@ -248,12 +180,9 @@ def _finish(
             if part.recipe.lrs:
                 sweeps.setdefault(name.rpartition("@")[0], []).append((part.lr, name))
             else:
-                results(name, scores[name])
+                results(name, name)
     for base, candidates in sweeps.items():
-        best_lr, best = max(candidates, key=lambda one: scores[one[1]]["top1"])
+        best_lr, best = max(candidates, key=lambda one: found.results[f"top1/{one[1]}"])
         for lr, name in candidates:
-            results(name, scores[name], lr=lr, best=name == best)
-        results(base, scores[best], lr=best_lr, chosen_from=len(candidates), chosen_on="val")
-    if state.rank.main:
-        log.figure("curves", curves(read_rows(log.out / "log.jsonl")))
-    setup.job.finish(state)
+            results(name, name, lr=lr, best=name == best)
+        results(base, best, lr=best_lr, chosen_from=len(candidates), chosen_on="val")

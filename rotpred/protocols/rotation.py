@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 
 import torch
 
-from pipelines.storage import write_json
 from rotpred.distributed import Rank, check_equal
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.plots.training import confusion
+from rotpred.protocols.run import open_run
 from rotpred.protocols.scoring import ROTATIONS, score_rotations
 from rotpred.recipes.rotation import Rotation
-from rotpred.records.folder import DONE
-from rotpred.records.log import RunLog, lock
 from rotpred.training.data import open_data
-from rotpred.training.settings import RunSettings
+from rotpred.training.precision import autocast
 from rotpred.weights.frozen_backbone import RANDOM
 from rotpred.weights.load import load_rotnet
 
@@ -41,43 +38,27 @@ def run(recipe: Rotation, rank: Rank) -> Path:
         raise ValueError("name the weights to score: --weights FILE, with its rotation head")
     if recipe.val.views != "rotate4" or recipe.val.drop_last:
         raise ValueError("all four views of every image are needed: views rotate4, no drop_last")
-    out = Path(recipe.run.out or f"runs/{recipe.name}")
-    torch.manual_seed(recipe.val.seed)  # for the random control's weights
-    with contextlib.ExitStack() as stack:
-        if rank.main:
-            stack.enter_context(lock(out, recipe.name))
-        net, sha = make_rotnet(recipe.backbone), ""
+    with open_run(recipe, rank, open_data, backbone=False) as run:
+        net = make_rotnet(recipe.backbone)
         if recipe.weights != RANDOM:
             report = load_rotnet(net, Path(recipe.weights), clockwise=_CLOCKWISE[recipe.labels])
-            sha = report.sha256
+            run.sha = report.sha256
             logger.info("%s: %s", recipe.weights, report.summary())
+        run.about = {
+            "checkpoint_sha256": run.sha or None,
+            "weights": Path(recipe.weights).name,
+        }
         net = channels_last(net, rank.device).eval()
-        loader = stack.enter_context(
-            open_data(recipe.val, rank, RunSettings(precision=recipe.run.precision))
-        )
-        check_equal(len(loader), rank, what="steps in an epoch")
-        log = stack.enter_context(
-            RunLog(
-                out,
-                recipe=recipe,
-                rank_main=rank.main,
-                world=rank.world,
-                total_steps=len(loader),
-                device=str(rank.device),
-            )
-        )
-        found = score_rotations(net, loader, rank, recipe.run.precision, tick=log.tick)
-        log.result(
-            recipe.name,
-            metric="accuracy",
-            value=100 * found.accuracy,
-            unit="%",
-            n=found.n,
-            checkpoint_sha256=sha or None,
-            weights=Path(recipe.weights).name,
-            chance=100 / ROTATIONS,
-        )
-        if rank.main:
-            log.figure("confusion", confusion(torch.tensor(found.matrix)))
-            write_json(out / DONE, {"weights": sha, "val": loader.data_id})
-    return out
+        check_equal(len(run.val), rank, what="steps in an epoch")
+
+        def logits_of(images: torch.Tensor) -> torch.Tensor:
+            with autocast(rank.device, recipe.run.precision):
+                logits: torch.Tensor = net(images)
+            return logits
+
+        if run.start(len(run.val)):
+            found = score_rotations(logits_of, run.val, rank, tick=run.log.tick)
+            run.result("accuracy", found.accuracy, n=found.n, chance=100 / ROTATIONS)
+            if rank.main:
+                run.log.figure("confusion", confusion(torch.tensor(found.matrix)))
+    return run.out

@@ -1,25 +1,41 @@
-"""Exact accuracy of classifiers on a validation set, and its rows in the results."""
+"""Results of validations, and exact accuracy of classifiers on a validation set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from pipelines.loader import Loader
-from pipelines.spec import Precision
 from rotpred.distributed import Rank
 from rotpred.metrics.classification import Confusion, ConfusionResult, TopK
-from rotpred.records.log import RunLog
-from rotpred.training.precision import autocast
 
-Scores = dict[str, dict[str, float]]
-"""Metrics (top1, top5, n) by classifier; top1 and top5 are from 0 to 1."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROTATIONS = 4
 """Number of rotations to tell apart."""
+
+TOPS = ("top1", "top5")
+"""Names of the metrics of `score`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Result of a validation, the same on all ranks."""
+
+    results: Mapping[str, float]
+    """All metrics by name, from 0 to 1."""
+    n: int
+    """Number of samples."""
+    score: float
+    """Selects the best checkpoint: the higher the better."""
+    logged: Mapping[str, float]
+    """Metrics by name, from 0 to 1, that the log shows during the training."""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """Figures by name, on the main rank only."""
 
 
 @torch.no_grad()
@@ -28,8 +44,10 @@ def score(
     rank: Rank,
     names: Sequence[str],
     logits_of: Callable[[torch.Tensor], Sequence[torch.Tensor]],
-) -> Scores:
-    """Return top-1, and top-5 if there are more than five classes, of every classifier by name.
+) -> Validation:
+    """Return top-1, and top-5 if there are more than five classes, of every classifier.
+
+    Metrics are called top1/NAME and top5/NAME. The best classifier's top-1 is the score.
 
     Args:
         val: Plain views; every valid sample of an epoch counts once.
@@ -45,55 +63,33 @@ def score(
             counts = TopK(ks=ks, heads=len(names), device=rank.device)
         counts.update(outputs, batch.targets, batch.valid)
     assert counts is not None
-    return dict(zip(names, counts.compute(rank), strict=True))
-
-
-def log_scores(
-    log: RunLog, benchmark: str, metrics: Mapping[str, float], *, suffix: str = "", **extra: Any
-) -> None:
-    """Add the results of one classifier of `score`, in percent.
-
-    Args:
-        log: The log of the run.
-        benchmark: As in `RunLog.result`.
-        metrics: top1 and, if it was counted, top5, from 0 to 1; n.
-        suffix: Appended to the names of the metrics, for example "/res4".
-        extra: Other arguments of `RunLog.result`.
-    """
-    for name in ("top1", "top5"):
-        if name in metrics:
-            log.result(
-                benchmark,
-                metric=f"{name}{suffix}",
-                value=100 * metrics[name],
-                unit="%",
-                n=int(metrics["n"]),
-                **extra,
-            )
+    found = dict(zip(names, counts.compute(rank), strict=True))
+    results = {
+        f"{top}/{name}": one[top] for name, one in found.items() for top in TOPS if top in one
+    }
+    top1 = {metric: value for metric, value in results.items() if metric.startswith("top1/")}
+    n = int(next(iter(found.values()))["n"])
+    return Validation(results, n, max(top1.values()), logged=top1)
 
 
 @torch.no_grad()
 def score_rotations(
-    net: nn.Module,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
     val: Loader,
     rank: Rank,
-    precision: Precision,
     *,
     tick: Callable[[int], None] = lambda _done: None,
 ) -> ConfusionResult:
     """Return the confusion of predicted and true rotations, for any number of ranks.
 
     Args:
-        net: Maps images (N, 3, S, S) to logits (N, 4); in evaluation mode.
+        logits_of: Maps images (N, 3, S, S) to logits (N, 4).
         val: rotate4 views; every valid view of an epoch counts once.
         rank: All ranks call and get the same result.
-        precision: Autocast type of the network.
         tick: Called with the number of finished batches.
     """
     counts = Confusion(ROTATIONS, device=rank.device)
     for done, batch in enumerate(val.epoch(0), start=1):
-        with autocast(rank.device, precision):
-            predicted = net(batch.images).argmax(1)
-        counts.update(predicted, batch.targets, batch.valid)
+        counts.update(logits_of(batch.images).argmax(1), batch.targets, batch.valid)
         tick(done)
     return counts.compute(rank)

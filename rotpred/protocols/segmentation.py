@@ -24,7 +24,7 @@ from rotpred.models.base import Backbone
 from rotpred.models.fcn import Fcn, pixel_loss, resize_logits
 from rotpred.plots.detections import CITYSCAPES_PALETTE, masks_figure, voc_palette
 from rotpred.protocols import dense
-from rotpred.protocols.dense import DenseResult
+from rotpred.protocols.scoring import Validation
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.training.state import LossAndLogs, TrainState
 
@@ -89,12 +89,12 @@ class SegmentationTask:
             "accuracy": 100 * right,
         }
 
-    def evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
+    def evaluate(self, state: TrainState, val: DenseLoader) -> Validation:
         """Return mean IoU over all pixels of all images, each in its stored size."""
         with dense.no_cudnn_benchmark():
             return self._evaluate(state, val)
 
-    def _evaluate(self, state: TrainState, val: DenseLoader) -> DenseResult:
+    def _evaluate(self, state: TrainState, val: DenseLoader) -> Validation:
         rank, samples = state.rank, val.samples
         confusion = Confusion(len(val.classes), device=rank.device)
         shown: list[tuple[int, Mask]] = []
@@ -195,7 +195,7 @@ def score_predictions(recipe: Segmentation, rank: Rank) -> Path:
     """
     folder = Path(recipe.predictions)
 
-    def count(val: DenseLoader) -> DenseResult:
+    def count(val: DenseLoader) -> Validation:
         confusion = Confusion(len(val.classes))
         shown: list[tuple[int, Mask]] = []
         for i in range(rank.rank, len(val.samples), rank.world):
@@ -217,7 +217,7 @@ def score_predictions(recipe: Segmentation, rank: Rank) -> Path:
 
 def segmentation_result(
     result: ConfusionResult, val: DenseLoader, shown: list[tuple[int, Mask]]
-) -> DenseResult:
+) -> Validation:
     """Return mean IoU (first), pixel accuracy, mean recall, and the IoU of each class that occurs.
 
     Args:
@@ -231,7 +231,7 @@ def segmentation_result(
         if iou is not None:
             values[f"IoU/{name}"] = iou
     figures = {"masks": _figure(val, shown)} if shown else {}
-    return DenseResult(values, n=len(val.samples), figures=figures)
+    return dense.validation(values, len(val.samples), figures)
 
 
 def save_mask(path: Path, mask: Mask, palette: Mask) -> None:

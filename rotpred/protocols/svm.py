@@ -13,10 +13,12 @@ import torch
 from pipelines.loader import Loader
 from rotpred.distributed import Rank, all_sum
 from rotpred.features.base import Features
+from rotpred.features.extract import open_extraction_loader
 from rotpred.metrics.average_precision import average_precision
 from rotpred.plots import svm
-from rotpred.protocols.feature_session import FeatureSession, open_evaluation, shard_slice
+from rotpred.protocols.features import extract_both, selectable
 from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_label_tables
+from rotpred.protocols.run import Run, open_run
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.log import RunLog
 from rotpred.svm.dual import gram, solve
@@ -37,8 +39,8 @@ def run(recipe: Svm, rank: Rank) -> Path:
         ValueError: The weights, data and recipe do not fit together.
     """
     stages = recipe.stages
-    with open_evaluation(recipe, rank) as evaluation:
-        parts, (labels, test_labels), class_names = _prepare(recipe, evaluation)
+    with open_run(recipe, rank, open_extraction_loader) as run:
+        parts, (labels, test_labels), class_names = _prepare(recipe, run)
         classes, n = labels.shape[1], len(test_labels)
         # Difficult samples are negatives in training.
         signs = np.where(labels > 0, np.int8(1), np.int8(-1))
@@ -46,12 +48,10 @@ def run(recipe: Svm, rank: Rank) -> Path:
         check_counts(signs, class_names, "training data", positive=needed, negative=needed)
         check_counts(test_labels, class_names, "test data", positive=1, negative=0)
         units = list(itertools.product(range(len(stages)), range(classes)))
-        with evaluation.begin(len(units)) as log:
-            if log is None:
-                return evaluation.out
+        if run.start(-(-len(units) // rank.world)):
             # AP, 11-point AP, chosen cost; each rank fills in its own units.
             found = torch.zeros(len(stages), classes, 3, dtype=torch.float64)
-            tick = Ticker(log)
+            tick = Ticker(run.log)
             for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
                 for c in numbers:
                     found[stage, c] = torch.tensor(
@@ -61,8 +61,7 @@ def run(recipe: Svm, rank: Rank) -> Path:
                     tick()
             found = all_sum(found, rank)
             for name, (ap, eleven, cost) in zip(stages, found.mT.tolist(), strict=True):
-                evaluation.result(
-                    log,
+                run.result(
                     f"mAP/{name}",
                     float(np.mean(ap)),
                     n=n,
@@ -70,11 +69,11 @@ def run(recipe: Svm, rank: Rank) -> Path:
                     per_class=ap,
                     costs=cost,
                 )
-                evaluation.result(log, f"mAP11/{name}", float(np.mean(eleven)), n=n)
+                run.result(f"mAP11/{name}", float(np.mean(eleven)), n=n)
             aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
-                log.figure("per_class", svm.class_ap_figure(aps, class_names))
-    return evaluation.out
+                run.log.figure("per_class", svm.class_ap_figure(aps, class_names))
+    return run.out
 
 
 def evaluate_class(
@@ -139,18 +138,16 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
     """
     stages, shots = recipe.stages, recipe.shots
     units = list(itertools.product(range(len(stages)), range(recipe.draws)))
-    with open_evaluation(recipe, rank) as evaluation:
-        parts, (labels, test_labels), class_names = _prepare(recipe, evaluation)
+    with open_run(recipe, rank, open_extraction_loader) as run:
+        parts, (labels, test_labels), class_names = _prepare(recipe, run)
         classes, most = labels.shape[1], max(shots)
         others = most * (classes - 1)
         check_counts(labels, class_names, "training data", positive=most, negative=others)
         check_counts(test_labels, class_names, "test data", positive=1, negative=0)
-        with evaluation.begin(len(units) * len(shots) * classes) as log:
-            if log is None:
-                return evaluation.out
+        if run.start(-(-len(units) * len(shots) * classes // rank.world)):
             shape = (len(stages), recipe.draws, len(shots), classes, len(recipe.costs))
             scores = torch.zeros(shape, dtype=torch.float64)
-            tick = Ticker(log)
+            tick = Ticker(run.log)
             for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
                 for number in numbers:
                     part = scores_of_draw(
@@ -173,8 +170,7 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
             }
             for name, of_shots in results.items():
                 for k, row in zip(shots, of_shots, strict=True):
-                    evaluation.result(
-                        log,
+                    run.result(
                         f"mAP/{name}/k={k}",
                         row.mean,
                         n=len(test_labels),
@@ -185,8 +181,8 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         draws=recipe.draws,
                     )
             if rank.main:
-                log.figure("low_shot", svm.low_shot_curve(results, shots))
-    return evaluation.out
+                run.log.figure("low_shot", svm.low_shot_curve(results, shots))
+    return run.out
 
 
 class Ticker:
@@ -218,7 +214,7 @@ def _fit(
 
 
 def _prepare(
-    recipe: Svm | LowShot, evaluation: FeatureSession
+    recipe: Svm | LowShot, run: Run[Loader]
 ) -> tuple[tuple[Features, Features], tuple[Labels, Labels], tuple[str, ...]]:
     """Return features and labels of training and test data, and the class names.
 
@@ -227,15 +223,16 @@ def _prepare(
     Raises:
         ValueError: There are more than `MAX_SAMPLES` training samples, or labels do not fit.
     """
-    if evaluation.samples > MAX_SAMPLES:
+    samples, data = selectable(run.train), (run.train, run.val)
+    if samples > MAX_SAMPLES:
         raise ValueError(
-            f"{evaluation.samples} training samples exceed the maximum of {MAX_SAMPLES}: select "
+            f"{samples} training samples exceed the maximum of {MAX_SAMPLES}: select "
             "some with --train.max-samples"
         )
     paths = (recipe.train_labels, recipe.val_labels)
-    tables, classes = read_label_tables(paths, evaluation.data)
-    names = _class_names(recipe, evaluation.data, classes)
-    parts = evaluation.features(recipe.stages)
+    tables, classes = read_label_tables(paths, data)
+    names = _class_names(recipe, data, classes)
+    parts = extract_both(run, recipe.stages, cache=recipe.cache, store=recipe.store)
     labels, test_labels = (
         labels_of(part, table, classes) for part, table in zip(parts, tables, strict=True)
     )
@@ -267,7 +264,7 @@ def _work(
     units: Sequence[tuple[int, int]],
 ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield this rank's work: a stage, its classes or draws, its kernels and its compact rows."""
-    mine = units[shard_slice(len(units), rank)]
+    mine = units[rank.part_of(len(units))]
     device = rank.device
     for stage, group in itertools.groupby(mine, key=lambda unit: unit[0]):
         train, val = (part.stages[stages[stage]] for part in parts)

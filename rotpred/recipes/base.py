@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision
-from rotpred.features.base import AVGPOOL
+from rotpred.features.base import AVGPOOL, Store
+from rotpred.training.settings import RunSettings, SyncBn
 
 RESNET_STAGES = ("stem", "res2", "res3", "res4", "res5", AVGPOOL)
 
@@ -27,12 +29,68 @@ class FeatureRun:
     """Seconds that a process waits for the others before the job fails."""
 
 
-@dataclass(frozen=True)
-class CachedFeatureRun(FeatureRun):
-    """The same, with a cache of extracted features."""
+class Recipe(Protocol):
+    """What every recipe has. Most have `train`, too."""
 
+    @property
+    def name(self) -> str:
+        """Name of the run in results and in the default run folder."""
+
+    @property
+    def backbone(self) -> str:
+        """Name of the architecture."""
+
+    @property
+    def run(self) -> RunSettings | FeatureRun:
+        """Run folder, device, precision; length and checkpoints of a training."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """The field that all recipes share."""
+
+    name: str = "run"
+    """Name of the run in results and in the default run folder."""
+
+
+@dataclass(frozen=True)
+class FromWeights(Named):
+    """Fields of recipes that start from pretrained weights."""
+
+    weights: str = ""
+    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
+    "imagenet" (torchvision's, trained with labels)."""
+    backbone: str = "resnet50"
+    """Architecture of the weights. Detection and segmentation need a ResNet."""
+
+
+@dataclass(frozen=True)
+class Trained(Named):
+    """Fields of recipes that train in epochs."""
+
+    sync_bn: SyncBn = "off"
+    """Batch norm statistics of what is trained: torch or apex for all GPUs together (SyncBN), off
+    for each process alone."""
+    eval_every_epochs: int = 1
+    """Epochs between validations. The last epoch is always validated; its result is reported."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """Length, precision, logs and checkpoints."""
+
+
+@dataclass(frozen=True)
+class OnFeatures(FromWeights):
+    """Fields of recipes that train a classifier on extracted features."""
+
+    train: LoaderSpec = PLAIN
+    """Labelled training data. Classes must match the test data's."""
+    val: LoaderSpec = PLAIN
+    """Labelled test data."""
     cache: str = "runs/features"
     """Folder of extracted features. Evaluations of the same weights and data share them."""
+    store: Store = "float32"
+    """Type of the features on disk. float16 halves the space and keeps 11 bits of each value."""
+    run: FeatureRun = field(default_factory=FeatureRun)
+    """Run folder, device and precision."""
 
 
 def cifar10_data() -> tuple[LoaderSpec, LoaderSpec]:

@@ -8,22 +8,17 @@ from typing import Literal
 from pipelines.dense.spec import DenseSpec, ShortSide
 from rotpred.models.detection.rcnn import C4, FPN, BoxHead
 from rotpred.models.detection.rpn import Proposals
+from rotpred.recipes.base import FromWeights, Trained
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import RunSettings, SyncBn
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detection(Trained, FromWeights):
     """Training of a two-stage detector on a pretrained backbone, all layers."""
 
     name: str = "detection"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights; must be a ResNet."""
     model: Literal["faster_rcnn_c4", "mask_rcnn_fpn"] = "faster_rcnn_c4"
     """Faster R-CNN on the feature map of res4, or Mask R-CNN on a feature pyramid. If the data have
     no masks, Mask R-CNN learns boxes only."""
@@ -61,15 +56,11 @@ class Detection:
         default_factory=lambda: Steps((9, 11), warmup_epochs=0.05, warmup_start_factor=0.001)
     )
     """Learning rate over time."""
-    sync_bn: Literal["off", "torch"] = "torch"
-    """Batch norm statistics: torch for all GPUs together (SyncBN), off for each process alone."""
+    sync_bn: SyncBn = "torch"
     predictions: str = ""
     """Instead of training, score these detections on the validation data: a file in COCO's JSON
     results format or, for VOC, a folder of the devkit's text files."""
-    eval_every_epochs: int = 1
-    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=12, precision="fp32"))
-    """Length, precision, logs and checkpoints."""
 
 
 def voc0712_det() -> Detection:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
-from rotpred.recipes.base import PLAIN
+from rotpred.recipes.base import PLAIN, FromWeights, Trained
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
@@ -15,16 +14,10 @@ from rotpred.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Trained, FromWeights):
     """Fine-tuning of all layers, with a new classifier, on a fraction of the labels."""
 
     name: str = "semi"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights."""
     fraction: float = 0.01
     """Fraction of the labels in the training data. Reported in the results; selects nothing."""
     train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
@@ -37,8 +30,6 @@ class FineTuning:
     """Learning rate of the classifier, relative to the backbone's."""
     schedule: Schedule = field(default_factory=lambda: Steps((12, 16), gamma=0.2))
     """Learning rate over time."""
-    sync_bn: Literal["off", "torch"] = "off"
-    """Batch norm statistics: torch for all GPUs together (SyncBN), off for each process alone."""
     deterministic: bool = True
     """Use deterministic kernels only: the same command gives the same weights, also on a GPU."""
     grid: bool = False
@@ -50,9 +41,7 @@ class FineTuning:
     head_lr_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
     """Multiples of the grid; replace head_lr_mult."""
     eval_every_epochs: int = 20
-    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=20, precision="fp32"))
-    """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
         for name, values in (("lrs", self.lrs), ("head_lr_mults", self.head_lr_mults)):

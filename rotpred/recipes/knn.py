@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred.features.base import AVGPOOL, Store
-from rotpred.recipes.base import PLAIN, CachedFeatureRun, cifar10_data
+from pipelines.spec import CenterCrop
+from rotpred.features.base import AVGPOOL
+from rotpred.recipes.base import PLAIN, OnFeatures, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 
 
 @dataclass(frozen=True)
-class Knn:
+class Knn(OnFeatures):
     """Weighted k-nearest-neighbour classification on the features of one stage."""
 
     name: str = "knn"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights."""
-    train: LoaderSpec = PLAIN
-    """Labelled data in which neighbours are searched."""
-    val: LoaderSpec = PLAIN
-    """Labelled test data."""
     stage: str = AVGPOOL
     """Stage of the backbone, or avgpool."""
     neighbours: tuple[int, ...] = (10, 20, 100, 200)
@@ -33,10 +23,6 @@ class Knn:
     """Temperature T: the vote of a neighbour is exp(similarity / T)."""
     normalize: bool = True
     """Similarity: cosine if true, dot product if false (VISSL's default, with temperature 0.1)."""
-    store: Store = "float32"
-    """Type of the features on disk. Similarities are computed in float32."""
-    run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
-    """Run folder, device, precision and feature cache."""
 
     def __post_init__(self) -> None:
         if not self.neighbours or min(self.neighbours) < 1 or self.temperature <= 0:

@@ -14,7 +14,7 @@ from pipelines.spec import (
     RandomResizedCrop,
 )
 from rotpred.features.base import Store
-from rotpred.recipes.base import PLAIN, cifar10_data
+from rotpred.recipes.base import PLAIN, FromWeights, Trained, cifar10_data
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.recipes.probe import Probe
 from rotpred.training.optim import Optim
@@ -23,16 +23,10 @@ from rotpred.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Trained, FromWeights):
     """Linear evaluation: classifiers on a frozen backbone."""
 
     name: str = "linear"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights."""
     train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
     """Labelled training data."""
     val: LoaderSpec = PLAIN
@@ -45,13 +39,11 @@ class Linear:
     takes seconds if they stay in memory (small data sets). Larger ones are read from disk in every
     epoch (in1k_mhead: 226 GB as float32). There is no augmentation, so results differ from the
     published protocol's. Empty: augmented images go through the backbone in every epoch."""
-    cache_store: Store = "float32"
+    store: Store = "float32"
     """Type of the cached features. float16 halves the space and keeps 11 bits of each value; the
     results mention it. Probes compute in float32."""
     eval_every_epochs: int = 10
-    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=100))
-    """Length, precision, logs and checkpoints."""
 
 
 _MHEAD = Optim(lr=0.01, nesterov=True, weight_decay=1e-4, reference_batch=256)
@@ -75,6 +67,7 @@ def _large(
         val=replace(
             PLAIN, data=f"data/{data}/val.beton", batch_size=128, crop=CenterCrop(224, 256)
         ),
+        sync_bn="torch",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from pipelines.spec import (
     CIFAR10,
@@ -12,7 +11,7 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
-from rotpred.recipes.base import PLAIN, cifar10_data
+from rotpred.recipes.base import PLAIN, Trained, cifar10_data
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
 from rotpred.training.settings import RunSettings
@@ -206,11 +205,10 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Trained):
     """Pretraining by rotation prediction."""
 
     name: str = "pretrain"
-    """Name of the run in results and in the default run folder."""
     backbone: str = "resnet50"
     """resnet50, resnet18, resnet18_small, resnet18_tiny, alexnet, nin3, nin4 or nin5."""
     train: LoaderSpec = field(default_factory=LoaderSpec)
@@ -221,10 +219,3 @@ class Pretrain:
     """Optimiser."""
     schedule: Schedule = field(default_factory=Steps)
     """Learning rate over time."""
-    sync_bn: Literal["off", "torch", "apex"] = "off"
-    """Batch norm statistics: torch or apex for all GPUs together (SyncBN), off for each process
-    alone."""
-    eval_every_epochs: int = 1
-    """Epochs between validations; the last epoch is always validated."""
-    run: RunSettings = field(default_factory=RunSettings)
-    """Length, precision, logs and checkpoints."""

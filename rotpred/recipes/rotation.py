@@ -6,21 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.spec import LoaderSpec
-from rotpred.recipes.base import FeatureRun
+from rotpred.recipes.base import FeatureRun, FromWeights
 from rotpred.recipes.pretrain import rotnet_cifar10_nin, rotnet_in1k_r50
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(FromWeights):
     """Accuracy of a checkpoint's own rotation head; nothing is trained."""
 
     name: str = "rotation_head"
-    """Name of the run in results and in the default run folder."""
     weights: str = ""
     """A checkpoint that includes its rotation head: checkpoints/step_N.pt of a run, or a file of
     mmselfsup, VISSL or the RotNet authors; or "random"."""
-    backbone: str = "resnet50"
-    """Architecture of the weights."""
     labels: Literal["file", "clockwise", "counter-clockwise"] = "file"
     """Direction of the head's label 1. file: as the file tells; some of mmselfsup's do not (1.x is
     clockwise, 0.x counter-clockwise)."""

@@ -7,22 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop
+from rotpred.recipes.base import FromWeights, Trained
 from rotpred.training.optim import Optim
 from rotpred.training.schedule import Poly, Schedule
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import RunSettings, SyncBn
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Trained, FromWeights):
     """Training of a fully convolutional network on a pretrained backbone, all layers."""
 
     name: str = "segmentation"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights; must be a ResNet."""
     train: DenseSpec = field(
         default_factory=lambda: DenseSpec(
             data="vocseg:2012/train+2012/aug", batch_size=4, geometry=RatioCrop(512, 2048, 512),
@@ -43,8 +38,7 @@ class Segmentation:
     """Optimiser of the whole network."""
     schedule: Schedule = field(default_factory=lambda: Poly(power=0.9, final=0.01))
     """Learning rate over time."""
-    sync_bn: Literal["off", "torch"] = "torch"
-    """Batch norm statistics: torch for all GPUs together (SyncBN), off for each process alone."""
+    sync_bn: SyncBn = "torch"
     align_corners: bool = False
     """How logits are upsampled, in training and test: keep the centres of the corner pixels in
     place if true, the image edges if false."""
@@ -66,10 +60,7 @@ class Segmentation:
     NAME.png or NAME_ANYTHING.png, in the size of the images."""
     label_ids: bool = False
     """Whether those files hold Cityscapes' label ids (as for its server), not the 19 train ids."""
-    eval_every_epochs: int = 1
-    """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=10, precision="fp32"))
-    """Length, precision, logs and checkpoints."""
 
     def __post_init__(self) -> None:
         if not 0 < self.slide_stride <= self.slide_crop:

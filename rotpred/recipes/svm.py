@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.spec import LoaderSpec, Resize
-from rotpred.recipes.base import PLAIN, RESNET_STAGES, CachedFeatureRun, cifar10_data
+from rotpred.recipes.base import PLAIN, RESNET_STAGES, OnFeatures, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 from rotpred.svm.dual import COSTS
 
 
 @dataclass(frozen=True)
-class _SvmFields:
+class _SvmFields(OnFeatures):
     """Fields that `Svm` and `LowShot` share."""
 
-    name: str = "svms"
-    """Name of the run in results and in the default run folder."""
-    weights: str = ""
-    """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
-    "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
-    """Architecture of the weights."""
-    train: LoaderSpec = PLAIN
-    """Training data. Low-shot draws its samples from them. Classes must match the test data's."""
-    val: LoaderSpec = PLAIN
-    """Test data."""
     train_labels: str = ""
     """Labels of the training data: an .npy file of int8 (N, C), a row per sample (1 present, -1
     absent, 0 difficult; to_beton writes it), or voc2007:SPLIT, read from the data's root. Empty:
@@ -41,8 +30,6 @@ class _SvmFields:
     """Costs C to train with."""
     positive_weight: float = 2.0
     """Factor on the cost of positive samples."""
-    run: CachedFeatureRun = field(default_factory=CachedFeatureRun)
-    """Run folder, device, precision and feature cache."""
 
     def __post_init__(self) -> None:
         _check_svm(self.costs, self.positive_weight, self.stages)
@@ -53,7 +40,6 @@ class Svm(_SvmFields):
     """One linear SVM per class and stage; cross-validation chooses its cost."""
 
     name: str = "svm"
-    """Name of the run in results and in the default run folder."""
     costs: tuple[float, ...] = COSTS
     """Costs C to choose from. Of equally good ones, the first is chosen."""
     folds: int = 3
@@ -70,7 +56,6 @@ class LowShot(_SvmFields):
     """Linear SVMs per class and stage on a few samples, over several independent draws."""
 
     name: str = "lowshot"
-    """Name of the run in results and in the default run folder."""
     costs: tuple[float, ...] = COSTS
     """Costs C. The one with the highest mean on the test data is reported, as published."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)

@@ -26,7 +26,8 @@ _DENSE_FIELDS = {"max_bad": "max_invalid_annotations"}
 """Fields that have another name in a `DenseSpec`, which alone has a `geometry`."""
 
 _TYPES = {
-    "CachedPlace": "CachedFeatureRun",
+    "CachedFeatureRun": "FeatureRun",
+    "CachedPlace": "FeatureRun",
     "Colour": "ColorJitter",
     "Place": "FeatureRun",
     "Run": "RunSettings",
@@ -34,6 +35,9 @@ _TYPES = {
     "Squash": "Resize",
     "Within": "FitWithin",
 }
+
+_OPTIONS = {"cache-store": "store", "run.cache": "cache"}
+"""Options of 0.2, in which evaluations named their caches differently."""
 
 _COLUMNS = {"head_mult": "head_lr_mult", "wait_percent": "data_wait_percent"}
 
@@ -48,7 +52,7 @@ def translate_row(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def translate_names(value: object) -> object:
-    """Rename fields, and the recipe types under `type`, to the current names.
+    """Rename fields, and the recipe types under `type`, to the current names; `run.cache` moves up.
 
     Args:
         value: Decoded JSON. Current names are kept.
@@ -64,6 +68,8 @@ def translate_names(value: object) -> object:
         for key in ("type", "kind"):
             if isinstance(kind := renamed.get(key), str):
                 renamed[key] = _TYPES.get(kind, kind)
+        if isinstance(run := renamed.get("run"), dict) and "cache" in run:
+            renamed["cache"] = run.pop("cache")
         return renamed
     if isinstance(value, list):
         return [translate_names(item) for item in value]
@@ -96,12 +102,14 @@ def translate_option(word: str, spec: Container[object]) -> str:
     """Rename an option of a command line, `--train.limit`, to its current name.
 
     Args:
-        word: Any word of a command; what is not an option of 0.1 is returned unchanged.
+        word: Any word of a command; what is not a former option is returned unchanged.
         spec: Names of the fields of the recipe's data specs, former or current ones.
     """
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")
+    if (name := option[2:].replace("_", "-")) in _OPTIONS:
+        return f"--{_OPTIONS[name]}{equals}{value}"
     path = [part.replace("-", "_") for part in option[2:].split(".")]
     fields = _former_fields(spec)
     renamed = [fields.get(part, part).replace("_", "-") for part in path]

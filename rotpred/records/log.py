@@ -1,7 +1,6 @@
 """The log of a run: recipe, log rows, results and figures in the run folder.
 
-    with lock(out), RunLog(out, recipe=recipe, rank_main=True, world=1, total_steps=900,
-                           device="cpu") as log:
+    with lock(out), RunLog(out, recipe, Rank(), total_steps=900) as log:
         log.interval(step=50, epoch=0, values={"loss": 1.2}, images=3200, views=12800,
                      wait_seconds=0.4, seconds=9.1)
         log.result("rotation", metric="accuracy", value=68.4, unit="%", n=40000)
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from pipelines.storage import replaced, write_json
+from rotpred.distributed import Rank
 from rotpred.records.console import configure_logging, describe
 from rotpred.records.folder import DONE, environment, lock, read_results, read_rows, rss_mib
 from rotpred.records.jsonl import JsonlWriter
@@ -47,12 +47,10 @@ class RunLog:
     def __init__(
         self,
         out: Path,
-        *,
         recipe: object,
-        rank_main: bool,
-        world: int,
+        rank: Rank,
         total_steps: int,
-        device: str,
+        *,
         start_step: int = 0,
     ) -> None:
         """Write nothing yet; files are created on entering the context.
@@ -61,10 +59,8 @@ class RunLog:
             out: The run folder, created if missing. One job per folder: see `lock`.
             recipe: A frozen dataclass. Its `name` field, or else its class name, names it in
                 results.
-            rank_main: Whether this process writes.
-            world: Number of processes in the job, which all make the same steps.
+            rank: This process; all processes of the job make the same steps, and rank 0 writes.
             total_steps: Steps of the whole run, for the time left and the progress bar.
-            device: "cpu" or "cuda:0"; decides which memory is reported.
             start_step: The step that the run resumes from. Later rows of log.jsonl belong to steps
                 that are about to be repeated: they are dropped before the first new row, and
                 TensorBoard hides its own.
@@ -72,10 +68,8 @@ class RunLog:
         self.out = out
         self._recipe = recipe
         self._recipe_name = str(getattr(recipe, "name", None) or type(recipe).__name__)
-        self._main = rank_main
-        self._world = world
+        self._rank = rank
         self._total_steps = total_steps
-        self._device = torch.device(device)
         self._step = start_step
         self._resumed = start_step
         self._warned = False
@@ -96,7 +90,7 @@ class RunLog:
             OSError: The folder cannot be created or is not writable.
             ValueError: results.json exists and is not a list of results.
         """
-        if not self._main:
+        if not self._rank.main:
             return self
         for folder in ("checkpoints", "figures", "tensorboard"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
@@ -108,7 +102,9 @@ class RunLog:
         (self.out / DONE).unlink(missing_ok=True)
         with self._keeps_going():
             write_json(self.out / "recipe.json", plain(self._recipe))
-            write_json(self.out / "env.json", environment(self._device, world=self._world))
+            write_json(
+                self.out / "env.json", environment(self._rank.device, world=self._rank.world)
+            )
         self._progress = Progress(self._recipe_name, self._total_steps, start=self._step)
         return self
 
@@ -151,7 +147,7 @@ class RunLog:
             wait_seconds: Time that this process waited for its loader.
             seconds: Wall time of the interval.
         """
-        if not self._main:
+        if not self._rank.main:
             return
         steps, self._step = step - self._step, step
         if steps > 0 and seconds > 0:
@@ -161,7 +157,7 @@ class RunLog:
         left = None
         if self._seconds_per_step is not None:
             left = max(0, self._total_steps - step) * self._seconds_per_step
-        rate = self._world / seconds if seconds > 0 else 0.0
+        rate = self._rank.world / seconds if seconds > 0 else 0.0
         row: dict[str, object] = {
             "step": step,
             "epoch": epoch,
@@ -176,8 +172,10 @@ class RunLog:
             "rss_mib": rss_mib(),
             "time": round(time.time(), 3),
         }
-        if self._device.type == "cuda":
-            row["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
+        if self._rank.device.type == "cuda":
+            row["cuda_peak_mib"] = round(
+                torch.cuda.max_memory_allocated(self._rank.device) / 2**20, 1
+            )
         if self._progress is not None:
             self._progress.mark_logged()
         self.tick(step)
@@ -193,7 +191,7 @@ class RunLog:
             step: Steps since the beginning of the run.
             values: Percentages by name. The row and TensorBoard call them val/NAME.
         """
-        if not self._main:
+        if not self._rank.main:
             return
         named = {f"val/{name}": float(value) for name, value in values.items()}
         logger.info(
@@ -235,7 +233,7 @@ class RunLog:
         Raises:
             ValueError: The value is not finite: JSON cannot hold it and a table should not.
         """
-        if not self._main:
+        if not self._rank.main:
             return
         if not math.isfinite(value):
             raise ValueError(f"result {benchmark} {metric} is {value}; it must be finite")
@@ -259,7 +257,7 @@ class RunLog:
 
     def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
         """Write figures/NAME.png and add it to TensorBoard at `step` (default: the current one)."""
-        if not self._main:
+        if not self._rank.main:
             return
         from PIL import Image
 

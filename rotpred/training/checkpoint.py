@@ -160,22 +160,21 @@ class CheckpointFolder:
         Steps beyond `newest` belong to an abandoned run: they are neither counted nor removed.
         """
         candidates = [(step, path) for step, path in self._steps() if step <= newest]
-        best: tuple[float, int] | None = None
-        valid: set[int] = set()
+        valid: list[int] = []
+        scores: list[tuple[float, int]] = []
         for step, path in candidates:
             try:
                 score = _record(path).get("score")
                 if score is not None:
-                    best = max(best or (score, step), (score, step))
+                    scores.append((score, step))
                 # A damaged file must not displace one that can be loaded.
                 if len(valid) < self._keep and (step == newest or _verify(path)):
-                    valid.add(step)
+                    valid.append(step)
             except CheckpointError as error:
                 log.warning("damaged checkpoint: %s", error)
-        if len(valid) < self._keep:
-            return
+        _, best = max(scores, default=(None, None))
         for step, path in candidates:
-            if step < min(valid) and (best is None or step != best[1]):
+            if len(valid) == self._keep and step < valid[-1] and step != best:
                 path.unlink(missing_ok=True)
                 sidecar_of(path).unlink(missing_ok=True)
 

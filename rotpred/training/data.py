@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Shard
+from pipelines.spec import LoaderSpec, Precision, Shard
 from rotpred.distributed import Rank, check_equal
 from rotpred.training.loader_interface import TrainingLoader
-from rotpred.training.settings import RunSettings
+
+_VIEWS_REASONS = {
+    "rotate4": "rotation prediction needs all four rotations",
+    "plain": "classification needs unrotated images",
+}
 
 
-def open_data(spec: LoaderSpec, rank: Rank, run: RunSettings) -> Loader:
-    """Open this rank's shard of the data; batches have the dtype of the run's precision."""
+def open_data(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
+    """Open this rank's shard of the data; batches have the dtype of the precision."""
     shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=run.precision)
+    return open_loader(spec, shard=shard, device=rank.device, precision=precision)
+
+
+def check_views(views: Literal["rotate4", "plain"], *specs: LoaderSpec | None) -> None:
+    """Raise `ValueError` if one of the specs has other views."""
+    if any(spec is not None and spec.views != views for spec in specs):
+        raise ValueError(f"{_VIEWS_REASONS[views]}: views must be {views}")
 
 
 def check_data(loader: TrainingLoader[object], rank: Rank) -> None:

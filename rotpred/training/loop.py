@@ -2,13 +2,13 @@
 
 `steps` yields batches. Each protocol defines its loss and calls `train_step` in its own file:
 
-    def objective(images, targets):
+    def objective(batch):
         with state.autocast():
-            loss = cross_entropy(state.model(images), targets)
+            loss = cross_entropy(state.model(batch.images), batch.targets)
         return loss, {"loss": loss}
 
     for batch in steps(state, loader, run, log=log):
-        state.train_step(objective, batch.images, batch.targets)
+        state.train_step(objective, batch)
 
 The loop reads nothing from the device in a step. (torch's SyncBN does in every layer, and so do
 detection's proposals.) At each log line the sums that `state.train_step` has gathered are read, and
@@ -113,8 +113,7 @@ def steps(
         RuntimeError: The loader ended an epoch early.
     """
     per_epoch = len(loader)
-    total = run.epochs * per_epoch
-    last = total if run.max_steps is None else min(total, run.max_steps)
+    last = run.total_steps(per_epoch)
     meter = _Meter(state, loader, log, run)
     signals = _Signals()
     # The checkpoint holds the sum over ranks: rank 0 continues it, the others start at 0.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.spec import Precision
+
+SyncBn = Literal["off", "torch", "apex"]
+"""Batch norm statistics: of each process alone, or over all processes by torch or apex."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class RunSettings:
     """How many of the newest checkpoints to keep, at least 2, besides the best one."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before the job fails."""
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Return the length of the run: all epochs, or `max_steps` if that is less."""
+        total = self.epochs * per_epoch
+        return total if self.max_steps is None else min(total, self.max_steps)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every_steps", "save_every_steps"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 LossAndLogs = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss to minimise, and scalars by name whose means are logged; all 0-dimensional."""
 
-LossFn = Callable[..., LossAndLogs]
-"""A protocol's loss of the tensors of a batch. It must not read from the device. Its inputs have
-the same shapes at every step (with progressive resolution, at every step of one resolution)."""
+LossFn = Callable[[Any], LossAndLogs]
+"""A protocol's loss of a batch. It must not read from the device."""
 
 
 @dataclass(frozen=True)
@@ -141,31 +140,34 @@ class TrainState:
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
-    def train_step(self, objective: LossFn, *inputs: Any) -> None:
+    def train_step(self, objective: LossFn, batch: tuple[Any, ...]) -> None:
         """Run forward and backward, and step the optimisers if an accumulation ends.
 
         Nothing here waits for the device, except the capture of a graph.
 
         Args:
-            objective: Called with the inputs or copies of them; the same function at every step.
-            inputs: Tensors of a batch; without CUDA graphs, any arguments of the objective.
+            objective: Called with the batch or a copy of it; the same function at every step.
+            batch: A named tuple or tuple. With CUDA graphs, of tensors, with the same shapes at
+                every step (with progressive resolution, at every step of one resolution).
         """
         if self._flat is None:
-            loss, scalars = self._gradients(objective, *inputs)
+            loss, scalars = self._gradients(objective, batch)
         else:
             if objective not in self._graphs:
-                work = functools.partial(self._gradients, objective)
-                self._graphs[objective] = Graphs(self._capture, work)
-            loss, scalars = self._graphs[objective](*inputs)
+                pack = getattr(type(batch), "_make", tuple)
+                self._graphs[objective] = Graphs(
+                    self._capture, lambda *tensors: self._gradients(objective, pack(tensors))
+                )
+            loss, scalars = self._graphs[objective](*batch)
         self._loss_not_finite |= ~torch.isfinite(loss)
         self._record(scalars)
         if self._at_update:
             with record_function("optimiser"):
                 self._update()
 
-    def _gradients(self, objective: LossFn, *inputs: Any) -> LossAndLogs:
+    def _gradients(self, objective: LossFn, batch: tuple[Any, ...]) -> LossAndLogs:
         with record_function("forward"):
-            loss, scalars = objective(*inputs)
+            loss, scalars = objective(batch)
         with record_function("backward"):
             scaled = self._scaler.scale(loss / self._run.accumulate)
             scaled.backward()  # type: ignore[no-untyped-call]
@@ -196,6 +198,20 @@ class TrainState:
         means = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Put the network into evaluation mode for a block, without gradients.
+
+        Batch norm statistics, which differ between ranks, become those of rank 0.
+        """
+        self.sync_buffers()
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
 
     def sync_buffers(self) -> None:
         """Broadcast the buffers of rank 0 (batch norm statistics differ between ranks)."""

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from rotpred.distributed import Rank
 from rotpred.training.optim import APEX_INSTALL
-from rotpred.training.settings import RunSettings
-
-SyncBn = Literal["off", "torch", "apex"]
+from rotpred.training.settings import RunSettings, SyncBn
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def convert_sync_bn(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
-    """Replace the batch norm layers by synchronised ones; "off" returns the model unchanged.
+    """Replace the batch norm layers, in place, by synchronised ones.
+
+    "off", or a job of one process, returns the model unchanged.
 
     Raises:
-        ValueError: There is no GPU, apex is not installed, or `run` sets cuda_graph or compile.
+        ValueError: As `check_sync_bn`, or apex is not installed.
     """
     check_sync_bn(kind, rank, run)
-    if kind == "off":
+    if kind == "off" or rank.world == 1:
         return model
     if kind == "apex":
         return _apex(model)
@@ -32,12 +32,12 @@ def convert_sync_bn(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
 def check_sync_bn(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
     """Check that synchronised batch norm is possible, before opening data takes minutes.
 
-    Does not check whether apex is installed.
+    One process has nothing to synchronise. Does not check whether apex is installed.
 
     Raises:
-        ValueError: There is no GPU, or `run` sets cuda_graph or compile.
+        ValueError: There are several processes without GPUs, or `run` sets cuda_graph or compile.
     """
-    if kind == "off":
+    if kind == "off" or rank.world == 1:
         return
     if rank.device.type != "cuda":
         raise ValueError(f"sync_bn={kind} needs GPUs: on a CPU pass --sync-bn off")

@@ -22,18 +22,6 @@ from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.read import StateDictFile, first_few, read_state_dict
 
-__all__ = [
-    "LoadReport",
-    "finite_tensors",
-    "imagenet_file",
-    "load_backbone",
-    "load_rotnet",
-    "read_backbone",
-    "save_backbone",
-    "sha256_file",
-    "write_whole",
-]
-
 logger = logging.getLogger(__name__)
 
 SUPERVISED = ("resnet18", "resnet50")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipelines.batch import RawBatch
+from pipelines.batch import Batch, RawBatch
 from pipelines.device.transfer import Transfer
 from pipelines.engines.choice import missing_engines
 from pipelines.loader import open_loader
@@ -106,9 +106,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
         identity={"backbone": "resnet18_small"},
     )
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
+    def objective(batch: Batch) -> LossAndLogs:
         with state.autocast():
-            loss = cross_entropy(state.model(images), targets)
+            loss = cross_entropy(state.model(batch.images), batch.targets)
         return loss, {"loss": loss}
 
     with open_loader(spec, device="cuda:0", precision=run.precision) as loader:
@@ -117,7 +117,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str) -> No
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 state.begin_step(0.0)
-                state.train_step(objective, batch.images, batch.targets)
+                state.train_step(objective, batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert state.means()["loss"] < 10 and not state.has_non_finite
@@ -164,8 +164,9 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
         )
 
         def objective(
-            images: torch.Tensor, targets: torch.Tensor, state: TrainState = state
+            batch: tuple[torch.Tensor, torch.Tensor], state: TrainState = state
         ) -> LossAndLogs:
+            images, targets = batch
             with state.autocast():
                 loss = cross_entropy(state.model(images), targets)
             return loss, {"loss": loss}
@@ -174,11 +175,8 @@ def test_graphs_train_as_eager_steps_do(tmp_path: Path, precision: str, compiled
         for side in (32,) * 5 + (48,) * 5:
             images = torch.randn(8, 3, side, side, generator=draw).to(rank.device)
             state.begin_step(0.0)
-            state.train_step(
-                objective,
-                images.to(memory_format=torch.channels_last),
-                torch.arange(8, device=rank.device) % 4,
-            )
+            images = images.to(memory_format=torch.channels_last)
+            state.train_step(objective, (images, torch.arange(8, device=rank.device) % 4))
             state.step += 1
         weights.append([p.detach().clone() for p in model.parameters()])
         losses.append(state.means()["loss"])

@@ -27,7 +27,6 @@ from rotpred.features.base import AVGPOOL, Features
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
-from rotpred.protocols.feature_session import shard_slice
 from rotpred.protocols.multilabel import labels_of, read_labels
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 from tests.support import processes
@@ -310,7 +309,7 @@ def test_a_file_that_holds_no_array_is_named(tmp_path: Path) -> None:
 
 def test_work_is_shared_without_gaps() -> None:
     for world in (1, 2, 3, 8):
-        parts = [list(range(5))[shard_slice(5, Rank(rank=r, world=world))] for r in range(world)]
+        parts = [list(range(5))[Rank(rank=r, world=world).part_of(5)] for r in range(world)]
         assert [unit for part in parts for unit in part] == list(range(5))
 
 
@@ -318,7 +317,7 @@ PROGRAM = """
 import pathlib, sys, torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
-from rotpred.recipes.base import CachedFeatureRun
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.knn import Knn
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.protocols import knn, svm
@@ -329,11 +328,10 @@ spec = LoaderSpec(
     shuffle=False, drop_last=False, workers=1, engine="folder",
 )
 with distributed.process_group("cpu", timeout_seconds=60) as rank:
-    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec}
+    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec,
+              "cache": str(out / f"cache{rank.world}")}
     def place(name):
-        return CachedFeatureRun(
-            str(out / f"{name}{rank.world}"), "cpu", cache=str(out / f"cache{rank.world}")
-        )
+        return FeatureRun(str(out / f"{name}{rank.world}"), "cpu")
     costs = (1.0, 0.01)
     svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
     few = LowShot(

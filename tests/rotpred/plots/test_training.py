@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.batch import IGNORE
 from pipelines.spec import CIFAR10
+from rotpred.distributed import Rank
 from rotpred.plots.training import confusion, curves, filters, views_grid
 from rotpred.records.log import RunLog, read_rows
 from rotpred.records.tensorboard import pixels as pixels_of
@@ -115,8 +116,7 @@ def test_filters_refuse_other_layers() -> None:
 
 
 def test_curves_of_real_rows(tmp_path: Path) -> None:
-    run = {"recipe": object(), "rank_main": True, "world": 1, "total_steps": 40, "device": "cpu"}
-    with RunLog(tmp_path, **run) as log:  # type: ignore[arg-type]
+    with RunLog(tmp_path, object(), Rank(), total_steps=40) as log:
         for step in range(1, 41):
             log.interval(
                 step=step,

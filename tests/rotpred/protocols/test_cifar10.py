@@ -221,7 +221,7 @@ def test_end_to_end(
     for part, data in (("train", betons["train"]), ("val", betons["test"])):
         args += [f"--{part}.data", data, f"--{part}.engine", "folder", f"--{part}.workers", "1"]
     if "cache" in vars(EVALUATION[name]().run):
-        args += ["--run.cache", str(tmp_path / "cache")]
+        args += ["--cache", str(tmp_path / "cache")]
     assert cli.evaluate_main(args) == 0
     found = results(tmp_path / "run")
     assert set(found) == METRICS[name]

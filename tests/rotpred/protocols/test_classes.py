@@ -107,7 +107,8 @@ def test_features_of_other_classes_are_refused(name: str, tmp_path: Path) -> Non
         weights="random",
         train=replace(made.train, data=str(tmp_path / "train"), crop=CenterCrop(32, 32), **common),
         val=replace(made.val, data=str(tmp_path / "val"), crop=CenterCrop(32, 32), **common),
-        run=replace(made.run, out=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=replace(made.run, out=str(tmp_path / "run")),
+        cache=str(tmp_path / "cache"),
     )
     run = {"cifar10_knn": knn.run, "cifar10_svm": svm.run, "cifar10_lowshot": svm.run_low_shot}
     with pytest.raises(ValueError, match="number 1 is cat in the first, dog in the second"):

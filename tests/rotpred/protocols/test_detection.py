@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import types
@@ -24,8 +25,10 @@ from rotpred.metrics.predictions import read_detections
 from rotpred.models.backbone import build_backbone
 from rotpred.models.detection.masks import paste_masks
 from rotpred.protocols import dense, detection
-from rotpred.protocols.dense import DenseResult, scaled
+from rotpred.protocols.dense import scaled, validation
 from rotpred.protocols.detection import DetectionTask
+from rotpred.protocols.run import Run
+from rotpred.protocols.scoring import Validation
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.report.results import read_runs
 from rotpred.training.optim import Optim
@@ -138,8 +141,10 @@ def test_of_many_validations_the_last_is_kept(
     monkeypatch: pytest.MonkeyPatch, last_step: int
 ) -> None:
     """Validations hold megabytes of figures; the one returned belongs to the final weights."""
-    state: Any = types.SimpleNamespace(step=0, train_step=lambda *_: None)
-    made: list[weakref.ref[DenseResult]] = []
+    state: Any = types.SimpleNamespace(
+        step=0, digest="", train_step=lambda *_: None, evaluation=contextlib.nullcontext
+    )
+    made: list[weakref.ref[Validation]] = []
 
     def steps(*_: object, evaluate: Callable[[int], float], **__: object) -> Iterator[None]:
         for state.step in range(1, last_step + 1):
@@ -147,18 +152,22 @@ def test_of_many_validations_the_last_is_kept(
             if state.step % 2 == 0:
                 assert evaluate(state.step) == state.step
 
-    def validated(*_: object) -> DenseResult:
+    def validated() -> Validation:
         assert sum(ref() is not None for ref in made) <= 1
-        found = DenseResult({"AP": float(state.step)}, n=1)
+        found = validation({"AP": float(state.step)}, 1, {})
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(dense, "steps", steps)
-    monkeypatch.setattr(dense, "evaluate", validated)
-    job: Any = types.SimpleNamespace(loader=None, val=())
-    log: Any = types.SimpleNamespace(validation=lambda **_: None)
-    found = dense._train(voc0712_det(), DetectionTask(voc0712_det()), state, job, log)
-    assert found.values == {"AP": last_step} and len(made) == (2 if last_step == 4 else 3)
+    monkeypatch.setattr("rotpred.protocols.run.steps", steps)
+    opened: Run[Any] = Run(voc0712_det(), Rank(rank=1, world=2), Path())
+    opened.train = None
+    opened.log = types.SimpleNamespace(validation=lambda **_: None)  # type: ignore[assignment]
+    found = opened.fit(state, lambda _: pytest.fail(), validated, eval_every_epochs=1)
+    assert (
+        found is not None
+        and found.results == {"AP": last_step}
+        and len(made) == (2 if last_step == 4 else 3)
+    )
     assert [ref() is not None for ref in made] == [False] * (len(made) - 1) + [True]
 
 

@@ -16,7 +16,7 @@ from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Resize
 from rotpred.distributed import Rank
 from rotpred.protocols import knn, svm
-from rotpred.recipes.base import CachedFeatureRun
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.knn import in1k_knn
 from rotpred.recipes.svm import voc07_lowshot, voc07_svm
 from rotpred.weights.frozen_backbone import load_frozen_backbone
@@ -79,7 +79,7 @@ def small(base: Path, out: Path) -> dict[str, Any]:
         "weights": "random", "backbone": "resnet18_tiny", "costs": LOW_COSTS,
         "train": replace(spec, data="voc2007:trainval"), "train_labels": "voc2007:trainval",
         "val": replace(spec, data="voc2007:test"), "val_labels": "voc2007:test",
-        "run": CachedFeatureRun(str(out / "run"), "cpu", cache=str(out / "cache")),
+        "run": FeatureRun(str(out / "run"), "cpu"), "cache": str(out / "cache"),
     }  # fmt: skip
 
 
@@ -140,7 +140,8 @@ def test_in1k_knn(tmp_path: Path) -> None:
         store="float32",
         train=replace(made.train, data=tree.train, root=tree.train_root, **common),
         val=replace(made.val, data=tree.val, root=tree.val_root, **common),
-        run=CachedFeatureRun(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+        run=FeatureRun(str(tmp_path / "run"), "cpu"),
+        cache=str(tmp_path / "cache"),
     )
     found = results(knn.run(recipe, Rank()))
     (bank, labels), (queries, truth) = averaged(recipe.train), averaged(recipe.val)

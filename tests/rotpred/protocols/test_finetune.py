@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from pipelines.engines.samples import open_samples
 from pipelines.loader import open_loader
@@ -24,7 +25,9 @@ from rotpred.models.heads import make_rotnet
 from rotpred.protocols import finetune
 from rotpred.recipes.finetune import RECIPES, FineTuning, in1k_semi
 from rotpred.training.schedule import lr_at
+from rotpred.training.settings import RunSettings
 from rotpred.training.state import TrainState
+from rotpred.training.sync_bn import convert_sync_bn
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Trees, make_trees
 from tests.support.run_outputs import results, saved
@@ -182,9 +185,13 @@ def test_deterministic_kernels_while_it_lasts(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_sync_bn_is_refused_on_a_cpu(trees: Trees, tmp_path: Path) -> None:
+def test_sync_bn_is_refused_on_several_cpus() -> None:
+    """One process has nothing to synchronise."""
+    network = nn.Sequential(nn.BatchNorm2d(2))
+    convert_sync_bn(network, "torch", Rank(), RunSettings())
+    assert type(network[0]) is nn.BatchNorm2d
     with pytest.raises(ValueError, match="--sync-bn off"):
-        finetune.run(toy_fine_tuning(trees, tmp_path, sync_bn="torch"), Rank())
+        convert_sync_bn(network, "torch", Rank(world=2), RunSettings())
 
 
 def test_balanced_draws() -> None:

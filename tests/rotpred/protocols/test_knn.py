@@ -14,7 +14,7 @@ import torch
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.protocols import knn
-from rotpred.recipes.base import CachedFeatureRun
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.knn import Knn, in1k_knn
 from rotpred.report.results import read_runs
 from tests.support.references import knn_hits
@@ -102,7 +102,7 @@ def recipe(beton: Path, tmp_path: Path) -> Knn:
     )  # fmt: skip
     return Knn(
         weights="random", backbone="resnet18_tiny", train=spec, val=spec, neighbours=(1, 5),
-        run=CachedFeatureRun(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+        run=FeatureRun(str(tmp_path / "run"), "cpu"), cache=str(tmp_path / "cache"),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from rotpred.models import probes
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
-from rotpred.protocols import linear
+from rotpred.protocols import linear, run
 from rotpred.recipes.linear import RECIPES, Linear, cifar10_probes
 from rotpred.recipes.probe import Probe, ProbeKind
 from rotpred.training.checkpoint import CheckpointError
@@ -61,14 +61,14 @@ def test_not_one_tensor_of_the_backbone_moves(
             nn.init.uniform_(module.running_var, 0.5, 2)
     save_backbone(weights, source, {})
     seen: list[nn.Module] = []
-    load = linear.load_frozen_backbone
+    load = run.load_frozen_backbone
 
     def spy(name: str, path: str, rank: Rank) -> tuple[nn.Module, str]:
         backbone, sha = load(name, path, rank)
         seen.append(backbone)
         return backbone, sha
 
-    monkeypatch.setattr(linear, "load_frozen_backbone", spy)
+    monkeypatch.setattr(run, "load_frozen_backbone", spy)
     out = linear.run(recipe(tmp_path / "run", str(weights)), Rank())
     (backbone,) = seen
     expected, found = source.state_dict(), backbone.state_dict()
@@ -285,7 +285,7 @@ def test_features_of_half_the_size(
     """Separate arrays, nearly the same probes, and results that name the dtype."""
     cache = tmp_path / "features"
     whole = cached(tmp_path / "a", weights[0], trees, cache=str(cache))
-    half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), cache_store="float16")
+    half = cached(tmp_path / "b", weights[0], trees, cache=str(cache), store="float16")
     one, other = (results(linear.run(made, Rank())) for made in (whole, half))
     assert one.keys() == other.keys()
     assert {row["protocol"] for row in one.values()} == {linear.CACHED}
@@ -297,8 +297,8 @@ def test_features_of_half_the_size(
     types = [np.load(file, mmap_mode="r").dtype for file in sorted(cache.glob("*/res5.npy"))]
     assert sorted(map(str, types)) == ["float16"] * 2 + ["float32"] * 2
     with pytest.raises(CheckpointError, match="store"):
-        linear.run(replace(half, cache_store="float32"), Rank())
-    with pytest.raises(ValueError, match="cache_store float16 needs a cache: pass --cache FOLDER"):
+        linear.run(replace(half, store="float32"), Rank())
+    with pytest.raises(ValueError, match="store float16 needs a cache: pass --cache FOLDER"):
         linear.run(replace(half, cache=""), Rank())
 
 

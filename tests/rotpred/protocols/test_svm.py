@@ -16,7 +16,7 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.plots import svm as svm_plots
 from rotpred.protocols import svm
-from rotpred.recipes.base import CachedFeatureRun
+from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.svm import LowShot, Svm, voc07_lowshot, voc07_svm
 from rotpred.records.tensorboard import pixels
 from tests.support.references import EXACT_COSTS
@@ -36,16 +36,14 @@ def spec(samples: int, seed: int) -> LoaderSpec:
 
 def test_run_folders(tmp_path: Path) -> None:
     """From images to rows and figures; a finished folder is left unchanged."""
-    place = CachedFeatureRun(
-        out=str(tmp_path / "full"), cache=str(tmp_path / "cache"), device="cpu"
-    )
+    place = FeatureRun(str(tmp_path / "full"), "cpu")
     table = np.where(np.arange(24)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
     np.save(tmp_path / "labels.npy", table)
     common = {
         "weights": "random", "backbone": "resnet18_tiny", "train": spec(24, 0),
         "val": spec(24, 1), "train_labels": str(tmp_path / "labels.npy"),
         "val_labels": str(tmp_path / "labels.npy"), "stages": ("res5", "avgpool"),
-        "costs": EXACT_COSTS,
+        "costs": EXACT_COSTS, "cache": str(tmp_path / "cache"),
     }  # fmt: skip
     full = Svm(run=place, class_names=("ox", "ass", "goose"), **common)  # type: ignore[arg-type]
     out = svm.run(full, Rank())
@@ -62,7 +60,7 @@ def test_run_folders(tmp_path: Path) -> None:
     few = LowShot(
         shots=(1, 4),
         draws=2,
-        run=CachedFeatureRun(str(tmp_path / "few"), "cpu", cache=place.cache),
+        run=FeatureRun(str(tmp_path / "few"), "cpu"),
         **common,
     )  # type: ignore[arg-type]
     out = svm.run_low_shot(few, Rank())
@@ -79,7 +77,7 @@ def tables(made: T, folder: Path, **changes: Any) -> T:
         made, weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
         train_labels=str(folder / "labels.npy"), val_labels=str(folder / "labels.npy"),
         stages=("avgpool",),
-        run=CachedFeatureRun(str(folder / "run"), "cpu", cache=str(folder / "cache")),
+        run=FeatureRun(str(folder / "run"), "cpu"), cache=str(folder / "cache"),
         **changes,
     )  # fmt: skip
 
@@ -135,7 +133,7 @@ def test_names_must_be_as_many_as_the_classes(
     recipe = kind(
         weights="random", backbone="resnet18_tiny", train=spec(24, 0), val=spec(24, 1),
         val_labels=common["train_labels"], class_names=VOC_CLASSES, **common,
-        run=CachedFeatureRun(str(tmp_path / "run"), "cpu", cache=str(tmp_path / "cache")),
+        run=FeatureRun(str(tmp_path / "run"), "cpu"), cache=str(tmp_path / "cache"),
     )  # type: ignore[arg-type]  # fmt: skip
     execute = svm.run if kind is Svm else svm.run_low_shot
     words = "20 class_names for labels of 3 classes: pass --class-names"

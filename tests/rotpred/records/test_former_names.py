@@ -69,6 +69,8 @@ def test_rows_have_the_present_columns(tmp_path: Path) -> None:
 def test_options_of_kept_commands_have_the_present_names() -> None:
     assert translate_option("--train.limit", {}) == "--train.max-samples"
     assert translate_option("--head-mults=1", {}) == "--head-lr-mults=1"
+    assert translate_option("--run.cache", {}) == "--cache"
+    assert translate_option("--cache-store=float16", {}) == "--store=float16"
     assert translate_option("--train.colour.hue", {}) == "--train.color-jitter.hue"
     assert translate_option("--val.max-bad=1", {"crop"}) == "--val.max-undecodable=1"
     assert translate_option("--val.max-bad=1", {"geometry"}) == "--val.max-invalid-annotations=1"

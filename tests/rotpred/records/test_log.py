@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.spec import CenterCrop, LoaderSpec
+from rotpred.distributed import Rank
 from rotpred.records.console import Console, configure_logging, describe, duration
 from rotpred.records.folder import DONE
 from rotpred.records.log import RunLog, lock, read_results, read_rows
@@ -36,15 +37,8 @@ class Recipe:
 
 
 def open_log(out: Path, *, main: bool = True, world: int = 1, start_step: int = 0) -> RunLog:
-    return RunLog(
-        out,
-        recipe=Recipe(),
-        rank_main=main,
-        world=world,
-        total_steps=100,
-        device="cpu",
-        start_step=start_step,
-    )
+    rank = Rank(rank=0 if main else 1, world=world if main else 2)
+    return RunLog(out, Recipe(), rank, total_steps=100, start_step=start_step)
 
 
 def record(log: RunLog, step: int, **values: float) -> None:
@@ -74,10 +68,11 @@ def run_child(code: str, *, closing: str = "") -> subprocess.CompletedProcess[st
 CHILD = """
 from pathlib import Path
 from matplotlib.figure import Figure
+from rotpred.distributed import Rank
 from rotpred.records.log import RunLog, configure_logging
 configure_logging()
 out = Path({out!r})
-with RunLog(out, recipe=object(), rank_main=True, world=1, total_steps=9, device="cpu") as log:
+with RunLog(out, object(), Rank(), total_steps=9) as log:
     for step in range(1, 10):
         {each}
         log.interval(step=step, epoch=0, values=dict(loss=1.0), images=1, views=4,

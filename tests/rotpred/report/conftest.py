@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipelines.storage import write_json
+from rotpred.distributed import Rank
 from rotpred.records.log import RunLog
 from rotpred.report.recipe_changes import PROCESSES
 from tests.support.report_pages import Rows
@@ -56,10 +57,8 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         monkeypatch.setattr("rotpred.records.folder.git_state", lambda _: git)
         about = {"name": recipe, "weights": weights, "backbone": "resnet50", **(fields or {})}
         out = tmp_path / name
-        log = RunLog(
-            out, recipe=Named(recipe), rank_main=True, total_steps=1, device="cpu",
-            world=world or PROCESSES.get(recipe, 2),
-        )  # fmt: skip
+        rank = Rank(world=world or PROCESSES.get(recipe, 2))
+        log = RunLog(out, Named(recipe), rank, total_steps=1)
         with log:
             for row in rows:
                 extra = {} if weights is None else {"weights": Path(weights).name}

@@ -28,6 +28,7 @@ from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
 from rotpred.training.settings import RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from rotpred.training.sync_bn import check_sync_bn
 from tests.support import processes
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,7 +80,8 @@ def state(folder: Path, tape: Tape | None, **run: object) -> TrainState:
 def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
     """Train, and return the logged loss averaged over pairs of steps."""
 
-    def objective(images: torch.Tensor, targets: torch.Tensor) -> LossAndLogs:
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> LossAndLogs:
+        images, targets = batch
         with made.autocast():
             loss = cross_entropy(made.model(images), targets)
         return loss, {"loss": loss}
@@ -87,7 +89,7 @@ def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
     means = []
     for images in batches:
         made.begin_step(made.step / len(batches), final=made.step + 1 == len(batches))
-        made.train_step(objective, images, torch.arange(len(images)) % 4)
+        made.train_step(objective, (images, torch.arange(len(images)) % 4))
         made.step += 1
         if made.step % 2 == 0:
             means.append(made.means()["loss"])
@@ -177,14 +179,14 @@ def _train_half(rank: Rank) -> nn.Linear:
         capture=Tape(),
     )
 
-    def objective(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> LossAndLogs:
+        x, y = batch
         loss = cross_entropy(made.model(x), y)
         return loss, {"loss": loss}
 
-    x, y = _halves(rank.rank)
     for _ in range(WARM_UP + 2):
         made.begin_step(0.0)
-        made.train_step(objective, x, y)
+        made.train_step(objective, _halves(rank.rank))
     return net
 
 
@@ -229,7 +231,6 @@ def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["cuda_graph", "compile"])
 def test_synchronised_batch_norm_goes_with_neither(option: str) -> None:
     run = replace(RunSettings(), **{option: True})  # type: ignore[arg-type]
-    recipe = replace(Pretrain(run=run), sync_bn="torch", backbone="nin3")
     words = rf"sync_bn=torch.*--run\.no-{option.replace('_', '-')}"
     with pytest.raises(ValueError, match=words):
-        pretrain._network(recipe, Rank(device=torch.device("cuda:0")))
+        check_sync_bn("torch", Rank(world=2, device=torch.device("cuda:0")), run)

@@ -51,14 +51,14 @@ with process_group("cpu", timeout_seconds=60) as rank:
     state = TrainState(model, [OptimizedPart(model, Optim(lr=0.1), Steps())], rank=rank,
                        run=RunSettings(epochs=1), folder=None, global_batch=8, identity={})
 
-    def objective(x, y):
-        loss = cross_entropy(state.model(x), y)
+    def objective(batch):
+        loss = cross_entropy(state.model(batch.images), batch.targets)
         return loss, {"loss": loss}
 
     with open_loader(spec, shard=Shard(rank.rank, rank.world)) as loader:
         for batch in loader.epoch(0):
             state.begin_step(0.0)
-            state.train_step(objective, batch.images, batch.targets)
+            state.train_step(objective, batch)
     if rank.main:
         torch.save(model.state_dict(), out)
 """
@@ -102,7 +102,8 @@ def _state(model: nn.Module, folder: Path, **run: object) -> TrainState:
 
 
 def objective(state: TrainState) -> LossFn:
-    def work(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
+    def work(batch: tuple[torch.Tensor, torch.Tensor]) -> LossAndLogs:
+        x, y = batch
         loss = cross_entropy(state.model(x), y)
         return loss, {"loss": loss}
 
@@ -117,10 +118,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     models[1].load_state_dict(models[0].state_dict())
     whole, halves = _state(models[0], tmp_path), _state(models[1], tmp_path, accumulate=2)
     whole.begin_step(0.0)
-    whole.train_step(objective(whole), x, y)
+    whole.train_step(objective(whole), (x, y))
     for part in (slice(0, 4), slice(4, 8)):
         halves.begin_step(0.0)
-        halves.train_step(objective(halves), x[part], y[part])
+        halves.train_step(objective(halves), (x[part], y[part]))
         halves.step += 1
     assert halves.at_update
     for found, expected in zip(models[1].parameters(), models[0].parameters(), strict=True):
@@ -132,7 +133,7 @@ def test_the_last_step_uses_what_has_come_together(tmp_path: Path) -> None:
     before = model.weight.detach().clone()
     state = _state(model, tmp_path, accumulate=4)
     state.begin_step(0.0, final=True)
-    state.train_step(objective(state), torch.randn(3, 5), torch.arange(3))
+    state.train_step(objective(state), (torch.randn(3, 5), torch.arange(3)))
     assert state.at_update and not torch.equal(model.weight, before)
 
 
@@ -143,12 +144,13 @@ def test_what_is_not_finite_is_noticed(tmp_path: Path, where: str) -> None:
     state.begin_step(0.0)
     factor = torch.tensor(float("inf") if where == "loss" else 1.0)
 
-    def objective(x: torch.Tensor, y: torch.Tensor) -> LossAndLogs:
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> LossAndLogs:
+        x, y = batch
         loss = cross_entropy(state.model(x), y) * factor
         return loss, {"loss": loss}
 
     assert not state.has_non_finite
-    state.train_step(objective, torch.randn(3, 5), torch.arange(3))
+    state.train_step(objective, (torch.randn(3, 5), torch.arange(3)))
     assert state.has_non_finite == (where == "loss")
     if where == "weight":
         with torch.no_grad():

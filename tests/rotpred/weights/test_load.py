@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 import torchvision
 
+from pipelines.storage import sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import RotNet, make_rotnet
 from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
-from rotpred.weights.load import load_backbone, save_backbone, sha256_file
+from rotpred.weights.load import load_backbone, save_backbone
 
 pytestmark = pytest.mark.timeout(120)
 
