@@ -195,8 +195,10 @@ def read_json(path: Path, kind: type[T]) -> T:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); move or repair it") from error
     if not isinstance(value, kind):
-        name = {"dict": "object"}.get(kind.__name__, kind.__name__)
-        raise ValueError(f"{path} is not a JSON {name}; move or repair it")
+        raise ValueError(
+            f"{path} is not usable: expected a {kind.__name__} in JSON, found a "
+            f"{type(value).__name__}; move or repair it"
+        )
     return value
 
 

@@ -196,8 +196,7 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: The sidecar is missing, the digest differs, or the file holds more than
             tensors and plain types.
     """
-    _verify(path)
-    return Checkpoint(_record(path)["step"], load_plain(path), path)
+    return Checkpoint(_verify(path)["step"], load_plain(path), path)
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -234,19 +233,19 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _verify(path: Path) -> str:
-    """Return the digest of a checkpoint after comparing it with the sidecar."""
+def _verify(path: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint after comparing the digests, with that of the file."""
     record = _record(path)
     digest = sha256_file(path)
     if digest not in (record["sha256"], record.get("previous")):
         raise CheckpointError(f"{path} has changed since it was written (SHA-256 differs)")
-    return digest
+    return {**record, "sha256": digest}
 
 
 def _sha256_if_intact(path: Path) -> str | None:
     """Return the digest of a checkpoint that is about to be replaced; None if it is damaged."""
     try:
-        return _verify(path)
+        return str(_verify(path)["sha256"])
     except CheckpointError as error:
         log.warning("replacing a damaged checkpoint: %s", error)
         return None

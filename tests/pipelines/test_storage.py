@@ -62,7 +62,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("{", r"x\.json is not JSON \("),
         ("[" * 100_000, r"x\.json is not JSON \("),
-        ("[]", r"x\.json is not a JSON object; move"),
+        ("[]", r"x\.json is not usable: expected a dict in JSON, found a list; move"),
     ],
 )
 def test_foreign_json_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
