@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipelines.beton.reader import verify
 from pipelines.checks import Checked, NonNegativeInt
 from pipelines.conversion.inputs import open_input
-from rotpred.files import replaced
+from pipelines.storage import replaced
 from rotpred.program import drive, leave_if_terminated
 
 

@@ -2,5 +2,5 @@
 
 Public: `convert` (`write_beton`), `encode` (`Check`) and `inputs` (`open_input`).
 Imports: samples, beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec,
-durable and checks.
+storage and checks.
 """

@@ -2,5 +2,5 @@
 
 Public: `annotations`, `images` (`MemoryImages`, `open_images`), `index` (`SampleIndex`),
 `voc_classification` (`VOC_CLASSES`, `voc2007`), `cityscapes`, `coco` and `voc`.
-Imports: imaging, jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: imaging, jpeg, sampling, batch, native, arrays, spec and storage.
 """

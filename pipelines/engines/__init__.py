@@ -2,7 +2,7 @@
 
 Public: `autotune` (`thread_budget`), `choice` (`choose_engine`, `missing_engines`, `open_engine`),
 `source` (`DecodeErrorBudget`, `Source`) and `synthetic` (`CLASSES`, `SyntheticSource`).
-Imports: samples, beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec and
-durable.
+Imports: samples, beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec,
+storage and checks.
 No engine imports another.
 """

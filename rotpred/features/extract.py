@@ -22,14 +22,15 @@ from torch import nn
 from pipelines.checks import check
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
+from pipelines.storage import check_space, locked, write_json
 from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.features.base import AVGPOOL, Features, Store
-from rotpred.features.npy_writer import Append, exclusive_writer, npy_writer
-from rotpred.files import check_space, plain, write_json
+from rotpred.features.npy_writer import Append, npy_writer
 from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
+from rotpred.records.recipe_json import plain
 from rotpred.training.data import open_data
 from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
@@ -170,7 +171,9 @@ def _missing(
         try:
             missing = [name for name in names if not (folder / f"{name}.npy").exists()]
             if missing:
-                locks.enter_context(exclusive_writer(folder, wait=rank.world == 1))
+                folder.mkdir(parents=True, exist_ok=True)
+                hint = "a job of several processes does not wait: start it again when that is done"
+                locks.enter_context(locked(folder, hint=hint, wait=rank.world == 1))
                 # Look again: another job may have written them while this one waited.
                 missing = [name for name in missing if not (folder / f"{name}.npy").exists()]
             if missing:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from rotpred.files import replaced, write_atomic
+from pipelines.storage import replaced, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -312,7 +312,6 @@ def test_the_time_of_live_workers_counts() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert child.pid in timing.descendants()
         alive = timing.cpu_seconds() - before
         child.communicate("\n", timeout=20)
     assert 0.45 < alive

@@ -54,6 +54,6 @@ def rejected(folder: Path, kind: str = "quarantine") -> dict[str, str]:
 
 def assert_nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> None:
     """No output, no temporary or lock file, no child process."""
-    left = {p.name for p in folder.iterdir() if p.name.startswith("out.beton")}
+    left = {p.name for p in folder.iterdir() if p.name.lstrip(".").startswith("out.beton")}
     assert left == set(but)
     assert multiprocessing.active_children() == []
