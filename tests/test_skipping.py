@@ -21,5 +21,5 @@ def test_only_a_missing_package_skips(
 
 
 def test_parameters_carry_the_marker_of_their_engine() -> None:
-    marks = [[mark.name for mark in p.marks] for p in engines.engines("dali-folder", "folder-beton")]
-    assert marks == [["dali"], []]
+    made = engines.engines("dali-folder", "folder-beton")
+    assert [[mark.name for mark in one.marks] for one in made] == [["dali"], []]

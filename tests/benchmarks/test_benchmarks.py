@@ -187,6 +187,7 @@ def test_rotate4_measures_against_copying(tmp_path: Path) -> None:
 
 
 def test_resize_is_compared_with_pillow(tmp_path: Path) -> None:
+    pytest.importorskip("cv2", reason="cv2 (OpenCV), which comes with ffcv, is not installed")
     arguments = ("--images", "4", "--size", "32", "--repeats", "1")
     ours, area, torchvision, *ratios, difference = rows_of("resize", tmp_path, *arguments)
     assert ours["pixel_difference"] == difference["median"] <= difference["target"] == 1.0
