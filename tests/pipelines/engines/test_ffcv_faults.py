@@ -28,12 +28,10 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Normalize, RandomResizedCrop
+from tests.support.engines import engine_module
 from tests.support.images import save_jpeg, smooth_image
 
-pytest.importorskip(
-    "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
-)
-from pipelines.engines.ffcv import source as engine
+engine = engine_module("ffcv", "source")
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -23,6 +23,7 @@ from rotpred.models.backbone import build_backbone
 from rotpred.training.checkpoint import CheckpointFolder
 from rotpred.weights.load import load_backbone
 from tests.support import processes
+from tests.support.engines import engines
 from tests.support.run_outputs import results, saved
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.slow]
@@ -288,12 +289,10 @@ def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path, console: C
     same_weights(calm, out)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "dali"])
+@pytest.mark.parametrize("engine", engines("ffcv", "dali"))
 def test_engines_meet_the_same_samples(
     data: Path, whole: Path, tmp_path: Path, console: Console, engine: str
 ) -> None:
-    if engine == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     out = tmp_path / "run"
     pretrain(options(data, out, *SMALL, "--train.engine", engine), console())
     assert digest(out) == digest(whole)
