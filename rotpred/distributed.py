@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.spec import Shard
+
 T = TypeVar("T")
 
 VARIABLES = {
@@ -56,15 +58,18 @@ class Rank:
         """True in the one process (rank 0) that logs and writes files."""
         return self.rank == 0
 
+    @property
+    def shard(self) -> Shard:
+        """The part of every global batch that this process loads."""
+        return Shard(self.rank, self.world, self.local_world)
+
     def part_of(self, count: int) -> slice:
         """Return this rank's contiguous part of `count` units: neighbours share inputs."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
 
 @contextmanager
-def process_group(
-    device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
-) -> Iterator[Rank]:
+def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> Iterator[Rank]:
     """Read torchrun's environment, choose the device, join the process group for a block.
 
     With several processes the group uses gloo for CPU tensors. If the device is a GPU, it uses NCCL
@@ -76,7 +81,6 @@ def process_group(
     Args:
         device: "auto" (CUDA if available), "cpu", "cuda", or, for a world size of 1, "cuda:N".
         timeout_seconds: How long a collective waits for a peer before it raises.
-        threads: CPU threads of torch in this process; 0 for the result of `cpu_threads`.
 
     Yields:
         The rank of this process.
@@ -88,7 +92,7 @@ def process_group(
     rank = Rank(
         **fields, device=_device(device, fields.get("local_rank", 0), fields.get("world", 1))
     )
-    torch.set_num_threads(threads or cpu_threads(rank.local_world))
+    torch.set_num_threads(cpu_threads(rank.local_world))
     on_gpu = rank.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank.device)
@@ -114,7 +118,7 @@ def cpu_threads(local_world: int = 1) -> int:
     The allowed cores are divided evenly. They come from the affinity mask, which containers and job
     schedulers narrow, not from the number of cores present. OMP_NUM_THREADS overrides this, with
     one exception: torchrun sets it to 1 if it starts several processes and the user has not set it
-    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored; `threads=1` is not.
+    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored.
     """
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:

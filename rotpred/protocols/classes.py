@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from pipelines.loader import Loader
+from rotpred.training.loader_interface import LabelledLoader
 
 
-def number_of_classes(train: Loader, val: Loader) -> int:
+def number_of_classes(train: LabelledLoader, val: LabelledLoader) -> int:
     """Return the number of classes. Training and test data must have the same, in the same order.
 
     Data with ids only match any names, if there are enough of them.

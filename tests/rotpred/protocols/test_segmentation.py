@@ -24,7 +24,7 @@ from rotpred.models.backbone import build_backbone
 from rotpred.models.fcn import Fcn
 from rotpred.protocols import segmentation
 from rotpred.recipes.segmentation import RECIPES, Segmentation
-from rotpred.training.optim import Optim
+from rotpred.training.settings import Optim
 from tests.support import processes
 from tests.support.dense_trees import cityscapes, voc_masks
 from tests.support.references import naive_slide
