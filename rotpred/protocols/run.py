@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,9 +41,8 @@ from rotpred.weights.frozen_backbone import load_frozen_backbone
 logger = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=TrainingLoader[Any])
-L_co = TypeVar("L_co", bound=TrainingLoader[Any], covariant=True)
 
-Opener = Callable[[Any, Rank, Precision], AbstractContextManager[L_co]]
+Opener = Callable[[Any, Rank, Precision], contextlib.AbstractContextManager[L]]
 """Opens the data of a spec: `open_data`, `open_extraction_loader` or `open_dense_data`."""
 
 

@@ -10,11 +10,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from rotpred.report import published, sources
+from rotpred.report import published
 from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, ImageBlock, Text
 from rotpred.report.recipe_changes import recipe_changes
 from rotpred.report.results import KINDS, RANDOM, SETTINGS, TRAINED, FinishedRun, Result
-from rotpred.report.tables import BenchmarkTable, Cell
+from rotpred.report.tables import WARNING, BenchmarkTable, Cell
 
 TITLE = "Rotation prediction: results"
 MARK = "†"
@@ -44,7 +44,7 @@ def page(
             "in the same network, their difference (trained minus random), and published numbers. "
             f"“{NOT_RUN}”: no run has that result."
         ),
-        Text(sources.WARNING, warning=True),
+        Text(WARNING, warning=True),
     ]
     if left_out:
         blocks.append(Text(f"Left out as broken: {', '.join(left_out)}.", warning=True))
