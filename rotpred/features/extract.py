@@ -144,8 +144,7 @@ def _description(
         }
     )
     # Arrays of version 0.1 are found again: up to 226 GB, and hours of work.
-    description = restore_names(result)
-    assert isinstance(description, dict)
+    description: dict[str, object] = restore_names(result)
     return description
 
 

@@ -147,11 +147,9 @@ class Run(Generic[L]):
             **({"weights": self.sha} if isinstance(self.recipe, FromWeights) else {}),
             **{name: _fields(name, value) for name, value in own.items()},
         }
-        identity = plain(fields)
-        assert isinstance(identity, dict)
         return TrainState(
             module, trained, rank=self.rank, run=run, folder=self.out / "checkpoints",
-            global_batch=global_batch, identity=identity,
+            global_batch=global_batch, identity=plain(fields),
         )  # fmt: skip
 
     def resume(self, state: TrainState) -> bool:
@@ -292,8 +290,7 @@ def _fields(name: str, value: Any) -> object:
 
 def _numbers(done: Mapping[str, object]) -> dict[str, object]:
     """Return the fields of done.json that affect results: not where the cache lies, say."""
-    fields = translate_names(done)
-    assert isinstance(fields, dict)
+    fields: dict[str, object] = translate_names(done)
     if isinstance(recipe := fields.get("recipe"), dict):
         kept = {name: value for name, value in recipe.items() if name not in ("cache", "run")}
         fields["recipe"] = kept | {"precision": recipe["run"]["precision"]}

@@ -163,9 +163,8 @@ def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> Finish
 
 
 def _object(path: Path) -> dict[str, object]:
-    value = translate_names(read_json(path, dict)) if path.exists() else {}
-    assert isinstance(value, dict)
-    return value
+    found: dict[str, object] = translate_names(read_json(path, dict)) if path.exists() else {}
+    return found
 
 
 def _result(run: FinishedRun, row: dict[str, object], file: Path) -> Result:

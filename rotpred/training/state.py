@@ -152,7 +152,10 @@ class TrainState:
                 )
             loss, scalars = self._graphs[objective](*batch)
         self._loss_not_finite |= ~torch.isfinite(loss)
-        self._record(scalars)
+        for name, value in scalars.items():
+            # Out of place: the next step may overwrite the value itself.
+            self._sums[name] = self._sums.get(name, self._zero) + value.float()
+        self._count += 1
         if self.at_update:
             with record_function("optimiser"):
                 self._update()
@@ -177,13 +180,6 @@ class TrainState:
             return
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-
-    def _record(self, values: dict[str, torch.Tensor]) -> None:
-        """Add scalars to the sums of the log interval, on the device."""
-        for name, value in values.items():
-            # Out of place: the next step may overwrite the value itself.
-            self._sums[name] = self._sums.get(name, self._zero) + value.float()
-        self._count += 1
 
     def means(self) -> dict[str, float]:
         """Return the means since the last call, on this rank. Waits for the device."""
@@ -275,9 +271,7 @@ class TrainState:
         if not found:
             return False
         loaded = loaded or load(Path(found))
-        identity = translate_names(json.loads(loaded.state["identity"]))
-        assert isinstance(identity, dict)
-        self._check_identity(found, identity)
+        self._check_identity(found, translate_names(json.loads(loaded.state["identity"])))
         self.module.load_state_dict(loaded.state["model"])
         for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
