@@ -113,42 +113,33 @@ class SegmentationTask:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield index and classes (h, w) of each of this process's images; save them if asked to.
 
-        As published, logits are upsampled twice: to the network's input, then to the stored image.
-        """
-        folder = state.folder.parent / "predictions"
-        for i, logits in self._logits(state, val):
-            height, width = val.samples.sizes[i].tolist()
-            stored = resize_logits(logits, (height, width), align_corners=self.recipe.align_corners)
-            classes = stored.argmax(1)[0]
-            if self.recipe.save_predictions:
-                mask = classes.to(torch.uint8).cpu().numpy()
-                save_mask(folder / f"{val.samples.names[i]}.png", mask, _palette(val))
-            yield i, classes
-
-    def _logits(self, state: TrainState, val: DenseLoader) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield index and float32 logits (1, classes, h, w) of each of this process's images.
-
         The padding of the batch is cut off, so results do not depend on other images.
         """
+        recipe, folder = self.recipe, state.folder.parent / "predictions"
 
         def logits_of(image: torch.Tensor) -> torch.Tensor:
             with state.autocast():
                 logits: torch.Tensor = state.module(image)
-            return logits.float()
-
-        def window_of(image: torch.Tensor) -> torch.Tensor:
             size = (image.shape[2], image.shape[3])
-            return resize_logits(logits_of(image), size, align_corners=self.recipe.align_corners)
+            return resize_logits(logits.float(), size, align_corners=recipe.align_corners)
 
-        crop, stride = self.recipe.slide_crop, self.recipe.slide_stride
         for batch in val.epoch(0):
             for k in batch.valid.nonzero().flatten().tolist():
+                i = int(batch.indices[k])
                 height, width = batch.sizes[k].tolist()
                 image = batch.images[k : k + 1, :, :height, :width]
-                if self.recipe.test == "slide":
-                    yield int(batch.indices[k]), slide(window_of, image, crop, stride)
+                if recipe.test == "slide":
+                    logits = slide(logits_of, image, recipe.slide_crop, recipe.slide_stride)
                 else:
-                    yield int(batch.indices[k]), window_of(image)
+                    logits = logits_of(image)
+                # As published: upsampled to the network's input above, to the stored image here.
+                height, width = val.samples.sizes[i].tolist()
+                logits = resize_logits(logits, (height, width), align_corners=recipe.align_corners)
+                classes = logits.argmax(1)[0]
+                if recipe.save_predictions:
+                    mask = classes.to(torch.uint8).cpu().numpy()
+                    save_mask(folder / f"{val.samples.names[i]}.png", mask, _palette(val))
+                yield i, classes
 
     def identity(self) -> dict[str, object]:
         """Return the fields that define head, loss and upsampling."""
