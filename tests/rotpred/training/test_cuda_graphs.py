@@ -223,7 +223,7 @@ def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
         run=RunSettings(out=str(tmp_path), epochs=1, precision="fp32", cuda_graph=True),
     )
     with (
-        process_group("cpu", threads=1) as rank,
+        process_group("cpu") as rank,
         pytest.raises(ValueError, match=r"cuda_graph needs a GPU.*--run\.no-cuda-graph"),
     ):
         pretrain.run(recipe, rank)
