@@ -24,9 +24,9 @@ from torchvision.transforms.v2 import functional as tv
 from harness.plots import bars
 from harness.results import Row, TimingOptions, image_row, publish, ratio_row, row, run_program
 from harness.timing import Window, abba, window
-from pipelines.engines.samples import open_samples, read_encoded
 from pipelines.imaging.decode import decode_rgb
 from pipelines.imaging.resize import resize_region, scratch_size
+from pipelines.samples import open_samples
 from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
@@ -123,7 +123,7 @@ def _crops(args: Arguments) -> list[ImageCrop]:
         samples = open_samples(args.data)
         count = len(samples.labels)
         chosen = np.linspace(0, count - 1, min(args.images, count)).astype(int)
-        images = [decode_rgb(bytes(read_encoded(samples, int(i)))) for i in chosen]
+        images = [decode_rgb(bytes(samples.read(int(i)))) for i in chosen]
     where = crop_boxes(
         LoaderSpec(crop=RandomResizedCrop(args.size)),
         epoch=0,

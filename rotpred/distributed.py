@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.spec import Shard
+
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -45,6 +47,11 @@ class Rank:
     def main(self) -> bool:
         """True in the one process (rank 0) that logs and writes files."""
         return self.rank == 0
+
+    @property
+    def shard(self) -> Shard:
+        """The part of every global batch that this process loads."""
+        return Shard(self.rank, self.world, self.local_world)
 
     def part_of(self, count: int) -> slice:
         """Return this rank's contiguous part of `count` units: neighbours share inputs."""

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import tyro
 
+from pipelines.checks import Checked
 from rotpred.program import drive
 from rotpred.weights.formats import Format, reader_settings
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Export pretrained weights to another project's format.
 
     torchvision, timm: flat keys without fc. mmdet, mmseg: keys with the prefix `backbone.`.

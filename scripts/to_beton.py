@@ -12,13 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.beton.reader import verify
+from pipelines.checks import Checked, NonNegativeInt
 from pipelines.conversion.inputs import open_input
-from rotpred.files import replaced
+from pipelines.storage import replaced
 from rotpred.program import drive, leave_if_terminated
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Convert images to a beton file, or verify one. JPEG files keep every coefficient."""
 
     input: str | None = None
@@ -41,13 +42,13 @@ class Arguments:
     """Shrink images whose shorter side has more pixels. Not with --max-side."""
     quality: int = 90
     """JPEG quality of shrunk images."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Worker processes; 0: one per allowed core."""
     unlabelled: bool = False
     """Drop labels; take images at any depth of a folder."""
     split: Literal["train", "val"] = "train"
     """Split of torchvision:NAME or digits; not for folders and lists."""
-    budget: int | None = None
+    budget: NonNegativeInt | None = None
     """Largest number of unusable files to leave out and list; with one more, nothing is written.
     Default: one in a thousand, at least ten."""
     check: Literal["scan", "header"] = "scan"

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from harness.timing import Window
-from rotpred.files import write_atomic
+from pipelines.storage import write_atomic
 from rotpred.program import exit_status
 from rotpred.records.folder import environment
 

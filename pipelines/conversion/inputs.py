@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from pipelines.datasets.images import Images, Split, open_images
+from pipelines.arrays import Int8
+from pipelines.datasets.images import Split, open_images
 from pipelines.datasets.voc_classification import voc2007
+from pipelines.samples import Samples
 
 
 class ConversionInput(NamedTuple):
     """What `write_beton` is called with, and labels that a beton cannot hold."""
 
-    images: Images
+    images: Samples
     """The images, with at most one label each."""
     budget: int | None
     """Unusable files that may be left out; None for the default of `write_beton`."""
-    labels: npt.NDArray[np.int8] | None
+    labels: Int8 | None
     """int8 (N, C), for images with several labels: 1 present, -1 absent, 0 difficult."""
 
 

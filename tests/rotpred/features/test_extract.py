@@ -18,12 +18,12 @@ import pytest
 import torch
 import torchvision
 
+from pipelines import storage
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.features import extract as extraction
-from rotpred.features import npy_writer
 from rotpred.features.base import AVGPOOL, Features
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
@@ -172,7 +172,7 @@ def test_a_second_job_waits_and_computes_nothing(
         raise AssertionError("the other job has computed them")
 
     monkeypatch.setattr(extraction, "_compute", fail)
-    monkeypatch.setattr(npy_writer.logger, "info", info)
+    monkeypatch.setattr(storage.logger, "info", info)
     with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 7 on elsewhere")
@@ -184,7 +184,7 @@ def test_a_second_job_waits_and_computes_nothing(
             shutil.copy(file, folder)
         fcntl.flock(lock, fcntl.LOCK_UN)
         found = second.result(60)
-    assert said == [f"{folder} is being written by process 7 on elsewhere: waiting for it"]
+    assert said == [f"{folder} is in use by process 7 on elsewhere: waiting for it"]
     np.testing.assert_array_equal(found.stages["res5"], np.load(entry / "res5.npy"))
     assert not left.exists()
 
@@ -222,7 +222,7 @@ def test_a_second_job_of_several_processes_is_refused(
         ends = processes.run(refuse, beton, folder, console=console, world=2)
     assert ends == [0, 0], console.read_text()
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert "is being written by another process" in said[0]["error"]
+    assert "is in use by another process" in said[0]["error"]
     assert said[0]["error"] == said[1]["error"]
     assert [one["looked"] for one in said] == [True, False]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rotpred.distributed import Rank
-from rotpred.files import plain
 from rotpred.protocols import dense
 from rotpred.recipes.every import EVALUATION, PRETRAINING
+from rotpred.records.recipe_json import plain
 from rotpred.report.build import page
 from rotpred.report.page import markdown
 from rotpred.report.recipe_changes import PROCESSES, recipe_changes
