@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.engines.choice import ENGINE_PACKAGES
+from pipelines.engines.choice import ENGINES
 from tests.support import engines
 
 
@@ -16,7 +16,7 @@ def test_only_a_missing_package_skips(
 ) -> None:
     """An engine whose own module is broken is not called missing: its tests fail."""
     monkeypatch.setattr(engines, "missing_reason", lambda _engine: "it is broken")
-    monkeypatch.setitem(ENGINE_PACKAGES, "dali", package)
+    monkeypatch.setitem(ENGINES, "dali", ("pipelines.engines.dali.source", package))
     assert engines.missing.__wrapped__("dali") == expected
 
 

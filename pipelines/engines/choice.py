@@ -14,7 +14,7 @@ from pipelines.spec import Engine, LoaderSpec, Shard, check_options
 
 log = logging.getLogger(__name__)
 
-_ENGINES = {
+ENGINES = {
     "ffcv": ("pipelines.engines.ffcv.source", "ffcv"),
     "dali": ("pipelines.engines.dali.source", "nvidia.dali"),
     "folder": ("pipelines.engines.folder", "torchvision"),
@@ -27,7 +27,7 @@ def missing_engines() -> dict[str, str]:
 
     Imports the packages of all engines.
     """
-    reasons = {engine: missing_reason(engine) for engine in _ENGINES}
+    reasons = {engine: missing_reason(engine) for engine in ENGINES}
     return {engine: reason for engine, reason in reasons.items() if reason is not None}
 
 
@@ -39,7 +39,7 @@ def missing_reason(engine: str) -> str | None:
     Args:
         engine: ffcv, dali or folder.
     """
-    module, package = _ENGINES[engine]
+    module, package = ENGINES[engine]
     try:
         # Our module, not the bare package: it undoes the side effects of importing ffcv on torch.
         importlib.import_module(module)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipelines.batch import Batch
-from pipelines.engines.choice import ENGINE_PACKAGES, missing_reason
+from pipelines.engines.choice import ENGINES, missing_reason
 from pipelines.loader import Loader
 from pipelines.spec import Normalize
 
@@ -32,7 +32,7 @@ def missing(engine: str) -> str | None:
         return None
     # If only our own module is broken, its tests must run and fail. Another process, because a
     # module that failed halfway may stay in this one.
-    code = f"import {ENGINE_PACKAGES[engine]}"
+    code = f"import {ENGINES[engine][1]}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     return reason if done.returncode else None
 
