@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.checks import Checked, PositiveInt
-from rotpred.files import write_atomic
+from pipelines.storage import write_atomic
 from rotpred.program import drive
 from rotpred.report.build import TITLE, page
 from rotpred.report.page import Block, html, markdown

@@ -7,9 +7,9 @@ from io import BytesIO
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from pipelines.arrays import Uint8
 from pipelines.checks import Checked, at_least, at_most
 from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
 from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
@@ -83,7 +83,7 @@ class PreparedImage(NamedTuple):
     """Bytes that restart markers added."""
 
 
-def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> PreparedImage:
+def prepare(image: bytes | Uint8, *, options: Options) -> PreparedImage:
     """Check one image and encode it for storage.
 
     A JPEG stream keeps all its coefficients, unless it is shrunk, rotated by Exif, not 8-bit grey
@@ -91,7 +91,7 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     markers it keeps its bytes, too, except those after its end.
 
     Args:
-        image: Bytes of a file, or upright pixels, uint8 (H, W, 3).
+        image: Bytes of a file, also as uint8 (bytes,), or upright pixels, uint8 (H, W, 3).
         options: How to store it.
 
     Returns:
@@ -101,7 +101,9 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
         ImageError: It is not a usable image.
     """
     if not isinstance(image, bytes):
-        return _encode(image, "array", options)
+        if image.ndim == 3:
+            return _encode(image, "array", options)
+        image = image.tobytes()
     if image[:2] != b"\xff\xd8":
         return _encode(decode_rgb(image), "format", options)
     try:
@@ -117,7 +119,7 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     if reason is not None:
         return _encode(decode_rgb(image), reason, options)
     if scan is None and options.check == "scan":
-        fault = inspect(image, header=header)
+        fault = inspect(image, header)
         if fault is not None:
             raise ImageError(fault)
     end = header.end if scan is None else scan.end
@@ -155,7 +157,7 @@ def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> 
     return "cleaned" if header.warning or (scan is not None and scan.spare) else None
 
 
-def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> PreparedImage:
+def _encode(pixels: Uint8, reason: str, options: Options) -> PreparedImage:
     height, width = pixels.shape[:2]
     target = options.target(height, width)
     image = Image.fromarray(pixels)

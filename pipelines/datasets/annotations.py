@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Bool, Float32, Int64, Uint8
 from pipelines.imaging.decode import ImageError, read_label_png
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,14 @@ IGNORED = 255
 class Objects:
     """The K objects of one image, in pixels of the upright stored image."""
 
-    boxes: npt.NDArray[np.float32]
+    boxes: Float32
     """float32 (K, 4): left, top, right, bottom, counted from 0. Right and bottom are exclusive:
     right - left is the width."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     """int64 (K,): class ids, counted from 0."""
-    difficult: npt.NDArray[np.bool_]
+    difficult: Bool
     """bool (K,): VOC's difficult flag. Evaluations do not count these."""
-    crowd: npt.NDArray[np.bool_]
+    crowd: Bool
     """bool (K,): COCO's iscrowd flag, a region of many objects. Never trained on."""
     outlines: tuple[object, ...] = ()
     """K polygons or run lengths, as COCO stores them; () if there are boxes only."""
@@ -50,7 +50,7 @@ class DenseSamples(Protocol):
     """Class names by id."""
     names: tuple[str, ...]
     """N unique names that predictions refer to (VOC: the stem; COCO: the id as text)."""
-    sizes: npt.NDArray[np.int64]
+    sizes: Int64
     """int64 (N, 2): height and width of each upright image, in pixels."""
     data_id: str
     """Short hash of names, sizes and annotations."""
@@ -70,7 +70,7 @@ class DenseSamples(Protocol):
     def objects(self, i: int) -> Objects:
         """Return the objects of image i. Raises `ValueError` if the data set has masks."""
 
-    def mask(self, i: int) -> npt.NDArray[np.uint8]:
+    def mask(self, i: int) -> Uint8:
         """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
 
         Raises:
@@ -108,77 +108,26 @@ class AnnotationErrors:
         log.warning("left out: %s: %s", where, what)
 
 
-class ObjectSamples:
-    """A `DenseSamples` with the objects that a parser has found."""
+class _ImageFiles:
+    """The images of a `DenseSamples`."""
 
-    kind: Literal["objects", "masks"] = "objects"
-    outlined = False
-
-    def __init__(
-        self,
-        classes: Sequence[str],
-        images: Sequence[AnnotatedImage],
-        objects: Sequence[Objects],
-        *,
-        least_side: int = 0,
-        identity: Iterable[bytes] = (),
-    ) -> None:
-        self.classes = tuple(classes)
-        self.names = tuple(image.name for image in images)
-        self.sizes = _sizes(images)
-        self.least_side = least_side
-        """Smallest side of an image that is trained on, in pixels."""
-        self._paths = [image.path for image in images]
-        self._objects = objects
-        columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
-        rows = (array.tobytes() for arrays in columns for array in arrays)
-        self.data_id = _hash(self.classes, images, itertools.chain(rows, identity))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, i: int) -> Path:
-        """Return the path of image i."""
-        return Path(self._paths[i])
-
-    def objects(self, i: int) -> Objects:
-        """Return the objects of image i."""
-        return self._objects[i]
-
-    def mask(self, i: int) -> npt.NDArray[np.uint8]:
-        """Raise `ValueError`: there are no masks."""
-        raise ValueError(f"{self.names[i]} has objects but no mask")
-
-
-class MaskSamples:
-    """A `DenseSamples` with one PNG mask per image."""
-
-    kind: Literal["objects", "masks"] = "masks"
     outlined = False
     least_side = 0
 
     def __init__(
-        self,
-        classes: Sequence[str],
-        images: Sequence[AnnotatedImage],
-        masks: Sequence[str],
-        table: npt.NDArray[np.int64],
+        self, classes: Sequence[str], images: Sequence[AnnotatedImage], identity: Iterable[bytes]
     ) -> None:
-        """
-        Args:
-            classes: Names by id.
-            images: The N images.
-            masks: N paths of PNG files, with one number per pixel.
-            table: int64 (256,), maps numbers in the files to class ids, `IGNORED`, or -1 (an
-                error).
-        """
         self.classes = tuple(classes)
         self.names = tuple(image.name for image in images)
-        self.sizes = _sizes(images)
-        self._paths, self._masks = [image.path for image in images], masks
-        self._table, self._wrong = table.astype(np.uint8), table < 0
-        lengths = (os.path.getsize(mask).to_bytes(8, "little") for mask in masks)
-        self.data_id = _hash(self.classes, images, lengths)
+        sizes = [(one.height, one.width) for one in images]
+        self.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+        self._paths = [image.path for image in images]
+        total = hashlib.sha256(repr(self.classes).encode())
+        for one in images:
+            total.update(f"{one.name}\0{one.height} {one.width}\n".encode())
+        for part in identity:
+            total.update(part)
+        self.data_id = total.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -191,7 +140,62 @@ class MaskSamples:
         """Raise `ValueError`: there are no objects."""
         raise ValueError(f"{self.names[i]} has a mask but no objects")
 
-    def mask(self, i: int) -> npt.NDArray[np.uint8]:
+    def mask(self, i: int) -> Uint8:
+        """Raise `ValueError`: there are no masks."""
+        raise ValueError(f"{self.names[i]} has objects but no mask")
+
+
+class ObjectSamples(_ImageFiles):
+    """A `DenseSamples` with the objects that a parser has found."""
+
+    kind: Literal["objects", "masks"] = "objects"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        images: Sequence[AnnotatedImage],
+        objects: Sequence[Objects],
+        *,
+        least_side: int = 0,
+        identity: Iterable[bytes] = (),
+    ) -> None:
+        columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
+        rows = (array.tobytes() for arrays in columns for array in arrays)
+        super().__init__(classes, images, itertools.chain(rows, identity))
+        self.least_side = least_side
+        """Smallest side of an image that is trained on, in pixels."""
+        self._objects = objects
+
+    def objects(self, i: int) -> Objects:
+        """Return the objects of image i."""
+        return self._objects[i]
+
+
+class MaskSamples(_ImageFiles):
+    """A `DenseSamples` with one PNG mask per image."""
+
+    kind: Literal["objects", "masks"] = "masks"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        images: Sequence[AnnotatedImage],
+        masks: Sequence[str],
+        table: Int64,
+    ) -> None:
+        """
+        Args:
+            classes: Names by id.
+            images: The N images.
+            masks: N paths of PNG files, with one number per pixel.
+            table: int64 (256,), maps numbers in the files to class ids, `IGNORED`, or -1 (an
+                error).
+        """
+        lengths = (os.path.getsize(mask).to_bytes(8, "little") for mask in masks)
+        super().__init__(classes, images, lengths)
+        self._masks, self._table, self._wrong = masks, table.astype(np.uint8), table < 0
+
+    def mask(self, i: int) -> Uint8:
         """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
 
         Raises:
@@ -259,16 +263,3 @@ def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool
         np.array(difficult, bool),
         np.array(crowd, bool),
     )
-
-
-def _sizes(images: Sequence[AnnotatedImage]) -> npt.NDArray[np.int64]:
-    return np.array([(one.height, one.width) for one in images], np.int64).reshape(-1, 2)
-
-
-def _hash(classes: tuple[str, ...], images: Sequence[AnnotatedImage], rest: Iterable[bytes]) -> str:
-    total = hashlib.sha256(repr(classes).encode())
-    for one in images:
-        total.update(f"{one.name}\0{one.height} {one.width}\n".encode())
-    for part in rest:
-        total.update(part)
-    return total.hexdigest()[:16]

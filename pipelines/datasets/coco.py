@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint8
 from pipelines.datasets.annotations import (
     AnnotatedImage,
     AnnotationErrors,
@@ -22,7 +21,7 @@ from pipelines.datasets.annotations import (
     clip,
     pack,
 )
-from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.files import IndexFormatError, read_json, require_folder
 
 _LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
 
@@ -122,11 +121,8 @@ def index_objects(
         ValueError: The file is malformed, no image is left, there are too many errors, or
             pycocotools, which training and validation need, is not installed.
     """
-    source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
-    if not source.is_file():
-        raise FileNotFoundError(f"{str(source)!r} does not exist")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+    source = Path(root) / "annotations" / f"instances_{name}.json"
+    folder = require_folder(Path(root) / name)
     # Fail now if it is missing: reading takes minutes, and the threads need it only after that.
     import_pycocotools("mask")
     images, categories, annotations = _content(source)
@@ -167,7 +163,7 @@ def index_objects(
     return CocoSamples(categories, list(annotated.values()), found)
 
 
-def rasterize(outlines: Sequence[object], height: int, width: int) -> npt.NDArray[np.uint8]:
+def rasterize(outlines: Sequence[object], height: int, width: int) -> Uint8:
     """Convert outlines to masks. Polygons are rasterized by pycocotools.
 
     Args:
@@ -195,7 +191,7 @@ def rasterize(outlines: Sequence[object], height: int, width: int) -> npt.NDArra
     return masks
 
 
-def decode_run_lengths(counts: str | bytes) -> npt.NDArray[np.int64]:
+def decode_run_lengths(counts: str | bytes) -> Int64:
     """Decode COCO's compressed run lengths.
 
     A number is stored in groups of five bits, lowest first, one group per character, offset by 48.
@@ -232,11 +228,7 @@ def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
 
 def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:
     """Read file and size by image id, name by category id (sorted), and the annotations."""
-    try:
-        # Text, not bytes: json.loads would hold both, 450 MB each for train2017.
-        content = json.loads(source.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise IndexFormatError(f"{source}: not valid JSON: {error}") from error
+    content = read_json(source)
     try:
         images = {
             int(one["id"]): (str(one["file_name"]), int(one["height"]), int(one["width"]))

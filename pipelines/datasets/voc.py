@@ -26,7 +26,7 @@ from pipelines.datasets.annotations import (
     ObjectSamples,
     pack,
 )
-from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.files import IndexFormatError, read_lines, require_folder
 from pipelines.datasets.listing import EXTENSIONS
 from pipelines.datasets.voc_annotation import Fields, XmlError, parse_object, read_xml
 from pipelines.datasets.voc_classification import VOC_CLASSES
@@ -79,27 +79,19 @@ def index_boxes(
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
     found: list[Objects] = []
-    listed = _listed(parts, Path(root), "Main", limit)
-    files = _image_files(listed)
-
-    def read(one: ListedImage) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
-        return _size(files[one.folder].get(one.stem)), _annotation(one)
-
-    for one, (size, entries) in _in_threads(read, listed):
+    for one, image, entries in _readable(parts, root, "Main", errors, limit, _annotation):
         annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif isinstance(entries, XmlError):
+        if isinstance(entries, XmlError):
             errors.add(f"{annotation}:{entries.line}", str(entries))
-        else:
-            rows = []
-            for entry in entries:
-                try:
-                    rows.append(parse_object(entry, names, *size))
-                except XmlError as error:
-                    errors.add(f"{annotation}:{error.line}", str(error))
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
-            found.append(pack(rows))
+            continue
+        rows = []
+        for entry in entries:
+            try:
+                rows.append(parse_object(entry, names, image.height, image.width))
+            except XmlError as error:
+                errors.add(f"{annotation}:{error.line}", str(error))
+        images.append(image)
+        found.append(pack(rows))
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     return ObjectSamples(names, images, found)
@@ -132,16 +124,11 @@ def index_masks(
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
-    listed = _listed(parts, Path(root), "Segmentation", limit)
-    files = _image_files(listed)
-    for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
-        mask = one.folder / one.masks / f"{one.stem}.png"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif not mask.is_file():
+    for one, image, mask in _readable(parts, root, "Segmentation", errors, limit, _mask):
+        if not mask.is_file():
             errors.add(one.location, f"{mask}: a file that does not exist")
         else:
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
+            images.append(image)
             paths.append(str(mask))
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
@@ -159,17 +146,11 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
         if not folder or not name:
             raise ValueError(f"expected DIR/LIST+..., as in 2007/trainval, found {part!r}")
         base = root / (f"VOC{folder}" if _YEAR.fullmatch(folder) else folder)
-        source = base / "ImageSets" / task / f"{name}.txt"
-        if not source.is_file():
-            raise FileNotFoundError(f"{str(source)!r} does not exist")
         where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
-        for number, line in enumerate(source.read_text("utf-8", "replace").splitlines(), 1):
-            stem, location = line.strip(), f"{source}:{number}"
-            if not stem:
-                continue
+        for location, stem in read_lines(base / "ImageSets" / task / f"{name}.txt"):
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
                 raise IndexFormatError(
-                    f"{location}: expected an image's name, found {line[:200]!r}"
+                    f"{location}: expected an image's name, found {stem[:200]!r}"
                 )
             if stem in seen:
                 raise IndexFormatError(
@@ -177,8 +158,6 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
                 )
             seen[stem] = location
             found.append(ListedImage(location, base, stem, where))
-    if not found:
-        raise IndexFormatError(f"{parts}: the lists name no images")
     return found[:limit]
 
 
@@ -186,9 +165,7 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     """List the paths of images, by folder and stem."""
     found: dict[Path, dict[str, str]] = {}
     for base in {one.folder for one in listed}:
-        folder = base / "JPEGImages"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+        folder = require_folder(base / "JPEGImages")
         splits = (os.path.splitext(name) for name in sorted(os.listdir(folder)))
         found[base] = {
             stem: str(folder / (stem + ending))
@@ -198,12 +175,32 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _in_threads(
-    work: Callable[[ListedImage], T], listed: list[ListedImage]
-) -> Iterator[tuple[ListedImage, T]]:
-    """Yield each listed image with the result of `work`, in order."""
+def _readable(
+    parts: str,
+    root: str | os.PathLike[str],
+    task: str,
+    errors: AnnotationErrors,
+    limit: int | None,
+    read: Callable[[ListedImage], T],
+) -> Iterator[tuple[ListedImage, AnnotatedImage, T]]:
+    """Yield the listed images that can be read, each with the result of `read`."""
+    listed = _listed(parts, Path(root), task, limit)
+    files = _image_files(listed)
+
+    def work(one: ListedImage) -> tuple[tuple[int, int] | str, T]:
+        return _size(files[one.folder].get(one.stem)), read(one)
+
     with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
-        yield from zip(listed, pool.map(work, listed), strict=True)
+        for one, (size, found) in zip(listed, pool.map(work, listed), strict=True):
+            if isinstance(size, str):
+                errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            else:
+                yield one, AnnotatedImage(one.stem, files[one.folder][one.stem], *size), found
+
+
+def _mask(one: ListedImage) -> Path:
+    """Return the path of the mask of an image."""
+    return one.folder / one.masks / f"{one.stem}.png"
 
 
 def _size(path: str | None) -> tuple[int, int] | str:

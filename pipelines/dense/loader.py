@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from pipelines.arrays import Int64
 from pipelines.batch import DTYPES
 from pipelines.checks import check
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
-from pipelines.dense.batch import DenseBatch, Target
+from pipelines.dense.batch import DenseBatch, map_target
 from pipelines.dense.order import BatchIndices, EndlessOrder, SinglePassOrder, by_shape
 from pipelines.dense.samples import (
     LoadedSample,
@@ -87,7 +86,8 @@ class DenseLoader:
         if spec.train:
             chosen = training_indices(samples, spec)
             one_size = isinstance(spec.geometry, RatioCrop)
-            groups = (chosen,) if one_size else _select(chosen, by_shape(samples.sizes[chosen]))
+            groups = by_shape(samples.sizes[chosen])
+            groups = (chosen,) if one_size else tuple(chosen[group] for group in groups)
             self._order = EndlessOrder(groups, spec.batch_size, shard, spec.seed)
             self._steps = spec.steps_per_epoch or max(
                 len(chosen) // (spec.batch_size * shard.world), 1
@@ -188,15 +188,8 @@ class DenseLoader:
         for row in range(len(plans)):
             worker = next(self._turns)
             slot = SampleSlot(images[row], None if masks is None else masks[row])
-            job = partial(
-                load_sample,
-                self.samples,
-                spec,
-                int(rows.indices[row]),
-                plans[row],
-                draws[row],
-                slot,
-            )
+            i, plan = int(rows.indices[row]), plans[row]
+            job = partial(load_sample, self.samples, spec, i, plan, draws[row], slot)
             work.futures.append(worker.submit(job))
         return work
 
@@ -237,15 +230,9 @@ class DenseLoader:
             torch.from_numpy(self.samples.sizes[indices]),
             torch.from_numpy(indices),
             torch.from_numpy(valid),
-            [self._target(one.target) for one in loaded if one.target is not None],
+            [map_target(one.target, self._move) for one in loaded if one.target is not None],
             None if work.masks is None else self._move(work.masks).long(),
         )
-
-    def _target(self, target: Target) -> Target:
-        moved = Target(boxes=self._move(target["boxes"]), labels=self._move(target["labels"]))
-        if "masks" in target:
-            moved["masks"] = self._move(target["masks"])
-        return moved
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True)
@@ -280,10 +267,6 @@ def open_dense(
         device=torch.device(device),
         precision=precision,
     )
-
-
-def _select(chosen: Int64, groups: Sequence[Int64]) -> tuple[Int64, ...]:
-    return tuple(chosen[group] for group in groups)
 
 
 def _workers(count: int) -> list[DaemonWorker]:

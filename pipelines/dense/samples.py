@@ -14,7 +14,7 @@ from pipelines.arrays import Float64, Int64
 from pipelines.datasets import cityscapes, coco, voc
 from pipelines.datasets.annotations import AnnotationErrors, DenseSamples, Objects
 from pipelines.dense import transforms
-from pipelines.dense.batch import Target
+from pipelines.dense.batch import Target, map_target
 from pipelines.dense.spec import DenseSpec, RatioCrop
 from pipelines.dense.transforms import ResizePlan, Scene
 from pipelines.imaging.decode import ImageError
@@ -93,16 +93,10 @@ def load_sample(
 
 def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
     assert scene.boxes is not None
-    boxes = scene.boxes.as_subclass(torch.Tensor)
-    target = Target(boxes=boxes, labels=labels)
+    target = Target(boxes=scene.boxes.as_subclass(torch.Tensor), labels=labels)
     if scene.masks is not None:
         target["masks"] = scene.masks.as_subclass(torch.Tensor)
-    if not pin:
-        return target
-    moved = Target(boxes=boxes.pin_memory(), labels=labels.pin_memory())
-    if "masks" in target:
-        moved["masks"] = target["masks"].pin_memory()
-    return moved
+    return map_target(target, torch.Tensor.pin_memory) if pin else target
 
 
 def open_dense_samples(spec: DenseSpec) -> DenseSamples:

@@ -66,6 +66,10 @@ class RatioCrop(Checked):
 
 Geometry = ShortSide | FitWithin | RatioCrop
 
+_NOT_PIXELS = (
+    "data", "root", "batch_size", "masks", "max_invalid_annotations", "workers", "timeout",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DenseSpec(Checked):
@@ -133,15 +137,7 @@ class DenseSpec(Checked):
 
         The data set itself is not included.
         """
-        fields = asdict(self)
-        for name in (
-            "data",
-            "root",
-            "batch_size",
-            "masks",
-            "max_invalid_annotations",
-            "workers",
-            "timeout",
-        ):
-            del fields[name]
-        return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}
+        fields = asdict(self) | {
+            "geometry": {"kind": type(self.geometry).__name__, **asdict(self.geometry)}
+        }
+        return {name: value for name, value in fields.items() if name not in _NOT_PIXELS}

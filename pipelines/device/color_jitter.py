@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.arrays import Int64
+from pipelines.arrays import Float32, Int64
 from pipelines.batch import Regions
 from pipelines.device.rotate import normalize_views
 from pipelines.sampling.random_bits import uniforms
@@ -38,11 +38,11 @@ _DIRECTIONS = np.array(
 class JitterParams(NamedTuple):
     """Parameters of color jitter and lighting for B samples, on the CPU."""
 
-    factors: npt.NDArray[np.float32]
+    factors: Float32
     """(B, 4), factors of brightness, contrast and saturation (1: unchanged), and the hue shift."""
-    order: npt.NDArray[np.int64]
+    order: Int64
     """(B, n), the n enabled operations in the order of each sample."""
-    shifts: npt.NDArray[np.float32]
+    shifts: Float32
     """(B, 3), what lighting adds to red, green and blue, in units of 0 to 255."""
 
 

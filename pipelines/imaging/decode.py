@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.arrays import Uint8
 from pipelines.jpeg.markers import MAX_PIXELS, JpegError, JpegHeader, read_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -53,7 +54,7 @@ class ImageError(ValueError):
     """The bytes are not a usable image; the message says why in one line."""
 
 
-def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_rgb(data: bytes) -> Uint8:
     """Decode one image: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
 
     Args:
@@ -79,10 +80,10 @@ def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
     except ImageError:
         raise
     except _PILLOW_ERRORS as error:
-        raise ImageError(_describe_pillow_error(error)) from error
+        raise ImageError(describe_error(error)) from error
 
 
-def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
+def inspect(data: bytes, header: JpegHeader) -> str | None:
     """Check a JPEG: decode all of its coefficients, but only at an eighth of its size.
 
     This is a quarter cheaper than a full decode and finds the same truncations. Neither finds
@@ -91,13 +92,12 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
 
     Args:
         data: The JPEG stream.
-        header: Its header, if the caller has read it already.
+        header: Its header.
 
     Returns:
         The reason why the image is unusable, or None.
     """
     try:
-        header = header or read_header(data)
         check_size(header.width, header.height)
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
@@ -105,10 +105,10 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
             # Grey saves the work on chroma pixels, but chroma coefficients are still decoded.
             image.draft("L" if header.components == 3 else None, (1, 1))
             image.load()
-    except (JpegError, ImageError) as error:
+    except ImageError as error:
         return str(error)
     except _PILLOW_ERRORS as error:
-        return _describe_pillow_error(error)
+        return describe_error(error)
     return None
 
 
@@ -158,25 +158,17 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _scale16(grey: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+def _scale16(grey: npt.NDArray[np.uint16]) -> Uint8:
     """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
     scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(scaled[:, :, None], 3, axis=2)
-
-
-def _describe_pillow_error(error: BaseException) -> str:
-    """Format a Pillow error as one line."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more pixels than the limit of {MAX_PIXELS}"
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
 _ORIENTATION = 0x0112
 
 
-def read_label_png(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+def read_label_png(path: str | os.PathLike[str]) -> Uint8:
     """Read a PNG file of one 8-bit channel: palette indices or grey levels.
 
     Returns:
@@ -227,4 +219,6 @@ def describe_error(error: BaseException) -> str:
     """Format an error as one line, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than the limit of {MAX_PIXELS}"
     return " ".join(str(error).split()) or type(error).__name__

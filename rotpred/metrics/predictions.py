@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,8 @@ import torch
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.imaging.decode import ImageError, read_label_png
+from pipelines.storage import read_json, write_atomic
 from rotpred.distributed import Rank, gather_rows
-from rotpred.files import write_atomic
 from rotpred.metrics.coco_detection import check_runs
 from rotpred.metrics.detections import ImageDetections
 
@@ -176,12 +176,7 @@ def _category_ids(samples: DenseSamples) -> tuple[int, ...]:
 
 
 def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of detections, got a {type(entries).__name__}")
+    entries: list[dict[str, Any]] = read_json(path, list)
     images = {name: i for i, name in enumerate(samples.names)}
     labels = {number: label for label, number in enumerate(_category_ids(samples))}
     rows: list[list[_Row]] = [[] for _ in images]

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Float64, Int64
 from pipelines.datasets.annotations import DenseSamples
 from rotpred.metrics.average_precision import average_precision_of
 from rotpred.metrics.detections import ImageDetections
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
 """Thresholds of intersection over union (IoU) that a hit must exceed."""

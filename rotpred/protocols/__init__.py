@@ -6,5 +6,5 @@ Public: one module per protocol with `run(recipe, rank)`, and `run_low_shot` of 
 (`SegmentationTask`).
 No protocol imports another.
 Imports: `pipelines`, and of `rotpred` recipes, features, weights, plots, training, svm, program,
-records, metrics, models, distributed and files.
+records, metrics, models and distributed.
 """

@@ -2,6 +2,6 @@
 
 Public: `dual` (`gram`, `normalize_rows`, `solve`), `low_shot` (`ShotResult`, `aggregate`,
 `draw_samples`, `scores_of_draw`) and `primal` (`compact`, `solve_compact`).
-Imports: `pipelines`, and of `rotpred` training, program, records, metrics, models, distributed and
-files.
+Imports: `pipelines`, and of `rotpred` training, program, records, metrics, models and
+distributed.
 """

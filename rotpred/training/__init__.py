@@ -3,6 +3,5 @@
 Public: `checkpoint` (`load`, `sidecar_of`), `data` (`check_data`, `open_data`), `loader_interface`,
 `loop`, `precision` (`autocast`), `schedule`, `settings` (`Optim`, `RunSettings`), `state` and
 `sync_bn`.
-Imports: `pipelines`, and of `rotpred` svm, program, records, metrics, models, distributed and
-files.
+Imports: `pipelines`, and of `rotpred` svm, program, records, metrics, models and distributed.
 """

@@ -4,5 +4,5 @@ Public: `export` (`export_backbone`), `formats` (`Format`, `reader_settings`), `
 (`RANDOM`, `HasWeights`, `load_frozen_backbone`) and `load` (`load_backbone`, `load_rotnet`,
 `read_backbone`, `save_backbone`).
 Imports: `pipelines`, and of `rotpred` features, plots, training, svm, program, records, metrics,
-models, distributed and files.
+models and distributed.
 """

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pipelines.checks import check
-from rotpred.files import CheckpointError
 from rotpred.models.base import Backbone
+from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.formats import SUFFIXES, Format
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.load import finite_tensors, save_backbone, write_whole

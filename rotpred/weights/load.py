@@ -15,24 +15,13 @@ import torch
 import torchvision
 from torch import nn
 
-from rotpred.files import CheckpointError, check_space, replace, sha256_file, write_verified
+from pipelines.storage import replaced, sha256_file, write_verified
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet
+from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.read import StateDictFile, first_few, read_state_dict
-
-__all__ = [
-    "LoadReport",
-    "finite_tensors",
-    "imagenet_file",
-    "load_backbone",
-    "load_rotnet",
-    "read_backbone",
-    "save_backbone",
-    "sha256_file",
-    "write_whole",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +91,12 @@ def write_whole(path: Path, data: bytes) -> str:
     Raises:
         CheckpointError: There is no space, or the data read back differ from those written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_space(path.parent, len(data))
-    temporary, digest = write_verified(path, lambda file: file.write(data))
-    replace(temporary, path)
-    return digest
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path, size=len(data)) as temporary:
+            return write_verified(temporary, data)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def load_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> LoadReport:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.beton.reader import Beton
-from pipelines.engines.samples import open_samples, read_encoded
+from pipelines.samples import open_samples
 from tests.support.classification_trees import Tree, Trees, make_trees
 from tests.support.scripts import load_script
 
@@ -47,7 +47,7 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
             assert beton.labels.tolist() == files.labels.tolist()
             assert beton.classes == files.classes
             for i in range(len(files)):
-                assert bytes(read_encoded(beton, i)) == read_encoded(files, i)
+                assert bytes(beton.read(i)) == files.read(i)
     assert beton.labels.tolist() == tree.truth
 
 

@@ -23,7 +23,6 @@ from pipelines.spec import (
     Resize,
     Shard,
 )
-from rotpred.files import plain
 from rotpred.models.detection.settings import Proposals
 from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.detection import Detection
@@ -36,6 +35,7 @@ from rotpred.recipes.probe import Probe
 from rotpred.recipes.rotation import Rotation
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.recipes.svm import LowShot, Svm
+from rotpred.records.recipe_json import plain
 from rotpred.training.schedule import Cosine, Poly, Steps, Table, Triangle
 from rotpred.training.settings import Optim, RunSettings
 

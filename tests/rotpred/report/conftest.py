@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
+from pipelines.storage import write_json
 from rotpred.distributed import Rank
-from rotpred.files import write_json
 from rotpred.records.log import RunLog
 from rotpred.report.recipe_changes import PROCESSES
 from tests.support.report_pages import Rows

@@ -30,7 +30,8 @@ from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import check_sync_bn
 from tests.support import processes
 
-pytestmark = pytest.mark.timeout(120)
+# One thread: on a busy machine, threads that wait for one another take minutes for these networks.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 T = TypeVar("T")
 
