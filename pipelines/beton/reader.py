@@ -30,7 +30,7 @@ from pipelines.beton.segments import (
     open_segments,
     segments_path,
 )
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import ImageError, read_header
 
 __all__ = ["Beton", "BetonError", "VerifyReport", "check_sums", "verify"]
 
@@ -169,7 +169,7 @@ def _check_jpeg(beton: Beton, i: int) -> None:
     data = beton.payload(i).tobytes()
     try:
         header = read_header(data, whole=True)
-    except JpegError as error:
+    except ImageError as error:
         raise BetonError(f"{place}: expected a JPEG stream, found: {error}") from error
     expected = (int(beton.heights[i]), int(beton.widths[i]))
     if (header.height, header.width) != expected:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
-from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
+from pipelines.jpeg.markers import JpegHeader, read_header
 from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
 from pipelines.jpeg.scan import Scan, walk_scan
 
@@ -109,15 +109,12 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
         return _encode(image, "array", options)
     if image[:2] != b"\xff\xd8":
         return _encode(decode_rgb(image), "format", options)
-    try:
-        header = read_header(image)
-        check_size(header.width, header.height)
-        walked = options.check == "scan" or options.restart_markers
-        scan = walk_scan(image, header) if walked else None
-        if scan is None:
-            header = read_header(image, whole=True)
-    except JpegError as error:
-        raise ImageError(str(error)) from error
+    header = read_header(image)
+    check_size(header.width, header.height)
+    walked = options.check == "scan" or options.restart_markers
+    scan = walk_scan(image, header) if walked else None
+    if scan is None:
+        header = read_header(image, whole=True)
     reason = _needs_encoding(header, scan, options)
     if reason is not None:
         return _encode(decode_rgb(image), reason, options)

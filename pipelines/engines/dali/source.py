@@ -33,7 +33,7 @@ from pipelines.engines.samples import RAW, Samples, close_samples, read_encoded,
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import read_header
 from pipelines.native.threads import DaemonWorker
 from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
@@ -124,7 +124,7 @@ def _upright(payload: Any, name: str) -> tuple[int, int]:
         if data[:2] == b"\xff\xd8":
             return read_header(data).upright
         image = decode(data)
-    except (JpegError, ImageError) as error:
+    except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     return image.shape[1], image.shape[2]
 
