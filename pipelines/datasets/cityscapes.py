@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets.annotations import IGNORED, AnnotatedImage, AnnotationErrors, MaskSamples
-from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.files import IndexFormatError, require_folder
 from pipelines.imaging.decode import ImageError, describe_error, image_size
 
 CITYSCAPES_CLASSES = (
@@ -44,10 +44,7 @@ def index_masks(
         FileNotFoundError: A folder is missing.
         ValueError: No image is left, or there are too many errors.
     """
-    base, truth = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
-    for folder in (base, truth):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+    base, truth = (require_folder(Path(root, name, split)) for name in ("leftImg8bit", "gtFine"))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
     for path in sorted(base.glob(f"*/*{_IMAGE}"))[:limit]:

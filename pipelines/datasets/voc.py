@@ -26,7 +26,7 @@ from pipelines.datasets.annotations import (
     ObjectSamples,
     pack,
 )
-from pipelines.datasets.files import IndexFormatError
+from pipelines.datasets.files import IndexFormatError, read_lines, require_folder
 from pipelines.datasets.listing import EXTENSIONS
 from pipelines.datasets.voc_annotation import Fields, XmlError, parse_object, read_xml
 from pipelines.datasets.voc_classification import VOC_CLASSES
@@ -47,8 +47,8 @@ class ListedImage(NamedTuple):
     """The folder that contains JPEGImages."""
     stem: str
     """File name of the image, without extension."""
-    masks: str
-    """Name of the folder of masks."""
+    label: Path
+    """Its annotation or its mask."""
 
 
 def index_boxes(
@@ -79,27 +79,18 @@ def index_boxes(
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
     found: list[Objects] = []
-    listed = _listed(parts, Path(root), "Main", limit)
-    files = _image_files(listed)
-
-    def read(one: ListedImage) -> tuple[tuple[int, int] | str, list[Fields] | XmlError]:
-        return _size(files[one.folder].get(one.stem)), _annotation(one)
-
-    for one, (size, entries) in _in_threads(read, listed):
-        annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif isinstance(entries, XmlError):
-            errors.add(f"{annotation}:{entries.line}", str(entries))
-        else:
-            rows = []
-            for entry in entries:
-                try:
-                    rows.append(parse_object(entry, names, *size))
-                except XmlError as error:
-                    errors.add(f"{annotation}:{error.line}", str(error))
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
-            found.append(pack(rows))
+    for one, image, entries in _images(parts, Path(root), "Main", limit, errors, _annotation):
+        if isinstance(entries, XmlError):
+            errors.add(f"{one.label}:{entries.line}", str(entries))
+            continue
+        rows = []
+        for entry in entries:
+            try:
+                rows.append(parse_object(entry, names, image.height, image.width))
+            except XmlError as error:
+                errors.add(f"{one.label}:{error.line}", str(error))
+        images.append(image)
+        found.append(pack(rows))
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     return ObjectSamples(names, images, found)
@@ -132,17 +123,14 @@ def index_masks(
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
-    listed = _listed(parts, Path(root), "Segmentation", limit)
-    files = _image_files(listed)
-    for one, size in _in_threads(lambda one: _size(files[one.folder].get(one.stem)), listed):
-        mask = one.folder / one.masks / f"{one.stem}.png"
-        if isinstance(size, str):
-            errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
-        elif not mask.is_file():
-            errors.add(one.location, f"{mask}: a file that does not exist")
+    for one, image, present in _images(
+        parts, Path(root), "Segmentation", limit, errors, lambda one: one.label.is_file()
+    ):
+        if present:
+            images.append(image)
+            paths.append(str(one.label))
         else:
-            images.append(AnnotatedImage(one.stem, files[one.folder][one.stem], *size))
-            paths.append(str(mask))
+            errors.add(one.location, f"{one.label}: a file that does not exist")
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     table = np.full(256, -1, np.int64)
@@ -159,26 +147,21 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
         if not folder or not name:
             raise ValueError(f"expected DIR/LIST+..., as in 2007/trainval, found {part!r}")
         base = root / (f"VOC{folder}" if _YEAR.fullmatch(folder) else folder)
-        source = base / "ImageSets" / task / f"{name}.txt"
-        if not source.is_file():
-            raise FileNotFoundError(f"{str(source)!r} does not exist")
-        where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
-        for number, line in enumerate(source.read_text("utf-8", "replace").splitlines(), 1):
-            stem, location = line.strip(), f"{source}:{number}"
-            if not stem:
-                continue
+        labels, ending = "Annotations", ".xml"
+        if task == "Segmentation":
+            aug = "Aug" if "aug" in name.lower() else ""
+            labels, ending = f"SegmentationClass{aug}", ".png"
+        for location, stem in read_lines(base / "ImageSets" / task / f"{name}.txt"):
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
                 raise IndexFormatError(
-                    f"{location}: expected an image's name, found {line[:200]!r}"
+                    f"{location}: expected an image's name, found {stem[:200]!r}"
                 )
             if stem in seen:
                 raise IndexFormatError(
                     f"{location}: {stem!r} is listed twice, first in {seen[stem]}"
                 )
             seen[stem] = location
-            found.append(ListedImage(location, base, stem, where))
-    if not found:
-        raise IndexFormatError(f"{parts}: the lists name no images")
+            found.append(ListedImage(location, base, stem, base / labels / (stem + ending)))
     return found[:limit]
 
 
@@ -186,9 +169,7 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     """List the paths of images, by folder and stem."""
     found: dict[Path, dict[str, str]] = {}
     for base in {one.folder for one in listed}:
-        folder = base / "JPEGImages"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is not a folder")
+        folder = require_folder(base / "JPEGImages")
         splits = (os.path.splitext(name) for name in sorted(os.listdir(folder)))
         found[base] = {
             stem: str(folder / (stem + ending))
@@ -198,12 +179,27 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _in_threads(
-    work: Callable[[ListedImage], T], listed: list[ListedImage]
-) -> Iterator[tuple[ListedImage, T]]:
-    """Yield each listed image with the result of `work`, in order."""
+def _images(
+    parts: str,
+    root: Path,
+    task: str,
+    limit: int | None,
+    errors: AnnotationErrors,
+    read: Callable[[ListedImage], T],
+) -> Iterator[tuple[ListedImage, AnnotatedImage, T]]:
+    """Yield the readable images of lists, each with the result of `read`, in order."""
+    listed = _listed(parts, root, task, limit)
+    files = _image_files(listed)
+
+    def load(one: ListedImage) -> tuple[tuple[int, int] | str, T]:
+        return _size(files[one.folder].get(one.stem)), read(one)
+
     with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
-        yield from zip(listed, pool.map(work, listed), strict=True)
+        for one, (size, found) in zip(listed, pool.map(load, listed), strict=True):
+            if isinstance(size, str):
+                errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
+            else:
+                yield one, AnnotatedImage(one.stem, files[one.folder][one.stem], *size), found
 
 
 def _size(path: str | None) -> tuple[int, int] | str:
@@ -219,7 +215,7 @@ def _size(path: str | None) -> tuple[int, int] | str:
 def _annotation(one: ListedImage) -> list[Fields] | XmlError:
     """Return the objects of an image, or the error."""
     try:
-        return read_xml((one.folder / "Annotations" / f"{one.stem}.xml").read_bytes())
+        return read_xml(one.label.read_bytes())
     except XmlError as error:
         return error
     except OSError as error:
