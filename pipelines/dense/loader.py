@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.profiler import record_function
 
-from pipelines.arrays import Int64
 from pipelines.batch import DTYPES
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
@@ -85,9 +84,10 @@ class DenseLoader:
         self._order: EndlessOrder | SinglePassOrder
         if spec.train:
             chosen = training_indices(samples, spec)
-            one_size = isinstance(spec.geometry, RatioCrop)
-            groups = (chosen,) if one_size else _select(chosen, by_shape(samples.sizes[chosen]))
-            self._order = EndlessOrder(groups, spec.batch_size, shard, spec.seed)
+            groups = [chosen]  # All crops have one shape.
+            if not isinstance(spec.geometry, RatioCrop):
+                groups = [chosen[group] for group in by_shape(samples.sizes[chosen])]
+            self._order = EndlessOrder(tuple(groups), spec.batch_size, shard, spec.seed)
             self._steps = spec.steps_per_epoch or max(
                 len(chosen) // (spec.batch_size * shard.world), 1
             )
@@ -236,15 +236,13 @@ class DenseLoader:
             torch.from_numpy(self.samples.sizes[indices]),
             torch.from_numpy(indices),
             torch.from_numpy(valid),
-            [self._target(one.target) for one in loaded if one.target is not None],
+            [
+                cast(Target, {key: self._move(x) for key, x in one.target.items()})
+                for one in loaded
+                if one.target is not None
+            ],
             None if work.masks is None else self._move(work.masks).long(),
         )
-
-    def _target(self, target: Target) -> Target:
-        moved = Target(boxes=self._move(target["boxes"]), labels=self._move(target["labels"]))
-        if "masks" in target:
-            moved["masks"] = self._move(target["masks"])
-        return moved
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True)
@@ -276,10 +274,6 @@ def open_dense(
         device=torch.device(device),
         precision=precision,
     )
-
-
-def _select(chosen: Int64, groups: Sequence[Int64]) -> tuple[Int64, ...]:
-    return tuple(chosen[group] for group in groups)
 
 
 def _workers(count: int) -> list[DaemonWorker]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.arrays import Int64
+from pipelines.arrays import Bool, Int64
 from pipelines.sampling.order import permutation
 from pipelines.spec import Shard
 
@@ -26,7 +25,7 @@ class BatchIndices(NamedTuple):
     """(B,): positions in the data set."""
     passes: Int64
     """(B,): earlier passes over the group of each image in training; 0 in evaluation."""
-    valid: npt.NDArray[np.bool_]
+    valid: Bool
     """(B,): False for padding."""
 
 

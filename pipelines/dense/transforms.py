@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.arrays import Float64, Int64
+from pipelines.arrays import Float64, Int64, Uint8
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop, ShortSide
 from pipelines.sampling.random_bits import uniforms
@@ -137,7 +136,7 @@ def resize_scene(scene: Scene, plan: ResizePlan) -> Scene:
     return Scene(image, boxes, masks)
 
 
-def choose_corner(mask: npt.NDArray[np.uint8], crop: RatioCrop, draw: Float64) -> tuple[int, int]:
+def choose_corner(mask: Uint8, crop: RatioCrop, draw: Float64) -> tuple[int, int]:
     """Choose a crop: the first one drawn that no class dominates, or the last one.
 
     As in mmsegmentation's RandomCrop, a crop is also rejected if it has only one class, or no pixel

@@ -10,8 +10,9 @@ from __future__ import annotations
 import weakref
 
 import numpy as np
-import numpy.typing as npt
 import torch
+
+from pipelines.arrays import Uint8
 
 _MAX_FREE = 3  # A trainer holds one batch while the next is made.
 
@@ -20,7 +21,7 @@ class BufferPool:
     """Pool of channels_last tensors on the CPU. Every loader has its own."""
 
     def __init__(self) -> None:
-        self._free: list[npt.NDArray[np.uint8]] = []
+        self._free: list[Uint8] = []
 
     def images(self, rows: int, side: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised tensor (rows, 3, side, side), channels_last.
@@ -41,13 +42,13 @@ class BufferPool:
         flat = torch.from_numpy(lent).view(dtype)
         return flat.view(rows, side, side, 3).permute(0, 3, 1, 2)
 
-    def _take(self, size: int) -> npt.NDArray[np.uint8]:
+    def _take(self, size: int) -> Uint8:
         while self._free:
             memory = self._free.pop()
             if len(memory) == size:
                 return memory  # Others have the size of an earlier resolution or batch: dropped.
         return np.empty(size, np.uint8)
 
-    def _give_back(self, memory: npt.NDArray[np.uint8]) -> None:
+    def _give_back(self, memory: Uint8) -> None:
         if len(self._free) < _MAX_FREE:
             self._free.append(memory)

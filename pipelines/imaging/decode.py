@@ -11,9 +11,9 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.arrays import Uint8, Uint16
 from pipelines.jpeg.markers import MAX_PIXELS, JpegHeader, read_header
 from pipelines.jpeg.markers import ImageError as ImageError
 
@@ -50,7 +50,7 @@ _TURN = {
 }
 
 
-def decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_rgb(data: bytes) -> Uint8:
     """Decode one image: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
 
     Args:
@@ -147,7 +147,7 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _scale16(grey: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+def _scale16(grey: Uint16) -> Uint8:
     """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
     scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(scaled[:, :, None], 3, axis=2)
@@ -157,7 +157,7 @@ _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
 _ORIENTATION = 0x0112
 
 
-def read_label_png(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+def read_label_png(path: str | os.PathLike[str]) -> Uint8:
     """Read a PNG file of one 8-bit channel: palette indices or grey levels.
 
     Returns:

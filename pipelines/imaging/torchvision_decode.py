@@ -7,15 +7,14 @@ single samples that their own decoder rejects.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.arrays import Int32
+from pipelines.arrays import Int32, Uint8
 from pipelines.imaging.decode import ImageError, decode_rgb, jpeg_header
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = Uint8
 
 
 def decode(data: bytes | Pixels) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint8
 from pipelines.jpeg.huffman import BAD_TABLE, BLOCK, OK, PAD, REASONS, walk
 from pipelines.jpeg.markers import ImageError, JpegHeader
 
@@ -28,13 +29,13 @@ class Scan:
     """Pixels."""
     mcu_height: int
     """Pixels."""
-    units: npt.NDArray[np.int64]
+    units: Int64
     """(U,), component of each block in an MCU."""
-    slots: npt.NDArray[np.int64]
+    slots: Int64
     """(3, 2), rows of each component's Huffman tables, as `huffman.walk` takes them."""
-    clean: npt.NDArray[np.uint8]
+    clean: Uint8
     """(bytes,), coded data without stuffing."""
-    ends: npt.NDArray[np.int64]
+    ends: Int64
     """(segments,), the bit after the last block of each restart segment of the input."""
     blocks: npt.NDArray[np.void]
     """(blocks,), of dtype `huffman.BLOCK`."""
@@ -108,6 +109,6 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     )  # fmt: skip
 
 
-def table_bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
+def table_bounds(header: JpegHeader) -> Int64:
     """(n, 2), start and end of each DHT segment's body."""
     return np.array(header.tables, np.int64).reshape(-1, 2)

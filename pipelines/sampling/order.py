@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.arrays import Int64, Uint32
+from pipelines.arrays import Bool, Int64, Uint32
 from pipelines.sampling.random_bits import key64
 from pipelines.spec import LoaderSpec, Shard
 
@@ -201,7 +200,7 @@ class Order:
             at = np.arange(size, dtype=np.int64)
         return at if self._chosen is None else self._chosen[at]
 
-    def batches(self, epoch: int, start_step: int = 0) -> tuple[Int64, npt.NDArray[np.bool_]]:
+    def batches(self, epoch: int, start_step: int = 0) -> tuple[Int64, Bool]:
         """Return this rank's sample indices for the steps from `start_step` on.
 
         Returns:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from pipelines.arrays import Bool, Float64
 
 
-def average_precision(scores: Float64, positive: npt.NDArray[np.bool_]) -> tuple[float, float]:
+def average_precision(scores: Float64, positive: Bool) -> tuple[float, float]:
     """Return the AP of the published code and the 11-point AP of VOC2007.
 
     Published (mmselfsup svm_helper.py `get_precision_recall`; VISSL is the same): the area under
@@ -31,7 +30,7 @@ def average_precision(scores: Float64, positive: npt.NDArray[np.bool_]) -> tuple
     )
 
 
-def average_precision_of(hits: npt.NDArray[np.bool_], positives: int) -> tuple[float, float]:
+def average_precision_of(hits: Bool, positives: int) -> tuple[float, float]:
     """Return the area under the precision envelope and VOC2007's 11-point AP of a ranking.
 
     Args:

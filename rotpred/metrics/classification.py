@@ -74,16 +74,16 @@ class TopK:
             counts = [hit[:, :k].sum() for k in self.ks]
             self.sums[head] += torch.stack([*counts, valid.sum(), outside.sum()])
 
-    def compute(self, rank: Rank | None = None) -> list[dict[str, float]]:
+    def compute(self, rank: Rank) -> list[dict[str, float]]:
         """Return {"top1": share, ..., "n": valid samples} per head; shares are from 0 to 1.
 
         Args:
-            rank: If given, counts are summed over all ranks first, and every rank must call.
+            rank: This process. Counts are summed over all ranks first, and every rank must call.
 
         Raises:
             ValueError: No valid sample was counted, or a valid target is not a class.
         """
-        sums = (self.sums if rank is None else all_sum(self.sums, rank)).tolist()
+        sums = all_sum(self.sums, rank).tolist()
         results = []
         for *hits, n, outside in sums:
             if n == 0:
@@ -156,16 +156,16 @@ class Confusion:
         # Not bincount: on a GPU it reads back its maximum, even if minlength is given.
         self.sums.scatter_add_(0, cell.flatten(), valid.flatten().long())
 
-    def compute(self, rank: Rank | None = None) -> ConfusionResult:
+    def compute(self, rank: Rank) -> ConfusionResult:
         """Return the matrix and its ratios.
 
         Args:
-            rank: If given, counts are summed over all ranks first, and every rank must call.
+            rank: This process. Counts are summed over all ranks first, and every rank must call.
 
         Raises:
             ValueError: No valid sample was counted, or a valid target or prediction is not a class.
         """
-        sums = (self.sums if rank is None else all_sum(self.sums, rank)).cpu()
+        sums = all_sum(self.sums, rank).cpu()
         outside = int(sums[-1])
         matrix = sums[:-1].view(self.n, self.n)
         total = int(matrix.sum())

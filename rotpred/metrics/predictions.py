@@ -8,9 +8,9 @@ from glob import escape
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Uint8
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.datasets.coco import describe_json_error, read_run_lengths
@@ -226,9 +226,7 @@ def _check_finite(*values: float) -> None:
             raise ValueError(f"{value} is not finite")
 
 
-def read_masks(
-    folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False
-) -> npt.NDArray[np.uint8]:
+def read_masks(folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False) -> Uint8:
     """Read the predicted class of each pixel of an image from NAME.png or NAME_ANYTHING.png.
 
     The file is in the folder or, as for Cityscapes, in the subfolder named by NAME up to its first

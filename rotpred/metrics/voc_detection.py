@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Float64, Int64
 from pipelines.datasets.annotations import DenseSamples
 from rotpred.metrics.average_precision import average_precision_of
 from rotpred.metrics.detections import ImageDetections
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
 """Thresholds of intersection over union (IoU) that a hit must exceed."""
@@ -42,11 +39,7 @@ def voc_metrics(found: Sequence[ImageDetections], samples: DenseSamples) -> dict
     Raises:
         ValueError: As for `class_aps`.
     """
-    return means(class_aps(found, samples))
-
-
-def means(aps: ClassAps) -> dict[str, float]:
-    """Return the metrics of `voc_metrics` from the APs of `class_aps`."""
+    aps = class_aps(found, samples)
     values = {}
     for ending, table in (("", aps.eleven), ("/area", aps.area)):
         known = table[~np.isnan(table).any(axis=1)]
