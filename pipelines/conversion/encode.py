@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
+from pipelines.imaging.decode import ImageError, decode_rgb, inspect, jpeg_header
 from pipelines.jpeg.markers import JpegHeader, read_header
 from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
 from pipelines.jpeg.scan import Scan, walk_scan
@@ -107,10 +107,9 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     """
     if not isinstance(image, bytes):
         return _encode(image, "array", options)
-    if image[:2] != b"\xff\xd8":
+    header = jpeg_header(image)
+    if header is None:
         return _encode(decode_rgb(image), "format", options)
-    header = read_header(image)
-    check_size(header.width, header.height)
     walked = options.check == "scan" or options.restart_markers
     scan = walk_scan(image, header) if walked else None
     if scan is None:
@@ -119,7 +118,7 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     if reason is not None:
         return _encode(decode_rgb(image), reason, options)
     if scan is None and options.check == "scan":
-        fault = inspect(image, header=header)
+        fault = inspect(image, header)
         if fault is not None:
             raise ImageError(fault)
     end = header.end if scan is None else scan.end

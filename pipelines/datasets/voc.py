@@ -110,15 +110,11 @@ def index_masks(
     those of VOC's own lists. For all other lists, they are read from SegmentationClass.
 
     Args:
-        parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
-        root: The folder that contains DIR.
-        errors: Counts images that are unreadable or have no mask.
+        parts, root, errors, limit: As for `index_boxes`.
         classes: Class names without the background. Empty: VOC's.
-        limit: Number of lines to take. None: all.
 
     Raises:
-        FileNotFoundError: A folder or list is missing.
-        ValueError: A list is malformed, no image is left, or there are too many errors.
+        FileNotFoundError, ValueError: As `index_boxes`.
     """
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []

@@ -11,7 +11,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipelines.arrays import Uint8, Uint16
 from pipelines.jpeg.markers import MAX_PIXELS, JpegHeader, read_header
@@ -86,7 +86,7 @@ def decode_rgb(data: bytes) -> Uint8:
         raise ImageError(describe_error(error)) from error
 
 
-def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
+def inspect(data: bytes, header: JpegHeader) -> str | None:
     """Check a JPEG: decode all of its coefficients, but only at an eighth of its size.
 
     This is a quarter cheaper than a full decode and finds the same truncations. Neither finds
@@ -95,14 +95,12 @@ def inspect(data: bytes, *, header: JpegHeader | None = None) -> str | None:
 
     Args:
         data: The JPEG stream.
-        header: Its header, if the caller has read it already.
+        header: Its header, as from `jpeg_header`.
 
     Returns:
         The reason why the image is unusable, or None.
     """
     try:
-        header = header or read_header(data)
-        check_size(header.width, header.height)
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
                 return f"header says {header.width} x {header.height}, decoder {image.size}"
@@ -154,7 +152,6 @@ def _scale16(grey: Uint16) -> Uint8:
 
 
 _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
-_ORIENTATION = 0x0112
 
 
 def read_label_png(path: str | os.PathLike[str]) -> Uint8:
@@ -198,7 +195,11 @@ def image_size(path: str) -> tuple[int, int]:
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 # For PNG, asking for the orientation would decode the whole file.
-                turn = 1 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 1)
+                turn = (
+                    1
+                    if image.format == "PNG"
+                    else image.getexif().get(ExifTags.Base.Orientation, 1)
+                )
                 return (width, height) if turn >= 5 else (height, width)
         except _PILLOW_ERRORS as error:
             raise ImageError(describe_error(error)) from error

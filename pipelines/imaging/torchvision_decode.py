@@ -14,10 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from pipelines.arrays import Int32, Uint8
 from pipelines.imaging.decode import ImageError, decode_rgb, jpeg_header
 
-Pixels = Uint8
 
-
-def decode(data: bytes | Pixels) -> torch.Tensor:
+def decode(data: bytes | Uint8) -> torch.Tensor:
     """Decode an image to upright RGB pixels.
 
     Args:

@@ -58,7 +58,7 @@ def test_junk_behind_the_end_is_tolerated() -> None:
     data = encode(gradient_image())
     header = read_header(data + b"junk" * 1250, whole=True)
     assert header.end == len(data) and header.warning is None
-    assert inspect(data + b"junk") is None
+    assert inspect(data + b"junk", header) is None
 
 
 def test_oddities_that_strict_decoders_reject_are_noted() -> None:
@@ -157,6 +157,6 @@ def test_unusable_files_are_refused_with_a_message(data: bytes, words: str) -> N
 
 
 def _strict(data: bytes) -> None:
-    reason = inspect(data)
+    reason = inspect(data, read_header(data))
     assert reason is not None and "truncated" in reason
     raise ImageError(f"end marker: {reason}")
