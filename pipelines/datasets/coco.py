@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from pipelines.datasets.annotations import (
     clip,
     pack,
 )
-from pipelines.datasets.files import IndexFormatError, require_folder
+from pipelines.datasets.files import IndexFormatError, read_json, require_folder
 
 
 def import_pycocotools(module: str) -> Any:
@@ -113,8 +112,6 @@ def index_objects(
             pycocotools, which training and validation need, is not installed.
     """
     source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
-    if not source.is_file():
-        raise FileNotFoundError(f"{str(source)!r} does not exist")
     require_folder(folder)
     # Fail now if it is missing: reading takes minutes, and the threads need it only after that.
     import_pycocotools("mask")
@@ -243,11 +240,7 @@ def describe_json_error(error: Exception) -> str:
 
 def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:
     """Read file and size by image id, name by category id (sorted), and the annotations."""
-    try:
-        # Text, not bytes: json.loads would hold both, 450 MB each for train2017.
-        content = json.loads(source.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise IndexFormatError(f"{source}: not valid JSON: {error}") from error
+    content = read_json(source)
     try:
         images = {
             int(one["id"]): (str(one["file_name"]), int(one["height"]), int(one["width"]))

@@ -13,7 +13,7 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from pipelines.arrays import Uint8, Uint16
+from pipelines.arrays import Uint8
 from pipelines.jpeg.markers import MAX_PIXELS, JpegHeader, read_header
 from pipelines.jpeg.markers import ImageError as ImageError
 
@@ -71,8 +71,9 @@ def decode_rgb(data: bytes) -> Uint8:
             check_size(*image.size)
             image.load()
             upright = _upright(image, header)
-            if upright.mode.startswith("I;16"):
-                return _scale16(np.asarray(upright))
+            if upright.mode.startswith("I;16"):  # Grey of 0..65535, scaled to 0..255, rounded.
+                grey = (np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535
+                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
             if upright.mode in ("I", "F"):
                 raise ImageError(f"pixels of mode {upright.mode} have no fixed range")
             return np.array(upright.convert("RGB"))
@@ -143,12 +144,6 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
         return ImageOps.exif_transpose(image)
     turn = _TURN.get(header.orientation)
     return image if turn is None else image.transpose(turn)
-
-
-def _scale16(grey: Uint16) -> Uint8:
-    """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
-    scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return np.repeat(scaled[:, :, None], 3, axis=2)
 
 
 _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.

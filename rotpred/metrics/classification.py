@@ -35,12 +35,7 @@ class TopK:
             ks: Each at least 1 and at most the number of classes.
             heads: Number of classifiers.
             device: Device of the logits.
-
-        Raises:
-            ValueError: `ks` is empty, or one of them or `heads` is below 1.
         """
-        if not ks or min(ks) < 1 or heads < 1:
-            raise ValueError(f"ks and heads must be at least 1, got {tuple(ks)} and {heads}")
         self.ks = tuple(ks)
         self.sums = torch.zeros(heads, len(self.ks) + 2, dtype=torch.int64, device=device)
 
@@ -123,13 +118,7 @@ class Confusion:
     """
 
     def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
-        """Start at zero.
-
-        Raises:
-            ValueError: `n` is below 1.
-        """
-        if n < 1:
-            raise ValueError(f"a confusion matrix needs at least 1 class, got {n}")
+        """Start at zero."""
         self.n = n
         self.sums = torch.zeros(n * n + 1, dtype=torch.int64, device=device)
 

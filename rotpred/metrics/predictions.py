@@ -14,6 +14,7 @@ from pipelines.arrays import Uint8
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.datasets.coco import describe_json_error, read_run_lengths
+from pipelines.datasets.files import read_json
 from rotpred.distributed import Rank, gather_rows
 from rotpred.files import write_atomic
 from rotpred.metrics.detections import ImageDetections
@@ -129,12 +130,7 @@ def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
         FileNotFoundError: There is no such file or folder.
         ValueError: An entry or line is invalid, or a class has no file. The message names it.
     """
-    if path.is_dir():
-        rows = _read_text_files(path, samples)
-    elif path.is_file():
-        rows = _read_json(path, samples)
-    else:
-        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    rows = (_read_text_files if path.is_dir() else _read_json)(path, samples)
     found = []
     for i, mine in enumerate(rows):
         masks = tuple(mask for *_, mask in mine if mask is not None)
@@ -156,10 +152,7 @@ _Row = tuple[tuple[float, float, float, float], int, float, Mapping[str, object]
 
 
 def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of detections, got a {type(entries).__name__}")
     images = {name: i for i, name in enumerate(samples.names)}
