@@ -125,7 +125,7 @@ def _added(markers: Row, device: torch.device) -> Row:
         digits=3,
         order="",
         target=MOST_ADDED_PERCENT,
-        met=added <= MOST_ADDED_PERCENT,
+        better="lower",
     )
 
 

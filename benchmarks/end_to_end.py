@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from data.photographs import PHOTOGRAPHS, containers
+from harness.overlap import WAYS, measure_overlap
 from harness.plots import bars
 from harness.results import Row, image_row, publish, row, run_program
-from harness.timing import WARMUP_BATCHES, Window, abba, window
+from harness.timing import Window
 from harness.training_step import (
     WARMUP_STEPS,
     Step,
@@ -31,11 +30,9 @@ from harness.training_step import (
     resident_batch,
     run_steps,
 )
-from pipelines.batch import Batch
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 COLUMNS = ("views_per_s", "cpu_seconds_per_1k_images", "wait_share", "binds")
 
@@ -107,40 +104,21 @@ def _measure(
     )
     for _ in range(WARMUP_STEPS):
         step(resident)
-    contestants: dict[str, Callable[[Iterator[Batch]], Iterator[int]]] = {
-        "loader alone": lambda batches: (len(batch.indices) for batch in batches),
-        "step alone": lambda _: run_steps(step, repeat(resident), device),
-        "both": lambda batches: run_steps(step, batches, device),
-    }
-    windows: dict[str, list[Window]] = {name: [] for name in contestants}
-    waited: dict[str, list[float]] = {"loader alone": [], "both": []}
-    for number, name in enumerate(abba(tuple(contestants), args.repeats)):
-        with closing(_endless(loader, number * 1000)) as batches:
-            if name != "step alone":
-                for _ in range(WARMUP_BATCHES):
-                    next(batches)
-            before = loader.wait_seconds
-            taken = window(contestants[name](batches), seconds=args.seconds, device=device)
-            windows[name].append(taken)
-            if name in waited:
-                waited[name].append((loader.wait_seconds - before) / taken.seconds)
-    return windows, {name: round(median(shares), 3) for name, shares in waited.items()}
-
-
-def _endless(loader: Loader, epoch: int) -> Generator[Batch, None, None]:
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
+    windows, waits = measure_overlap(
+        loader,
+        lambda batches: run_steps(step, batches, device),
+        [resident],
+        options=args,
+        device=device,
+    )
+    return windows, {way: round(median(shares), 3) for way, shares in waits.items()}
 
 
 def _efficiency(
     rows: list[Row], windows: dict[str, list[Window]], variant: str, device: torch.device
 ) -> Row:
     loader, step, _ = (r["median"] for r in rows)
-    rates = [
-        [w.images / w.seconds for w in windows[name]]
-        for name in ("loader alone", "step alone", "both")
-    ]
+    rates = [[w.images / w.seconds for w in windows[way]] for way in WAYS]
     values = [both / min(a, b) for a, b, both in zip(*rates, strict=True)]
     shared = 1 / (1 / loader + 1 / step) / min(loader, step)
     return row(
@@ -155,7 +133,7 @@ def _efficiency(
         # The efficiency if loader and step alternate on the same cores.
         bound_on_shared_cores=round(shared, 3) if device.type == "cpu" else None,
         target=0.97 if device.type == "cuda" else None,
-        met=median(values) >= 0.97 if device.type == "cuda" else None,
+        better="higher",
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from harness.plots import bars
-from harness.results import Row, TimingOptions, image_row, log, publish, run_program
+from harness.results import Row, TimingOptions, against, image_row, log, publish, run_program
 from harness.timing import Window, abba, synchronize, window
 from pipelines.batch import DTYPES, Regions
 from pipelines.device.rotate import rotate4
@@ -135,7 +135,7 @@ def _measure(
     shares = {name: rate / bandwidth["copy of as many bytes"] for name, rate in bandwidth.items()}
     # One CPU thread is limited by arithmetic, not by memory: no target on a CPU.
     targets = {
-        name: {"target": TARGET, "met": shares[name] >= TARGET}
+        name: against(shares[name], TARGET, "higher")
         for name in ("rotate4", "rotate4, same output")
         if device.type == "cuda"
     }

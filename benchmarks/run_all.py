@@ -17,10 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from data.photographs import PHOTOGRAPHS, Containers, containers
-from harness.results import log, table
+from harness.results import log, run_program, table
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 900
@@ -115,10 +113,4 @@ def _run(name: str, arguments: list[str], folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Arguments)))
-    except (ValueError, OSError) as problem:
-        print(f"run_all: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, Arguments, "run_all")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.sparse_beton import write_sparse
 from harness.plots import lines
-from harness.results import RepeatOptions, Row, publish, row, run_program
+from harness.results import RepeatOptions, Row, against, publish, row, run_program
 from harness.runner import ContestantProcess
 
 BATCH_SIZE = 256
@@ -88,7 +88,7 @@ def _measure(path: Path, samples: int, repeats: int) -> list[Row]:
             samples=samples,
         )
         if target is not None and samples == FULL:
-            made |= {"target": round(target, 1), "met": made["median"] <= target}
+            made |= against(made["median"], round(target, 1), "lower")
         rows.append(made)
     return rows
 

@@ -161,7 +161,7 @@ def _rows(
         crops=crops,
         differing_bytes=differing,
         target=0,
-        met=differing == 0,
+        better="lower",
     )
     return [*rows, exact]
 

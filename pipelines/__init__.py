@@ -30,36 +30,16 @@ if TYPE_CHECKING:
         RandomResizedCrop,
         Resize,
         Shard,
-    )
+    )  # fmt: skip
 
 __version__ = "0.2.0"
 
 __all__ = [
-    "CIFAR10",
-    "IMAGENET",
-    "Batch",
-    "CenterCrop",
-    "ColorJitter",
-    "DenseBatch",
-    "DenseLoader",
-    "DenseSpec",
-    "FitWithin",
-    "Loader",
-    "LoaderSpec",
-    "Normalize",
-    "RandomCrop",
-    "RandomResizedCrop",
-    "RatioCrop",
-    "Resize",
-    "SampleIndex",
-    "Shard",
-    "ShortSide",
-    "__version__",
-    "open_dense",
-    "open_images",
-    "open_loader",
-    "write_beton",
-]
+    "CIFAR10", "IMAGENET", "Batch", "CenterCrop", "ColorJitter", "DenseBatch", "DenseLoader",
+    "DenseSpec", "FitWithin", "Loader", "LoaderSpec", "Normalize", "RandomCrop",
+    "RandomResizedCrop", "RatioCrop", "Resize", "SampleIndex", "Shard", "ShortSide", "__version__",
+    "open_dense", "open_images", "open_loader", "write_beton",
+]  # fmt: skip
 
 _MODULES = {
     "Batch": "pipelines.batch",

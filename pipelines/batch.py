@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipelines.arrays import Bool, Int32, Int64
 from pipelines.spec import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -57,6 +58,18 @@ class RawBatch(NamedTuple):
     """int32 (B, 5): crop boxes, as `pipelines.sampling.crops.crop_boxes` returns them. The part of
     a box outside the image is black."""
 
+    @classmethod
+    def from_arrays(
+        cls,
+        images: torch.Tensor | Regions,
+        labels: Int64,
+        indices: Int64,
+        valid: Bool,
+        boxes: Int32,
+    ) -> RawBatch:
+        """Return a batch that shares the memory of the arrays."""
+        return cls(images, *map(torch.from_numpy, (labels, indices, valid, boxes)))
+
 
 class Batch(NamedTuple):
     """A batch of a loader: normalised views on the device.
@@ -76,37 +89,3 @@ class Batch(NamedTuple):
     """int64 (B,): class ids, also with `rotate4`; -1 where the data set has no labels."""
     indices: torch.Tensor
     """int64 (B,): position of each sample in the data set's index."""
-
-
-def check_batch(batch: Batch, *, views: int, batch_size: int, size: int) -> None:
-    """Check shapes, types, devices and memory layout of a batch. Reads no values.
-
-    Args:
-        batch: The batch.
-        views: V.
-        batch_size: B.
-        size: S.
-
-    Raises:
-        ValueError: The batch breaks the contract of `Batch`.
-    """
-    rows = views * batch_size
-    images = batch.images
-    if images.shape != (rows, 3, size, size):
-        raise ValueError(f"images are {tuple(images.shape)}, expected {(rows, 3, size, size)}")
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}, expected a floating point type")
-    if not images.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"images are not channels_last: strides {images.stride()}")
-    for name, tensor, length, dtype in (
-        ("targets", batch.targets, rows, torch.int64),
-        ("valid", batch.valid, rows, torch.bool),
-        ("labels", batch.labels, batch_size, torch.int64),
-        ("indices", batch.indices, batch_size, torch.int64),
-    ):
-        if tensor.shape != (length,) or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} ({length},)"
-            )
-        if tensor.device != images.device:
-            raise ValueError(f"{name} is on {tensor.device}, images on {images.device}")

@@ -15,16 +15,17 @@ from torch.profiler import record_function
 
 from pipelines.arrays import Int64
 from pipelines.batch import DTYPES, IGNORE, Batch, RawBatch
-from pipelines.beton.reader import Beton
+from pipelines.checks import check
 from pipelines.device.color_jitter import draw_jitter, jitter_views
 from pipelines.device.host_memory import BufferPool
 from pipelines.device.rotate import normalize_views, rotate4
 from pipelines.device.transfer import Transfer
-from pipelines.engines.choice import choose_engine, open_engine
-from pipelines.engines.samples import RAW, fingerprint, open_samples
+from pipelines.engines.choice import open_engine
 from pipelines.engines.source import Source
+from pipelines.engines.synthetic import CLASSES
+from pipelines.samples import Samples
 from pipelines.sampling.random_bits import digest64
-from pipelines.spec import LoaderSpec, Precision, Shard, check_options
+from pipelines.spec import LoaderSpec, Precision, Shard
 
 
 class Loader:
@@ -34,30 +35,30 @@ class Loader:
         self,
         source: Source,
         spec: LoaderSpec,
+        samples: Samples | None = None,
         *,
         engine: str,
         device: torch.device,
         precision: Precision = "fp32",
-        classes: tuple[str, ...] = (),
-        data_id: str = "",
-        label_range: tuple[int, int] = (-1, -1),
-        total: int = 0,
     ) -> None:
+        """Use `open_loader`. `samples` is the data set that `source` reads, None if synthetic."""
         self.spec, self.engine, self.device = spec, engine, device
-        self.classes = classes
+        self.classes = () if samples is None else samples.classes
         """Class names; empty if the data set has none."""
-        self.data_id = data_id
-        """Short hash that identifies the data set."""
-        self.label_range = label_range
+        self.data_id = "" if samples is None else samples.fingerprint
+        """Short hash that identifies the data set; empty for synthetic images."""
+        self.label_range = (0, CLASSES - 1)
         """Smallest and largest label of the data set; -1 means no label."""
-        self.total = total
+        if samples is not None:
+            self.label_range = int(samples.labels.min()), int(samples.labels.max())
+        self.total = spec.samples if samples is None else len(samples.labels)
         """Samples of the data set, before `max_samples` and `samples_per_class`."""
         self.wait_seconds = 0.0
         """Seconds spent waiting for decoded crops, summed over all epochs."""
         self.digest = 0
         """Sum of `digest64` over all batches so far, modulo 2**64. Valid samples only."""
         self.source = source
-        """The engine. `source.epoch(e)` yields `RawBatch`es: crops before transfer and rotation."""
+        """The engine: crops before transfer and rotation, and the count of undecodable samples."""
         self._transfer = Transfer(device)
         self._dtype = DTYPES[precision]
         self._buffers = BufferPool()
@@ -65,11 +66,6 @@ class Loader:
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
         return len(self.source)
-
-    @property
-    def undecodable(self) -> int:
-        """Number of undecodable samples masked so far."""
-        return self.source.decode_errors.total
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch.
@@ -82,8 +78,10 @@ class Loader:
             ImageError: More samples are undecodable than the spec allows.
             TimeoutError: The engine yielded no batch within the spec's timeout.
         """
-        source = self.source.epoch(epoch, start_step)
-        try:
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(contextlib.closing(self.source.epoch(epoch, start_step)))
+            # Before closing: the last copy may still read memory that closing frees.
+            stack.callback(self._transfer.wait)
             while True:
                 with record_function("device"):
                     self._transfer.wait()
@@ -100,12 +98,6 @@ class Loader:
                     batch = self._finish(self._transfer.copy(raw), epoch, raw.indices.numpy())
                 self._transfer.release()
                 yield batch
-        finally:
-            try:
-                self._transfer.wait()  # The last copy may still read memory that closing frees.
-            finally:
-                if isinstance(source, Generator):
-                    source.close()
 
     def close(self) -> None:
         """Release the threads, buffers and files of the engine."""
@@ -151,40 +143,11 @@ def open_loader(
 
     Raises:
         FileNotFoundError: The data does not exist.
-        ValueError: The engine cannot read the data, is not installed, or ignores an option.
+        ValueError: An argument is no choice, or the engine cannot read the data, is not installed,
+            or ignores an option.
     """
-    shard = shard if shard is not None else Shard()
+    check("spec", spec, LoaderSpec)
+    check("precision", precision, Precision)
     device = torch.device(device)
-    # Check the options first: a beton opens at once, a folder of a million files does not.
-    samples = None
-    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
-        samples = open_samples(spec.data, spec.root)
-    raw = isinstance(samples, Beton) and bool((samples.modes == RAW).any())
-    engine = choose_engine(spec, raw=raw)
-    check_options(spec, engine, on_gpu=device.type == "cuda")
-    if engine == "synthetic":
-        from pipelines.engines.synthetic import CLASSES, SyntheticSource
-
-        source: Source = SyntheticSource(spec, shard=shard, device=device)
-        return Loader(
-            source,
-            spec,
-            engine=engine,
-            device=device,
-            precision=precision,
-            label_range=(0, CLASSES - 1),
-            total=spec.samples,
-        )
-    samples = samples or open_samples(spec.data, spec.root)
-    source = open_engine(engine, samples, spec, shard, device)
-    return Loader(
-        source,
-        spec,
-        engine=engine,
-        device=device,
-        precision=precision,
-        classes=samples.classes,
-        data_id=fingerprint(samples),
-        label_range=(int(samples.labels.min()), int(samples.labels.max())),
-        total=len(samples.labels),
-    )
+    engine, source, samples = open_engine(spec, shard, device)
+    return Loader(source, spec, samples, engine=engine, device=device, precision=precision)

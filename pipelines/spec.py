@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pipelines.checks import (
+    ORDERED,
+    Checked,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    at_most,
+)
 
 Engine = Literal["auto", "ffcv", "dali", "folder", "synthetic"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -15,44 +27,44 @@ _FINGERPRINT_FIELDS = (
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(Checked):
     """Crop of random area and aspect ratio, resized to a square (Inception's crop)."""
 
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the output, in pixels."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[Fraction, Fraction], ORDERED] = (0.08, 1.0)
     """Range of the crop's area, as a fraction of the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[PositiveFloat, PositiveFloat], ORDERED] = (3 / 4, 4 / 3)
     """Range of the crop's width / height. Its logarithm is uniformly distributed."""
 
 
 @dataclass(frozen=True)
-class RandomCrop:
+class RandomCrop(Checked):
     """Square crop at a random position, after an optional resize and black padding."""
 
-    size: int = 32
+    size: PositiveInt = 32
     """Side of the output, in pixels."""
-    padding: int = 4
+    padding: NonNegativeInt = 4
     """Black pixels added to each side of the (resized) image before the crop."""
-    resize: int | None = None
+    resize: PositiveInt | None = None
     """Length of the image's short side after the resize, in pixels. None: no resize."""
 
 
 @dataclass(frozen=True)
-class CenterCrop:
+class CenterCrop(Checked):
     """Center square, after an optional resize of the short side: the usual evaluation crop."""
 
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the output, in pixels."""
-    resize: int | None = 256
+    resize: PositiveInt | None = 256
     """Length of the image's short side after the resize, in pixels. None: no resize."""
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(Checked):
     """The whole image, resized to a square without keeping its aspect ratio (VOC07 SVM)."""
 
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the output, in pixels."""
 
 
@@ -60,29 +72,22 @@ Crop = RandomResizedCrop | RandomCrop | CenterCrop | Resize
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(Checked):
     """Random color changes, drawn again for every sample and epoch.
 
     Implemented in `pipelines.device.color_jitter`.
     """
 
-    brightness: float = 0.0
+    brightness: NonNegativeFloat = 0.0
     """b: brightness is scaled by a random factor in [max(0, 1 - b), 1 + b]."""
-    contrast: float = 0.0
+    contrast: NonNegativeFloat = 0.0
     """Like brightness, for the contrast."""
-    saturation: float = 0.0
+    saturation: NonNegativeFloat = 0.0
     """Like brightness, for the saturation."""
-    hue: float = 0.0
+    hue: Annotated[float, at_least(0), at_most(0.5)] = 0.0
     """h: hue is rotated by a random fraction of the circle in [-h, h]. At most 0.5."""
-    lighting: float = 0.0
+    lighting: NonNegativeFloat = 0.0
     """Standard deviation of the noise along the principal colors (PCA lighting). AlexNet: 0.1."""
-
-    def __post_init__(self) -> None:
-        values = (self.brightness, self.contrast, self.saturation, self.hue, self.lighting)
-        if min(values) < 0 or self.hue > 0.5:
-            raise ValueError(
-                f"color_jitter must not be negative and hue must be at most 0.5, got {values}"
-            )
 
     @property
     def active(self) -> bool:
@@ -95,12 +100,12 @@ NO_COLOR_JITTER = ColorJitter()
 
 
 @dataclass(frozen=True)
-class Normalize:
+class Normalize(Checked):
     """Mean and standard deviation of each channel."""
 
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of the R, G and B channels, in units of 0 to 255."""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
     """Standard deviation of the R, G and B channels, in units of 0 to 255."""
 
 
@@ -112,24 +117,28 @@ CIFAR10 = Normalize((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Checked):
     """The part of every global batch that this process loads."""
 
-    rank: int = 0
+    rank: NonNegativeInt = 0
     """Rank of this process, in [0, world)."""
-    world: int = 1
+    world: PositiveInt = 1
     """Number of processes."""
-    local_world: int = 1
+    local_world: PositiveInt = 1
     """Number of processes on this machine. They share its CPU cores."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
+        super().__post_init__()
+        if self.rank >= self.world:
             raise ValueError(f"rank {self.rank} is not in a world of {self.world}")
 
 
 @dataclass(frozen=True)
-class LoaderSpec:
-    """All options of a loader. Equal specs emit equal samples and crops."""
+class LoaderSpec(Checked):
+    """All options of a loader. Equal specs emit equal samples and crops.
+
+    Paths may be given as `os.PathLike`; the fields are strings.
+    """
 
     data: str = "synthetic"
     """A .beton file, a folder of images, a list file, or "synthetic" (random images). With `root`
@@ -139,7 +148,7 @@ class LoaderSpec:
     """Folder of the images, for a list file or KIND:NAME. Empty: the folder of the list file."""
     engine: Engine = "auto"
     """auto chooses the fastest installed engine for the data (ffcv, dali, folder) and logs why."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per process and step. With views=rotate4 the network sees four times as many."""
     crop: Crop = field(default_factory=RandomResizedCrop)
     """Crop and output size. All engines use the same crop boxes."""
@@ -155,17 +164,17 @@ class LoaderSpec:
     """Shuffle the samples in each epoch. False keeps the order of the data set."""
     drop_last: bool = True
     """Drop the last, incomplete global batch. False pads it with samples marked as not valid."""
-    max_samples: int | None = None
+    max_samples: PositiveInt | None = None
     """Use a random subset of this many samples. The same for equal seeds, with any engine."""
-    samples_per_class: int | None = None
+    samples_per_class: PositiveInt | None = None
     """Use a random subset of this many samples per class. Excludes `max_samples`."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of all random choices. Order, crops and flips depend on seed, epoch and sample index."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads per process. 0: divide the available cores among the local processes."""
-    max_undecodable: int = 0
+    max_undecodable: NonNegativeInt = 0
     """Undecodable samples tolerated per epoch. Masked and counted. One more is an error."""
-    resolution_schedule: tuple[tuple[int, int], ...] = ()
+    resolution_schedule: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
     """Progressive resizing: pairs of first epoch and output side in pixels. ((0, 128), (30, 192))
     means 128 up to epoch 29, then 192. No side may exceed crop.size. Empty: always crop.size."""
     resize: Literal["cpu", "device"] = "cpu"
@@ -173,40 +182,24 @@ class LoaderSpec:
     original size: more bytes over the bus, less work for the CPU."""
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes. mixed: with nvJPEG on the GPU. auto: mixed if batches go to a GPU."""
-    hw_decoder_load: float | None = None
+    hw_decoder_load: Annotated[float, at_least(0), at_most(1)] | None = None
     """Fraction of the images that DALI's mixed decoder gives to the GPU's hardware JPEG engine,
     0 to 1. None: 0.65. An error if nothing is decoded on a GPU."""
-    cpu_budget: float | None = None
+    cpu_budget: Fraction | None = None
     """Fraction of the available cores that decoding may use. Needs workers=0. None: 1, or 0.4 if
     batches go to a GPU (busier cores slow down kernel launches)."""
-    timeout: float = 120.0
+    timeout: PositiveFloat = 120.0
     """Seconds to wait for a batch before an error (twice as long for the first batch)."""
-    samples: int = 1024
+    samples: PositiveInt = 1024
     """Number of samples of the synthetic data set. Not used for other data."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, got {self.max_samples}")
-        if self.samples_per_class is not None and (
-            self.samples_per_class < 1 or self.max_samples is not None
-        ):
-            raise ValueError("samples_per_class must be at least 1 and excludes max_samples")
-        if self.crop.size < 1:
-            raise ValueError(f"crop.size must be at least 1, got {self.crop.size}")
+        super().__post_init__()
+        if self.max_samples is not None and self.samples_per_class is not None:
+            raise ValueError("samples_per_class excludes max_samples")
         if self.color_jitter.active and self.views != "plain":
             raise ValueError("color_jitter needs views=plain")
         _check_resolutions(self.resolution_schedule, self.crop)
-        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
-        if self.cpu_budget is not None and not 0 < self.cpu_budget <= 1:
-            raise ValueError(f"cpu_budget must be above 0 and at most 1, got {self.cpu_budget}")
-        if self.workers < 0 or self.max_undecodable < 0 or self.timeout <= 0:
-            raise ValueError(
-                "workers and max_undecodable must not be negative, timeout must be positive"
-            )
 
     @property
     def view_count(self) -> int:
@@ -275,7 +268,7 @@ def _check_resolutions(schedule: tuple[tuple[int, int], ...], crop: Crop) -> Non
     firsts = [first for first, _ in schedule]
     if firsts[0] != 0 or sorted(set(firsts)) != firsts:
         raise ValueError(f"resolution_schedule needs rising epochs from 0 on, got {firsts}")
-    if any(not 1 <= side <= crop.size for _, side in schedule):
+    if any(side > crop.size for _, side in schedule):
         raise ValueError(
-            f"sides of resolution_schedule must be in 1..crop.size ({crop.size}), got {schedule}"
+            f"sides of resolution_schedule must be at most crop.size ({crop.size}), got {schedule}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import faulthandler
 import inspect
 import io
 import logging
@@ -16,18 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rotpred import distributed
-from rotpred.program import INTERRUPTED, USER_ERROR, report_error
-from rotpred.protocols import (
-    detection,
-    finetune,
-    knn,
-    linear,
-    pretrain,
-    rotation,
-    segmentation,
-    svm,
-)
+from rotpred.program import USER_ERROR, exit_status, report_error
 from rotpred.recipes import every
 from rotpred.recipes.detection import Detection
 from rotpred.recipes.finetune import FineTuning
@@ -39,7 +29,6 @@ from rotpred.recipes.segmentation import Segmentation
 from rotpred.recipes.svm import LowShot, Svm
 from rotpred.records.console import configure_logging
 from rotpred.records.former_names import translate_option
-from rotpred.training.loop import STOP_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -178,51 +167,73 @@ def _paragraphs(make: Callable[[], object]) -> str:
 
 def pretrain_main(args: Sequence[str] | None = None) -> int:
     """scripts/pretrain.py: returns the exit status."""
-    about = "Pretrain by rotation prediction."
-    return _drive(choose(every.PRETRAINING, sys.argv[1:] if args is None else args, about))
+    return _main(every.PRETRAINING, args, "Pretrain by rotation prediction.")
 
 
 def evaluate_main(args: Sequence[str] | None = None) -> int:
     """scripts/evaluate.py: returns the exit status."""
-    about = "Evaluate pretrained weights on a transfer benchmark."
-    return _drive(choose(every.EVALUATION, sys.argv[1:] if args is None else args, about))
+    return _main(every.EVALUATION, args, "Evaluate pretrained weights on a transfer benchmark.")
 
 
-def _drive(recipe: AnyRecipe) -> int:
+def _main(
+    recipes: Mapping[str, Callable[[], AnyRecipe]], args: Sequence[str] | None, about: str
+) -> int:
+    recipe = choose(recipes, sys.argv[1:] if args is None else args, about)
+    return exit_status("error", lambda: _run(recipe))
+
+
+def _run(recipe: AnyRecipe) -> int:
+    """Run a recipe. Imports its protocol alone; help and error messages need neither it nor torch.
+
+    Returns:
+        The exit status: 0, or that of a run that a signal stopped.
+    """
+    from rotpred.distributed import process_group
+    from rotpred.training.loop import STOP_STATUS, Stopped
+
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash inside a library shows where each thread was
     try:
-        with distributed.process_group(
-            recipe.run.device, timeout_seconds=recipe.run.timeout
-        ) as rank:
+        with process_group(recipe.run.device, timeout_seconds=recipe.run.timeout) as rank:
             configure_logging(rank=rank.rank)
             match recipe:
                 case Pretrain():
+                    from rotpred.protocols import pretrain
+
                     pretrain.run(recipe, rank)
                 case Linear():
+                    from rotpred.protocols import linear
+
                     linear.run(recipe, rank)
                 case FineTuning():
+                    from rotpred.protocols import finetune
+
                     finetune.run(recipe, rank)
                 case Detection():
+                    from rotpred.protocols import detection
+
                     detection.run(recipe, rank)
                 case Segmentation():
+                    from rotpred.protocols import segmentation
+
                     segmentation.run(recipe, rank)
                 case Svm():
+                    from rotpred.protocols import svm
+
                     svm.run(recipe, rank)
                 case LowShot():
+                    from rotpred.protocols import svm
+
                     svm.run_low_shot(recipe, rank)
                 case Knn():
+                    from rotpred.protocols import knn
+
                     knn.run(recipe, rank)
                 case Rotation():
+                    from rotpred.protocols import rotation
+
                     rotation.run(recipe, rank)
     except Stopped as stop:
         logger.warning("%s", stop)
         return STOP_STATUS
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        # The user can change what these are about: arguments, data, a full disk, a silent loader.
-        # Our own mistakes show a traceback.
-        if os.environ.get("ROTPRED_DEBUG"):
-            raise
-        report_error(f"error: {error} (ROTPRED_DEBUG=1 shows where)")
-        return USER_ERROR
     return 0

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.spec import Shard
+
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -46,12 +48,17 @@ class Rank:
         """True in the one process (rank 0) that logs and writes files."""
         return self.rank == 0
 
+    @property
+    def shard(self) -> Shard:
+        """The part of every global batch that this process loads."""
+        return Shard(self.rank, self.world, self.local_world)
+
     def part_of(self, count: int) -> slice:
         """Return this rank's contiguous part of `count` units: neighbours share inputs."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
 
-def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0) -> Rank:
+def init(device: str = "auto", *, timeout_seconds: float = 600.0) -> Rank:
     """Read torchrun's environment, choose the device, join the process group.
 
     With several processes the group uses gloo for CPU tensors. If the device is a GPU, it uses NCCL
@@ -60,7 +67,6 @@ def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int =
     Args:
         device: "auto" (CUDA if available), "cpu", "cuda", or, for a world size of 1, "cuda:N".
         timeout_seconds: How long a collective waits for a peer before it raises.
-        threads: CPU threads of torch in this process; 0 for the result of `cpu_threads`.
 
     Returns:
         The rank of this process.
@@ -70,7 +76,7 @@ def init(device: str = "auto", *, timeout_seconds: float = 600.0, threads: int =
     """
     fields = _environment()
     rank = Rank(**fields, device=_device(device, fields["local_rank"], fields["world"]))
-    torch.set_num_threads(threads or cpu_threads(rank.local_world))
+    torch.set_num_threads(cpu_threads(rank.local_world))
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
         torch.backends.cudnn.benchmark = True  # shapes do not change within a run
@@ -90,7 +96,7 @@ def cpu_threads(local_world: int = 1) -> int:
     The allowed cores are divided evenly. They come from the affinity mask, which containers and job
     schedulers narrow, not from the number of cores present. OMP_NUM_THREADS overrides this, with
     one exception: torchrun sets it to 1 if it starts several processes and the user has not set it
-    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored; `init(threads=1)` is not.
+    (torch/distributed/run.py). Under torchrun a 1 is therefore ignored.
     """
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
@@ -101,15 +107,13 @@ def cpu_threads(local_world: int = 1) -> int:
 
 
 @contextmanager
-def process_group(
-    device: str = "auto", *, timeout_seconds: float = 600.0, threads: int = 0
-) -> Iterator[Rank]:
+def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> Iterator[Rank]:
     """Run a block between `init` and `shutdown`. The arguments are those of `init`.
 
     After an error on a GPU there is no shutdown: NCCL's can wait for peers that are still in a
     collective, and they are released only when this process ends.
     """
-    rank = init(device, timeout_seconds=timeout_seconds, threads=threads)
+    rank = init(device, timeout_seconds=timeout_seconds)
     try:
         yield rank
     except BaseException:
@@ -168,19 +172,19 @@ def check_equal(value: int, rank: Rank, *, what: str) -> None:
         raise RuntimeError(f"ranks disagree about {what}: from {low} to {high}")
 
 
-def broadcast_str(text: str, rank: Rank, *, source: int = 0) -> str:
-    """Return the text of rank `source` on every rank; the other ranks' texts are ignored."""
+def broadcast_str(text: str, rank: Rank) -> str:
+    """Return the text of rank 0 on every rank; the other ranks' texts are ignored."""
     if rank.world == 1:
         return text
     # Bytes in tensors: broadcast_object_list would unpickle what it receives.
     data = text.encode()
     size = torch.tensor(len(data))
-    dist.broadcast(size, src=source)
+    dist.broadcast(size, src=0)
     buffer = torch.empty(int(size), dtype=torch.uint8)
-    if rank.rank == source:
+    if rank.main:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
     if len(buffer):
-        dist.broadcast(buffer, src=source)
+        dist.broadcast(buffer, src=0)
     return bytes(buffer.tolist()).decode()
 
 

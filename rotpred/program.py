@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -35,25 +36,43 @@ def drive(name: str, arguments: type[A], main: Callable[[A], str]) -> int:
     Args:
         name: Of the program; printed before the text of an error.
         arguments: A dataclass that tyro builds from the command line. tyro exits on a mistake.
-        main: Returns the lines to print. `ValueError`, `OSError` and `ImportError` become one line
-            for the user; other exceptions show a traceback.
+        main: Returns the lines to print.
 
     Returns:
-        The exit status. SIGTERM raises `SystemExit`, so that temporary files are removed.
+        The exit status; see `exit_status`. SIGTERM raises `SystemExit`, so that temporary files are
+        removed.
     """
     import tyro
 
     _terminated.clear()
     signal.signal(signal.SIGTERM, _terminate)
     configure_logging()
+    return exit_status(name, lambda: print(main(tyro.cli(arguments))))
+
+
+def exit_status(name: str, main: Callable[[], int | None]) -> int:
+    """Run `main` and return the exit status: its own, or that of an error or of Ctrl-C.
+
+    `ValueError`, `OSError` and `ImportError` are about what the user can change: arguments, data, a
+    full disk, a missing package. They become one line. Others are our mistakes: they are raised,
+    and torchrun's summary shows their traceback. With ROTPRED_DEBUG in the environment, so are all.
+
+    Args:
+        name: Printed before the text of an error.
+        main: Returns the exit status; None for 0.
+    """
     try:
-        print(main(tyro.cli(arguments)))
-    except (ValueError, OSError, ImportError) as problem:
-        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
-        return USER_ERROR
+        return main() or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    except Exception as error:
+        users = isinstance(error, (ValueError, OSError, ImportError))
+        if users and not os.environ.get("ROTPRED_DEBUG"):
+            text = " ".join(str(error).split())
+            report_error(f"{name}: {text} (ROTPRED_DEBUG=1 shows where)")
+            return USER_ERROR
+        _tell_torchrun(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
 
 
 def _terminate(*_: object) -> None:
@@ -75,25 +94,30 @@ def report_error(text: str, *, summary: str = "") -> None:
     """Print an error to stderr, once per machine, and pass it to torchrun.
 
     If the data are missing, say, every process of a job fails with the same error. The first one on
-    a machine prints it. torchrun sets TORCHELASTIC_ERROR_FILE: the text in that file appears in its
-    summary, in place of the advice to record tracebacks.
+    a machine prints it.
 
     Args:
         text: To print. One line, or a message of tyro.
         summary: One line for torchrun; empty for `text`.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
-        print(text, file=sys.stderr)
-        return
-    summary = summary or text
-    folder = Path(file).parents[1]  # of this attempt; each local rank has a folder in it
-    if not _printed_by_another(text, folder):
+    # Of this attempt; each local rank has a folder in it.
+    if file is None or not _printed_by_another(text, Path(file).parents[1]):
         print(text, file=sys.stderr, flush=True)
     # After the line: torchrun may end this process as soon as another one has failed.
-    note = {"py_callstack": summary, "timestamp": str(int(time.time()))}
-    with contextlib.suppress(OSError):
-        Path(file).write_text(json.dumps({"message": {"message": summary, "extraInfo": note}}))
+    _tell_torchrun(summary or text, summary or text)
+
+
+def _tell_torchrun(message: str, trace: str) -> None:
+    """Write the file that torchrun asks for: `trace` appears in its summary.
+
+    As `torch.distributed.elastic`'s `record` does, whose import takes a second.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        note = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": note}}))
 
 
 def _printed_by_another(text: str, folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """End-to-end demo on real images: convert, pretrain, evaluate, print a summary. For `make demo`."""
 
+import argparse
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ def step(title: str) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     began = time.monotonic()
     gpus = torch.cuda.device_count()
     # At most two: with more, the small recipe would have too few steps.

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import tyro
 
+from pipelines.checks import Checked
 from rotpred.program import drive
-from rotpred.weights.export import Format, export_backbone, reader_settings
-from rotpred.weights.load import read_backbone
+from rotpred.weights.formats import Format, reader_settings
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Export pretrained weights to another project's format.
 
     torchvision, timm: flat keys without fc. mmdet, mmseg: keys with the prefix `backbone.`.
@@ -41,6 +41,10 @@ def main(args: Arguments) -> str:
     """Export and return a summary. User errors raise `ValueError` or `OSError`."""
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists; pass --overwrite to replace it")
+    # Imports torch, which would slow down --help.
+    from rotpred.weights.export import export_backbone
+    from rotpred.weights.load import read_backbone
+
     backbone, report = read_backbone(args.checkpoint, args.arch)
     meta = {"source_sha256": report.sha256}
     made = export_backbone(backbone, args.output, args.format, meta)

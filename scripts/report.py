@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from rotpred.files import write_atomic
+from pipelines.checks import Checked, PositiveInt
+from pipelines.storage import write_atomic
 from rotpred.program import drive
 from rotpred.report.build import TITLE, page
 from rotpred.report.page import Block, html, markdown
@@ -16,7 +17,7 @@ from rotpred.report.results import FinishedRun, read_runs
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Render the results page: every benchmark with trained, random and published weights.
     Benchmarks without a run are marked "not run"."""
 
@@ -36,7 +37,7 @@ class Arguments:
     """Network of the --gallery weights; empty if the file names it."""
     stage: str = ""
     """Stage whose features are projected and compared; empty for the last."""
-    samples: int = 500
+    samples: PositiveInt = 500
     """Number of images drawn from --data."""
 
 

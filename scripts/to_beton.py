@@ -12,14 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.beton.reader import verify
-from pipelines.datasets.images import Images, open_images
-from pipelines.datasets.voc_classification import voc2007
-from rotpred.files import replaced
+from pipelines.checks import Checked, NonNegativeInt
+from pipelines.conversion.inputs import open_input
+from pipelines.storage import replaced
 from rotpred.program import drive, leave_if_terminated
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Convert images to a beton file, or verify one. JPEG files keep every coefficient."""
 
     input: str | None = None
@@ -42,13 +42,13 @@ class Arguments:
     """Shrink images whose shorter side has more pixels. Not with --max-side."""
     quality: int = 90
     """JPEG quality of shrunk images."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Worker processes; 0: one per allowed core."""
     unlabelled: bool = False
     """Drop labels; take images at any depth of a folder."""
     split: Literal["train", "val"] = "train"
     """Split of torchvision:NAME or digits; not for folders and lists."""
-    budget: int | None = None
+    budget: NonNegativeInt | None = None
     """Largest number of unusable files to leave out and list; with one more, nothing is written.
     Default: one in a thousand, at least ten."""
     check: Literal["scan", "header"] = "scan"
@@ -78,72 +78,49 @@ def main(args: Arguments) -> str:
     # Imports numba, which would slow down --help.
     from pipelines.conversion.convert import write_beton
 
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    given = open_input(
+        args.input,
+        root=args.root,
+        labelled=not args.unlabelled,
+        split=args.split,
+        budget=args.budget,
+    )
     with contextlib.ExitStack() as stack:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        images, budget = open_input(args, stack)
-        bar = stack.enter_context(tqdm(total=len(images), unit="img", smoothing=0.1, disable=None))
+        if given.labels is not None:  # renamed to its place once the beton is complete
+            labels = stack.enter_context(replaced(args.output.with_suffix(".labels.npy")))
+            with labels.open("wb") as file:
+                np.save(file, given.labels)
+        bar = stack.enter_context(
+            tqdm(total=len(given.images), unit="img", smoothing=0.1, disable=None)
+        )
+
+        def progress(done: int, _total: int) -> None:
+            leave_if_terminated()
+            bar.update(done - bar.n)
+
         made = write_beton(
-            images,
+            given.images,
             args.output,
             max_side=args.max_side,
             short_side=args.short_side,
             quality=args.quality,
             workers=args.workers,
-            budget=budget,
+            budget=given.budget,
             check=args.check,
             restart_markers=args.restart_markers,
             overwrite=args.overwrite,
-            progress=lambda done, _: update_bar(bar, done),
+            progress=progress,
         )
-    restarts = made.restarts
     reencoded = ", ".join(f"{count} {why}" for why, count in made.reencoded.items()) or "none"
+    left_out = f" ({args.output}.quarantine.jsonl)" if made.quarantined else ""
+    cut = made.restarts
     return (
         f"{args.output}: {made.samples} samples, {len(made.classes)} classes, "
         f"{args.output.stat().st_size / 1e6:.1f} MB; {made.passed} unchanged, "
-        f"re-encoded: {reencoded}; {made.quarantined} left out"
-        + (f" ({args.output}.quarantine.jsonl)" if made.quarantined else "")
-        + (
-            ""
-            if restarts is None
-            else f"; {restarts.cut} with restart markers, {restarts.added} bytes added"
-        )
+        f"re-encoded: {reencoded}; {made.quarantined} left out{left_out}"
+        + (f"; {cut.cut} with restart markers, {cut.added} bytes added" if cut else "")
     )
-
-
-def open_input(args: Arguments, stack: contextlib.ExitStack) -> tuple[Images, int | None]:
-    """Open the images; return them and the number that may be left out (None: the default).
-
-    VOC2007 has several labels per image. They are written to NAME.labels.npy beside NAME.beton when
-    the stack closes without an error. Its rows are in the order of images: none may be left out.
-
-    Args:
-        args: The command line, with input and output.
-        stack: Closes the file of labels.
-
-    Raises:
-        ValueError: Options do not fit the input.
-    """
-    assert args.input is not None and args.output is not None
-    kind, _, split = args.input.partition(":")
-    if kind != "voc2007" or args.unlabelled:
-        labelled = not args.unlabelled
-        images = open_images(args.input, root=args.root, labelled=labelled, split=args.split)
-        return images, args.budget
-    if args.root is None:
-        raise ValueError(f"{args.input} needs --root: the folder VOC2007")
-    if args.budget:
-        raise ValueError("--budget is not for voc2007, whose labels need every image")
-    found = voc2007(args.root, split=split)
-    labels = stack.enter_context(replaced(args.output.with_suffix(".labels.npy")))
-    with labels.open("wb") as file:
-        np.save(file, found.targets)
-    return found.images, 0
-
-
-def update_bar(bar: tqdm, done: int) -> None:
-    """Set the progress bar to `done` images; exit if SIGTERM has arrived."""
-    leave_if_terminated()
-    bar.update(done - bar.n)
 
 
 if __name__ == "__main__":

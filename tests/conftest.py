@@ -1,4 +1,4 @@
-"""Shared fixtures; tests marked `gpu` are skipped without a CUDA device."""
+"""Shared fixtures; tests marked `gpu`, `ffcv` or `dali` are skipped where that is missing."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
+from tests.support.engines import MARKED, missing
 from tests.support.images import COUNT, save_jpeg, smooth_image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            reason = "needs a CUDA device: torch.cuda.is_available() is False"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        for engine in MARKED:
+            if item.get_closest_marker(engine) and (missed := missing(engine)) is not None:
+                item.add_marker(pytest.mark.skip(reason=missed))
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,14 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     assert linked and [n for n in (*named, *linked) if not (ROOT / n).exists()] == []
 
 
+def test_the_demo_explains_itself() -> None:
+    """Asking for help must not start the job."""
+    command = [sys.executable, str(ROOT / "scripts/demo.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: demo.py") and "== Convert" not in done.stdout
+
+
 def test_public_faces_are_light_and_whole() -> None:
     """Importing the packages loads no torch and no numpy; every public name can be had."""
     code = (

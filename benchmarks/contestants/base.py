@@ -17,9 +17,9 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from harness.timing import WARMUP_BATCHES, memory_mib, synchronize, window
-from pipelines.engines.samples import Samples, read_encoded
 from pipelines.imaging.decode import decode_rgb
 from pipelines.jpeg.markers import read_header
+from pipelines.samples import Samples
 from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
@@ -135,7 +135,7 @@ def reference_crop(data: bytes, box: tuple[int, ...], size: int) -> npt.NDArray[
 
 def boxes_of(spec: LoaderSpec, samples: Samples, *, epoch: int) -> npt.NDArray[np.int32]:
     """Return the crop boxes of a whole data set, int32 (N, 5); sizes come from the JPEG headers."""
-    sizes = [read_header(bytes(read_encoded(samples, i))).upright for i in range(len(samples))]
+    sizes = [read_header(bytes(samples.read(i))).upright for i in range(len(samples))]
     heights, widths = np.array(sizes, np.int32).T
     indices = np.arange(len(samples), dtype=np.int64)
     return crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)

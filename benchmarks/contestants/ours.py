@@ -17,8 +17,8 @@ from contestants.base import DeliveredCrop, LoaderContestant, boxes_of, unnormal
 from harness.timing import synchronize
 from pipelines.batch import RawBatch
 from pipelines.engines.choice import choose_engine
-from pipelines.engines.samples import open_samples, read_encoded
 from pipelines.loader import Loader, open_loader
+from pipelines.samples import open_samples
 from pipelines.sampling.random_bits import digest64
 from pipelines.spec import Engine, Precision
 
@@ -69,7 +69,7 @@ class OurLoader(LoaderContestant):
                 images = np.asarray(raw.images)
                 for row, i in enumerate(raw.indices.tolist()):
                     box = tuple(raw.boxes[row].tolist())
-                    yield DeliveredCrop(bytes(read_encoded(samples, i)), box, images[row])
+                    yield DeliveredCrop(bytes(samples.read(i)), box, images[row])
             return
         crop_boxes = boxes_of(self.spec, samples, epoch=0)
         with closing(self.loader.epoch(0)) as batches:
@@ -77,7 +77,7 @@ class OurLoader(LoaderContestant):
                 pixels = unnormalized(batch.images[: len(batch.indices)], self.spec)
                 for row, i in enumerate(batch.indices.tolist()):
                     yield DeliveredCrop(
-                        bytes(read_encoded(samples, i)), tuple(crop_boxes[i].tolist()), pixels[row]
+                        bytes(samples.read(i)), tuple(crop_boxes[i].tolist()), pixels[row]
                     )
 
     def crop_digest(self) -> dict[str, str]:

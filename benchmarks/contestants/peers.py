@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 from contestants.base import DeliveredCrop, LoaderContestant, boxes_of, unnormalized
 from pipelines.beton.reader import Beton
 from pipelines.datasets.index import SampleIndex
-from pipelines.engines.samples import open_samples, read_encoded
+from pipelines.samples import open_samples
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 LIMIT_SECONDS = 60.0
@@ -258,7 +258,7 @@ class StockDali(LoaderContestant):
     def delivered_crops(self) -> Iterator[DeliveredCrop]:
         samples = open_samples(self.data)
         for i in range(len(samples)):
-            data = bytes(read_encoded(samples, i))
+            data = bytes(samples.read(i))
             with Image.open(Path(self.data) / samples.name(i)) as image:
                 box = _central_square(image.height, image.width)
             pipe = self.pipeline(batch_size=1, num_threads=1, device_id=None)

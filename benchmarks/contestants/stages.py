@@ -26,14 +26,12 @@ from harness.training_step import (
     run_steps,
 )
 from pipelines.batch import DTYPES
-from pipelines.beton.reader import Beton
 from pipelines.device.rotate import rotate4
 from pipelines.engines.autotune import thread_budget
-from pipelines.engines.samples import Samples, open_samples, read_encoded
 from pipelines.imaging.torchvision_decode import crop, decode
+from pipelines.samples import Samples, open_samples
 from pipelines.spec import IMAGENET, LoaderSpec, RandomResizedCrop, Shard
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 Read = Callable[[int], bytes]
 
@@ -87,7 +85,7 @@ def measure_stages(data: str, args: StageOptions, *, read: Read | None = None) -
     samples = open_samples(data)
     workers = decoding_threads(args)
     order = np.random.default_rng(0).permutation(len(samples)).tolist()
-    jpegs = [bytes(read_encoded(samples, i)) for i in order[:64]]
+    jpegs = [bytes(samples.read(i)) for i in order[:64]]
     if any(jpeg[:2] != b"\xff\xd8" for jpeg in jpegs):
         raise ValueError(f"{data}: the stages are measured on JPEG images only")
     size = sum(map(len, jpegs)) / len(jpegs)
@@ -127,15 +125,16 @@ def _reading(
 
 def _uncached_reader(samples: Samples, stack: ExitStack) -> Read:
     """Drop the files' cached pages and return a function that reads a sample."""
-    if not isinstance(samples, Beton):
+    beton = samples.beton
+    if beton is None:
         for i in range(len(samples)):
-            with samples.path(i).open("rb") as file:
+            with open(samples.location(i), "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return samples.read
-    handle = stack.enter_context(samples.path.open("rb")).fileno()
+    handle = stack.enter_context(beton.path.open("rb")).fileno()
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     # Not through the memory map: the system keeps mapped pages.
-    return lambda i: os.pread(handle, int(samples.sizes[i]), int(samples.offsets[i]))
+    return lambda i: os.pread(handle, beton.size(i), int(beton.offsets[i]))
 
 
 def _decoding(jpegs: list[bytes], size: float, args: StageOptions) -> list[Stage]:

@@ -12,8 +12,7 @@ import torch
 from harness.timing import memory_mib, synchronize, window
 from harness.training_step import WARMUP_STEPS, Step, resident_batch, run_steps
 from pipelines.spec import Precision
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 class StepContestant:

@@ -10,18 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
 
 from harness.timing import Window
-from pipelines.imaging.decode import ImageError
-from rotpred.files import write_atomic
+from pipelines.storage import write_atomic
+from rotpred.program import exit_status
 from rotpred.records.folder import environment
 
 Row = dict[str, Any]
-A = TypeVar("A", bound="RepeatOptions")
+A = TypeVar("A")
+Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def row(
     device: torch.device,
     digits: int = 1,
     order: str = "ABBA",
+    target: float | None = None,
+    better: Better | None = None,
     **more: object,
 ) -> Row:
     """Return one result: median, min and max of the windows, and the machine and versions.
@@ -90,6 +93,8 @@ def row(
         device: Device that did the work.
         digits: Decimals of the rounded values.
         order: Order in which contestants alternated; empty if they did not.
+        target: For the median; None if there is none on this machine.
+        better: Which medians meet the target; None for a row without these two fields.
         more: Further fields.
     """
     return {
@@ -99,6 +104,7 @@ def row(
         "unit": unit,
         **spread(values, digits),
         "order": order,
+        **({} if better is None else against(median(values), target, better)),
         **more,
         **_machine(str(device)),
     }
@@ -174,8 +180,18 @@ def ratio_row(
         device=device,
         digits=3,
         target=target,
-        met=None if target is None else median(values) >= target,
+        better="higher",
     )
+
+
+def against(value: float, target: float | None, better: Better) -> Row:
+    """Return the fields of a row that has a target: `target`, and whether `value` has `met` it.
+
+    Both are None if there is no target on this machine.
+    """
+    if target is None:
+        return {"target": None, "met": None}
+    return {"target": target, "met": value >= target if better == "higher" else value <= target}
 
 
 @functools.cache
@@ -237,12 +253,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def run_program(main: Callable[[A], None], arguments: type[A], name: str) -> None:
-    """Parse the command line and run `main`. User errors print one line and exit with status 2."""
-    try:
-        main(tyro.cli(arguments))
-    except (ValueError, OSError, ImportError, ImageError) as problem:
-        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def run_program(main: Callable[[A], int | None], arguments: type[A], name: str) -> None:
+    """Parse the command line, run `main` and exit with the status of `exit_status`."""
+    sys.exit(exit_status(name, lambda: main(tyro.cli(arguments))))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import resource
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +18,6 @@ T = TypeVar("T")
 WARMUP_BATCHES = 6
 """Batches taken before the clock starts. No engine prefetches as many, so a window counts no batch
 that was decoded before it began."""
-
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Window(NamedTuple):
@@ -72,30 +71,16 @@ def synchronize(device: torch.device) -> None:
 def cpu_seconds() -> float:
     """Return user and system time of this process, its dead children and its living descendants.
 
-    `RUSAGE_CHILDREN` counts a child only after it has been waited for. Living ones are read from
-    /proc, whose clock ticks a hundred times a second.
+    A child counts among the dead only after it has been waited for. Times of other processes tick a
+    hundred times a second.
     """
-    dead = resource.getrusage(resource.RUSAGE_CHILDREN)
-    alive = 0
-    for process in descendants():
-        fields = _stat(process)
-        # utime, stime, cutime and cstime (its own dead children).
-        alive += sum(map(int, fields[11:15])) if fields else 0
-    return time.process_time() + dead.ru_utime + dead.ru_stime + alive / _TICKS
-
-
-def descendants() -> list[int]:
-    """Return the process ids of all living descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := _stat(int(entry))):
-            parents.setdefault(int(fields[1]), []).append(int(entry))
-    found, queue = [], [os.getpid()]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
-    return found
+    own = psutil.Process()
+    dead = own.cpu_times()
+    total = time.process_time() + dead.children_user + dead.children_system
+    for process in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended in the meantime
+            total += sum(process.cpu_times()[:4])  # user, system and those of its dead children
+    return total
 
 
 def memory_mib() -> dict[str, float]:
@@ -104,26 +89,12 @@ def memory_mib() -> dict[str, float]:
     `rss_mib` is the present memory of this process and its workers; shared memory is divided among
     its users. `peak_rss_mib` is the peak of this process alone.
     """
-    own = _fields(Path("/proc/self/status"))
-    shared = 0.0
-    for process in (os.getpid(), *descendants()):
-        try:
-            shared += _fields(Path(f"/proc/{process}/smaps_rollup")).get("Pss", 0.0)
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # It ended in the meantime.
-    return {"rss_mib": round(shared / 1024, 1), "peak_rss_mib": round(own["VmHWM"] / 1024, 1)}
-
-
-def _fields(path: Path) -> dict[str, float]:
-    """Return the lines `Name:  123 kB` of a file in /proc, by name."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0].rstrip(":"): float(words[1]) for words in lines if words[-1] == "kB"}
-
-
-def _stat(process: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on; empty if the process has ended."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return text.rpartition(")")[2].split()
+    own = psutil.Process()
+    shared = 0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended in the meantime
+            shared += process.memory_full_info().pss
+    # Not ru_maxrss: that includes the memory of the parent before exec.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0])
+    return {"rss_mib": round(shared / 2**20, 1), "peak_rss_mib": round(peak / 1024, 1)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.results import TimingOptions
@@ -19,10 +18,10 @@ from pipelines.spec import Engine, LoaderSpec, Precision, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
-from rotpred.training.optim import Optim
+from rotpred.protocols.pretrain import rotation_objective
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
-from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from rotpred.training.settings import Optim, RunSettings
+from rotpred.training.state import OptimizedPart, TrainState
 
 ON_GPU = torch.cuda.is_available()
 LEAD_STEPS = 8
@@ -55,7 +54,7 @@ class TrainingOptions(TimingOptions):
 
 
 class Step:
-    """Forward, backward and update of one network."""
+    """Forward, backward and update of one network, as `rotpred.protocols.pretrain` runs them."""
 
     def __init__(self, backbone: str, *, run: RunSettings, optim: Optim, batch_size: int) -> None:
         """Build the network on the device that `run` names.
@@ -80,26 +79,18 @@ class Step:
             global_batch=batch_size,
             identity={},
         )
+        self.objective = rotation_objective(self.state)
 
     def __call__(self, batch: Batch) -> None:
         """Run one step; nothing is copied back to the host."""
         self.state.begin_step(0.0)
-        self.state.train_step(self._objective, batch.images, batch.targets, batch.valid)
-
-    def _objective(
-        self, images: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor
-    ) -> LossAndLogs:
-        with self.state.autocast():
-            logits = self.state.model(images)
-            loss = cross_entropy(logits, targets)
-        hits = (logits.argmax(1) == targets).sum() / valid.sum()
-        return loss, {"loss": loss, "accuracy": 100 * hits}
+        self.state.train_step(self.objective, batch)
 
     def flops(self, batch: Batch) -> int:
         """Return the floating point operations of forward and backward, as counted by torch."""
         counter = FlopCounterMode(display=False)
-        with counter, self.state.autocast():
-            cross_entropy(self.module(batch.images), batch.targets).backward()
+        with counter:
+            self.objective(batch)[0].backward()
         self.module.zero_grad(set_to_none=True)
         return int(counter.get_total_flops())
 

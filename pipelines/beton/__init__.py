@@ -3,5 +3,5 @@
 Public: `layout`, `manifest` (`Manifest`, `RestartCounts`, `manifest_path`), `reader` (`Beton`,
 `BetonError`, `verify`), `segments`, `splicing` (`splice_batch`) and `writer` (`FIELDS`,
 `BetonWriter`, `PageTooSmall`, `page_for`).
-Imports: imaging, jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: imaging, jpeg, sampling, batch, native, arrays, spec and storage.
 """

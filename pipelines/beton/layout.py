@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import Int32, Int64, Uint8, Uint64
+from pipelines.beton.manifest import Manifest
 from pipelines.jpeg.markers import MAX_PIXELS
 
 HEADER = np.dtype(
@@ -35,6 +37,8 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 """Metadata of FFCV's RGBImageField."""
 LABEL = np.dtype("<i8")
 """Metadata of FFCV's IntField."""
+RAW = 1
+"""Mode of raw RGB pixels. Stock FFCV writes them, we do not. 0 is a JPEG stream."""
 
 VERSION = 2
 MIN_PAGE = 1 << 21
@@ -47,7 +51,7 @@ Array = npt.NDArray[Any]
 
 
 class BetonError(ValueError):
-    """An invalid beton. The message is one line: file, place, expected and found."""
+    """An invalid beton or side file. The message is one line: file, place, expected and found."""
 
 
 def metadata_type(fields: tuple[str, ...]) -> np.dtype[Any]:
@@ -57,69 +61,84 @@ def metadata_type(fields: tuple[str, ...]) -> np.dtype[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Tables of a file that passed all checks; arrays (N,) by sample id, as in `Beton`."""
+    """Tables of a file that passed all checks; arrays are by sample id."""
 
-    offsets: npt.NDArray[np.uint64]
-    sizes: npt.NDArray[np.uint64]
-    heights: npt.NDArray[np.int32]
-    widths: npt.NDArray[np.int32]
-    modes: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
+    offsets: Uint64
+    """(N,): start of each sample in the file."""
+    sizes: Uint64
+    """(N,): length of each sample in bytes."""
+    heights: Int32
+    """(N,): height of each image."""
+    widths: Int32
+    """(N,): width of each image."""
+    modes: Uint8
+    """(N,): 0 JPEG stream, `RAW` raw RGB pixels."""
+    labels: Int64
+    """(N,): class ids, -1 without labels."""
     fields: tuple[str, ...]
+    """Field names, in the order of the file."""
     page_size: int
+    """Bytes in a page. No sample crosses a page boundary."""
     fingerprint: str
+    """Identifies the data set: the first 16 hex digits of the SHA-256 of header, field table,
+    metadata and allocation table."""
 
 
-def check_layout(
-    path: Path,
-    data: npt.NDArray[np.uint8],
-    *,
-    samples: int | None = None,
-    classes: int | None = None,
-) -> Layout:
+def check_layout(path: Path, data: Uint8, manifest: Manifest | None) -> Layout:
     """Check all of a mapped beton except its payload.
 
     Args:
         path: Path for error messages.
         data: uint8 (bytes,), the whole file, at least as long as a header.
-        samples: Expected number of samples; None accepts any.
-        classes: Number of classes; None accepts any plausible label.
+        manifest: Gives the number of samples and of classes. None accepts any plausible ones.
 
     Raises:
         BetonError: A check failed. Describes the first failure.
     """
-    return _Checker(path, data).layout(samples, classes)
+    return _LayoutChecker(path, data).layout(manifest)
 
 
-class _Checker:
-    """Checks of one mapped file, in the order in which its parts depend on one another."""
+class Checker:
+    """Checks of one mapped file."""
 
-    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
-        self.path = path
-        self.data = data
+    def __init__(self, path: Path, data: Uint8) -> None:
+        self.path, self.data = path, data
 
     def fail(self, place: str, expected: object, found: object) -> BetonError:
         """Return the error for a failed check."""
         return BetonError(f"{self.path}: {place}: expected {expected}, found {found}")
 
-    def layout(self, samples: int | None, classes: int | None) -> Layout:
+    def check_rows(
+        self, fine: Array, expected: str, found: Array, block: slice, what: str = "sample"
+    ) -> None:
+        """Raise for the first row of a block that is not fine."""
+        if not fine.all():
+            i = int(np.argmin(fine))
+            raise self.fail(f"{what} {block.start + i}", expected, found[i])
+
+
+class _LayoutChecker(Checker):
+    """Checks of a beton, in the order in which its parts depend on one another."""
+
+    def layout(self, manifest: Manifest | None) -> Layout:
         """Run all checks."""
         header = self.data[: HEADER.itemsize].view(HEADER)[0]
         fields, rows, meta_end = self._head(header)
         count, page, start = len(rows), int(header["page_size"]), int(header["alloc_table_ptr"])
-        if samples is not None and samples != count:
-            raise self.fail("byte 8", f"{samples} samples as in the manifest", count)
+        if manifest is not None and manifest.samples != count:
+            raise self.fail("byte 8", f"{manifest.samples} samples as in the manifest", count)
         table = self._alloc_table(start, count, meta_end, page)
         digest = hashlib.sha256(self.data[: meta_end - rows.nbytes].data)
-        modes, heights, widths, labels = self._metadata(rows, classes, digest)
+        limit = _MAX_LABEL if manifest is None else len(manifest.classes)
+        modes, heights, widths, labels = self._metadata(rows, limit, digest)
         offsets, sizes = self._allocation(table, meta_end, page, digest)
         for block in row_blocks(count):
             part = rows[block]
             place = part["image"]["data_ptr"].copy()
-            self._all(place == offsets[block], "data_ptr as allocated", place, "sample", block)
+            self.check_rows(place == offsets[block], "data_ptr as allocated", place, block)
             raw = 3 * heights[block].astype(np.uint64) * widths[block].astype(np.uint64)
-            exact = (modes[block] == 0) | (sizes[block] == raw)
-            self._all(exact, "3 bytes per pixel in a raw sample", sizes[block], "sample", block)
+            exact = (modes[block] != RAW) | (sizes[block] == raw)
+            self.check_rows(exact, "3 bytes per pixel in a raw sample", sizes[block], block)
             drop_pages(self.data, part)
         return Layout(
             offsets=offsets,
@@ -186,11 +205,10 @@ class _Checker:
         return self.data[table:].view(ALLOC)
 
     def _metadata(
-        self, rows: Array, classes: int | None, digest: hashlib._Hash
+        self, rows: Array, limit: int, digest: hashlib._Hash
     ) -> tuple[Array, Array, Array, Array]:
         """Return modes, heights, widths and labels by sample id; add the rows to the digest."""
-        count, limit = len(rows), _MAX_LABEL if classes is None else classes
-        labelled = "label" in (rows.dtype.names or ())
+        count, labelled = len(rows), "label" in (rows.dtype.names or ())
         modes, labels = np.empty(count, np.uint8), np.full(count, -1, np.int64)
         heights, widths = np.empty(count, np.int32), np.empty(count, np.int32)
         for block in row_blocks(count):
@@ -198,15 +216,15 @@ class _Checker:
             digest.update(part.view(np.uint8).data)
             image = part["image"]
             mode, h, w = image["mode"].copy(), image["height"].copy(), image["width"].copy()
-            self._all(mode <= 1, "mode 0 or 1", mode, "sample", block)
-            self._all((h > 0) & (w > 0), "width and height above 0", w, "sample", block)
+            self.check_rows(mode <= 1, "mode 0 or 1", mode, block)
+            self.check_rows((h > 0) & (w > 0), "width and height above 0", w, block)
             pixels = h.astype(np.int64) * w
-            self._all(pixels <= MAX_PIXELS, f"at most {MAX_PIXELS} pixels", pixels, "sample", block)
+            self.check_rows(pixels <= MAX_PIXELS, f"at most {MAX_PIXELS} pixels", pixels, block)
             modes[block], heights[block], widths[block] = mode, h, w
             if labelled:
                 label = part["label"].copy()
                 fine = (label >= -1) & (label < limit)
-                self._all(fine, f"a label in -1..{limit - 1}", label, "sample", block)
+                self.check_rows(fine, f"a label in -1..{limit - 1}", label, block)
                 labels[block] = label
             drop_pages(self.data, part)
         return modes, heights, widths, labels
@@ -225,18 +243,19 @@ class _Checker:
             part = table[block]
             digest.update(part.view(np.uint8).data)
             ids, ptr, size = (part[name].copy() for name in ALLOC.names or ())
-            self._all(ids < count, f"a sample below {count}", ids, what, block)
-            self._all((size > 0) & (size <= page), f"a size from 1 to {page}", size, what, block)
+            self.check_rows(ids < count, f"a sample below {count}", ids, block, what)
+            fits = (size > 0) & (size <= page)
+            self.check_rows(fits, f"a size from 1 to {page}", size, block, what)
             inside = (ptr >= start) & (ptr < end)
-            self._all(inside, f"an offset in {start}..{end}", ptr, what, block)
+            self.check_rows(inside, f"an offset in {start}..{end}", ptr, block, what)
             last = ptr + size - np.uint64(1)
             one_page = last >> shift == ptr >> shift
-            self._all(one_page, f"a sample in one page of {page}", ptr, what, block)
-            self._all(last < end, f"an end of at most {end}", last, what, block)
+            self.check_rows(one_page, f"a sample in one page of {page}", ptr, block, what)
+            self.check_rows(last < end, f"an end of at most {end}", last, block, what)
             ids = ids.view(np.int64)  # numpy's index type: no conversion
             offsets[ids], sizes[ids] = ptr, size
             drop_pages(self.data, part)
-        self._all(sizes > 0, "one allocation per sample", sizes, "sample", slice(0, count))
+        self.check_rows(sizes > 0, "one allocation per sample", sizes, slice(0, count))
         self._check_overlap(offsets, sizes)
         return offsets, sizes
 
@@ -255,12 +274,6 @@ class _Checker:
         clash = offsets[order[1:]] < (offsets + sizes)[order[:-1]]
         i, j = (int(order[int(np.argmax(clash)) + k]) for k in (0, 1))
         raise self.fail(f"sample {j}", f"an offset after sample {i}", offsets[j])
-
-    def _all(self, fine: Array, expected: str, found: Array, what: str, block: slice) -> None:
-        """Raise for the first element of a block that is not fine."""
-        if not fine.all():
-            i = int(np.argmin(fine))
-            raise self.fail(f"{what} {block.start + i}", expected, found[i])
 
 
 def row_blocks(count: int) -> Iterator[slice]:

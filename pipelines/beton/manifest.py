@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from pipelines.arrays import Uint32
 
 VERSION = 1
 _MAX_BYTES = 1 << 30
+_KINDS = {
+    "samples": int, "classes": list, "fields": list, "fingerprint": str, "sha256": str,
+    "crc32": str, "passed": int, "reencoded": dict, "quarantined": int, "options": dict,
+    "versions": dict, "source": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Manifest:
     """`Beton.fingerprint` of the file."""
     sha256: str
     """SHA-256 of the whole file, for comparing copies. Not checked on reading."""
-    crc32: npt.NDArray[np.uint32]
+    crc32: Uint32
     """(N,): CRC-32 of each sample, computed when the sample was encoded."""
     passed: int = 0
     """JPEG files stored unchanged."""
@@ -61,26 +67,14 @@ class Manifest:
 
     def dumps(self) -> str:
         """Return the manifest as JSON text."""
-        return json.dumps(
-            {
-                "format": "rotpred beton manifest",
-                "version": VERSION,
-                "samples": self.samples,
-                "classes": list(self.classes),
-                "fields": list(self.fields),
-                "fingerprint": self.fingerprint,
-                "sha256": self.sha256,
-                "passed": self.passed,
-                "reencoded": self.reencoded,
-                "quarantined": self.quarantined,
-                **({} if self.restarts is None else {"restarts": asdict(self.restarts)}),
-                "options": self.options,
-                "versions": self.versions,
-                "source": self.source,
-                "crc32": base64.b64encode(self.crc32.astype("<u4").tobytes()).decode(),
-            },
-            indent=1,
-        )
+        values = {key: value for key, value in vars(self).items() if key != "crc32"}
+        if self.restarts is None:
+            del values["restarts"]
+        else:
+            values["restarts"] = asdict(self.restarts)
+        sums = base64.b64encode(self.crc32.astype("<u4").tobytes()).decode()
+        head = {"format": "rotpred beton manifest", "version": VERSION}
+        return json.dumps({**head, **values, "crc32": sums}, indent=1)
 
 
 def manifest_path(beton: str | os.PathLike[str]) -> Path:
@@ -105,63 +99,36 @@ def load_manifest(path: Path) -> Manifest:
         version = found.get("version") if isinstance(found, dict) else None
         raise ValueError(f"{path}: key 'version': expected {VERSION}, found {version!r}")
 
-    def get(key: str, kind: type) -> object:
-        value = found.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path}: key {key!r}: expected {kind.__name__}, found {value!r:.60}")
-        return value
+    def check(fine: bool, key: str, expected: str) -> None:
+        if not fine:
+            place = f"{path}: key {key!r}: expected {expected}"
+            raise ValueError(f"{place}, found {found.get(key)!r:.60}")
 
-    def names(key: str) -> tuple[str, ...]:
-        values = get(key, list)
-        assert isinstance(values, list)
-        if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{path}: key {key!r}: expected a list of strings")
-        return tuple(values)
+    def are_counts(values: object) -> bool:
+        return isinstance(values, dict) and all(type(count) is int for count in values.values())
 
-    def number(key: str) -> int:
-        value = get(key, int)
-        assert isinstance(value, int)
-        return value
-
-    def table(key: str) -> dict[str, object]:
-        value = get(key, dict)
-        assert isinstance(value, dict)
-        return value
-
-    def numbers(key: str, values: object) -> dict[str, int]:
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: key {key!r}: expected dict, found {values!r:.60}")
-        for reason, count in values.items():
-            if not isinstance(count, int):
-                raise ValueError(f"{path}: key {key!r}: {reason!r} is not an integer")
-        return values
-
+    for key, kind in _KINDS.items():
+        check(type(found.get(key)) is kind, key, kind.__name__)
+    for key in ("classes", "fields"):
+        check(all(isinstance(name, str) for name in found[key]), key, "a list of strings")
+    check(are_counts(found["reencoded"]), "reencoded", "an integer for each reason")
     restarts = None
     if "restarts" in found:
-        of = table("restarts")
-        plain = numbers("restarts", {key: of.get(key) for key in ("cut", "added")})
-        uncut = numbers("restarts", of.get("uncut"))
-        restarts = RestartCounts(cut=plain["cut"], uncut=uncut, added=plain["added"])
+        counts = found["restarts"]
+        fine = isinstance(counts, dict) and are_counts(counts.get("uncut"))
+        fine = fine and type(counts.get("cut")) is type(counts.get("added")) is int
+        check(fine, "restarts", "the integers cut and added, and one for each reason in uncut")
+        restarts = RestartCounts(cut=counts["cut"], uncut=counts["uncut"], added=counts["added"])
     try:
-        sums = np.frombuffer(base64.b64decode(str(get("crc32", str)), validate=True), "<u4")
-    except (binascii.Error, ValueError) as error:
+        sums = np.frombuffer(base64.b64decode(found["crc32"], validate=True), "<u4")
+    except ValueError as error:
         raise ValueError(f"{path}: key 'crc32': {error}") from error
-    if len(sums) != number("samples"):
+    if len(sums) != found["samples"]:
         raise ValueError(
-            f"{path}: key 'crc32': expected {number('samples')} checksums, found {len(sums)}"
+            f"{path}: key 'crc32': expected {found['samples']} checksums, found {len(sums)}"
         )
-    return Manifest(
-        samples=number("samples"),
-        classes=names("classes"),
-        fields=names("fields"),
-        fingerprint=str(get("fingerprint", str)),
-        sha256=str(get("sha256", str)),
-        crc32=sums.astype(np.uint32),
-        passed=number("passed"),
-        reencoded=numbers("reencoded", table("reencoded")),
-        quarantined=number("quarantined"),
-        restarts=restarts,
-        options=table("options"),
-        versions={key: str(value) for key, value in table("versions").items()},
-        source=table("source"),
-    )
+    values: dict[str, Any] = {key: found[key] for key in _KINDS}
+    values["classes"], values["fields"] = tuple(found["classes"]), tuple(found["fields"])
+    values["versions"] = {key: str(value) for key, value in found["versions"].items()}
+    values["crc32"], values["restarts"] = sums.astype(np.uint32), restarts
+    return Manifest(**values)

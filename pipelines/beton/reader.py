@@ -7,7 +7,6 @@ first.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -19,51 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.beton.layout import HEADER, BetonError, Layout, check_layout
+from pipelines.arrays import Uint8, Uint32
+from pipelines.beton.layout import HEADER, RAW, BetonError, Layout, check_layout
 from pipelines.beton.manifest import Manifest, load_manifest, manifest_path
-from pipelines.beton.segments import (
-    Segments,
-    SegmentsError,
-    find_fault,
-    open_segments,
-    segments_path,
-)
+from pipelines.beton.segments import Segments, find_fault, open_segments, segments_path
 from pipelines.jpeg.markers import ImageError, read_header
+from pipelines.storage import try_lock
 
 __all__ = ["Beton", "BetonError", "VerifyReport", "check_sums", "verify"]
 
 
 @dataclass(frozen=True, eq=False)
-class Beton:
-    """An open and checked beton. Holds a shared lock on the file until closed or collected."""
+class Beton(Layout):
+    """An open and checked beton, a `pipelines.samples.Samples`.
+
+    Holds a shared lock on the file until closed or collected.
+    """
 
     path: Path
     """Path of the file."""
-    data: npt.NDArray[np.uint8]
+    data: Uint8
     """(bytes,): the file, memory-mapped read-only."""
-    offsets: npt.NDArray[np.uint64]
-    """(N,): start of each sample in `data`."""
-    sizes: npt.NDArray[np.uint64]
-    """(N,): length of each sample in bytes."""
-    heights: npt.NDArray[np.int32]
-    """(N,): height of each image."""
-    widths: npt.NDArray[np.int32]
-    """(N,): width of each image."""
-    modes: npt.NDArray[np.uint8]
-    """(N,): 0 JPEG stream, 1 raw RGB pixels."""
-    labels: npt.NDArray[np.int64]
-    """(N,): class ids, -1 without labels."""
     classes: tuple[str, ...]
     """Class names from the manifest; empty without a manifest."""
-    fields: tuple[str, ...]
-    """Field names, in the order of the file."""
-    page_size: int
-    """Bytes in a page. No sample crosses a page boundary."""
-    fingerprint: str
-    """Identifies the data set: the first 16 hex digits of the SHA-256 of header, field table,
-    metadata and allocation table."""
     manifest: Manifest | None
     """The manifest next to the file; None if there is none."""
     segments: Segments | None = None
@@ -73,7 +51,17 @@ class Beton:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def payload(self, i: int) -> npt.NDArray[np.uint8]:
+    @property
+    def beton(self) -> Beton:
+        """The beton itself."""
+        return self
+
+    @property
+    def raw(self) -> bool:
+        """Whether any sample is raw pixels."""
+        return bool((self.modes == RAW).any())
+
+    def payload(self, i: int) -> Uint8:
         """Return the bytes of sample `i`, uint8 (bytes,): a view of the mapped file, not a copy.
 
         Raises:
@@ -83,6 +71,29 @@ class Beton:
             raise IndexError(f"sample {i} is not in 0..{len(self) - 1}")
         start = int(self.offsets[i])
         return self.data[start : start + int(self.sizes[i])]
+
+    def read(self, i: int) -> Uint8:
+        """Return a view of sample `i`: a JPEG stream, uint8 (bytes,), or pixels, (H, W, 3)."""
+        stored = self.payload(i)
+        if self.modes[i] == RAW:
+            return stored.reshape(int(self.heights[i]), int(self.widths[i]), 3)
+        return stored
+
+    def name(self, i: int) -> str:
+        """Return the name of the file, and the number of sample `i`."""
+        return f"{self.path.name}: sample {i}"
+
+    def location(self, i: int) -> str:
+        """Return the path of the file, and the number of sample `i`."""
+        return f"{self.path}: sample {i}"
+
+    def size(self, i: int) -> int:
+        """Return the length of sample `i` in bytes."""
+        return int(self.sizes[i])
+
+    def describe(self) -> dict[str, object]:
+        """Describe the data set in JSON types, without absolute paths."""
+        return {"kind": "beton", "fingerprint": self.fingerprint, "samples": len(self)}
 
     def close(self) -> None:
         """Release the lock. Views of the data remain valid."""
@@ -103,8 +114,7 @@ class Beton:
             BetonError: The file, its manifest or its side file is invalid, or is being written.
             FileNotFoundError: The file does not exist.
         """
-        file = Path(path)
-        return _open(file, _manifest(file))
+        return _open(Path(path))
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
         )
 
 
-def check_sums(beton: Beton, sums: npt.NDArray[np.uint32]) -> None:
+def check_sums(beton: Beton, sums: Uint32) -> None:
     """Compare the CRC-32 of every sample.
 
     Args:
@@ -211,12 +221,13 @@ def _segments(path: Path, layout: Layout, manifest: Manifest | None) -> Segments
                 f"{side}: expected the side file that the manifest mentions, found none"
             ) from None
         return None
-    except (SegmentsError, OSError) as error:
+    except OSError as error:
         raise BetonError(str(error)) from error
 
 
-def _open(path: Path, manifest: Manifest | None) -> Beton:
+def _open(path: Path) -> Beton:
     """Map, lock and check a file, also against its manifest and side file if they exist."""
+    manifest = _manifest(path)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -224,35 +235,25 @@ def _open(path: Path, manifest: Manifest | None) -> Beton:
     except OSError as error:
         raise BetonError(f"{path}: cannot be opened: {error.strerror}") from error
     try:
-        _lock(handle, path)
+        try_lock(handle, fcntl.LOCK_SH)  # nothing is lost where the file system cannot lock
         data = _map(handle, path)
-        layout = check_layout(
-            path,
-            data,
-            samples=manifest.samples if manifest is not None else None,
-            classes=len(manifest.classes) if manifest is not None else None,
-        )
+        layout = check_layout(path, data, manifest)
         if manifest is not None and manifest.fingerprint != layout.fingerprint:
             raise BetonError(
                 f"{manifest_path(path)}: belongs to another file: expected fingerprint "
                 f"{layout.fingerprint}, found {manifest.fingerprint!r}"
             )
         beton = Beton(
+            **vars(layout),
             path=path,
             data=data,
-            offsets=layout.offsets,
-            sizes=layout.sizes,
-            heights=layout.heights,
-            widths=layout.widths,
-            modes=layout.modes,
-            labels=layout.labels,
             classes=manifest.classes if manifest is not None else (),
-            fields=layout.fields,
-            page_size=layout.page_size,
-            fingerprint=layout.fingerprint,
             manifest=manifest,
             segments=_segments(path, layout, manifest),
         )
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BetonError(f"{path}: another process is writing it") from error
     except BaseException:
         os.close(handle)
         raise
@@ -260,17 +261,7 @@ def _open(path: Path, manifest: Manifest | None) -> Beton:
     return beton
 
 
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BetonError(f"{path}: another process is writing it") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise BetonError(f"{path}: cannot be locked: {error.strerror}") from error
-
-
-def _map(handle: int, path: Path) -> npt.NDArray[np.uint8]:
+def _map(handle: int, path: Path) -> Uint8:
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         raise BetonError(f"{path}: expected a regular file, found another kind")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.beton.layout import Layout, drop_pages, row_blocks
+from pipelines.arrays import Bool, Int64
+from pipelines.beton.layout import RAW, BetonError, Checker, Layout, drop_pages, row_blocks
 
 if TYPE_CHECKING:  # Reading a beton needs no compiler.
     from pipelines.jpeg.restart_markers import RestartLayout
@@ -55,16 +56,12 @@ VERSION = 1
 _BUFFER = 1 << 20
 
 
-class SegmentsError(ValueError):
-    """An invalid side file. The message is one line: file, place, expected and found."""
-
-
 def segments_path(beton: str | os.PathLike[str]) -> Path:
     """Return the path of a beton's side file: NAME.segments."""
     return Path(f"{os.fspath(beton)}.segments")
 
 
-def counts(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+def counts(records: npt.NDArray[np.void]) -> Int64:
     """Return the number of entropy-coded segments of each sample, int64 (N,).
 
     Args:
@@ -176,11 +173,11 @@ class SegmentsWriter:
         """Compare the data read back with the data written.
 
         Raises:
-            SegmentsError: They differ.
+            BetonError: They differ.
         """
         same = np.array_equal(found.records, self._records[: self._count])
         if not same or zlib.crc32(found.lengths.data) != self._sum:
-            raise SegmentsError(f"{self.path}: data read back differs from data written")
+            raise BetonError(f"{self.path}: data read back differs from data written")
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -195,31 +192,26 @@ def open_segments(path: Path, layout: Layout) -> Segments:
         layout: Layout of the beton; fingerprint, number of samples and image sizes must match.
 
     Raises:
-        SegmentsError: The file is damaged, or belongs to another beton.
+        BetonError: The file is damaged, or belongs to another beton.
         OSError: The file cannot be read.
     """
-    return _Checker(path, layout).segments()
+    size = path.stat().st_size
+    if size < HEADER.itemsize:
+        raise BetonError(
+            f"{path}: byte 0: expected a header of {HEADER.itemsize} bytes, found a file of {size}"
+        )
+    with open(path, "rb", buffering=0) as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+    return _SegmentsChecker(path, data).segments(layout)
 
 
-class _Checker:
+class _SegmentsChecker(Checker):
     """Checks of one side file, in blocks of records."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self.path = path
-        self.layout = layout
-
-    def fail(self, place: str, expected: object, found: object) -> SegmentsError:
-        """Return the error for a failed check."""
-        return SegmentsError(f"{self.path}: {place}: expected {expected}, found {found}")
-
-    def segments(self) -> Segments:
+    def segments(self, layout: Layout) -> Segments:
         """Run all checks."""
-        size = self.path.stat().st_size
-        if size < HEADER.itemsize:
-            raise self.fail("byte 0", f"a header of {HEADER.itemsize} bytes", f"a file of {size}")
-        with open(self.path, "rb", buffering=0) as file:
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-        samples, total = len(self.layout.sizes), self._head(data[: HEADER.itemsize])
+        data = self.data
+        samples, total = len(layout.sizes), self._head(layout)
         place = HEADER.itemsize + 2 * total
         place += -place % 8
         if place + samples * RECORD.itemsize != len(data):
@@ -227,16 +219,16 @@ class _Checker:
         records, first = data[place:].view(RECORD), 0
         for block in row_blocks(samples):
             part = records[block]
-            first = self._block(part, block, first)
+            first = self._block(part, layout, block, first)
             drop_pages(data, part)
         if first != total:
             raise self.fail("byte 40", f"{first} lengths", total)
         lengths = data[HEADER.itemsize : HEADER.itemsize + 2 * total].view("<u2")
         return Segments(records=records, lengths=lengths)
 
-    def _head(self, data: npt.NDArray[np.uint8]) -> int:
+    def _head(self, layout: Layout) -> int:
         """Check the header. Returns the number of lengths."""
-        header, layout = data.view(HEADER)[0], self.layout
+        header = self.data[: HEADER.itemsize].view(HEADER)[0]
         if header["magic"] != MAGIC or header["version"] != VERSION:
             found = f"{bytes(header['magic'])!r}, version {header['version']}"
             raise self.fail("byte 0", f"{MAGIC!r}, version {VERSION}", found)
@@ -248,17 +240,15 @@ class _Checker:
             raise self.fail("byte 32", expected, header["samples"])
         return int(header["lengths"])
 
-    def _block(self, part: npt.NDArray[np.void], block: slice, first: int) -> int:
+    def _block(self, part: npt.NDArray[np.void], layout: Layout, block: slice, first: int) -> int:
         """Check a block of records whose lengths start at `first`. Returns where they end."""
         # Contiguous copies of the fields: strided views take twice as long.
         get = {name: part[name].copy() for name in RECORD.names or ()}
         interval, columns, rows = get["interval"], get["columns"], get["rows"]
-        uncut, layout = interval == 0, self.layout
+        uncut = interval == 0
 
-        def check(fine: npt.NDArray[np.bool_], expected: str, key: str) -> None:
-            if not fine.all():
-                i = int(np.argmin(fine))
-                raise self.fail(f"sample {block.start + i}", expected, get[key][i])
+        def check(fine: Bool, expected: str, key: str) -> None:
+            self.check_rows(fine, expected, get[key], block)
 
         check(uncut | ((columns > 0) & (rows > 0)), "a grid of MCUs", "columns")
         per_row, rest = np.divmod(columns, np.maximum(interval, 1))
@@ -280,7 +270,7 @@ class _Checker:
         height, width = np.maximum(get["mcu_height"], 1), np.maximum(get["mcu_width"], 1)
         fits = (layout.heights[block] + (height - np.int32(1))) // height == rows
         fits &= (layout.widths[block] + (width - np.int32(1))) // width == columns
-        fits &= layout.modes[block] == 0
+        fits &= layout.modes[block] != RAW
         fits |= uncut
         if not fits.all():
             i = int(np.argmin(fits))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.arrays import Int32, Int64
+from pipelines.arrays import Int32, Int64, Uint8
 from pipelines.beton.reader import Beton
 from pipelines.imaging.decode import ImageError
 from pipelines.jpeg.splice import MISMATCH_REASON, splice
 
 
-def splice_batch(
-    beton: Beton, indices: Int64, boxes: Int32
-) -> tuple[list[npt.NDArray[np.uint8]], Int32]:
+def splice_batch(beton: Beton, indices: Int64, boxes: Int32) -> tuple[list[Uint8], Int32]:
     """Return JPEG streams that contain the crops, for a decoder that takes encoded images.
 
     Args:

@@ -1,11 +1,10 @@
-"""Writer of beton files: pages go to a temporary file, which replaces the output at the end."""
+"""Writer of beton files, which reads back what it has written."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,28 +46,24 @@ def page_for(size: int, *, least: int = MIN_PAGE) -> int:
 
 
 class BetonWriter:
-    """Writes samples to a temporary file next to the output.
+    """Writes a beton, and its side file if wanted. A context manager that closes them."""
 
-    Use as a context manager: the exit removes the temporary file unless `publish` was called.
-    """
-
-    def __init__(self, output: Path, *, capacity: int, page_size: int, segments: bool) -> None:
-        """Create the temporary file.
+    def __init__(self, path: Path, *, capacity: int, page_size: int, segments: bool) -> None:
+        """Create the files.
 
         Args:
-            output: Path of the output.
+            path: Path of the beton, which must not exist.
             capacity: Largest number of samples.
             page_size: Bytes in a page.
             segments: Whether to write a side file, which tells where samples can be cut.
 
         Raises:
             ValueError: `page_size` is not a power of two in the allowed range.
-            OSError: The temporary file cannot be created.
+            OSError: They cannot be created.
         """
         if page_size < MIN_PAGE or page_size > MAX_PAGE or page_size & (page_size - 1):
             raise ValueError(f"page_size must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
-        self.output = output
-        self.temporary = Path(f"{output}.tmp.{os.getpid()}")
+        self.path = path
         self.page_size = page_size
         self.count = 0
         self._rows = np.zeros(capacity, metadata_type(FIELDS))
@@ -77,25 +72,16 @@ class BetonWriter:
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._rows.nbytes
         self._next = -(-head // page_size) * page_size
         self._used = 0  # Bytes used in the page that starts at `_next`.
-        self._file = open(self.temporary, "xb", buffering=_BUFFER)
-        self._file.seek(self._next)
         self._segments: SegmentsWriter | None = None
         if segments:
-            try:
-                self._segments = SegmentsWriter(segments_path(self.temporary), capacity=capacity)
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+            self._segments = SegmentsWriter(segments_path(path), capacity=capacity)
+        self._file = open(path, "xb", buffering=_BUFFER)
+        self._file.seek(self._next)
 
     def __enter__(self) -> BetonWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
             self._file.close()
             if self._segments is not None:
@@ -103,9 +89,6 @@ class BetonWriter:
         except OSError:
             if error is None:  # Otherwise a full disk has been reported already.
                 raise
-        finally:
-            self.temporary.unlink(missing_ok=True)
-            segments_path(self.temporary).unlink(missing_ok=True)
 
     def add(
         self,
@@ -149,11 +132,10 @@ class BetonWriter:
         """Write the tables, sync to disk, read everything back and compare.
 
         Returns:
-            The open and verified temporary file, which the caller closes, and its SHA-256.
+            The open and verified file, which the caller closes, and its SHA-256.
 
         Raises:
-            BetonError: The data read back differ from the data written.
-            SegmentsError: The same, for the side file.
+            BetonError: The data or the side file read back differ from those written.
             OSError: The disk is full or broken.
         """
         self._end_page()
@@ -175,11 +157,11 @@ class BetonWriter:
         if self._segments is not None:
             # Equal to `Beton.fingerprint`: opening compares the two.
             self._segments.finish(hashlib.sha256(head + allocation).hexdigest()[:16])
-        beton = Beton.open(self.temporary)
+        beton = Beton.open(self.path)
         try:
             check_sums(beton, self.sums)
             if not np.array_equal(beton.labels, self._rows["label"][: self.count]):
-                raise BetonError(f"{self.temporary}: labels read back differ from those written")
+                raise BetonError(f"{self.path}: labels read back differ from those written")
             if self._segments is not None and beton.segments is not None:
                 self._segments.check(beton.segments)
             digest = hashlib.sha256()
@@ -194,17 +176,6 @@ class BetonWriter:
     def sums(self) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
         """uint32 (count,): CRC-32 of each sample added."""
         return self._sums[: self.count]
-
-    def publish(self) -> None:
-        """Rename the finished files to the output, each atomically.
-
-        The side file is last: until then an old one remains, which names another beton.
-        """
-        os.replace(self.temporary, self.output)
-        if self._segments is not None:
-            os.replace(segments_path(self.temporary), segments_path(self.output))
-        else:
-            segments_path(self.output).unlink(missing_ok=True)
 
     def _end_page(self) -> None:
         """Fill the rest of the current page with zeros."""

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,23 @@ from PIL import features
 
 from pipelines.beton.manifest import Manifest, RestartCounts, manifest_path
 from pipelines.beton.reader import BetonError
-from pipelines.beton.segments import SegmentsError
 from pipelines.beton.writer import FIELDS, BetonWriter, PageTooSmall, page_for
 from pipelines.conversion.encode import PASSED, Check, Options
 from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_images
-from pipelines.datasets.images import Images
-from pipelines.durable import exclusive_lock, stage_text, sync_folder, write_text
+from pipelines.samples import Samples
+from pipelines.storage import (
+    LockedError,
+    locked,
+    replaced_together,
+    write_atomic,
+    write_verified,
+)
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and the total."""
+
+QUARANTINE, FAILED = ".quarantine.jsonl", ".failed.jsonl"
+"""Suffixes of the lists of files that were left out, and that stopped a conversion."""
 
 _PAGE = 1 << 23
 _SMALL_BYTES = 1 << 26
@@ -40,7 +48,7 @@ class ConversionError(ValueError):
 
 
 def write_beton(
-    source: Images,
+    source: Samples,
     output: str | os.PathLike[str],
     *,
     max_side: int | None = None,
@@ -102,39 +110,32 @@ def write_beton(
         raise ConversionError(f"{str(target)!r} exists and is not a file")
     if target.exists() and not overwrite:
         raise ConversionError(f"{str(target)!r} exists; overwriting it was not requested")
+    budget = max(10, len(source) // 1000) if budget is None else budget
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
-        with exclusive_lock(target):
+        with locked(target, hint="two conversions cannot write one file"):
             return run.convert()
-    except (BetonError, SegmentsError, WorkerError) as error:
+    except (BetonError, LockedError, WorkerError) as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{target}: {error.strerror or error}") from error
 
 
+@dataclass
 class _Conversion:
     """State of one conversion."""
 
-    def __init__(
-        self,
-        source: Images,
-        target: Path,
-        options: Options,
-        workers: int,
-        budget: int | None,
-        progress: Progress | None,
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.options = options
-        self.workers = workers
-        self.budget = max(10, len(source) // 1000) if budget is None else budget
-        self.progress = progress
-        self.kinds: Counter[str] = Counter()
-        self.uncut: Counter[str] = Counter()
-        self.cut = 0
-        self.added = 0
-        self.rejected: list[RejectedFile] = []
+    source: Samples
+    target: Path
+    options: Options
+    workers: int
+    budget: int
+    progress: Progress | None
+    kinds: Counter[str] = field(default_factory=Counter)
+    uncut: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    added: int = 0
+    rejected: list[RejectedFile] = field(default_factory=list)
 
     def convert(self) -> Manifest:
         """Convert the data set.
@@ -169,15 +170,16 @@ class _Conversion:
         self.uncut.clear()
         self.rejected.clear()
         self.cut = self.added = 0
-        with BetonWriter(
-            self.target,
-            capacity=len(self.source),
-            page_size=page,
-            segments=self.options.restart_markers,
-        ) as writer:
+        markers = self.options.restart_markers
+        count = len(self.source)
+        with (
+            # The beton is first: until the others follow, old ones remain, which name another.
+            replaced_together(self.target, ("", ".segments", ".json", QUARANTINE, FAILED)) as path,
+            BetonWriter(path, capacity=count, page_size=page, segments=markers) as writer,
+        ):
             self._fill(writer, chunk)
             if not writer.count:
-                raise ConversionError(f"no usable image among {len(self.source)}{self._worst()}")
+                raise ConversionError(f"no usable image among {count}{self._worst()}")
             beton, sha256 = writer.finish()
             with beton:
                 manifest = Manifest(
@@ -195,16 +197,9 @@ class _Conversion:
                     versions=_versions(),
                     source=self.source.describe(),
                 )
-            # All files are on disk before the first is renamed: nothing that can fail is left.
-            staged = stage_text(manifest_path(self.target), manifest.dumps())
-            try:
-                writer.publish()
-                os.replace(staged, manifest_path(self.target))
-            finally:
-                staged.unlink(missing_ok=True)
-        self._report("quarantine")
-        Path(f"{self.target}.failed.jsonl").unlink(missing_ok=True)
-        sync_folder(self.target.parent)
+            write_verified(manifest_path(path), manifest.dumps().encode())
+            if self.rejected:
+                write_verified(Path(f"{path}{QUARANTINE}"), self._list_rejected())
         return manifest
 
     def _fill(self, writer: BetonWriter, chunk: int) -> None:
@@ -243,27 +238,20 @@ class _Conversion:
     def _reject(self, file: RejectedFile) -> None:
         self.rejected.append(file)
         if len(self.rejected) > self.budget:
-            self._report("failed")
+            write_atomic(Path(f"{self.target}{FAILED}"), self._list_rejected())
             raise ConversionError(
                 f"stopped at {len(self.rejected)} unusable files, the budget is {self.budget} "
-                f"(listed in {self.target}.failed.jsonl){self._worst()}"
+                f"(listed in {self.target}{FAILED}){self._worst()}"
             )
 
     def _worst(self) -> str:
         named = [f"{file.name!r}: {file.reason}" for file in self.rejected[:_NAMED_BAD]]
         return "".join(f"; {line}" for line in named)
 
-    def _report(self, kind: str) -> None:
-        """Write the rejected files as JSON lines. If there are none, remove an old list."""
-        path = Path(f"{self.target}.{kind}.jsonl")
-        if not self.rejected:
-            path.unlink(missing_ok=True)
-            return
-        lines = (
-            json.dumps({"path": file.name, "reason": file.reason, "bytes": file.size})
-            for file in self.rejected
-        )
-        write_text(path, "".join(f"{line}\n" for line in lines))
+    def _list_rejected(self) -> bytes:
+        """Return the rejected files as JSON lines."""
+        rows = ({"path": f.name, "reason": f.reason, "bytes": f.size} for f in self.rejected)
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _versions() -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from pipelines.arrays import Uint8
+from pipelines.checks import Checked, at_least, at_most
 from pipelines.imaging.decode import ImageError, decode_rgb, inspect, jpeg_header
 from pipelines.jpeg.markers import JpegHeader, read_header
 from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
@@ -22,17 +23,18 @@ PASSED = "passed"
 
 _EXACT_QUALITY = 95
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit.
+Side = Annotated[int, at_least(1), at_most(_MAX_JPEG_SIDE)]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Options of how images are stored."""
 
-    max_side: int | None = None
+    max_side: Side | None = None
     """Largest side in pixels. Larger images are shrunk. None keeps all sizes."""
-    short_side: int | None = None
+    short_side: Side | None = None
     """Largest short side in pixels. Larger images are shrunk. None keeps all sizes."""
-    quality: int = 90
+    quality: Annotated[int, at_least(1), at_most(100)] = 90
     """JPEG quality of shrunk images. Others that are re-encoded get 95, without subsampling."""
     check: Check = "scan"
     """scan follows every Huffman code of a JPEG stream. header reads markers only, which finds
@@ -42,16 +44,9 @@ class Options:
     rest of its image. This walks the streams, whatever `check` is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_side is not None and self.short_side is not None:
             raise ValueError("give max_side or short_side, not both")
-        for name in ("max_side", "short_side"):
-            side = getattr(self, name)
-            if side is not None and not 1 <= side <= _MAX_JPEG_SIDE:
-                raise ValueError(f"{name} must be in 1..{_MAX_JPEG_SIDE}, got {side}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be in 1..100, got {self.quality}")
-        if self.check not in ("scan", "header"):
-            raise ValueError(f"check must be 'scan' or 'header', got {self.check!r}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width at which an upright image is stored.
@@ -88,7 +83,7 @@ class PreparedImage(NamedTuple):
     """Bytes that restart markers added."""
 
 
-def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> PreparedImage:
+def prepare(image: bytes | Uint8, *, options: Options) -> PreparedImage:
     """Check one image and encode it for storage.
 
     A JPEG stream keeps all its coefficients, unless it is shrunk, rotated by Exif, not 8-bit grey
@@ -96,7 +91,7 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
     markers it keeps its bytes, too, except those after its end.
 
     Args:
-        image: Bytes of a file, or upright pixels, uint8 (H, W, 3).
+        image: Bytes of a file, also as uint8 (bytes,), or upright pixels, uint8 (H, W, 3).
         options: How to store it.
 
     Returns:
@@ -106,7 +101,9 @@ def prepare(image: bytes | npt.NDArray[np.uint8], *, options: Options) -> Prepar
         ImageError: It is not a usable image.
     """
     if not isinstance(image, bytes):
-        return _encode(image, "array", options)
+        if image.ndim == 3:
+            return _encode(image, "array", options)
+        image = image.tobytes()
     header = jpeg_header(image)
     if header is None:
         return _encode(decode_rgb(image), "format", options)
@@ -156,7 +153,7 @@ def _needs_encoding(header: JpegHeader, scan: Scan | None, options: Options) -> 
     return "cleaned" if header.warning or (scan is not None and scan.spare) else None
 
 
-def _encode(pixels: npt.NDArray[np.uint8], reason: str, options: Options) -> PreparedImage:
+def _encode(pixels: Uint8, reason: str, options: Options) -> PreparedImage:
     height, width = pixels.shape[:2]
     target = options.target(height, width)
     image = Image.fromarray(pixels)

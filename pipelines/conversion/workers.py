@@ -17,8 +17,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from pipelines.conversion.encode import Options, PreparedImage, compile_encoder, prepare
-from pipelines.datasets.images import Images
 from pipelines.imaging.decode import ImageError
+from pipelines.samples import Samples
 
 _AHEAD = 2  # Chunks queued per worker, so that it never waits for its parent.
 _ANSWER_TIMEOUT_SECONDS = 600.0  # Timeout for an answer; a chunk takes seconds.
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
 
 
 def prepare_images(
-    source: Images, *, options: Options, workers: int = 0, chunk: int = 64
+    source: Samples, *, options: Options, workers: int = 0, chunk: int = 64
 ) -> Generator[Chunk, None, None]:
     """Prepare all images of `source` in worker processes. Yields chunks in the source's order.
 
@@ -87,7 +87,7 @@ def prepare_images(
 class _WorkerPool:
     """The worker processes and the pipes to them."""
 
-    def __init__(self, source: Images, options: Options, chunk: int, count: int) -> None:
+    def __init__(self, source: Samples, options: Options, chunk: int, count: int) -> None:
         # fork shares an index of millions of paths, without a copy or pickling.
         context = multiprocessing.get_context("fork")
         self.busy: dict[Connection, list[int]] = {}
@@ -164,7 +164,7 @@ class _WorkerPool:
 
 
 def _work(
-    pipe: Connection, others: list[Connection], source: Images, options: Options, chunk: int
+    pipe: Connection, others: list[Connection], source: Samples, options: Options, chunk: int
 ) -> None:
     """Main function of a worker: prepare the requested chunks until the parent exits."""
     # Garbage inherited from the parent is not finalised here: some finalizers wait for threads that
@@ -192,13 +192,12 @@ def _work(
         os._exit(1)  # The parent has exited.
 
 
-def _one(source: Images, i: int, options: Options) -> tuple[PreparedImage, int] | RejectedFile:
+def _one(source: Samples, i: int, options: Options) -> tuple[PreparedImage, int] | RejectedFile:
     size = 0
     try:
         image = source.read(i)
         size = len(image) if isinstance(image, bytes) else image.nbytes
         result = prepare(image, options=options)
-    except (ImageError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return RejectedFile(source.name(i), reason, size)
+    except ImageError as error:
+        return RejectedFile(source.name(i), str(error), size)
     return result, zlib.crc32(result.data)

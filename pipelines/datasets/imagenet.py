@@ -93,7 +93,8 @@ def imagenet_subset(listing: str | os.PathLike[str], index: SampleIndex) -> Samp
     for location, line in read_lines(Path(listing)):
         if chosen[wanted[line]] < 0:
             raise IndexFormatError(f"{location}: no image {line!r} below {str(index.root)!r}")
-    return index.subset(chosen)
+    names = (index.name(int(i)) for i in chosen)
+    return SampleIndex.from_names(index.root, names, index.labels[chosen], index.classes)
 
 
 def _refuse(location: str, line: str) -> NoReturn:

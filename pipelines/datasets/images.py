@@ -1,23 +1,26 @@
-"""Sources of images for a beton: files, or images in memory, behind one protocol."""
+"""Opening of data sets that are not a beton: image files, or images in memory."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from pipelines.arrays import Int64, Uint8
+from pipelines.checks import check
 from pipelines.datasets.files import IndexFormatError
 from pipelines.datasets.imagenet import imagenet_subset, imagenet_val
 from pipelines.datasets.inaturalist import inaturalist
 from pipelines.datasets.index import SampleIndex
 from pipelines.datasets.voc_classification import voc2007
+from pipelines.imaging.decode import ImageError, describe_error
 
 Split = Literal["train", "val"]
 
@@ -41,63 +44,45 @@ _DIGITS_SIDE = 32
 _DIGITS_VAL_EVERY = 5
 
 
-class Images(Protocol):
-    """An ordered set of N images, such as `SampleIndex`."""
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """int64 (N,): class ids; -1 where there are no labels."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by id; empty if there are no labels."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
-        """Read sample `i`.
-
-        Returns:
-            The encoded image, or its RGB pixels, uint8 (H, W, 3).
-
-        Raises:
-            OSError: The file cannot be read.
-            ValueError: The pixels have another type or shape.
-        """
-
-    def name(self, i: int) -> str:
-        """Return a name of sample `i` for reports."""
-
-    def size(self, i: int) -> int:
-        """Estimate the size of sample `i` in bytes, when it is encoded."""
-
-    def describe(self) -> dict[str, object]:
-        """Describe the images for the manifest: JSON types, no absolute paths."""
-
-
 @dataclass(frozen=True, eq=False)
 class MemoryImages:
-    """Images returned by a function: from arrays, or from a data set of another library."""
+    """Images returned by a function: from arrays, or from a data set of another library.
 
-    get: Callable[[int], bytes | npt.NDArray[np.uint8] | Image.Image]
+    A `pipelines.samples.Samples`.
+    """
+
+    get: Callable[[int], bytes | Uint8 | Image.Image]
     """Returns sample i: encoded, as uint8 (H, W, 3) or (H, W), or as a Pillow image."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     """int64 (N,): class ids; -1 where there are no labels."""
     classes: tuple[str, ...]
     """Class names by id; empty if there are no labels."""
     about: dict[str, object] = field(default_factory=dict)
     """What `describe` returns, besides the number of samples."""
+    beton: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, i: int) -> bytes | npt.NDArray[np.uint8]:
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of labels and images. Reads every image."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for i in range(len(self)):
+            digest.update(bytes(self.read(i)))
+        return digest.hexdigest()[:16]
+
+    def read(self, i: int) -> bytes | Uint8:
         """Read sample `i`: the encoded image, or uint8 (H, W, 3).
 
         Raises:
+            ImageError: The other library cannot read its file.
             ValueError: The pixels have another type or shape.
         """
-        image = self.get(i)
+        try:
+            image = self.get(i)
+        except OSError as error:
+            raise ImageError(describe_error(error)) from error
         if isinstance(image, bytes):
             return image
         if isinstance(image, Image.Image):
@@ -114,17 +99,22 @@ class MemoryImages:
         """Return the number of sample `i`, as `#i`."""
         return f"#{i}"
 
+    location = name
+
     def size(self, i: int) -> int:
         """Estimate the encoded size: half of the pixels' bytes; JPEG rarely needs more."""
         try:
             image = self.read(i)
-        except (OSError, ValueError):
+        except ValueError:
             return 0  # The conversion reports the error; this is only an estimate.
         return len(image) if isinstance(image, bytes) else image.nbytes // 2 + 1024
 
     def describe(self) -> dict[str, object]:
         """Describe the images in JSON types."""
         return {"kind": "memory", **self.about, "samples": len(self)}
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
 
 
 def from_torchvision(
@@ -154,13 +144,8 @@ def from_torchvision(
         raise FileNotFoundError(f"torchvision:{name} cannot be opened: {reason}") from error
     labels = np.asarray(getattr(data, "targets", getattr(data, "labels", None)), dtype=np.int64)
     classes = getattr(data, "classes", None) or map(str, range(int(labels.max()) + 1))
-
-    def get(i: int) -> Image.Image:
-        image: Image.Image = data[i][0]
-        return image
-
     about: dict[str, object] = {"data": f"torchvision:{name}", "split": split}
-    return MemoryImages(get, labels, tuple(classes), about)
+    return MemoryImages(lambda i: data[i][0], labels, tuple(classes), about)
 
 
 def from_digits(*, split: Split = "train") -> MemoryImages:
@@ -182,13 +167,12 @@ def from_digits(*, split: Split = "train") -> MemoryImages:
 
 
 def open_images(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
     labelled: bool = True,
     split: Split = "train",
-    download: bool = True,
-) -> Images:
+) -> SampleIndex | MemoryImages:
     """Open a folder, a list file, `torchvision:NAME`, `digits`, or one of these layouts:
 
     - `imagenet-val:TRUTH`: `root` is the flat folder of images; TRUTH as in
@@ -203,20 +187,22 @@ def open_images(
             list). torchvision: the folder of its data (None: `data`).
         labelled: False drops the labels, and takes all images below a folder.
         split: For torchvision and digits only; a folder or list is one split.
-        download: Whether torchvision may download missing data.
 
     Raises:
-        FileNotFoundError: The data does not exist.
-        ValueError: The data exists but is not a data set, or `root` is missing.
+        FileNotFoundError: The data does not exist, or torchvision cannot download it.
+        ValueError: The data exists but is not a data set, `root` is missing, or there is no such
+            split.
     """
-    found: Images
+    found: SampleIndex | MemoryImages
+    source = os.fspath(source)
+    check("split", split, Split)
     kind, _, name = source.partition(":")
     if kind in _LAYOUTS and name:
         if root is None:
             raise ValueError(f"{source!r} needs a root: the folder of the images")
         found = _LAYOUTS[kind](name, root)
     elif source.startswith("torchvision:"):
-        found = from_torchvision(name, root=root or "data", split=split, download=download)
+        found = from_torchvision(name, root=root or "data", split=split, download=True)
     elif source == "digits":
         found = from_digits(split=split)
     elif Path(source).is_dir():
@@ -230,12 +216,6 @@ def open_images(
             f"{source!r} is not a folder, list file, torchvision:NAME, digits, or KIND:NAME with "
             f"KIND one of {', '.join(_LAYOUTS)}"
         )
-    return found if labelled else _unlabelled(found)
-
-
-def _unlabelled(images: Images) -> Images:
-    """Return the same images without labels."""
-    labels = np.full(len(images), -1, np.int64)
-    if isinstance(images, SampleIndex):
-        return SampleIndex(images.root, images.blob, images.offsets, labels, ())
-    return MemoryImages(images.read, labels, (), images.describe())
+    if labelled:
+        return found
+    return replace(found, labels=np.full(len(found), -1, np.int64), classes=())

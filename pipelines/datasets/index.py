@@ -6,16 +6,18 @@ path; a list of `Path` objects would take ten times as much.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.datasets.files import IndexFormatError, read_file
+from pipelines.arrays import Int64
+from pipelines.datasets.files import IndexFormatError, read_file, require_folder
 from pipelines.datasets.listing import (
     describe_extensions,
     is_image,
@@ -25,27 +27,47 @@ from pipelines.datasets.listing import (
     walk_classes,
     walk_images,
 )
+from pipelines.imaging.decode import ImageError, describe_error
+
+FINGERPRINT_FILES = 1024
+"""Number of files whose size `fingerprint` reads: few enough for a network file system."""
 
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Image files below one folder, in a fixed order, with labels."""
+    """Image files below one folder, in order, with labels: a `pipelines.samples.Samples`."""
 
     root: Path
     """Folder that all paths are relative to."""
     blob: bytes
     """All relative paths, concatenated, in the file system's encoding."""
-    offsets: npt.NDArray[np.int64]
+    offsets: Int64
     """int64 (N + 1,): path i is `blob[offsets[i]:offsets[i + 1]]`."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     """int64 (N,): class ids; -1 where there are no labels."""
     classes: tuple[str, ...]
     """Class names by id; empty where there are no labels."""
+    beton: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of paths, labels, and sizes of up to `FINGERPRINT_FILES` evenly spaced files.
+
+        So it detects that all files were replaced under the same names. It may miss a few replaced
+        files among many, and misses a replacement of equal size. Modification times are not
+        included: a copy on another machine has the same fingerprint.
+        """
+        digest = hashlib.sha256(self.blob)
+        digest.update(self.labels.tobytes())
+        count = min(len(self), FINGERPRINT_FILES)
+        sizes = [self.size(k * len(self) // count) for k in range(count)]
+        digest.update(np.array(sizes, "<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def name(self, i: int) -> str:
         """Return the path of sample `i` relative to the root.
@@ -61,14 +83,21 @@ class SampleIndex:
         """Return the path of sample `i`."""
         return self.root / self.name(i)
 
+    def location(self, i: int) -> str:
+        """Return the path of sample `i` as text."""
+        return str(self.path(i))
+
     def read(self, i: int) -> bytes:
         """Read the file of sample `i`.
 
         Raises:
-            OSError: It is missing, not a regular file, too long, or a link that leads outside the
-                root.
+            ImageError: It cannot be read, is not a regular file, too long, or a link that leads
+                outside the root.
         """
-        return read_file(self.path(i), root=self.root)
+        try:
+            return read_file(self.path(i), root=self.root)
+        except OSError as error:
+            raise ImageError(describe_error(error)) from error
 
     def size(self, i: int) -> int:
         """Return the file size of sample `i` in bytes; 0 if it cannot be read."""
@@ -77,21 +106,8 @@ class SampleIndex:
         except OSError:
             return 0  # `read` reports the error; this is only an estimate.
 
-    def subset(self, indices: npt.NDArray[np.int64]) -> SampleIndex:
-        """Select samples; class ids stay as they are.
-
-        Args:
-            indices: int64 (M,), in the order of the result.
-
-        Raises:
-            IndexError: An index is not in [0, N).
-        """
-        chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"an index of the subset is not in 0..{len(self) - 1}")
-        bounds = self.offsets
-        blob, offsets = _pack(self.blob[bounds[i] : bounds[i + 1]] for i in chosen)
-        return replace(self, blob=blob, offsets=offsets, labels=self.labels[chosen])
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
 
     def require_files(self, location_of: Callable[[int], str]) -> None:
         """Check that all files exist.
@@ -141,9 +157,7 @@ class SampleIndex:
             FileNotFoundError: `root` is not a folder.
             IndexFormatError: There are no images, a class has no images, or a link leads outside.
         """
-        base = Path(root)
-        if not base.is_dir():
-            raise FileNotFoundError(f"{str(base)!r} is not a folder")
+        base = require_folder(root)
         real = os.path.realpath(base)
         entries = [e for e in os.scandir(base) if not e.name.startswith(".")]
         folders = sorted(e.name for e in entries if e.is_dir())
@@ -181,15 +195,9 @@ class SampleIndex:
             IndexFormatError: A line is malformed. The message starts with file:line.
         """
         source = Path(file)
-        base = source.parent if root is None else Path(root)
-        if not source.is_file():
-            raise FileNotFoundError(f"list file {str(source)!r} does not exist")
-        if not base.is_dir():
-            raise FileNotFoundError(f"{str(base)!r} is not a folder")
+        base = require_folder(source.parent if root is None else root)
         labels = array("q")
         blob, offsets = _pack(parse_list(source, labels))
-        if not labels:
-            raise IndexFormatError(f"{str(source)!r} names no images")
         ids = np.frombuffer(labels, np.int64)
         classes = tuple(map(str, range(int(ids.max()) + 1)))
         index = cls(base, blob, offsets, ids, classes)
@@ -201,7 +209,7 @@ class SampleIndex:
         cls,
         root: str | os.PathLike[str],
         names: Iterable[str],
-        labels: Sequence[int],
+        labels: Sequence[int] | Int64,
         classes: Sequence[str],
     ) -> SampleIndex:
         """Index files with known paths and labels. Does not check that they exist.
@@ -219,7 +227,7 @@ class SampleIndex:
         return cls(Path(root), blob, offsets, np.array(labels, np.int64), tuple(classes))
 
 
-def _pack(names: Iterable[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
+def _pack(names: Iterable[bytes]) -> tuple[bytes, Int64]:
     """Concatenate names and return their offsets, without keeping a list of names."""
     blob, offsets = bytearray(), array("q", (0,))
     for name in names:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.datasets.files import IndexFormatError, inside
+from pipelines.datasets.files import IndexFormatError, inside, read_lines
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 """Extensions of image files, in lower case. Files in any case are accepted."""
@@ -91,30 +91,22 @@ def parse_list(source: Path, labels: array[int]) -> Iterator[bytes]:
         Paths in the file system's encoding.
 
     Raises:
-        IndexFormatError: A line is malformed. The message starts with file:line.
+        FileNotFoundError: There is no such file.
+        IndexFormatError: A line is malformed, or there are none. The message names the line.
     """
     labelled: bool | None = None
-    with source.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            location = f"{source}:{number}"
-            try:
-                line = raw.decode().strip()
-            except UnicodeDecodeError as error:
-                raise IndexFormatError(f"{location}: not UTF-8 text") from error
-            if not line:
-                continue
-            name, label = (line, -1) if is_image(line) else _split_label(line, location)
-            if labelled is None:
-                labelled = label >= 0
-            if labelled != (label >= 0):
-                raise IndexFormatError(
-                    f"{location}: {'has no' if labelled else 'has a'} label, "
-                    "unlike the lines before"
-                )
-            if leads_outside(name):
-                raise IndexFormatError(f"{location}: path {name!r} leads outside the root")
-            labels.append(label)
-            yield os.fsencode(name)
+    for location, line in read_lines(source):
+        name, label = (line, -1) if is_image(line) else _split_label(line, location)
+        if labelled is None:
+            labelled = label >= 0
+        if labelled != (label >= 0):
+            raise IndexFormatError(
+                f"{location}: {'has no' if labelled else 'has a'} label, unlike the lines before"
+            )
+        if leads_outside(name):
+            raise IndexFormatError(f"{location}: path {name!r} leads outside the root")
+        labels.append(label)
+        yield os.fsencode(name)
 
 
 def line_number(source: Path, i: int) -> int:

@@ -1,5 +1,6 @@
 """Data loading for detection and segmentation: images of variable size with boxes or masks.
 
 Public: `batch` (`DenseBatch`, `Target`), `loader` (`DenseLoader`, `open_dense`) and `spec`.
-Imports: beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: samples, beton, datasets, device, imaging, jpeg, sampling, batch, native, arrays, spec,
+storage and checks.
 """

@@ -21,6 +21,7 @@ import torch
 from torch.profiler import record_function
 
 from pipelines.batch import DTYPES
+from pipelines.checks import check
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
 from pipelines.dense.batch import DenseBatch, Target
@@ -187,15 +188,8 @@ class DenseLoader:
         for row in range(len(plans)):
             worker = next(self._turns)
             slot = SampleSlot(images[row], None if masks is None else masks[row])
-            job = partial(
-                load_sample,
-                self.samples,
-                spec,
-                int(rows.indices[row]),
-                plans[row],
-                draws[row],
-                slot,
-            )
+            i, plan = int(rows.indices[row]), plans[row]
+            job = partial(load_sample, self.samples, spec, i, plan, draws[row], slot)
             work.futures.append(worker.submit(job))
         return work
 
@@ -265,8 +259,11 @@ def open_dense(
 
     Raises:
         FileNotFoundError: A folder, list or file does not exist.
-        ValueError: The spec, a list or an annotation is invalid. Names file and line.
+        ValueError: An argument is no choice, or a list or an annotation is invalid: names file and
+            line.
     """
+    check("spec", spec, DenseSpec)
+    check("precision", precision, Precision)
     return DenseLoader(
         open_dense_samples(spec),
         spec,

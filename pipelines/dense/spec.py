@@ -6,35 +6,45 @@ The counterpart of `pipelines.spec` for images of variable size with boxes or ma
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
+from pipelines.checks import (
+    NOT_EMPTY,
+    ORDERED,
+    Checked,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pipelines.spec import IMAGENET, Normalize
 
 
 @dataclass(frozen=True)
-class ShortSide:
+class ShortSide(Checked):
     """Resize the short side to one of several lengths, keeping the aspect ratio; for detection."""
 
-    lengths: tuple[int, ...] = (800,)
+    lengths: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (800,)
     """Lengths in pixels. One is drawn per sample."""
-    longest: int = 1333
+    longest: PositiveInt = 1333
     """Largest long side in pixels. A longer one shrinks the image further."""
 
 
 @dataclass(frozen=True)
-class FitWithin:
+class FitWithin(Checked):
     """Resize the image to the largest size that fits a frame, keeping the aspect ratio.
 
     The frame has the orientation of the image.
     """
 
-    long: int = 2048
+    long: PositiveInt = 2048
     """Long side of the frame in pixels."""
-    short: int = 512
+    short: PositiveInt = 512
     """Short side of the frame in pixels."""
 
 
 @dataclass(frozen=True)
-class RatioCrop:
+class RatioCrop(Checked):
     """`FitWithin` a frame scaled by a random ratio, then a random square crop; for segmentation.
 
     If one class covers more than `most` of the pixels that count, the crop is drawn again, up to
@@ -42,23 +52,27 @@ class RatioCrop:
     normalisation, with `IGNORED` in the mask.
     """
 
-    size: int = 512
+    size: PositiveInt = 512
     """Side of the crop in pixels."""
-    long: int = 2048
+    long: PositiveInt = 2048
     """Long side of the unscaled frame in pixels."""
-    short: int = 512
+    short: PositiveInt = 512
     """Short side of the unscaled frame in pixels."""
-    ratio: tuple[float, float] = (0.5, 2.0)
+    ratio: Annotated[tuple[PositiveFloat, PositiveFloat], ORDERED] = (0.5, 2.0)
     """Range of the random factor of both sides of the frame."""
-    most: float = 0.75
+    most: Fraction = 0.75
     """Largest share of the pixels that one class may cover."""
 
 
 Geometry = ShortSide | FitWithin | RatioCrop
 
+_NOT_PIXELS = (
+    "data", "root", "batch_size", "masks", "max_invalid_annotations", "workers", "timeout",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
-class DenseSpec:
+class DenseSpec(Checked):
     """All options of a dense loader. Paths are relative to the working directory."""
 
     data: str = "voc:2007/trainval+2012/trainval"
@@ -69,7 +83,7 @@ class DenseSpec:
     """Folder of the data set."""
     classes: tuple[str, ...] = ()
     """Class names for voc and vocseg data. Empty: VOC's 20 classes."""
-    batch_size: int = 2
+    batch_size: PositiveInt = 2
     """Images per process and step."""
     geometry: Geometry = field(default_factory=ShortSide)
     """Resize and crop."""
@@ -79,7 +93,7 @@ class DenseSpec:
     """Random brightness, contrast, saturation and hue (SSD's distortion, as in mmsegmentation)."""
     normalize: Normalize = IMAGENET
     """Mean and standard deviation of each channel. Applied on the device."""
-    divisor: int = 32
+    divisor: PositiveInt = 32
     """Batches are padded, to the right and below, to multiples of this many pixels."""
     keep_difficult: bool = True
     """Train on boxes marked difficult, as detectron2 does. mmdetection ignores them."""
@@ -90,38 +104,19 @@ class DenseSpec:
     cheaper; images and boxes are the same. Detectors without a mask head never load them."""
     train: bool = True
     """Endless shuffled order, grouped by aspect ratio. False: every image once, in order."""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: PositiveInt | None = None
     """Steps per epoch of training. None: as many as one pass over the data takes."""
-    max_samples: int | None = None
+    max_samples: PositiveInt | None = None
     """Use only the first images, this many."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of order and augmentation."""
-    max_invalid_annotations: int = 0
+    max_invalid_annotations: NonNegativeInt = 0
     """Invalid annotations to tolerate (no area, outside the image, unknown class, missing image).
     They are left out with a warning. One more is an error."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Loading threads per process. 0: divide the available cores among the local processes."""
-    timeout: float = 300.0
+    timeout: PositiveFloat = 300.0
     """Seconds to wait for a batch before an error."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "divisor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_samples", "steps_per_epoch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if (
-            self.workers < 0
-            or self.max_invalid_annotations < 0
-            or self.timeout <= 0
-            or self.seed < 0
-        ):
-            raise ValueError(
-                "workers, max_invalid_annotations and seed must not be negative, "
-                "timeout must be positive"
-            )
 
     @property
     def view_count(self) -> int:
@@ -142,15 +137,7 @@ class DenseSpec:
 
         The data set itself is not included.
         """
-        fields = asdict(self)
-        for name in (
-            "data",
-            "root",
-            "batch_size",
-            "masks",
-            "max_invalid_annotations",
-            "workers",
-            "timeout",
-        ):
-            del fields[name]
-        return fields | {"geometry": {"kind": type(self.geometry).__name__, **fields["geometry"]}}
+        fields = asdict(self) | {
+            "geometry": {"kind": type(self.geometry).__name__, **asdict(self.geometry)}
+        }
+        return {name: value for name, value in fields.items() if name not in _NOT_PIXELS}

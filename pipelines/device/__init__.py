@@ -2,5 +2,5 @@
 
 Public: `color_jitter` (`draw_jitter`, `jitter_views`), `host_memory` (`BufferPool`), `rotate`
 (`normalize_views`, `rotate4`) and `transfer` (`Transfer`).
-Imports: imaging, jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: imaging, jpeg, sampling, batch, native, arrays, spec and storage.
 """

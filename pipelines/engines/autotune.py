@@ -11,13 +11,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 
-from pipelines.batch import RawBatch
-from pipelines.engines.source import DecodeErrorBudget
+from pipelines.engines.source import Source, Tunable
 from pipelines.spec import LoaderSpec, Shard
 
 log = logging.getLogger(__name__)
@@ -47,30 +45,6 @@ class Budget(NamedTuple):
         return f"{self.threads} ({self.share:g} of {self.cores} cores{among})"
 
 
-@runtime_checkable
-class Tunable(Protocol):
-    """A `pipelines.engines.source.Source` whose number of threads can be changed between epochs."""
-
-    decode_errors: DecodeErrorBudget
-    workers: int
-
-    def __len__(self) -> int:
-        """Steps per epoch."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """See `pipelines.engines.source.Source.epoch`."""
-
-
-class _NoErrorCount(DecodeErrorBudget):
-    """Neither counts nor reports undecodable samples in trials: the epoch will do so."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-
-    def report(self, name: str, reason: str) -> None:
-        """Do nothing."""
-
-
 def thread_budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budget:
     """Return the maximum number of decoding threads in this process, at least one.
 
@@ -85,7 +59,7 @@ def thread_budget(spec: LoaderSpec, shard: Shard, device: torch.device) -> Budge
     return Budget(threads, share, cores, shard.local_world)
 
 
-def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
+def autotune(source: Source, spec: LoaderSpec, limit: Budget) -> None:
     """Set an engine to the fewest threads that are as fast as the whole budget.
 
     Decodes the first batches of an epoch and discards them: with the budget, half of it, and so on,
@@ -104,11 +78,11 @@ def autotune(source: object, spec: LoaderSpec, limit: Budget) -> None:
     elif len(source) < 3 or len(source) * spec.batch_size < _LEAST_SAMPLES:
         reason = "the whole budget: the epoch is too short for trials"
     else:
-        kept, source.decode_errors = source.decode_errors, _NoErrorCount()
+        source.decode_errors.paused = True
         try:
             source.workers, reason = _choose(source, spec.batch_size, limit.threads)
         finally:
-            source.decode_errors = kept
+            source.decode_errors.paused = False
         log.info("decoding threads: %d of a budget of %s; %s", source.workers, limit, reason)
         return
     log.info("decoding threads: %s, %s", limit, reason)
@@ -151,5 +125,4 @@ def _rate(source: Tunable, batch: int) -> float:
             seconds = time.perf_counter() - begin
         return images / seconds
     finally:
-        assert isinstance(batches, Generator)
         batches.close()

@@ -1,4 +1,4 @@
-"""Choice of the engine for a data set, and opening it."""
+"""Choice of the engine for a data set, and opening both."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import logging
 
 import torch
 
-from pipelines.beton.reader import Beton
 from pipelines.engines.autotune import autotune, thread_budget
-from pipelines.engines.samples import Samples
 from pipelines.engines.source import Source
-from pipelines.spec import Engine, LoaderSpec, Shard
+from pipelines.samples import Samples, open_samples
+from pipelines.spec import Engine, LoaderSpec, Shard, check_options
 
 log = logging.getLogger(__name__)
 
-_MODULES = {
-    "ffcv": "pipelines.engines.ffcv.source",
-    "dali": "pipelines.engines.dali.source",
-    "folder": "pipelines.engines.folder",
+ENGINES = {
+    "ffcv": ("pipelines.engines.ffcv.source", "ffcv"),
+    "dali": ("pipelines.engines.dali.source", "nvidia.dali"),
+    "folder": ("pipelines.engines.folder", "torchvision"),
 }
-ENGINE_PACKAGES = {"ffcv": "ffcv", "dali": "nvidia.dali", "folder": "torchvision"}
-"""Third-party package of each engine."""
+"""Module and third-party package of each engine."""
 
 
 def missing_engines() -> dict[str, str]:
@@ -29,11 +27,8 @@ def missing_engines() -> dict[str, str]:
 
     Imports the packages of all engines.
     """
-    return {
-        engine: reason
-        for engine in ENGINE_PACKAGES
-        if (reason := missing_reason(engine)) is not None
-    }
+    reasons = {engine: missing_reason(engine) for engine in ENGINES}
+    return {engine: reason for engine, reason in reasons.items() if reason is not None}
 
 
 def missing_reason(engine: str) -> str | None:
@@ -42,15 +37,16 @@ def missing_reason(engine: str) -> str | None:
     Imports the engine's package, which may take seconds.
 
     Args:
-        engine: A key of `ENGINE_PACKAGES`.
+        engine: ffcv, dali or folder.
     """
+    module, package = ENGINES[engine]
     try:
         # Our module, not the bare package: it undoes the side effects of importing ffcv on torch.
-        importlib.import_module(_MODULES[engine])
+        importlib.import_module(module)
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
         # The last three are raised by packages built for another version of numpy or numba.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{ENGINE_PACKAGES[engine]} cannot be imported ({reason})"
+        return f"{package} cannot be imported ({reason})"
     return None
 
 
@@ -99,22 +95,31 @@ def choose_engine(spec: LoaderSpec, *, raw: bool = False) -> Engine:
 
 
 def open_engine(
-    engine: Engine, samples: Samples, spec: LoaderSpec, shard: Shard, device: torch.device
-) -> Source:
-    """Open an engine that reads `samples`, and autotune its threads if `spec.workers` is 0.
+    spec: LoaderSpec, shard: Shard | None, device: torch.device
+) -> tuple[Engine, Source, Samples | None]:
+    """Open a data set with the engine that suits it; autotune its threads if `spec.workers` is 0.
 
     Imports the engine's package, which may take seconds.
 
-    Args:
-        engine: ffcv, dali or folder. ffcv needs a beton.
-        samples: The data set. The engine closes it.
-        spec: Options.
-        shard: The part of each global batch to load.
-        device: Device of the batches.
+    Arguments and errors are those of `pipelines.loader.open_loader`.
 
-    Raises:
-        ValueError: The engine cannot read this data, or does not support an option.
+    Returns:
+        Name of the engine; the engine, which closes the data set; the data set, None if synthetic.
     """
+    shard = shard or Shard()
+    # Check the options first: a beton opens at once, a folder of a million files does not.
+    samples = None
+    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
+        samples = open_samples(spec.data, spec.root)
+    beton = None if samples is None else samples.beton
+    engine = choose_engine(spec, raw=beton is not None and beton.raw)
+    check_options(spec, engine, on_gpu=device.type == "cuda")
+    if engine == "synthetic":
+        from pipelines.engines.synthetic import SyntheticSource
+
+        return engine, SyntheticSource(spec, shard=shard, device=device), None
+    if samples is None:
+        samples = open_samples(spec.data, spec.root)
     limit = thread_budget(spec, shard, device)
     workers = spec.workers or limit.threads
     source: Source
@@ -122,8 +127,8 @@ def open_engine(
         case "ffcv":
             from pipelines.engines.ffcv.source import FfcvSource
 
-            assert isinstance(samples, Beton)
-            source = FfcvSource(samples, spec, shard=shard, workers=workers)
+            assert beton is not None
+            source = FfcvSource(beton, spec, shard=shard, workers=workers)
         case "dali":
             from pipelines.engines.dali.source import DaliSource
 
@@ -139,4 +144,4 @@ def open_engine(
         except BaseException:
             source.close()
             raise
-    return source
+    return engine, source, samples

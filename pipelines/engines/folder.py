@@ -10,21 +10,19 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipelines.arrays import Int32, Int64
+from pipelines.arrays import Bool, Int32, Int64
 from pipelines.batch import RawBatch
-from pipelines.beton.reader import Beton
-from pipelines.engines.samples import RAW, Samples, close_samples, read_encoded, sample_name
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import crop, decode
+from pipelines.samples import Samples
 from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
@@ -37,7 +35,7 @@ class _PendingBatch(NamedTuple):
     """A batch submitted to the threads."""
 
     indices: Int64
-    valid: npt.NDArray[np.bool_]
+    valid: Bool
     images: torch.Tensor
     boxes: Int32
     errors: dict[int, str]
@@ -63,7 +61,7 @@ class _Run:
 
 
 class FolderSource:
-    """Crops of a folder, list or beton, decoded by torchvision on the CPU."""
+    """Crops of any data set, decoded by torchvision on the CPU."""
 
     def __init__(
         self, samples: Samples, spec: LoaderSpec, *, shard: Shard, workers: int, pin: bool
@@ -89,7 +87,7 @@ class FolderSource:
         self._pool.shutdown(wait=True)
         self._pool, self._workers = _pool(count), count
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`.
 
         If samples are shuffled, as in training, decoding of the next epoch starts before this one
@@ -113,7 +111,7 @@ class FolderSource:
         """End the decoding threads and close the data set."""
         self._keep(None)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        close_samples(self._samples)
+        self._samples.close()
 
     def _resume(self, epoch: int, start_step: int) -> _Run:
         """Return the run that has already reached this step, or a new one."""
@@ -131,10 +129,7 @@ class FolderSource:
         self._kept = kept
 
     def _batches(
-        self,
-        epoch: int,
-        first: tuple[Int64, npt.NDArray[np.bool_]],
-        stop: threading.Event,
+        self, epoch: int, first: tuple[Int64, Bool], stop: threading.Event
     ) -> Iterator[_PendingBatch]:
         """Submit batches one by one; if shuffled, without end, epoch after epoch."""
         for indices, valid in zip(*first, strict=True):
@@ -156,18 +151,13 @@ class FolderSource:
         ok = work.valid.copy()
         for i, reason in work.errors.items():
             if ok[i]:
-                self.decode_errors.report(sample_name(self._samples, int(work.indices[i])), reason)
+                self.decode_errors.report(self._samples.location(int(work.indices[i])), reason)
             ok[i] = False
-        return RawBatch(
-            work.images,
-            torch.from_numpy(self._samples.labels[work.indices]),
-            torch.from_numpy(work.indices),
-            torch.from_numpy(ok),
-            torch.from_numpy(work.boxes),
-        )
+        labels = self._samples.labels[work.indices]
+        return RawBatch.from_arrays(work.images, labels, work.indices, ok, work.boxes)
 
     def _submit(
-        self, epoch: int, indices: Int64, valid: npt.NDArray[np.bool_], stop: threading.Event
+        self, epoch: int, indices: Int64, valid: Bool, stop: threading.Event
     ) -> _PendingBatch:
         side = self._spec.side(epoch)
         images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
@@ -204,13 +194,10 @@ class FolderSource:
             np.copyto(work.images[row].numpy(), square.permute(1, 2, 0).numpy())
 
     def _image(self, i: int) -> torch.Tensor:
-        samples = self._samples
-        payload = read_encoded(samples, i)
-        if isinstance(samples, Beton) and samples.modes[i] == RAW:
-            shape = (int(samples.heights[i]), int(samples.widths[i]), 3)
-            pixels = np.asarray(payload).reshape(shape)
-            return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        return decode(payload)
+        image = self._samples.read(i)
+        if isinstance(image, bytes) or image.ndim == 1:
+            return decode(image)
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:

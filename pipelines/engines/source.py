@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Generator
+from typing import Protocol, runtime_checkable
 
 from pipelines.batch import RawBatch
 from pipelines.imaging.decode import ImageError
@@ -19,7 +19,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """Yield the batches of an epoch, starting at a step: a pure function of both and the spec.
 
         Each batch is borrowed until the next one is requested. Closing the iterator early releases
@@ -34,6 +34,13 @@ class Source(Protocol):
         """Release threads, buffers and files."""
 
 
+@runtime_checkable
+class Tunable(Source, Protocol):
+    """A source whose number of decoding threads can be changed between epochs."""
+
+    workers: int
+
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +49,8 @@ class DecodeErrorBudget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self.paused = False
+        """Whether to ignore reports: those of trials, whose samples the epoch reports again."""
         self.total = 0
         """Count over the lifetime of the source."""
         self._in_epoch = 0
@@ -60,6 +69,8 @@ class DecodeErrorBudget:
         Raises:
             ImageError: The limit of this epoch is exceeded.
         """
+        if self.paused:
+            return
         self.total += 1
         self._in_epoch += 1
         if self._in_epoch > self._limit:

@@ -7,7 +7,7 @@ probe has something to fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ class SyntheticSource:
         count = spec.batch_size * spec.crop.size**2 * 3
         pixels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
         self._pixels = pixels.to(device)
-        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator)
-        self._order = Order(spec.samples, spec, shard, self._labels.numpy())
+        self._labels = torch.randint(0, CLASSES, (spec.samples,), generator=generator).numpy()
+        self._order = Order(spec.samples, spec, shard, self._labels)
 
     def __len__(self) -> int:
         return self._order.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`."""
         spec, side = self._spec, self._spec.side(epoch)
         shape = (spec.batch_size, side, side, 3)
@@ -47,13 +47,7 @@ class SyntheticSource:
         sizes = np.full(spec.batch_size, spec.crop.size, np.int32)
         for indices, valid in zip(*self._order.batches(epoch, start_step), strict=True):
             where = crop_boxes(spec, epoch=epoch, indices=indices, heights=sizes, widths=sizes)
-            yield RawBatch(
-                images,
-                self._labels[torch.from_numpy(indices)],
-                torch.from_numpy(indices),
-                torch.from_numpy(valid),
-                torch.from_numpy(where),
-            )
+            yield RawBatch.from_arrays(images, self._labels[indices], indices, valid, where)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

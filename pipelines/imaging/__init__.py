@@ -2,5 +2,5 @@
 
 Public: `decode`, `resize` (`resize_region`, `scratch_size`) and `torchvision_decode` (`crop`,
 `decode`).
-Imports: jpeg, sampling, batch, native, arrays, spec and durable.
+Imports: jpeg, sampling, batch, native, arrays, spec and storage.
 """

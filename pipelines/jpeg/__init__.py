@@ -2,5 +2,5 @@
 
 Public: `markers`, `restart_markers` (`RestartLayout`, `insert_restart_markers`), `scan` (`Scan`,
 `walk_scan`) and `splice` (`MISMATCH_REASON`, `splice`).
-Imports: native, arrays, spec and durable.
+Imports: native, arrays, spec and storage.
 """

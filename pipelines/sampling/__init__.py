@@ -2,5 +2,5 @@
 
 Public: `crops` (`can_exceed_image`, `crop_boxes`, `padded_side`), `order` (`Order`, `permutation`)
 and `random_bits` (`digest64`, `uniforms`).
-Imports: native, arrays, spec and durable.
+Imports: native, arrays, spec and storage.
 """

@@ -3,5 +3,5 @@
 Public: `base` (`AVGPOOL`, `Features`, `Store`), `extract` (`extract`, `open_extraction_loader`) and
 `loader` (`FeatureLoader`).
 Imports: `pipelines`, and of `rotpred` weights, plots, training, svm, program, records, metrics,
-models, distributed and files.
+models and distributed.
 """

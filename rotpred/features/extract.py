@@ -19,17 +19,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.checks import check
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
+from pipelines.storage import check_space, locked, write_json
 from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
 from rotpred.features.base import AVGPOOL, Features, Store
-from rotpred.features.npy_writer import Append, exclusive_writer, npy_writer
-from rotpred.files import check_space, plain, write_json
+from rotpred.features.npy_writer import Append, npy_writer
 from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
 from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
+from rotpred.records.recipe_json import plain
 from rotpred.training.data import open_data
+from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ def open_extraction_loader(spec: LoaderSpec, rank: Rank, precision: Precision) -
 
 def extract(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     *,
     names: Sequence[str],
@@ -75,10 +78,12 @@ def extract(
         store: Dtype of the arrays.
 
     Raises:
-        ValueError: There is no such stage, or the folder cannot be written, is being written by
-            another job, or has no space for the arrays.
+        ValueError: There is no such stage, precision or store, or the folder cannot be written, is
+            being written by another job, or has no space for the arrays.
         RuntimeError: The ranks have different data.
     """
+    check("precision", precision, Precision)
+    check("store", store, Store)
     unknown = [name for name in names if name not in (*backbone.stage_names, AVGPOOL)]
     if unknown or not names:
         known = ", ".join((*backbone.stage_names, AVGPOOL))
@@ -115,7 +120,7 @@ def extract(
 
 
 def _description(
-    backbone: Backbone, loader: Loader, precision: Precision, store: Store
+    backbone: Backbone, loader: LabelledLoader, precision: Precision, store: Store
 ) -> dict[str, object]:
     """Return everything that determines the features. The engine only affects rounding."""
     digest = hashlib.sha256()
@@ -146,7 +151,7 @@ def _description(
 
 def _missing(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     store: Store,
@@ -166,7 +171,9 @@ def _missing(
         try:
             missing = [name for name in names if not (folder / f"{name}.npy").exists()]
             if missing:
-                locks.enter_context(exclusive_writer(folder, wait=rank.world == 1))
+                folder.mkdir(parents=True, exist_ok=True)
+                hint = "a job of several processes does not wait: start it again when that is done"
+                locks.enter_context(locked(folder, hint=hint, wait=rank.world == 1))
                 # Look again: another job may have written them while this one waited.
                 missing = [name for name in missing if not (folder / f"{name}.npy").exists()]
             if missing:
@@ -197,7 +204,7 @@ def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn
 @torch.inference_mode()
 def _compute(
     backbone: Backbone,
-    loader: Loader,
+    loader: LabelledLoader,
     rank: Rank,
     names: Sequence[str],
     precision: Precision,

@@ -8,80 +8,81 @@ features in every epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
-from pipelines.arrays import Int64
-from pipelines.batch import IGNORE, Batch, RawBatch
-from pipelines.engines.source import DecodeErrorBudget
-from pipelines.loader import Loader
+from pipelines.arrays import Bool, Int64
+from pipelines.batch import IGNORE, Batch
 from pipelines.sampling.order import Order
-from pipelines.spec import LoaderSpec, Shard
+from pipelines.sampling.random_bits import digest64
+from pipelines.spec import LoaderSpec
 from rotpred.distributed import Rank
 from rotpred.features.base import Features
 
 
-class _Rows:
-    """Data source: rows of several stages side by side, as uint8 (B, 4*D) for the transfer."""
+class FeatureLoader:
+    """Loader of batches whose images are features: float32 (B, D), stages side by side.
 
-    def __init__(self, features: Features, names: Sequence[str], order: Order) -> None:
-        self.decode_errors = DecodeErrorBudget(0)
-        self._features, self._names, self._order = features, names, order
+    Implements `rotpred.training.loader_interface.LabelledLoader`.
+    """
 
-    def __len__(self) -> int:
-        return self._order.steps
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        features = self._features
-        for rows, valid in zip(*self._order.batches(epoch, start_step), strict=True):
-            parts = [np.asarray(features.stages[name][rows], np.float32) for name in self._names]
-            values = torch.from_numpy(np.concatenate(parts, axis=1))
-            yield RawBatch(
-                values.view(torch.uint8),
-                torch.from_numpy(features.labels[rows]),
-                torch.from_numpy(features.indices[rows]),
-                torch.from_numpy(valid),
-                torch.zeros(len(rows), 5, dtype=torch.int32),
-            )
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-class FeatureLoader(Loader):
-    """Loader whose images are features: float32 (B, D), stages side by side."""
+    engine = "features"
 
     def __init__(
         self, features: Features, spec: LoaderSpec, *, names: Sequence[str], rank: Rank
     ) -> None:
-        """Open a loader over extracted features.
-
+        """
         Args:
             features: Features of every sample that the spec selects.
             spec: As for the extraction, except batch size, shuffle and drop_last.
             names: Stages, in the order of their columns.
             rank: This process; it gets its shard of each global batch.
         """
+        self.spec, self.classes, self.data_id = spec, features.classes, features.data_id
+        self.label_range = int(features.labels.min()), int(features.labels.max())
+        self.wait_seconds, self.digest = 0.0, 0
+        self._features, self._device = features, rank.device
+        self._stages = [features.stages[name] for name in names]
         # The features are already those of the selected samples: select all of them.
-        all_samples = replace(spec, max_samples=None, samples_per_class=None)
-        order = Order(len(features.labels), all_samples, Shard(rank.rank, rank.world))
-        super().__init__(
-            _Rows(features, names, order),
-            spec,
-            engine="features",
-            device=rank.device,
-            classes=features.classes,
-            data_id=features.data_id,
-            label_range=(int(features.labels.min()), int(features.labels.max())),
-            total=len(features.labels),
-        )
+        every = replace(spec, max_samples=None, samples_per_class=None)
+        self._order = Order(len(features.labels), every, rank.shard)
 
-    def _finish(self, raw: RawBatch, epoch: int, indices: Int64) -> Batch:  # noqa: ARG002
-        assert isinstance(raw.images, torch.Tensor)
-        # A copy: a later batch overwrites the buffer.
-        values = raw.images.view(torch.float32).clone()
-        targets = torch.where(raw.valid, raw.labels, IGNORE)
-        return Batch(values, targets, raw.valid, raw.labels, raw.indices)
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+        return self._order.steps
+
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yield the batches of an epoch, starting at a step; see `pipelines.loader.Loader.epoch`.
+
+        There are no crops: the digest counts boxes of zeros.
+        """
+        for rows, valid in zip(*self._order.batches(epoch, start_step), strict=True):
+            begin = time.perf_counter()
+            with record_function("data wait"):
+                parts = [np.asarray(stage[rows], np.float32) for stage in self._stages]
+                values = torch.from_numpy(np.concatenate(parts, axis=1))
+            self.wait_seconds += time.perf_counter() - begin
+            indices = self._features.indices[rows]
+            boxes = np.zeros((int(valid.sum()), 5), np.int32)
+            batch_digest = digest64(epoch, indices[valid], boxes)
+            self.digest = (self.digest + batch_digest) % 2**64
+            with record_function("device"):
+                batch = self._batch(values, self._features.labels[rows], indices, valid)
+            yield batch
+
+    def _batch(self, values: torch.Tensor, labels: Int64, indices: Int64, valid: Bool) -> Batch:
+        columns = (torch.from_numpy(column) for column in (labels, indices, valid))
+        tensors = [values, *columns]
+        if self._device.type == "cuda":
+            # From pinned memory the host does not wait for the copy. Torch keeps each block until
+            # its copy is done.
+            tensors = [
+                tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors
+            ]
+        images, classes, places, keep = tensors
+        return Batch(images, torch.where(keep, classes, IGNORE), keep, classes, places)

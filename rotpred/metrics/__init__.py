@@ -1,5 +1,5 @@
 """Metrics: classification counts, average precision, detection metrics, predictions in files.
 
 Public: all modules.
-Imports: `pipelines`, and of `rotpred` distributed and files.
+Imports: `pipelines`, and of `rotpred` distributed.
 """

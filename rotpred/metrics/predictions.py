@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,8 @@ from pipelines.arrays import Uint8
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.datasets.coco import describe_json_error, read_run_lengths
-from pipelines.datasets.files import read_json
+from pipelines.storage import read_json, write_atomic
 from rotpred.distributed import Rank, gather_rows
-from rotpred.files import write_atomic
 from rotpred.metrics.detections import ImageDetections
 
 _HIGHEST = float(np.finfo(np.float32).max)
@@ -152,9 +152,7 @@ _Row = tuple[tuple[float, float, float, float], int, float, Mapping[str, object]
 
 
 def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of detections, got a {type(entries).__name__}")
+    entries: list[dict[str, Any]] = read_json(path, list)
     images = {name: i for i, name in enumerate(samples.names)}
     labels = {number: label for label, number in enumerate(samples.category_ids)}
     rows: list[list[_Row]] = [[] for _ in images]

@@ -2,5 +2,5 @@
 
 Public: `backbone` (`build_backbone`), `base` (`Backbone`), `fcn`, `heads`, `memory_format`
 (`channels_last`), `probes` and `resnet` (`ResNet`); the package `detection`.
-Imports: `pipelines`, and of `rotpred` distributed and files.
+Imports: `pipelines`, and of `rotpred` distributed.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,6 @@ from torch import nn
 
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
-
-PoolKind = Literal["auto", "specified", "adaptive"]
 
 PROBE_DIM = 9216
 """Approximate length of the pooled features of every stage: 12*12*64. The RotNet authors' pools of
@@ -47,11 +44,11 @@ class AlexNetHead(nn.Module):
     the feature map of conv5 must be 13x13 or 14x14 (images of 223 to 254 pixels).
     """
 
-    def __init__(self, *, classes: int, dim: int = 256) -> None:
+    def __init__(self, *, classes: int) -> None:
         """Build the head with torch's default initialisation."""
         super().__init__()
         self.pool5 = nn.MaxPool2d(3, stride=2)
-        self.fc6 = nn.Linear(dim * 6 * 6, 4096, bias=False)
+        self.fc6 = nn.Linear(256 * 6 * 6, 4096, bias=False)
         self.bn6 = nn.BatchNorm1d(4096)
         self.fc7 = nn.Linear(4096, 4096, bias=False)
         self.bn7 = nn.BatchNorm1d(4096)
@@ -121,27 +118,21 @@ def stage_shapes(backbone: Backbone, input_size: int) -> list[tuple[int, int, in
     return [(x.shape[1], x.shape[2], x.shape[3]) for x in features]
 
 
-def stage_pools(backbone: Backbone, input_size: int, kind: PoolKind = "auto") -> list[nn.Module]:
+def stage_pools(backbone: Backbone, input_size: int) -> list[nn.Module]:
     """Return a pooling module per stage that leaves about `PROBE_DIM` values of its feature map.
+
+    `RESNET50_POOLS` for ResNet-50 at 224 pixels. Else each pools to the side nearest to
+    sqrt(PROBE_DIM / channels), at most that of the feature map: by maximum for AlexNet (the
+    authors' and VISSL's probes), else by mean.
 
     Args:
         backbone: A backbone that `build_backbone` returned.
         input_size: Side of the input in pixels.
-        kind: "specified" is mmselfsup's and VISSL's table for ResNet-50 at 224 pixels. "adaptive"
-            pools to the side nearest to sqrt(PROBE_DIM / channels), at most that of the feature
-            map; by maximum for AlexNet (the authors' and VISSL's probes), else by mean. "auto" is
-            "specified" if there is a table, else "adaptive".
 
     Raises:
-        ValueError: `kind` is "specified", but there is no table.
+        ValueError: The input is too small for this backbone.
     """
-    tabled = backbone.arch == "resnet50" and input_size == 224
-    if kind == "specified" and not tabled:
-        raise ValueError(
-            f"there is no table of pools for {backbone.arch} at {input_size} pixels "
-            "(only for resnet50 at 224): use adaptive"
-        )
-    if tabled and kind != "adaptive":
+    if backbone.arch == "resnet50" and input_size == 224:
         return [nn.AvgPool2d(k, stride=s, padding=p) for k, s, p in RESNET50_POOLS]
     pool = nn.AdaptiveMaxPool2d if backbone.arch == "alexnet" else nn.AdaptiveAvgPool2d
     return [

@@ -2,5 +2,5 @@
 
 Public: all modules. Their functions take arrays, tensors or log rows and return a `Figure`.
 Imports: `pipelines`, and of `rotpred` features, weights, training, svm, program, records, metrics,
-models, distributed and files.
+models and distributed.
 """

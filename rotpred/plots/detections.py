@@ -59,10 +59,8 @@ def boxes_figure(
     *,
     truth: Sequence[Objects] | None = None,
     min_score: float = 0.5,
-    columns: int = 3,
-    title: str = "Detections",
 ) -> Figure:
-    """Draw a grid of images with boxes, names and scores; masks tinted, ground truth dashed.
+    """Draw images, three in a row, with boxes, names and scores; masks tinted, ground truth dashed.
 
     Args:
         images: uint8 (h, w, 3) each.
@@ -70,8 +68,6 @@ def boxes_figure(
         classes: Class names.
         truth: Ground truth of each image.
         min_score: Detections of a lower score are not drawn.
-        columns: Images per row.
-        title: Title of the figure.
 
     Raises:
         ValueError: There are no images, or the numbers of images and results differ.
@@ -79,8 +75,8 @@ def boxes_figure(
     others = {len(found), len(truth) if truth is not None else len(found)}
     if len(images) == 0 or others != {len(images)}:
         raise ValueError(f"{len(images)} images, but results for {sorted(others)}")
-    columns = min(columns, len(images))
-    fig, axes = _grid([image.shape[:2] for image in images], columns, title, foot=truth is not None)
+    sizes = [image.shape[:2] for image in images]
+    fig, axes = _grid(sizes, min(3, len(images)), "Detections", foot=truth is not None)
     for i, (ax, image, one) in enumerate(zip(axes, images, found, strict=True)):
         shapes = _shapes(one, classes, min_score, image.shape[:2])
         ax.imshow(_tinted(image, shapes))

@@ -195,9 +195,8 @@ def retrieval(
     *,
     queries: Sequence[int],
     classes: Sequence[str],
-    k: int = 5,
 ) -> Figure:
-    """Draw a row per query image: the image and its nearest neighbours, nearest first.
+    """Draw a row per query image: the image and its five nearest neighbours, nearest first.
 
     Args:
         images: uint8 (N, S, S, 3).
@@ -205,9 +204,8 @@ def retrieval(
         labels: int64 (N,): class ids, -1 without labels; neighbours of another class are marked.
         queries: Row numbers (Q,) of the query images.
         classes: Class names; a class without a name is shown by its id.
-        k: Number of neighbours, reduced if there are fewer.
     """
-    k = min(k, len(features) - 1)
+    k = min(5, len(features) - 1)
     rows, similar = nearest(features, queries, k=k)
     size = (1.35 * (k + 1), 1.6 * len(queries))
     fig = Figure(figsize=size, dpi=120, layout="constrained")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from rotpred.plots.training import INK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def grid_figure(
@@ -23,6 +25,8 @@ def grid_figure(
         lrs: Learning rates.
         head_lr_mults: Factors on the head's learning rate.
     """
+    from matplotlib.figure import Figure
+
     size = (1.8 + 1.2 * len(head_lr_mults), 1.6 + 0.9 * len(lrs))
     fig = Figure(figsize=size, dpi=120, layout="constrained")
     ax = fig.subplots()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from rotpred.plots.training import ACCENT, INK
 from rotpred.svm.low_shot import ShotResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def class_ap_figure(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[str]) -> Figure:
@@ -20,6 +23,8 @@ def class_ap_figure(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[
         aps: By stage: float64 (C,), from 0 to 1; shown in percent.
         names: Names of the C classes.
     """
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(7.5, 1.7 * len(aps) + 0.9), dpi=120, layout="constrained")
     axes = fig.subplots(len(aps), 1, squeeze=False, sharex=True)
     for ax, (stage, ap) in zip(axes.flat, aps.items(), strict=True):
@@ -36,6 +41,8 @@ def class_ap_figure(aps: Mapping[str, npt.NDArray[np.float64]], names: Sequence[
 
 def low_shot_curve(results: Mapping[str, Sequence[ShotResult]], shots: Sequence[int]) -> Figure:
     """Draw mAP against the number of positives per class; error bars are one standard deviation."""
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(5.6, 3.8), dpi=120, layout="constrained")
     ax = fig.subplots()
     for stage, rows in results.items():

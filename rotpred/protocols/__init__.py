@@ -2,8 +2,9 @@
 
 Public: one module per protocol with `run(recipe, rank)`, and `run_low_shot` of `svm`; `run`
 (`Run`, `open_run`), with which all of them open a run; for benchmarks, `pretrain`
-(`rotation_objective`), `dense` (`Task`), `detection` (`DetectionTask`) and `segmentation` (`SegmentationTask`).
+(`rotation_objective`), `dense` (`Task`), `detection` (`DetectionTask`) and `segmentation`
+(`SegmentationTask`).
 No protocol imports another.
 Imports: `pipelines`, and of `rotpred` recipes, features, weights, plots, training, svm, program,
-records, metrics, models, distributed and files.
+records, metrics, models and distributed.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from pipelines.loader import Loader
+from rotpred.training.loader_interface import LabelledLoader
 
 
 class LabelledData(NamedTuple):
@@ -26,7 +26,7 @@ class LabelledData(NamedTuple):
         return self.names == tuple(map(str, range(len(self.names))))
 
 
-def number_of_classes(train: Loader, val: Loader) -> int:
+def number_of_classes(train: LabelledLoader, val: LabelledLoader) -> int:
     """Return `shared_classes` of two loaders; raises as it does."""
     return shared_classes(
         *(LabelledData(part.spec.data, part.classes, *part.label_range) for part in (train, val))

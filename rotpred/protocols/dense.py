@@ -16,7 +16,7 @@ from torch import nn
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
 from pipelines.dense.spec import DenseSpec
-from pipelines.spec import Precision, Shard
+from pipelines.spec import Precision
 from rotpred.distributed import Rank
 from rotpred.models.base import Backbone
 from rotpred.models.memory_format import channels_last
@@ -177,8 +177,7 @@ def scaled(recipe: R, rank: Rank) -> R:
 
 def open_dense_data(spec: DenseSpec, rank: Rank, precision: Precision) -> DenseLoader:
     """Open this rank's shard of the data."""
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_dense(spec, shard=shard, device=rank.device, precision=precision)
+    return open_dense(spec, shard=rank.shard, device=rank.device, precision=precision)
 
 
 def _write_results(run: Run[DenseLoader], found: Validation) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.loader import Loader
 from rotpred.features.base import Features, Store
 from rotpred.features.extract import extract
 from rotpred.protocols.run import Run
+from rotpred.training.loader_interface import LabelledLoader
+
+L = TypeVar("L", bound=LabelledLoader)
 
 
 def extract_both(
-    run: Run[Loader], stages: Sequence[str], *, cache: str, store: Store
+    run: Run[L], stages: Sequence[str], *, cache: str, store: Store
 ) -> tuple[Features, Features]:
     """Return the features of training and test data, from the cache if there; close the data.
 

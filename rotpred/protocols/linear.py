@@ -23,10 +23,11 @@ from rotpred.models.probes import ProbeSet
 from rotpred.protocols.classes import number_of_classes
 from rotpred.protocols.features import extract_both
 from rotpred.protocols.probe_parts import ProbePart, build_parts, pooled_shapes
-from rotpred.protocols.run import Run, open_run
+from rotpred.protocols.run import Opener, Run, open_run
 from rotpred.protocols.scoring import TOPS, Validation, score
 from rotpred.recipes.linear import Linear
 from rotpred.training.data import check_views, open_data
+from rotpred.training.loader_interface import LabelledLoader, TrainingLoader
 from rotpred.training.precision import autocast
 from rotpred.training.state import LossAndLogs, TrainState
 from rotpred.training.sync_bn import convert_sync_bn
@@ -74,7 +75,8 @@ def run(recipe: Linear, rank: Rank) -> Path:
         own = {name: getattr(spec, name) for name in _DATA_FIELDS}
         return open_extraction_loader(replace(recipe.val, **own), rank, precision)
 
-    with open_run(recipe, rank, open_unaugmented if recipe.cache else open_data) as run:
+    opener: Opener[LabelledLoader] = open_unaugmented if recipe.cache else open_data
+    with open_run(recipe, rank, opener) as run:
         classes = number_of_classes(run.train, run.val)
         names = _train_on_features(recipe, run) if recipe.cache else ()
         parts = build_parts(recipe, run.backbone, classes, cached=names)
@@ -120,7 +122,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
     return run.out
 
 
-def _train_on_features(recipe: Linear, run: Run[Loader]) -> tuple[str, ...]:
+def _train_on_features(recipe: Linear, run: Run[LabelledLoader]) -> tuple[str, ...]:
     """Replace the run's images by their cached features; return the stages in their order."""
     kinds = {probe.kind for probe in recipe.probes}
     names = run.backbone.stage_names if "stages" in kinds else ()
@@ -137,7 +139,7 @@ def _train_on_features(recipe: Linear, run: Run[Loader]) -> tuple[str, ...]:
 
 
 def _reader(
-    recipe: Linear, run: Run[Loader], names: Sequence[str], *, compiled: bool = False
+    recipe: Linear, run: Run[LabelledLoader], names: Sequence[str], *, compiled: bool = False
 ) -> Reader:
     if names:
         shapes = pooled_shapes(run.backbone, recipe.val.crop.size, names=names)
@@ -154,7 +156,7 @@ def _reader(
     return read
 
 
-def evaluate(state: TrainState, val: Loader, read: Reader) -> Validation:
+def evaluate(state: TrainState, val: TrainingLoader[Batch], read: Reader) -> Validation:
     """Return top-1, and top-5 if there are more than five classes, of every probe by name."""
     heads = state.module
     assert isinstance(heads, ProbeSet)
@@ -162,7 +164,7 @@ def evaluate(state: TrainState, val: Loader, read: Reader) -> Validation:
 
 
 def _write_results(
-    recipe: Linear, run: Run[Loader], parts: list[ProbePart], found: Validation
+    recipe: Linear, run: Run[LabelledLoader], parts: list[ProbePart], found: Validation
 ) -> None:
     own: dict[str, Any] = {}
     if recipe.cache:

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from pipelines.spec import Precision
+from pipelines.storage import write_json
 from rotpred.distributed import Rank, any_true
-from rotpred.files import plain, write_json
 from rotpred.models.base import Backbone
 from rotpred.plots.training import curves
 from rotpred.protocols.scoring import Validation
@@ -31,6 +31,7 @@ from rotpred.recipes.base import FromWeights, Recipe
 from rotpred.records.folder import DONE
 from rotpred.records.former_names import translate_names
 from rotpred.records.log import RunLog, lock, read_rows
+from rotpred.records.recipe_json import plain
 from rotpred.training.data import check_data
 from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.loop import steps

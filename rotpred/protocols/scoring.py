@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipelines.loader import Loader
+from pipelines.batch import Batch
 from rotpred.distributed import Rank
 from rotpred.metrics.classification import Confusion, ConfusionResult, TopK
+from rotpred.training.loader_interface import TrainingLoader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ class Validation:
 
 @torch.no_grad()
 def score(
-    val: Loader,
+    val: TrainingLoader[Batch],
     rank: Rank,
     names: Sequence[str],
     logits_of: Callable[[torch.Tensor], Sequence[torch.Tensor]],
@@ -75,7 +76,7 @@ def score(
 @torch.no_grad()
 def score_rotations(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
-    val: Loader,
+    val: TrainingLoader[Batch],
     rank: Rank,
     *,
     tick: Callable[[int], None] = lambda _done: None,

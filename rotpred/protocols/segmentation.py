@@ -16,8 +16,8 @@ from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
 from pipelines.imaging.torchvision_decode import decode
+from pipelines.storage import replaced
 from rotpred.distributed import Rank
-from rotpred.files import replaced
 from rotpred.metrics.classification import Confusion, ConfusionResult
 from rotpred.metrics.predictions import read_masks
 from rotpred.models.base import Backbone

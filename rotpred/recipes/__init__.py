@@ -3,5 +3,5 @@
 Public: `every` (`EVALUATION`, `PRETRAINING`), one module per protocol with its dataclasses, its
 recipes and `RECIPES`, and `probe` (`Probe`).
 Imports: `pipelines`, and of `rotpred` features, weights, plots, training, svm, program, records,
-metrics, models, distributed and files.
+metrics, models and distributed.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from pipelines.checks import Checked, PositiveFloat, PositiveInt
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision
 from rotpred.features.base import AVGPOOL, Store
 from rotpred.training.settings import RunSettings, SyncBn
@@ -16,7 +17,7 @@ PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, 
 
 
 @dataclass(frozen=True)
-class FeatureRun:
+class FeatureRun(Checked):
     """Run folder, device and precision of an evaluation that trains no network."""
 
     out: str = ""
@@ -25,7 +26,7 @@ class FeatureRun:
     """auto (a GPU if there is one), cpu, or cuda."""
     precision: Precision = "fp32"
     """Autocast type of the network: fp32 (no autocast), bf16 or fp16."""
-    timeout: float = 1800.0
+    timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others before the job fails."""
 
 
@@ -46,7 +47,7 @@ class Recipe(Protocol):
 
 
 @dataclass(frozen=True)
-class Named:
+class Named(Checked):
     """The field that all recipes share."""
 
     name: str = "run"
@@ -71,7 +72,7 @@ class Trained(Named):
     sync_bn: SyncBn = "off"
     """Batch norm statistics of what is trained: torch or apex for all GPUs together (SyncBN), off
     for each process alone."""
-    eval_every_epochs: int = 1
+    eval_every_epochs: PositiveInt = 1
     """Epochs between validations. The last epoch is always validated; its result is reported."""
     run: RunSettings = field(default_factory=RunSettings)
     """Length, precision, logs and checkpoints."""

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipelines.dense.spec import DenseSpec, ShortSide
-from rotpred.models.detection.rcnn import C4, FPN, BoxHead
-from rotpred.models.detection.rpn import Proposals
+from rotpred.models.detection.settings import C4, FPN, BoxHead, Proposals
 from rotpred.recipes.base import FromWeights, Trained
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import RunSettings, SyncBn
+from rotpred.training.settings import Optim, RunSettings, SyncBn
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from pipelines.checks import DISTINCT, NOT_EMPTY, Fraction, PositiveFloat, PositiveInt
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred.recipes.base import PLAIN, FromWeights, Trained
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FineTuning(Trained, FromWeights):
     """Fine-tuning of all layers, with a new classifier, on a fraction of the labels."""
 
     name: str = "semi"
-    fraction: float = 0.01
+    fraction: Fraction = 0.01
     """Fraction of the labels in the training data. Reported in the results; selects nothing."""
     train: LoaderSpec = field(default_factory=lambda: LoaderSpec(views="plain"))
     """Labelled training data."""
@@ -26,7 +26,7 @@ class FineTuning(Trained, FromWeights):
     """Labelled validation data."""
     optim: Optim = field(default_factory=lambda: Optim(lr=0.01, weight_decay=5e-4))
     """Optimiser of the backbone."""
-    head_lr_mult: float = 1.0
+    head_lr_mult: PositiveFloat = 1.0
     """Learning rate of the classifier, relative to the backbone's."""
     schedule: Schedule = field(default_factory=lambda: Steps((12, 16), gamma=0.2))
     """Learning rate over time."""
@@ -36,24 +36,12 @@ class FineTuning(Trained, FromWeights):
     """Train every pair of `lrs` and `head_lr_mults`, each in its own folder below the run folder.
     Report all, and the best on the validation data, as published. The same command again resumes
     the unfinished ones."""
-    lrs: tuple[float, ...] = (0.1, 0.01, 0.001)
+    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY, DISTINCT] = (0.1, 0.01, 0.001)
     """Learning rates of the grid; replace optim.lr."""
-    head_lr_mults: tuple[float, ...] = (1.0, 10.0, 100.0)
+    head_lr_mults: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY, DISTINCT] = (1.0, 10.0, 100.0)
     """Multiples of the grid; replace head_lr_mult."""
-    eval_every_epochs: int = 20
+    eval_every_epochs: PositiveInt = 20
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=20, precision="fp32"))
-
-    def __post_init__(self) -> None:
-        for name, values in (("lrs", self.lrs), ("head_lr_mults", self.head_lr_mults)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must not be empty or repeat a value, got {values}")
-        for value in (self.head_lr_mult, *self.lrs, *self.head_lr_mults):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"lrs, head_lr_mult and head_lr_mults must be positive, got {value}"
-                )
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
 
 def in1k_semi(fraction: float = 0.01, lr: float = 0.01, head_lr_mult: float = 100.0) -> FineTuning:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from pipelines.checks import NOT_EMPTY, PositiveFloat, PositiveInt
 from pipelines.spec import CenterCrop
 from rotpred.features.base import AVGPOOL
 from rotpred.recipes.base import PLAIN, OnFeatures, cifar10_data
@@ -17,16 +19,12 @@ class Knn(OnFeatures):
     name: str = "knn"
     stage: str = AVGPOOL
     """Stage of the backbone, or avgpool."""
-    neighbours: tuple[int, ...] = (10, 20, 100, 200)
+    neighbours: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
     """Values of k, the number of neighbours that vote. Each is reported."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Temperature T: the vote of a neighbour is exp(similarity / T)."""
     normalize: bool = True
     """Similarity: cosine if true, dot product if false (VISSL's default, with temperature 0.1)."""
-
-    def __post_init__(self) -> None:
-        if not self.neighbours or min(self.neighbours) < 1 or self.temperature <= 0:
-            raise ValueError("neighbours must be at least 1, and temperature positive")
 
 
 def in1k_knn() -> Knn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from pipelines.checks import NOT_EMPTY, PositiveInt
 from pipelines.spec import (
     NO_COLOR_JITTER,
     CenterCrop,
@@ -17,9 +19,8 @@ from rotpred.features.base import Store
 from rotpred.recipes.base import PLAIN, FromWeights, Trained, cifar10_data
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.recipes.probe import Probe
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, Table, Triangle
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Linear(Trained, FromWeights):
     """Labelled training data."""
     val: LoaderSpec = PLAIN
     """Labelled validation data."""
-    probes: tuple[Probe, ...] = (Probe(),)
+    probes: Annotated[tuple[Probe, ...], NOT_EMPTY] = (Probe(),)
     """Sets of classifiers. All are trained in the same pass, each set with its own optimiser."""
     cache: str = ""
     """Folder for cached features, e.g. runs/features. Features of the training images, with the
@@ -42,7 +43,7 @@ class Linear(Trained, FromWeights):
     store: Store = "float32"
     """Type of the cached features. float16 halves the space and keeps 11 bits of each value; the
     results mention it. Probes compute in float32."""
-    eval_every_epochs: int = 10
+    eval_every_epochs: PositiveInt = 10
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=100))
 
 

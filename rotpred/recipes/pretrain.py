@@ -12,9 +12,8 @@ from pipelines.spec import (
     RandomResizedCrop,
 )
 from rotpred.recipes.base import PLAIN, Trained, cifar10_data
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 
 def rotnet_in1k_r50() -> Pretrain:

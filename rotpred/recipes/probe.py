@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from rotpred.training.optim import Optim
+from pipelines.checks import DISTINCT, Checked, PositiveFloat
 from rotpred.training.schedule import Schedule, Steps
+from rotpred.training.settings import Optim
 
 ProbeKind = Literal["avgpool", "stages", "conv", "nonlinear"]
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Checked):
     """Classifiers on frozen features, all trained in one pass of the backbone."""
 
     kind: ProbeKind = "avgpool"
@@ -24,16 +24,13 @@ class Probe:
     """Optimiser of these classifiers."""
     schedule: Schedule = field(default_factory=lambda: Steps((60, 80)))
     """Learning rate over time."""
-    lrs: tuple[float, ...] = ()
+    lrs: Annotated[tuple[PositiveFloat, ...], DISTINCT] = ()
     """Learning rates to compare. Each classifier is trained with all of them in the same pass, as
     NAME@LR; the best on the validation data is reported. Empty: optim.lr only."""
     affine: bool = False
     """Whether the batch norm of stages has affine parameters (VISSL) or not (mmselfsup)."""
 
     def __post_init__(self) -> None:
-        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
-            raise ValueError(f"lrs must be positive, got {self.lrs}")
-        if len(set(self.lrs)) < len(self.lrs):
-            raise ValueError(f"lrs must differ, got {self.lrs}")
+        super().__post_init__()
         if self.affine and self.kind != "stages":
             raise ValueError(f"affine applies to kind stages, not to {self.kind}")

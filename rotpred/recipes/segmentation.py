@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from pipelines.checks import NonNegativeFloat, PositiveInt, at_least, below
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop
 from rotpred.recipes.base import FromWeights, Trained
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Poly, Schedule
-from rotpred.training.settings import RunSettings, SyncBn
+from rotpred.training.settings import Optim, RunSettings, SyncBn
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class Segmentation(Trained, FromWeights):
     align_corners: bool = False
     """How logits are upsampled, in training and test: keep the centres of the corner pixels in
     place if true, the image edges if false."""
-    aux_weight: float = 0.4
+    aux_weight: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's loss, on res4. The main head has weight 1."""
-    dropout: float = 0.1
+    dropout: Annotated[float, at_least(0), below(1)] = 0.1
     """Probability of dropping a channel before each of the two classifiers."""
     test: Literal["whole", "slide"] = "whole"
     """Validate on whole images, or average the logits of sliding windows."""
-    slide_crop: int = 769
+    slide_crop: PositiveInt = 769
     """Side of the sliding window in pixels."""
-    slide_stride: int = 513
+    slide_stride: PositiveInt = 513
     """Pixels between windows. The last window ends at the edge of the image."""
     save_predictions: bool = False
     """Write the predictions of the last validation to OUT/predictions: one NAME.png of class ids
@@ -63,15 +62,11 @@ class Segmentation(Trained, FromWeights):
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=10, precision="fp32"))
 
     def __post_init__(self) -> None:
-        if not 0 < self.slide_stride <= self.slide_crop:
+        super().__post_init__()
+        if self.slide_stride > self.slide_crop:
             raise ValueError(
-                "slide_stride must be in [1, slide_crop], or windows leave gaps, got "
+                "slide_stride must be at most slide_crop, or windows leave gaps, got "
                 f"{self.slide_stride} and {self.slide_crop}"
-            )
-        if not (math.isfinite(self.aux_weight) and self.aux_weight >= 0 and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"aux_weight must be at least 0, and dropout in [0, 1), got {self.aux_weight} and "
-                f"{self.dropout}"
             )
 
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from pipelines.checks import (
+    DISTINCT,
+    NOT_EMPTY,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+)
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.spec import LoaderSpec, Resize
 from rotpred.recipes.base import PLAIN, RESNET_STAGES, OnFeatures, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
-from rotpred.svm.dual import COSTS
+
+COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
+"""Costs C of the published runs. Their order decides ties (mmselfsup, tools/benchmarks/
+classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
+
+
+Costs = Annotated[tuple[PositiveFloat, ...], NOT_EMPTY]
 
 
 @dataclass(frozen=True)
@@ -24,15 +39,12 @@ class _SvmFields(OnFeatures):
     class_names: tuple[str, ...] = ()
     """Names of the label columns, for results and figures. Empty: the data's own class names, or
     numbers if their count does not match."""
-    stages: tuple[str, ...] = RESNET_STAGES
+    stages: Annotated[tuple[str, ...], NOT_EMPTY, DISTINCT] = RESNET_STAGES
     """Stages of the backbone, each pooled to about 9,000 values, or avgpool."""
-    costs: tuple[float, ...] = COSTS
+    costs: Costs = COSTS
     """Costs C to train with."""
-    positive_weight: float = 2.0
+    positive_weight: PositiveFloat = 2.0
     """Factor on the cost of positive samples."""
-
-    def __post_init__(self) -> None:
-        _check_svm(self.costs, self.positive_weight, self.stages)
 
 
 @dataclass(frozen=True)
@@ -40,15 +52,10 @@ class Svm(_SvmFields):
     """One linear SVM per class and stage; cross-validation chooses its cost."""
 
     name: str = "svm"
-    costs: tuple[float, ...] = COSTS
+    costs: Costs = COSTS
     """Costs C to choose from. Of equally good ones, the first is chosen."""
-    folds: int = 3
+    folds: Annotated[int, at_least(2)] = 3
     """Folds of the cross-validation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, got {self.folds}")
 
 
 @dataclass(frozen=True)
@@ -56,26 +63,14 @@ class LowShot(_SvmFields):
     """Linear SVMs per class and stage on a few samples, over several independent draws."""
 
     name: str = "lowshot"
-    costs: tuple[float, ...] = COSTS
+    costs: Costs = COSTS
     """Costs C. The one with the highest mean on the test data is reported, as published."""
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)
+    shots: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (1, 2, 4, 8, 16, 32, 64, 96)
     """Numbers of positives per class. Each has (classes - 1) times as many negatives."""
-    draws: int = 5
+    draws: PositiveInt = 5
     """Independent draws per number of shots."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the draws."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.shots or min(self.shots) < 1 or self.draws < 1 or self.seed < 0:
-            raise ValueError("shots and draws must be at least 1, and seed at least 0")
-
-
-def _check_svm(costs: tuple[float, ...], weight: float, stages: tuple[str, ...]) -> None:
-    if not costs or min(costs) <= 0 or weight <= 0:
-        raise ValueError("costs and positive_weight must be positive")
-    if not stages or len(set(stages)) < len(stages):
-        raise ValueError("stages must not be empty or repeat a name")
 
 
 def _voc07() -> tuple[LoaderSpec, LoaderSpec]:

@@ -3,5 +3,5 @@
 Public: `console` (`configure_logging`), `folder` (`DONE`, `environment`, `read_results`),
 `former_names`, `log` (`RunLog`, `lock`, `read_rows`), `progress` (`Progress`) and `tensorboard`
 (`pixels`).
-Imports: `pipelines`, and of `rotpred` distributed and files.
+Imports: `pipelines`, and of `rotpred` distributed.
 """

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipelines import __version__
+from pipelines.storage import locked, read_json
 from rotpred.records.former_names import translate_row
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,8 @@ def read_results(path: Path) -> list[dict[str, object]]:
     Raises:
         ValueError: The file is not a JSON list of objects.
     """
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move or repair it") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    rows = read_json(path, list) if path.exists() else []
+    if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a list of results; move or repair it")
     return [translate_row(row) for row in rows]
 
@@ -75,10 +70,7 @@ DONE = "done.json"
 
 @contextmanager
 def lock(out: Path, recipe: str = "") -> Iterator[None]:
-    """Lock the run folder for this job; create it if missing.
-
-    This is a kernel lock (`flock` on out/.lock). It ends with the process, however that ends, so no
-    clean-up is needed. Take it in the main process only.
+    """Lock the run folder for this job; create it if missing. Take it in the main process only.
 
     Args:
         out: The run folder.
@@ -89,44 +81,20 @@ def lock(out: Path, recipe: str = "") -> Iterator[None]:
             message names it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: on a full disk, closing the file must not write again.
-    with (out / ".lock").open("a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                holder = file.read().decode().strip() or "another process"
+    hint = (
+        "two jobs in one run folder overwrite each other's checkpoints. Choose another folder or "
+        "stop that job first"
+    )
+    with locked(out, hint=hint):
+        kept = out / "recipe.json"
+        if recipe and kept.exists():
+            name = read_json(kept, dict).get("name")
+            if name not in (None, recipe):
                 raise ValueError(
-                    f"{out} is in use by {holder}: two jobs in one run folder overwrite each "
-                    f"other's checkpoints. Choose another folder or stop that job first"
-                ) from None
-            # Some network file systems cannot lock. Train anyway.
-            logger.warning("cannot lock %s (%s); make sure that no other job uses it", out, error)
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        except OSError as error:
-            logger.warning("cannot write %s/.lock (%s)", out, error)
-        if recipe:
-            _check_recipe(out, recipe)
+                    f"{out} holds a run of {name}: choose another folder for {recipe} with "
+                    "--run.out"
+                )
         yield
-
-
-def _check_recipe(out: Path, recipe: str) -> None:
-    """Raise `ValueError` if the folder holds the run of another recipe."""
-    kept = out / "recipe.json"
-    if not kept.exists():
-        return
-    try:
-        held = json.loads(kept.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{kept} is not JSON ({error}); move or repair it") from error
-    name = held.get("name") if isinstance(held, dict) else None
-    if name not in (None, recipe):
-        raise ValueError(
-            f"{out} holds a run of {name}: choose another folder for {recipe} with --run.out"
-        )
 
 
 def environment(device: torch.device, *, world: int) -> dict[str, object]:
@@ -134,6 +102,8 @@ def environment(device: torch.device, *, world: int) -> dict[str, object]:
 
     Imports no package to find its version.
     """
+    import torch
+
     versions: dict[str, str | None] = dict.fromkeys(("torch", "torchvision", "numpy", "ffcv"))
     versions["dali"] = None
     for package in distributions():

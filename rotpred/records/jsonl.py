@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from rotpred.files import write_atomic
+from pipelines.storage import write_atomic
 from rotpred.records.folder import read_rows, row_step
 
 

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from pipelines.storage import replaced, write_json
 from rotpred.distributed import Rank
-from rotpred.files import plain, replaced, write_json
 from rotpred.records.console import configure_logging, describe
 from rotpred.records.folder import DONE, environment, lock, read_results, read_rows, rss_mib
 from rotpred.records.jsonl import JsonlWriter
 from rotpred.records.progress import Progress
+from rotpred.records.recipe_json import plain
 from rotpred.records.tensorboard import TensorBoardWriter
 
 if TYPE_CHECKING:
@@ -254,8 +255,8 @@ class RunLog:
         with self._keeps_going():
             write_json(self.out / "results.json", self._results)
 
-    def figure(self, name: str, fig: Figure, *, step: int | None = None) -> None:
-        """Write figures/NAME.png and add it to TensorBoard at `step` (default: the current one)."""
+    def figure(self, name: str, fig: Figure) -> None:
+        """Write figures/NAME.png, and add it to TensorBoard at the current step."""
         if not self._rank.main:
             return
         from PIL import Image
@@ -263,11 +264,10 @@ class RunLog:
         from rotpred.records.tensorboard import pixels
 
         image = pixels(fig)
-        at = self._step if step is None else step
         with self._keeps_going():
             with replaced(self.out / "figures" / f"{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-            self._scalars.image(name, image, step=at, resumed=self._resumed)
+            self._scalars.image(name, image, step=self._step, resumed=self._resumed)
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:

@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -58,6 +58,11 @@ class ImageBlock:
     title: str
     png: bytes
     path: Path | None = None
+
+    @property
+    def base64(self) -> str:
+        """The PNG in base64, for a data URI."""
+        return base64.b64encode(self.png).decode()
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -108,62 +113,13 @@ def _escaped(text: str) -> str:
 
 def html(blocks: Sequence[Block], *, title: str) -> str:
     """Render one self-contained HTML file: images are data URIs, the style is inline."""
-    body = "\n".join(_html(block) for block in blocks)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading():
-            return f"<h{block.level}>{escape(block.text)}</h{block.level}>"
-        case Text():
-            start = '<p class="warning"><b>Warning:</b> ' if block.warning else "<p>"
-            return f"{start}{escape(block.text)}</p>"
-        case Code():
-            return f"<pre><code>{escape(block.text)}</code></pre>"
-        case Grid():
-            head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in block.head)
-            rows = "\n".join(_html_row(row) for row in block.rows)
-            return (
-                f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
-                f"<tbody>\n{rows}\n</tbody>\n</table></div>"
-            )
-        case ImageBlock():
-            data = base64.b64encode(block.png).decode()
-            title = escape(block.title)
-            return (
-                f'<figure><img alt="{title}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{title}</figcaption></figure>"
-            )
-
-
-def _html_row(row: tuple[str, ...]) -> str:
-    cells = [f'<th scope="row">{escape(row[0])}</th>']
-    for cell in row[1:]:
-        mark = ' class="missing"' if cell == NOT_RUN else ""
-        cells.append(f"<td{mark}>{escape(cell)}</td>")
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
-  max-width: 62rem; padding: 0 1rem 3rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd;
-  padding-top: 1rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 7rem; }
-thead th { vertical-align: bottom; border-bottom: 2px solid #999; }
-tbody th { font-weight: normal; }
-.missing { color: #767676; font-style: italic; }
-.warning { border-left: 4px solid #c8641e; background: #fdf3ec; padding: .5rem .8rem; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .6rem .8rem; font-size: .8rem; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figcaption { font-size: .85rem; color: #555; }
-"""
+    named = [(type(block).__name__, block) for block in blocks]
+    return templates.get_template("page.html").render(title=title, blocks=named, not_run=NOT_RUN)

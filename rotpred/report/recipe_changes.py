@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rotpred.files import plain
 from rotpred.recipes.every import EVALUATION, PRETRAINING
+from rotpred.records.recipe_json import plain
 from rotpred.report import published
 
 IGNORED_FIELDS = frozenset(

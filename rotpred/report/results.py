@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipelines.storage import read_json
 from rotpred.records.folder import DONE, read_results
 from rotpred.records.former_names import translate_names, translate_option
 
@@ -163,14 +163,8 @@ def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> Finish
 
 
 def _object(path: Path) -> dict[str, object]:
-    if not path.exists():
-        return {}
-    try:
-        value = translate_names(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    value = translate_names(read_json(path, dict)) if path.exists() else {}
+    assert isinstance(value, dict)
     return value
 
 

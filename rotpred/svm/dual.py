@@ -20,10 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-COSTS = (1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20)))
-"""Costs C of the published runs. Their order decides ties (mmselfsup, tools/benchmarks/
-classification/svm_voc07/tools/eval_svm_full.sh and svm_helper.py)."""
-
 TOLERANCE = 1e-7
 """Greatest distance of a solution from the exact one, relative to |(w, b)|; see `solve`."""
 

@@ -14,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Float64, Int64
 from rotpred.metrics.average_precision import average_precision
 from rotpred.svm.dual import solve
 from rotpred.svm.primal import solve_compact
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 25
 """Number of kernel values that are solved together: 256 MB of float64."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pipelines.loader import Loader, open_loader
-from pipelines.spec import LoaderSpec, Precision, Shard
+from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank, check_equal
 from rotpred.training.loader_interface import TrainingLoader
 
@@ -17,8 +17,7 @@ _VIEWS_REASONS = {
 
 def open_data(spec: LoaderSpec, rank: Rank, precision: Precision) -> Loader:
     """Open this rank's shard of the data; batches have the dtype of the precision."""
-    shard = Shard(rank.rank, rank.world, rank.local_world)
-    return open_loader(spec, shard=shard, device=rank.device, precision=precision)
+    return open_loader(spec, shard=rank.shard, device=rank.device, precision=precision)
 
 
 def check_views(views: Literal["rotate4", "plain"], *specs: LoaderSpec | None) -> None:

@@ -1,9 +1,12 @@
-"""Protocols of loaders and their specs, as the training loop needs them."""
+"""Protocols of loaders and their specs, as the training loop and the protocols need them."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from typing import Protocol, TypeVar
+
+from pipelines.batch import Batch
+from pipelines.spec import LoaderSpec
 
 B_co = TypeVar("B_co", covariant=True)
 
@@ -35,7 +38,7 @@ class DataSpec(Protocol):
 
 
 class TrainingLoader(Protocol[B_co]):
-    """Loader of training batches: `Loader` or `DenseLoader`."""
+    """Loader of training batches: `Loader`, `DenseLoader` or `FeatureLoader`."""
 
     digest: int
     """Sum of the hashes of all valid samples served and their crop boxes, modulo 2**64."""
@@ -55,3 +58,16 @@ class TrainingLoader(Protocol[B_co]):
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[B_co, None, None]:
         """Yield the batches of an epoch from `start_step` on: a pure function of both."""
+
+
+class LabelledLoader(TrainingLoader[Batch], Protocol):
+    """Loader of images with class labels, or of their features: `Loader` or `FeatureLoader`."""
+
+    classes: tuple[str, ...]
+    """Class names; empty if the data set has none."""
+    label_range: tuple[int, int]
+    """Smallest and largest label of the data set; -1 means no label."""
+
+    @property
+    def spec(self) -> LoaderSpec:
+        """The spec that the loader was opened with."""

@@ -129,7 +129,7 @@ def steps(
             return
         meter.check_finite()
         state.digest = stream_digest(loader, state.rank)
-        state.save(run.keep_checkpoints)
+        state.save()
         saved = state.step
 
     def stop_if_asked() -> None:
@@ -176,7 +176,7 @@ def steps(
             if evaluate is not None and due:
                 score = evaluate(finished)
                 if state.at_update:
-                    state.score(score, run.keep_checkpoints)
+                    state.score(score)
             if state.at_update and state.step < last:
                 stop_if_asked()
             meter.restart()

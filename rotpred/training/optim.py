@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
+from rotpred.training.settings import DecayRule, Optim
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm of any dimension
@@ -27,48 +25,6 @@ APEX_INSTALL = (
     'APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "apex @ '
     'git+https://github.com/NVIDIA/apex"'
 )
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Optimiser and hyperparameters. The defaults are mmselfsup's for RotNet with ResNet-50."""
-
-    lr: float = 0.2
-    """Peak learning rate, for `reference_batch` source images per step."""
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_rule: DecayRule = "all"
-    """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
-    no_norm_no_bias (LARS)."""
-    kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
-    """sgd, lars, or apex_sgd: NVIDIA apex's FusedSGD, which must be installed."""
-    reference_batch: int | None = None
-    """Source images per global step that `lr` is for. The learning rate scales linearly with the
-    batch (Goyal et al. 2017, section 2.1). None: no scaling."""
-    trust: float = 0.001
-    """Trust coefficient of LARS (You et al. 2017, eta); unused by other optimisers."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.trust <= 0:
-            raise ValueError(
-                f"momentum must be in [0, 1), weight_decay not negative and trust positive, got "
-                f"{self.momentum}, {self.weight_decay}, {self.trust}"
-            )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum")
-        if self.reference_batch is not None and self.reference_batch < 1:
-            raise ValueError(f"reference_batch must be at least 1, got {self.reference_batch}")
-        if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
-            raise ValueError('lars needs decay_rule="no_norm_no_bias" and no nesterov')
-
-    def lr_for(self, source_images: int) -> float:
-        """Return the learning rate for a global step of `source_images` images (not views)."""
-        if self.reference_batch is None:
-            return self.lr
-        return self.lr * source_images / self.reference_batch
 
 
 def param_groups(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from rotpred.files import replaced, write_atomic
+from pipelines.storage import replaced, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,11 @@ def profiled(
     plan = schedule(wait=wait, warmup=warm_up, active=steps, repeat=1)
     write = functools.partial(_write, folder, device)
     count = 0
-    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+    # There is one cycle, so nothing accumulates. Without acc_events torch 2.11 warns while it
+    # prepares. If warnings are errors, leaving the half-prepared profiler then ends the process.
+    with profile(
+        activities=activities, schedule=plan, on_trace_ready=write, acc_events=True
+    ) as profiler:
 
         def step() -> None:
             nonlocal count

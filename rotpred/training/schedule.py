@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pipelines.checks import NOT_EMPTY, Checked, NonNegativeFloat, PositiveFloat, at_least, below
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Checked):
     """Multiply by gamma at each milestone, after a linear warm-up from start_factor to 1.
 
     mmselfsup, ResNet-50: milestones 30 and 50 of 70 epochs, 5 epochs of warm-up from 0.1, a new
     value at every step.
     """
 
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[NonNegativeFloat, ...] = ()
     """In epochs; the new factor applies from the first step of that epoch."""
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    warmup_start_factor: float = 0.1
+    gamma: PositiveFloat = 0.1
+    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_start_factor: NonNegativeFloat = 0.1
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Checked):
     """Piecewise constant rates: an epoch takes the first entry whose bound exceeds it, or the last.
 
     As in the paper's code (algorithms/Algorithm.py, `LUT_lr`). The table gives the shape: its rates
@@ -30,44 +33,41 @@ class Table:
     therefore repeats the first entry (0.01 for AlexNet, not the nominal 0.1).
     """
 
-    pairs: tuple[tuple[float, float], ...]
+    pairs: Annotated[tuple[tuple[NonNegativeFloat, PositiveFloat], ...], NOT_EMPTY]
     """(bound in epochs, learning rate), bounds ascending."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         bounds = [bound for bound, _ in self.pairs]
-        if not bounds or bounds != sorted(set(bounds)) or min(lr for _, lr in self.pairs) <= 0:
-            raise ValueError(f"a table needs ascending bounds and positive rates, got {self.pairs}")
+        if bounds != sorted(set(bounds)):
+            raise ValueError(f"a table needs ascending bounds, got {self.pairs}")
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Checked):
     """Half a cosine from 1 to `final`, after a linear warm-up."""
 
-    warmup_epochs: float = 0.0
-    final: float = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
+    final: NonNegativeFloat = 0.0
     """Share of the base learning rate at the end."""
-    warmup_start_factor: float = 0.0
+    warmup_start_factor: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
-class Triangle:
+class Triangle(Checked):
     """Linear from `start` to 1 at `warmup` (a fraction of the run), then linear to `final`."""
 
-    warmup: float = 0.2
-    start: float = 0.0
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a fraction of the run in [0, 1), got {self.warmup}")
+    warmup: Annotated[float, at_least(0), below(1)] = 0.2
+    start: NonNegativeFloat = 0.0
+    final: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
-class Poly:
+class Poly(Checked):
     """(1 - t) ** power, from 1 to `final` (segmentation: power 0.9, final 0.01)."""
 
-    power: float = 0.9
-    final: float = 0.0
+    power: NonNegativeFloat = 0.9
+    final: NonNegativeFloat = 0.0
 
 
 Schedule = Steps | Table | Cosine | Triangle | Poly

@@ -1,25 +1,36 @@
-"""Settings of a run that every recipe shares: length, device, precision, checkpoints."""
+"""Settings that recipes share: the run (length, device, precision, checkpoints), the optimiser."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pipelines.checks import (
+    Checked,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    below,
+)
 from pipelines.spec import Precision
+
+DecayRule = Literal["all", "no_norm", "no_norm_no_bias"]
 
 SyncBn = Literal["off", "torch", "apex"]
 """Batch norm statistics: of each process alone, or over all processes by torch or apex."""
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Checked):
     """Run folder, length, device, precision and checkpoints of a run."""
 
     out: str = ""
     """Run folder; empty for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
-    epochs: int = 70
+    epochs: PositiveInt = 70
     """Passes over the training data. Learning-rate schedules span them or count them."""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """Stop after this many steps, with the schedule of the full run (smoke tests, benchmarks)."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
@@ -30,18 +41,18 @@ class RunSettings:
     cuda_graph: bool = False
     """Replay forward and backward as one CUDA graph per image size. Helps if the CPU launches
     kernels too slowly. Needs a GPU, and batch norm without SyncBN."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Gradient accumulation: steps per update of the weights."""
-    log_every_steps: int = 50
+    log_every_steps: PositiveInt = 50
     """Steps between log lines. Apart from SyncBN and detection, only then does the host wait for
     the device."""
-    save_every_steps: int = 1000
+    save_every_steps: PositiveInt = 1000
     """Steps between checkpoints. Another one is written at the end of each epoch."""
-    profile: int = 0
+    profile: NonNegativeInt = 0
     """Steps to profile, shortly after the start, into OUT/profile; 0 for none."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, at_least(2)] = 3
     """How many of the newest checkpoints to keep, at least 2, besides the best one."""
-    timeout: float = 1800.0
+    timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others before the job fails."""
 
     def total_steps(self, per_epoch: int) -> int:
@@ -49,15 +60,36 @@ class RunSettings:
         total = self.epochs * per_epoch
         return total if self.max_steps is None else min(total, self.max_steps)
 
+
+@dataclass(frozen=True)
+class Optim(Checked):
+    """Optimiser and hyperparameters. The defaults are mmselfsup's for RotNet with ResNet-50."""
+
+    lr: PositiveFloat = 0.2
+    """Peak learning rate, for `reference_batch` source images per step."""
+    momentum: Annotated[float, at_least(0), below(1)] = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 1e-4
+    decay_rule: DecayRule = "all"
+    """all (mmselfsup, the paper's code), no_norm (VISSL: norms excluded, biases included), or
+    no_norm_no_bias (LARS)."""
+    kind: Literal["sgd", "lars", "apex_sgd"] = "sgd"
+    """sgd, lars, or apex_sgd: NVIDIA apex's FusedSGD, which must be installed."""
+    reference_batch: PositiveInt | None = None
+    """Source images per global step that `lr` is for. The learning rate scales linearly with the
+    batch (Goyal et al. 2017, section 2.1). None: no scaling."""
+    trust: PositiveFloat = 0.001
+    """Trust coefficient of LARS (You et al. 2017, eta); unused by other optimisers."""
+
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "log_every_steps", "save_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
-        if self.profile < 0:
-            raise ValueError(f"run.profile must not be negative, got {self.profile}")
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                f"run.keep_checkpoints must be at least 2, got {self.keep_checkpoints}"
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"run.max_steps must be at least 1, got {self.max_steps}")
+        super().__post_init__()
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum")
+        if self.kind == "lars" and (self.decay_rule != "no_norm_no_bias" or self.nesterov):
+            raise ValueError('lars needs decay_rule="no_norm_no_bias" and no nesterov')
+
+    def lr_for(self, source_images: int) -> float:
+        """Return the learning rate for a global step of `source_images` images (not views)."""
+        if self.reference_batch is None:
+            return self.lr
+        return self.lr * source_images / self.reference_batch

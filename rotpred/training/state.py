@@ -19,12 +19,12 @@ from torch.profiler import record_function
 
 from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
 from rotpred.records.former_names import translate_names
-from rotpred.training import checkpoint
+from rotpred.training.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load
 from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
-from rotpred.training.optim import Optim, build_optimizer, set_lr
+from rotpred.training.optim import build_optimizer, set_lr
 from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class TrainState:
         if run.cuda_graph and capture is None and rank.device.type != "cuda":
             raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
         self.rank, self.module, self.folder = rank, module, folder
+        self._checkpoints = CheckpointFolder(folder, keep=run.keep_checkpoints)
         self.step = 0
         self.digest = "0"
         """`loop.stream_digest` of the samples trained on, up to the last checkpoint."""
@@ -230,8 +231,8 @@ class TrainState:
             for tensor, part in zip(alike, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def save(self, keep: int) -> None:
-        """Write a checkpoint on rank 0 while the others wait; keep the `keep` latest ones.
+    def save(self) -> None:
+        """Write a checkpoint on rank 0 while the others wait.
 
         Raises:
             CheckpointError: It cannot be written.
@@ -247,17 +248,17 @@ class TrainState:
                 "rng": torch.get_rng_state(),
                 "identity": json.dumps(self._identity, sort_keys=True),
             }
-            checkpoint.save(self.folder, self.step, state, keep=keep)
+            self._checkpoints.save(self.step, state)
         barrier(self.rank)
 
-    def score(self, value: float, keep: int) -> None:
+    def score(self, value: float) -> None:
         """Store the score of the checkpoint that `save` has written at this step.
 
         Raises:
             CheckpointError: There is no such checkpoint, or its sidecar cannot be written.
         """
         if self.rank.main:
-            checkpoint.set_score(self.folder, self.step, value, keep=keep)
+            self._checkpoints.set_score(self.step, value)
         barrier(self.rank)
 
     def resume(self) -> bool:
@@ -270,22 +271,21 @@ class TrainState:
             CheckpointError: The checkpoint belongs to another run (the message lists the
                 differences), or all checkpoints are damaged.
         """
-        found = ""
+        loaded: Checkpoint | None = None
         failure = ""
         if self.rank.main:
             try:
-                latest = checkpoint.load_latest(self.folder)
-                found = str(latest.path) if latest is not None else ""
-            except checkpoint.CheckpointError as error:
+                loaded = self._checkpoints.latest()
+            except CheckpointError as error:
                 failure = str(error)
         # Rank 0 chooses. All ranks load the same file, or fail with the same message.
         failure = broadcast_str(failure, self.rank)
         if failure:
-            raise checkpoint.CheckpointError(failure)
-        found = broadcast_str(found, self.rank)
+            raise CheckpointError(failure)
+        found = broadcast_str("" if loaded is None else str(loaded.path), self.rank)
         if not found:
             return False
-        loaded = checkpoint.load(Path(found), map_location="cpu")
+        loaded = loaded or load(Path(found))
         identity = translate_names(json.loads(loaded.state["identity"]))
         assert isinstance(identity, dict)
         self._check_identity(found, identity)
@@ -307,7 +307,7 @@ class TrainState:
             if saved.get(name) != self._identity.get(name)
         ]
         if differences:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{path} belongs to another run ({'; '.join(differences)}): "
                 "choose another --run.out"
             )

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipelines.spec import CIFAR10, IMAGENET, Normalize
-from rotpred.files import CheckpointError
+from pipelines.checks import check
 from rotpred.models.base import Backbone
+from rotpred.training.checkpoint import CheckpointError
+from rotpred.weights.formats import SUFFIXES, Format
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.load import finite_tensors, save_backbone, write_whole
-
-Format = Literal["safetensors", "torchvision", "timm", "mmdet", "mmseg", "detectron2", "onnx"]
-
-SUFFIXES: Mapping[Format, str] = {
-    "safetensors": ".safetensors",
-    "torchvision": ".pth",
-    "timm": ".pth",
-    "mmdet": ".pth",
-    "mmseg": ".pth",
-    "detectron2": ".pkl",
-    "onnx": ".onnx",
-}
-"""File name suffix of each format. detectron2 and this project choose the reader by it."""
 
 COMMON = ("resnet18", "resnet50")
 """Backbones that other projects have under the same names with the same layers."""
@@ -49,11 +38,11 @@ class ExportedFile(NamedTuple):
 
 
 def export_backbone(
-    backbone: Backbone, path: Path, form: Format, meta: Mapping[str, str]
+    backbone: Backbone, path: str | os.PathLike[str], form: Format, meta: Mapping[str, str]
 ) -> ExportedFile:
     """Write a backbone for another project, atomically.
 
-    The files do not say how to normalise inputs; `reader_settings` does. Formats:
+    The files do not say how to normalise inputs; `formats.reader_settings` does. Formats:
 
     - torchvision and timm: a flat state dict without `fc`; load it with strict=False or
       num_classes=0.
@@ -73,8 +62,11 @@ def export_backbone(
     Raises:
         CheckpointError: The project has no such network, the suffix is wrong, weights are not
             finite, the ONNX outputs differ, or the file cannot be written.
+        ValueError: There is no such format.
         ImportError: A package of the `eval` extra is missing (ONNX only).
     """
+    path = Path(path)
+    check("form", form, Format)
     if form not in ("safetensors", "onnx") and backbone.arch not in COMMON:
         raise CheckpointError(
             f"{form} has no {backbone.arch} (only {', '.join(COMMON)}): use safetensors or onnx"
@@ -99,45 +91,6 @@ def export_backbone(
             data, count = _onnx_bytes(backbone, meta)
             digest = write_whole(path, data)
     return ExportedFile(path, count, path.stat().st_size, digest)
-
-
-def reader_settings(form: Format) -> str:
-    """Return the settings that the other project needs, under its own option names, in one line.
-
-    Its defaults may differ (detectron2's are BGR, standard deviation 1 and the stride in the 1 x 1
-    convolution) and would silently degrade results. A weights file does not hold the normalisation
-    of its pretraining, so both of our statistics are listed.
-    """
-    imagenet, cifar10 = (_statistics(form, statistics) for statistics in (IMAGENET, CIFAR10))
-    return (
-        f"{_INPUT_SETTINGS[form]}; mean and deviation as in pretraining: "
-        f"ImageNet recipes use {imagenet}; CIFAR-10 recipes {cifar10}"
-    )
-
-
-_INPUT_SETTINGS: Mapping[Format, str] = {
-    "safetensors": "RGB in 0..1",
-    "torchvision": "RGB in 0..1",
-    "timm": "RGB in 0..1",
-    "mmdet": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
-    "mmseg": "data_preprocessor bgr_to_rgb=True, backbone style='pytorch'",
-    "detectron2": "INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False (not the defaults)",
-    "onnx": "RGB in 0..1",
-}
-"""Settings of each format's reader, besides the statistics."""
-
-
-def _statistics(form: Format, normalize: Normalize) -> str:
-    """Return mean and standard deviation in the other project's units and option names."""
-    names, unit = ("mean", "std"), 255
-    match form:
-        case "detectron2":
-            names, unit = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"), 1
-        case "mmdet" | "mmseg":
-            unit = 1
-    rows = (normalize.mean, normalize.std)
-    texts = (",".join(f"{round(v / unit, 4):g}" for v in row) for row in rows)
-    return ", ".join(f"{name} [{text}]" for name, text in zip(names, texts, strict=True))
 
 
 def _torch_bytes(content: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,24 +15,13 @@ import torch
 import torchvision
 from torch import nn
 
-from rotpred.files import CheckpointError, check_space, replace, sha256_file, write_verified
+from pipelines.storage import replaced, sha256_file, write_verified
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import RotNet
+from rotpred.training.checkpoint import CheckpointError
 from rotpred.weights.layouts import Tensors
 from rotpred.weights.read import StateDictFile, first_few, read_state_dict
-
-__all__ = [
-    "LoadReport",
-    "finite_tensors",
-    "imagenet_file",
-    "load_backbone",
-    "load_rotnet",
-    "read_backbone",
-    "save_backbone",
-    "sha256_file",
-    "write_whole",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +53,7 @@ class LoadReport(NamedTuple):
         return f"{self.layout}: {len(self.loaded)} tensors loaded, {', '.join(more)}"
 
 
-def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> str:
+def save_backbone(path: str | os.PathLike[str], backbone: Backbone, meta: Mapping[str, str]) -> str:
     """Write a backbone's weights as safetensors with its own (torchvision's) keys.
 
     Args:
@@ -79,7 +69,7 @@ def save_backbone(path: Path, backbone: Backbone, meta: Mapping[str, str]) -> st
     """
     tensors = finite_tensors(backbone)
     data = _sorted_header(safetensors.torch.save(tensors, {**meta, "arch": backbone.arch}))
-    return write_whole(path, data)
+    return write_whole(Path(path), data)
 
 
 def finite_tensors(backbone: Backbone) -> Tensors:
@@ -101,14 +91,15 @@ def write_whole(path: Path, data: bytes) -> str:
     Raises:
         CheckpointError: There is no space, or the data read back differ from those written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_space(path.parent, len(data))
-    temporary, digest = write_verified(path, lambda file: file.write(data))
-    replace(temporary, path)
-    return digest
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path, size=len(data)) as temporary:
+            return write_verified(temporary, data)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
-def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
+def load_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> LoadReport:
     """Load a backbone from a file of any layout that `read_state_dict` knows.
 
     Raises:
@@ -116,10 +107,13 @@ def load_backbone(backbone: Backbone, path: Path) -> LoadReport:
         CheckpointError: The file is damaged, unsafe or of another architecture, keys are missing or
             unknown, shapes differ, or values are not finite. The backbone is then unchanged.
     """
+    path = Path(path)
     return _fill_backbone(backbone, path, read_state_dict(path))
 
 
-def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadReport]:
+def read_backbone(
+    path: str | os.PathLike[str], arch: str | None = None
+) -> tuple[Backbone, LoadReport]:
     """Build the backbone that a file holds, and load it.
 
     Args:
@@ -130,6 +124,7 @@ def read_backbone(path: Path, arch: str | None = None) -> tuple[Backbone, LoadRe
         FileNotFoundError: There is no such file.
         CheckpointError: As for `load_backbone`, or the architecture is unknown.
     """
+    path = Path(path)
     found = read_state_dict(path)
     if arch is None and found.arch is None:
         raise CheckpointError(

@@ -14,8 +14,7 @@ from typing import Any
 import safetensors
 import torch
 
-from rotpred.files import CheckpointError, load_plain
-from rotpred.training.checkpoint import load, sidecar_of
+from rotpred.training.checkpoint import CheckpointError, load, load_plain, sidecar_of
 from rotpred.weights.layouts import FLAT, KeyLayout, Tensors, recognise_layout
 
 CONTAINERS = ("model", "state_dict", "network", "model_state_dict", "classy_state_dict")
@@ -195,7 +194,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         return load(path).state
     try:
         with torch.serialization.safe_globals([(_Placeholder, name) for name in BOOKKEEPING]):
-            return load_plain(path, "cpu")
+            return load_plain(path)
     except CheckpointError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
         if found is None:

@@ -19,7 +19,8 @@ from pipelines.spec import IMAGENET, ColorJitter
 from rotpred.distributed import Rank
 from rotpred.protocols import detection, finetune, segmentation
 from rotpred.protocols.knn import neighbours
-from rotpred.svm.dual import COSTS, gram, solve
+from rotpred.recipes.svm import COSTS
+from rotpred.svm.dual import gram, solve
 from tests.support import dense_trees
 from tests.support.classification_trees import make_trees
 from tests.support.run_outputs import results, saved

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from pipelines.batch import Batch, RawBatch
 from pipelines.device.transfer import Transfer
-from pipelines.engines.choice import missing_engines
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred.distributed import Rank
@@ -19,10 +18,10 @@ from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from tests.support.engines import engines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -37,12 +36,10 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", engines(*VARIANTS))
 def test_batches_on_the_gpu_equal_those_on_the_cpu(beton: Path, name: str) -> None:
     """Batches of two epochs of different sizes, kept while the device is busy, as on the CPU."""
     engine = name.split("-")[0]
-    if engine in (missing := missing_engines()):
-        pytest.skip(missing[engine])
     spec = LoaderSpec(
         data=str(beton),
         engine=engine,  # type: ignore[arg-type]

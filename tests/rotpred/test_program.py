@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rotpred.program import report_error
+from rotpred.program import exit_status, report_error
 
 
 def test_an_error_is_printed_once_per_machine(
@@ -39,3 +39,35 @@ def test_a_full_disk_does_not_hide_the_error(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full/0/error.json")
     report_error("error: no space left")
     assert capsys.readouterr().err == "error: no space left\n"
+
+
+def test_torchruns_summary_shows_the_traceback_of_our_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "attempt_0" / "0" / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def mistaken() -> int:
+        raise TypeError("not a recipe")
+
+    with pytest.raises(TypeError, match="not a recipe"):
+        exit_status("error", mistaken)
+    note = json.loads(file.read_text())["message"]
+    assert note["message"] == "TypeError: not a recipe"
+    assert "in mistaken\n" in note["extraInfo"]["py_callstack"]
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ImportError])
+def test_what_a_user_can_change_is_one_line_unless_debugging(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> int:
+        raise kind("no data\n  in x")
+
+    monkeypatch.delenv("ROTPRED_DEBUG", raising=False)
+    assert exit_status("convert", fails) == 2
+    assert capsys.readouterr().err == "convert: no data in x (ROTPRED_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("ROTPRED_DEBUG", "1")
+    with pytest.raises(kind, match="no data"):
+        exit_status("convert", fails)

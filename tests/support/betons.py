@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
+import torch
 
 from pipelines.beton.reader import Beton
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.images import MemoryImages
+from tests.support.engines import need
 
 COUNT = 24
 
@@ -32,10 +34,10 @@ def make_beton(path: Path, count: int = COUNT) -> Path:
 
 def import_ffcv() -> Any:
     """Import ffcv or skip the test. The import sets torch to one thread; undo that."""
-    torch = pytest.importorskip("torch")
+    need("ffcv")
     threads = torch.get_num_threads()
     try:
-        return pytest.importorskip("ffcv", reason="ffcv is not installed")
+        return importlib.import_module("ffcv")
     finally:
         torch.set_num_threads(threads)
 
@@ -54,6 +56,6 @@ def rejected(folder: Path, kind: str = "quarantine") -> dict[str, str]:
 
 def assert_nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> None:
     """No output, no temporary or lock file, no child process."""
-    left = {p.name for p in folder.iterdir() if p.name.startswith("out.beton")}
+    left = {p.name for p in folder.iterdir() if p.name.lstrip(".").startswith("out.beton")}
     assert left == set(but)
     assert multiprocessing.active_children() == []

@@ -1,13 +1,18 @@
-"""Engines as test parameters, and comparing the batches that they serve."""
+"""Engines as test parameters, which of them are missing, and comparing the batches they serve."""
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines.batch import Batch
+from pipelines.engines.choice import ENGINES, missing_reason
 from pipelines.loader import Loader
 from pipelines.spec import Normalize
 
@@ -15,20 +20,39 @@ PIXELS = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """Leaves pixels unchanged, 0 to 255."""
 
 
-MISSING = {
-    engine: f"{module} is not installed"
-    for engine, module in (("ffcv", "ffcv"), ("dali", "nvidia"))
-    if importlib.util.find_spec(module) is None
-}
+MARKED = ("ffcv", "dali")
+"""Engines that an installation may lack. Each is also the marker of the tests that need it."""
+
+
+@functools.cache
+def missing(engine: str) -> str | None:
+    """Return why the package of an engine cannot be imported, in one line, or None if it can."""
+    reason = missing_reason(engine)
+    if reason is None:
+        return None
+    # If only our own module is broken, its tests must run and fail. Another process, because a
+    # module that failed halfway may stay in this one.
+    code = f"import {ENGINES[engine][1]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return reason if done.returncode else None
+
+
+def need(engine: str) -> None:
+    """Skip the test, or the module that is being imported, if an engine's package is missing."""
+    if (reason := missing(engine)) is not None:
+        pytest.skip(reason, allow_module_level=True)
+
+
+def engine_module(engine: str, name: str) -> Any:
+    """Import a module of `pipelines.engines`, or skip as `need` does."""
+    need(engine)
+    return importlib.import_module(f"pipelines.engines.{engine}.{name}")
 
 
 def engines(*names: str) -> list[object]:
-    """Test parameters "engine-data", skipped with the reason if the engine is missing."""
+    """Test parameters "engine-data", each with the marker of its engine."""
     return [
-        pytest.param(
-            name,
-            marks=[pytest.mark.skip(reason=MISSING[engine])] if engine in MISSING else [],
-        )
+        pytest.param(name, marks=[getattr(pytest.mark, e) for e in MARKED if e == engine])
         for name in names
         for engine in [name.split("-")[0]]
     ]

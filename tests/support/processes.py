@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,18 +24,35 @@ from rotpred.records.log import RunLog
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Importable without the path of the tests, which Python 3.11 does not pass to the server.
-_CONTEXT.set_forkserver_preload(["rotpred.cli"])
+_PROTOCOLS = (
+    *("detection", "finetune", "knn", "linear"),
+    *("pretrain", "rotation", "segmentation", "svm"),
+)
+_CONTEXT.set_forkserver_preload(
+    [
+        *(f"rotpred.protocols.{name}" for name in _PROTOCOLS),
+        # What a run imports when it needs it.
+        *("rotpred.cli", "matplotlib.backends.backend_agg", "torch.utils.tensorboard.writer"),
+    ]
+)
 
 LIMIT_SECONDS = 100
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(target: Callable[..., object], *args: object, console: Path, world: int = 1) -> list[int]:
+def run(
+    target: Callable[..., object],
+    *args: object,
+    console: Path,
+    stdout: Path | None = None,
+    world: int = 1,
+) -> list[int]:
     """Call `target(*args)` in separate processes and wait for them.
 
     Args:
         target: A function of an importable module; its result is the exit status.
         console: File for stdout and stderr of all processes.
+        stdout: File for stdout alone.
         world: Number of processes, connected as by torchrun; 1 sets no environment variables.
 
     Returns:
@@ -43,7 +61,9 @@ def run(target: Callable[..., object], *args: object, console: Path, world: int 
     with _environments(world) as environments:
         jobs = []
         for environment in environments:
-            job = _CONTEXT.Process(target=_child, args=(target, args, console, environment))
+            job = _CONTEXT.Process(
+                target=_child, args=(target, args, stdout or console, console, environment)
+            )
             job.start()
             jobs.append(job)
         try:
@@ -53,6 +73,12 @@ def run(target: Callable[..., object], *args: object, console: Path, world: int 
         finally:
             for job in jobs:
                 job.kill()
+
+
+def script(path: Path, args: Sequence[str]) -> None:
+    """A program as a function; torch and the protocols are already imported."""
+    sys.argv = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def pretrain(args: Sequence[str]) -> int:
@@ -114,12 +140,15 @@ def _environments(world: int) -> Iterator[list[dict[str, str]]]:
 
 
 def _child(
-    target: Callable[..., object], args: Sequence[object], console: Path, more: dict[str, str]
+    target: Callable[..., object],
+    args: Sequence[object],
+    stdout: Path,
+    stderr: Path,
+    more: dict[str, str],
 ) -> None:
     os.environ.update({"OMP_NUM_THREADS": "1"} | more)
-    file = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(file, stream.fileno())
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     sys.exit(target(*args))  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rotpred.training.checkpoint import load_latest
+from rotpred.training.checkpoint import CheckpointFolder
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
@@ -18,7 +18,7 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
 
 def saved(out: Path) -> dict[str, torch.Tensor]:
     """State dict of the model in the newest checkpoint."""
-    latest = load_latest(out / "checkpoints")
+    latest = CheckpointFolder(out / "checkpoints").latest()
     assert latest is not None
     model: dict[str, torch.Tensor] = latest.state["model"]
     return model

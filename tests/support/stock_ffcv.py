@@ -7,14 +7,13 @@ KeyError whenever the garbage collector reaches that function.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.support import processes
+from tests.support.engines import need
 
 _BATCH = 4
 
@@ -31,8 +30,7 @@ def read_with_stock_ffcv(
     Returns:
         For each beton uint8 (N, H, W, 3) images and int64 (N,) labels.
     """
-    if importlib.util.find_spec("ffcv") is None:
-        pytest.skip("ffcv is not installed")
+    need("ffcv")
     console = folder / "stock_ffcv.txt"
     status = processes.run(_save, folder, betons, console=console)
     assert status == [0], console.read_text()

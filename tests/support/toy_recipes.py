@@ -8,13 +8,12 @@ from typing import Any
 
 from pipelines.dense.spec import FitWithin, RatioCrop, ShortSide
 from pipelines.spec import CenterCrop, RandomResizedCrop
-from rotpred.models.detection.rpn import Proposals
+from rotpred.models.detection.settings import Proposals
 from rotpred.recipes import detection, finetune, segmentation
 from rotpred.recipes.detection import Detection
 from rotpred.recipes.finetune import FineTuning
 from rotpred.recipes.segmentation import Segmentation
-from rotpred.training.optim import Optim
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from tests.support.classification_trees import Trees
 
 

@@ -13,18 +13,16 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from nvidia.dali import fn as _fn
 from nvidia.dali import types as _types
 from nvidia.dali.pipeline import pipeline_def as _pipeline_def
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.arrays import Int32
-from pipelines.beton.reader import Beton
-from pipelines.engines.samples import Samples
+from pipelines.arrays import Bool, Int32, Uint8
 from pipelines.imaging.resize import resize_region, scratch_size
 from pipelines.native.threads import DaemonWorker, LaneThreads
+from pipelines.samples import Samples
 from pipelines.sampling.crops import can_exceed_image
 from pipelines.spec import LoaderSpec
 
@@ -52,7 +50,7 @@ class Crops(NamedTuple):
 
     images: torch.Tensor
     """uint8 (B, S, S, 3), on the device. Borrowed until the next batch is requested."""
-    boxes: torch.Tensor
+    boxes: Int32
     """int32 (B, 5): crop boxes."""
     place: tuple[int, int]
     """Epoch and step."""
@@ -161,12 +159,10 @@ class Graph:
 def _crops(images: torch.Tensor, boxes: Int32, tag: Any) -> Crops:
     epoch, step = tag.as_array()[0].tolist()
     # A copy: the memory belongs to DALI.
-    return Crops(images, torch.from_numpy(boxes.copy()), (epoch, step))
+    return Crops(images, boxes.copy(), (epoch, step))
 
 
-def _resize(
-    pixels: list[npt.NDArray[np.uint8]], flips: npt.NDArray[np.bool_], out: npt.NDArray[np.uint8]
-) -> None:
+def _resize(pixels: list[Uint8], flips: Bool, out: Uint8) -> None:
     heights, widths, _ = zip(*(region.shape for region in pixels), strict=True)
     side = out.shape[1]
     scratch = np.empty(scratch_size(max(heights), max(widths), side), np.uint32)
@@ -186,7 +182,7 @@ def _plan(samples: Samples, spec: LoaderSpec, device: torch.device) -> _Plan:
     if spec.decoder == "mixed" and device.type != "cuda":
         raise ValueError("decoder=mixed decodes on a GPU: use a GPU, or decoder=cpu")
     mixed = device.type == "cuda" and spec.decoder != "cpu"
-    beton = samples if isinstance(samples, Beton) else None
+    beton = samples.beton
     options: dict[str, Any] = {
         "device": "mixed" if mixed else "cpu",
         "output_type": types.RGB,

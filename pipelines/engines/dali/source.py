@@ -16,30 +16,28 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipelines.arrays import Int64
+from pipelines.arrays import Bool, Int64, Uint8
 from pipelines.batch import RawBatch
-from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
 from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Crops, Graph
-from pipelines.engines.samples import RAW, Samples, close_samples, read_encoded, sample_name
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
 from pipelines.jpeg.markers import read_header
 from pipelines.native.threads import DaemonWorker
+from pipelines.samples import Samples
 from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import Order
 from pipelines.spec import LoaderSpec, Shard
 
-Batches = Callable[[int, int], tuple[Int64, npt.NDArray[np.bool_]]]
+Batches = Callable[[int, int], tuple[Int64, Bool]]
 """Type of `Order.batches`."""
 
 _FEED_AHEAD = 1  # batches ready in the feed, beyond those that DALI has taken
@@ -91,42 +89,33 @@ class _Feed:
 
     def _batch(self, epoch: int, step: int, indices: Int64) -> tuple[Any, ...]:
         """Return the inputs of DALI for a batch: for each input, a list of one array per sample."""
-        samples, spec = self._samples, self._spec
-        if isinstance(samples, Beton):
-            heights, widths = samples.heights[indices], samples.widths[indices]
-            where = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
-            payloads, cut = splice_batch(samples, indices, where)
+        spec, beton = self._spec, self._samples.beton
+        if beton is None:
+            read = [self._read(int(i)) for i in indices]
+            payloads = [data for data, _ in read]
+            heights, widths = np.array([shape for _, shape in read], np.int32).T
         else:
-            payloads = [self._payload(int(i)) for i in indices]
-            names = (sample_name(samples, int(i)) for i in indices)
-            sizes = [_upright(*pair) for pair in zip(payloads, names, strict=True)]
-            heights, widths = np.array(sizes, np.int32).T
-            where = cut = crop_boxes(
-                spec, epoch=epoch, indices=indices, heights=heights, widths=widths
-            )
+            heights, widths = beton.heights[indices], beton.widths[indices]
+        where = cut = crop_boxes(spec, epoch=epoch, indices=indices, heights=heights, widths=widths)
+        if beton is not None:
+            payloads, cut = splice_batch(beton, indices, where)
         # The side is an input because it may change with the epoch, and batches are prefetched.
         side = np.full(2, spec.side(epoch), np.float32)
         tag = np.array([epoch, step], np.int64)
         repeated = ([side] * len(indices), [tag] * len(indices))
         return payloads, list(cut[:, :2]), list(cut[:, 2:4]), list(where), *repeated
 
-    def _payload(self, i: int) -> Any:
+    def _read(self, i: int) -> tuple[Uint8, tuple[int, int]]:
+        """Return an encoded image, and its height and width after EXIF orientation."""
         try:
-            return np.frombuffer(read_encoded(self._samples, i), dtype=np.uint8)
+            data = bytes(self._samples.read(i))
+            if data[:2] == b"\xff\xd8":
+                height, width = read_header(data).upright
+            else:
+                _, height, width = decode(data).shape
         except ImageError as error:
-            raise ImageError(f"{sample_name(self._samples, i)}: {error}") from error
-
-
-def _upright(payload: Any, name: str) -> tuple[int, int]:
-    """Return height and width after EXIF orientation. Of a JPEG, reads the header only."""
-    data = payload.tobytes()
-    try:
-        if data[:2] == b"\xff\xd8":
-            return read_header(data).upright
-        image = decode(data)
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    return image.shape[1], image.shape[2]
+            raise ImageError(f"{self._samples.location(i)}: {error}") from error
+        return np.frombuffer(data, np.uint8), (height, width)
 
 
 class DaliSource:
@@ -145,8 +134,8 @@ class DaliSource:
             raise ValueError(
                 "engine=dali cannot mask undecodable samples: max_undecodable must be 0"
             )
-        if isinstance(samples, Beton) and (samples.modes == RAW).any():
-            raise ValueError(f"{samples.path}: engine=dali reads JPEG samples only; use ffcv")
+        if samples.beton is not None and samples.beton.raw:
+            raise ValueError(f"{samples.beton.path}: engine=dali reads JPEG samples only; use ffcv")
         self._samples, self._spec = samples, spec
         self._order = Order(len(samples), spec, shard, samples.labels)
         # Cached: the feed and the consumer request the same epochs.
@@ -159,7 +148,7 @@ class DaliSource:
     def __len__(self) -> int:
         return self._order.steps
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`."""
         indices, valid = self._batches(epoch, start_step)
         if self._next != (epoch, start_step):
@@ -169,20 +158,16 @@ class DaliSource:
             images, where, _ = self._run(epoch, step)
             at = (epoch, step + 1) if step + 1 < self._order.steps else (epoch + 1, 0)
             self._next = at
-            row = step - start_step
-            yield RawBatch(
-                images,
-                torch.from_numpy(self._samples.labels[indices[row]]),
-                torch.from_numpy(indices[row].copy()),
-                torch.from_numpy(valid[row].copy()),
-                where,
-            )
+            # Copies: `_batches` keeps the arrays.
+            rows, keep = indices[step - start_step].copy(), valid[step - start_step].copy()
+            labels = self._samples.labels[rows]
+            yield RawBatch.from_arrays(images, labels, rows, keep, where)
 
     def close(self) -> None:
         """Release DALI's threads and memory pools, the feed's thread, and the data set."""
         # DALI may be stuck in the feed. Then `Graph.close` has waited long enough.
         self._feed.close(self._spec.timeout if self._graph.close() else STUCK_SECONDS)
-        close_samples(self._samples)
+        self._samples.close()
 
     def _run(self, epoch: int, step: int) -> Crops:
         """Return the crops of one step. Skips batches prefetched for other steps."""
@@ -211,7 +196,7 @@ class DaliSource:
         indices, _ = self._order.batches(epoch, step)
         for i in indices[: PREFETCH + 2].reshape(-1):
             try:
-                decode(read_encoded(self._samples, int(i)))
+                decode(self._samples.read(int(i)))
             except ImageError as reason:
-                return ImageError(f"{sample_name(self._samples, int(i))}: {reason}")
+                return ImageError(f"{self._samples.location(int(i))}: {reason}")
         return RuntimeError(f"DALI stopped at step {step} of epoch {epoch}: {error}")

@@ -156,7 +156,7 @@ class _Tables:
         region = (max(tall, patch), max(wide, patch))
         # zeros: pages that are never written take no memory, so a beton without a side file pays
         # nothing for records.
-        records, lengths = np.zeros(len(beton), RECORD), np.zeros(1, np.uint16)
+        records, lengths = np.zeros(len(sizes), RECORD), np.zeros(1, np.uint16)
         if beton.segments is not None:
             records, lengths = beton.segments.records, beton.segments.lengths
         # Read-only views in all cases: numba would compile again for another type.

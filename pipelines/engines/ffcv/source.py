@@ -17,17 +17,15 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.batch import RawBatch, Regions
 from pipelines.beton.reader import Beton
 from pipelines.engines.ffcv import kernels
 from pipelines.engines.ffcv.loader import AHEAD, DecodedBatch, RingLoader, Step, StockEpochIterator
-from pipelines.engines.samples import close_samples, sample_name
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.jpeg.splice import MISMATCH_REASON
@@ -138,7 +136,7 @@ class FfcvSource:
             raise ValueError(f"workers must be in 1..{self._max_workers}, got {number}")
         self._loader.tables.lanes = number
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch, None, None]:
         """See `pipelines.engines.source.Source.epoch`."""
         if start_step == len(self):
             return
@@ -162,7 +160,7 @@ class FfcvSource:
         # A thread that is still alive is stuck: do not wait for it.
         if self._running is None or not self._running.is_alive():
             self._loader.close()
-        close_samples(self._beton)
+        self._beton.close()
 
     def _thread(self, epoch: int, start_step: int) -> DecodingThread:
         """Return a thread whose next batch is the requested one: the running one, or a new one."""
@@ -189,13 +187,8 @@ class FfcvSource:
         step, ok = item.step, item.step.valid.copy()
         for i in np.flatnonzero(ok & (item.status != kernels.OK)):
             ok[i] = self._decode_with_torchvision(item, int(i))
-        return RawBatch(
-            item.images,
-            torch.from_numpy(self._beton.labels[step.indices]),
-            torch.from_numpy(step.indices),
-            torch.from_numpy(ok),
-            torch.from_numpy(item.boxes),
-        )
+        labels = self._beton.labels[step.indices]
+        return RawBatch.from_arrays(item.images, labels, step.indices, ok, item.boxes)
 
     def _decode_with_torchvision(self, item: DecodedBatch, i: int) -> bool:
         """Decode a rejected sample with torchvision. Returns whether it could be decoded.
@@ -211,7 +204,7 @@ class FfcvSource:
                 raise ImageError(MISMATCH_REASON)
             image = decode(self._beton.payload(sample))
         except ImageError as error:
-            self.decode_errors.report(sample_name(self._beton, sample), str(error))
+            self.decode_errors.report(self._beton.location(sample), str(error))
             return False
         if isinstance(item.images, Regions):
             h, w = item.images.shapes[i].tolist()

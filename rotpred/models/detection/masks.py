@@ -67,9 +67,7 @@ def mask_loss(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -
     return F.binary_cross_entropy_with_logits(own, truth)
 
 
-def paste_masks(
-    masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
-) -> torch.Tensor:
+def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Paste masks within boxes into masks of the whole image.
 
     Bilinear, sampled at the centre of each pixel; False outside of the box.
@@ -78,10 +76,9 @@ def paste_masks(
         masks: (K, s, s), probabilities.
         boxes: (K, 4), in pixels of the image.
         size: Height and width (h, w) of the image.
-        threshold: Minimum probability of a pixel of the object.
 
     Returns:
-        bool (K, h, w), on the device of the masks.
+        bool (K, h, w), on the device of the masks: where the probability is at least 0.5.
     """
     height, width = size
     pasted = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
@@ -98,5 +95,5 @@ def paste_masks(
         down = (2 * (ys - top) / (bottom - top) - 1)[:, None].expand(-1, len(xs))
         grid = torch.stack((across, down), -1)
         values = F.grid_sample(mask[None, None].float(), grid[None].float(), align_corners=False)
-        plane[y0:y1, x0:x1] = values[0, 0] >= threshold
+        plane[y0:y1, x0:x1] = values[0, 0] >= 0.5
     return pasted

@@ -8,7 +8,6 @@ does both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -21,10 +20,9 @@ from rotpred.models.base import Backbone
 from rotpred.models.detection.fpn import LEVELS, Pyramid, stride
 from rotpred.models.detection.masks import MaskPredictor
 from rotpred.models.detection.roi_heads import BoxPredictor, Detections, Heads, Pooler
-from rotpred.models.detection.rpn import Proposals, Rpn
+from rotpred.models.detection.rpn import Rpn
+from rotpred.models.detection.settings import C4, FPN, BoxHead, Proposals
 from rotpred.models.resnet import ResNet
-
-BoxHead = Literal["4conv1fc", "2fc"]
 
 
 class Rcnn(nn.Module):
@@ -148,10 +146,6 @@ class MaskRcnnFpn(Rcnn):
         """Return P2 to P6, each (B, 256, h, w); see `Pyramid`."""
         features: dict[str, torch.Tensor] = self.pyramid(self.backbone.stages(images)[1:])
         return features
-
-
-C4 = Proposals()
-FPN = Proposals(before=(2000, 1000), after=(1000, 1000))
 
 
 def faster_rcnn_c4(backbone: Backbone, classes: int, proposals: Proposals = C4) -> Rcnn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,36 +11,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
+from rotpred.models.detection.settings import Proposals
+
 RATIOS = (0.5, 1.0, 2.0)
 """Aspect ratios (height / width) of anchors."""
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """Anchors and numbers of proposals. Pairs are for training and evaluation."""
-
-    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Anchor sizes in pixels: all of them at every position of res4, or one per FPN level."""
-    before: tuple[int, int] = (12000, 6000)
-    """Proposals per feature map before non-maximum suppression (training, evaluation)."""
-    after: tuple[int, int] = (2000, 1000)
-    """Proposals per image after non-maximum suppression (training, evaluation)."""
-    rois: int = 512
-    """Proposals per image that the box head is trained on."""
-    pooled: int = 14
-    """Side of the RoIAlign output before res5, or before the mask head; half of it before the box
-    head with FPN. Masks have twice this side."""
-
-    def __post_init__(self) -> None:
-        if not self.anchors or min(self.anchors) < 1:
-            raise ValueError(f"proposals.anchors must be positive sides, got {self.anchors}")
-        if min(*self.before, *self.after, self.rois) < 1:
-            raise ValueError(
-                "proposals.before, after and rois must be at least 1, got "
-                f"{self.before}, {self.after} and {self.rois}"
-            )
-        if self.pooled < 2 or self.pooled % 2:
-            raise ValueError(f"proposals.pooled must be even, at least 2, got {self.pooled}")
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision is untyped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 from pipelines.beton.manifest import Manifest, manifest_path
 from pipelines.beton.reader import Beton, BetonError, verify
 from pipelines.beton.segments import HEADER, RECORD, SegmentsWriter, segments_path
-from pipelines.beton.writer import BetonWriter
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
 from pipelines.imaging.decode import decode_rgb
@@ -90,8 +90,9 @@ def test_rebuilding_without_markers_removes_the_side_file(copy: Path) -> None:
 
 
 def test_stale_temporary_files_are_swept_and_failures_leave_none(tmp_path: Path) -> None:
-    stale = tmp_path / "out.beton.tmp.123.segments"
-    stale.write_bytes(b"x")
+    stale = tmp_path / ".out.beton.123.tmp"
+    stale.mkdir()
+    (stale / "out.beton.segments").write_bytes(b"x")
     bad = MemoryImages(lambda _: IMAGES[0][:-9], np.zeros(3, np.int64), ("c",))
     with pytest.raises(ConversionError, match="budget"):
         write_beton(bad, tmp_path / "out.beton", workers=1, budget=1)
@@ -126,12 +127,15 @@ def test_a_run_that_dies_between_its_renames_is_noticed(
     """The old side file and the old manifest are refused for the new beton."""
     other = MemoryImages(lambda _: IMAGES[0], np.zeros(6, np.int64), ("c",))
 
-    def publish(self: BetonWriter) -> None:
-        self.temporary.replace(self.output)
-        raise OSError(5, "power is gone")
+    replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        if target != copy:
+            raise OSError(5, "power is gone")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BetonWriter, "publish", publish)
+        patch.setattr(os, "replace", die)
         with pytest.raises(ConversionError, match="power"):
             write_beton(other, copy, workers=1, overwrite=True)
     with pytest.raises(BetonError, match="belongs to another file"):

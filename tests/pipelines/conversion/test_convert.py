@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from io import BytesIO
@@ -18,8 +19,8 @@ from pipelines.beton.writer import BetonWriter
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
 from pipelines.datasets.index import SampleIndex
-from pipelines.durable import exclusive_lock
 from pipelines.imaging.decode import decode_rgb
+from pipelines.storage import locked
 from tests.support.betons import assert_nothing_left, rejected, stored_files
 from tests.support.encoded_images import encode, exif, frame_at, png_of, with_size
 from tests.support.images import gradient_image
@@ -243,7 +244,8 @@ def test_a_reader_keeps_its_file_while_it_is_rebuilt(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
-    with exclusive_lock(tmp_path / "out.beton"):
-        with pytest.raises(ConversionError, match="another process"):
+    with locked(tmp_path / "out.beton", hint=""):
+        holder = f"is in use by process {os.getpid()} on "
+        with pytest.raises(ConversionError, match=holder):
             convert(tmp_path, {"a.jpg": JPEG})
     convert(tmp_path, {"a.jpg": JPEG})

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
-from pipelines.engines.choice import missing_engines
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, Normalize, Resize
+from tests.support.engines import REAL
 from tests.support.images import smooth_image
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,16 +54,12 @@ def converted(images: tuple[Path, torch.Tensor]) -> Path:
     return made
 
 
-@pytest.mark.parametrize(
-    ("engine", "beton"),
-    [("folder", False), ("dali", False), ("folder", True), ("dali", True), ("ffcv", True)],
-)
+@pytest.mark.parametrize("engine_and_data", REAL)
 def test_odd_images_look_alike(
-    images: tuple[Path, torch.Tensor], converted: Path, engine: str, beton: bool
+    images: tuple[Path, torch.Tensor], converted: Path, engine_and_data: str
 ) -> None:
-    if engine in (missing := missing_engines()):
-        pytest.skip(missing[engine])
-    data, expected = (converted if beton else images[0]), images[1]
+    engine, kind = engine_and_data.split("-")
+    data, expected = {"folder": images[0], "beton": converted}[kind], images[1]
     spec = LoaderSpec(data=str(data), batch_size=6, crop=Resize(32), flip=False, shuffle=False)
     plain = replace(
         spec, engine=engine, views="plain", drop_last=False, normalize=Normalize((0,) * 3, (1,) * 3)

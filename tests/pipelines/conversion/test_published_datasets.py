@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 
 from pipelines.beton.reader import Beton
-from pipelines.engines.samples import open_samples, read_encoded
+from pipelines.samples import open_samples
 from tests.support.classification_trees import Tree, Trees, make_trees
+from tests.support.scripts import load_script
 
 pytestmark = pytest.mark.timeout(120)
 
-TO_BETON = runpy.run_path(str(Path(__file__).parents[3] / "scripts/to_beton.py"))
+TO_BETON = load_script("to_beton")
 LAYOUTS = ["in1k_linear", "in1k_mhead", "inat18_mhead", "places205_mhead", "in1k_semi_1"]
 
 
@@ -25,11 +25,11 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Trees:
 
 
 def convert(data: str, root: str, output: Path) -> Any:
-    made = TO_BETON["Arguments"](
+    made = TO_BETON.Arguments(
         input=data, root=Path(root) if root else None, output=output, workers=1,
         restart_markers=False,
     )  # fmt: skip
-    return TO_BETON["main"](made)
+    return TO_BETON.main(made)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -47,7 +47,7 @@ def test_every_layout_to_a_beton_and_directly(name: str, trees: Trees, tmp_path:
             assert beton.labels.tolist() == files.labels.tolist()
             assert beton.classes == files.classes
             for i in range(len(files)):
-                assert bytes(read_encoded(beton, i)) == read_encoded(files, i)
+                assert bytes(beton.read(i)) == files.read(i)
     assert beton.labels.tolist() == tree.truth
 
 

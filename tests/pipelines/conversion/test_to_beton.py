@@ -100,7 +100,7 @@ def test_script_killed_half_way_can_be_run_again(tmp_path: Path, how: signal.Sig
     command = [sys.executable, str(SCRIPT), *map(str, args)]
     deadline = time.monotonic() + 30
     with subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT) as run:
-        temporary = tmp_path / f"out.beton.tmp.{run.pid}"
+        temporary = tmp_path / f".out.beton.{run.pid}.tmp/out.beton"
         while not temporary.exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         assert temporary.exists()

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torchvision.transforms.functional as tv
 
-from pipelines.batch import Batch, check_batch
+from pipelines.batch import Batch
 from pipelines.device.color_jitter import JitterParams, draw_jitter, jitter, jitter_views
 from pipelines.loader import open_loader
 from pipelines.spec import IMAGENET, ColorJitter, LoaderSpec, RandomResizedCrop
+from tests.support.batches import check_batch
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,7 +12,7 @@ import torch
 
 from pipelines.batch import RawBatch
 from pipelines.engines import autotune
-from pipelines.engines.source import DecodeErrorBudget
+from pipelines.engines.source import DecodeErrorBudget, Source
 from pipelines.loader import open_loader
 from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
 from tests.support.engines import engines, epoch_of
@@ -74,8 +74,11 @@ class _Clocked:
         finally:
             self.open -= 1
 
+    def close(self) -> None:
+        """Nothing to release."""
 
-def chosen(source: object, batch: int = 100, threads: int = 16) -> None:
+
+def chosen(source: Source, batch: int = 100, threads: int = 16) -> None:
     spec = LoaderSpec(batch_size=batch)
     autotune.autotune(source, spec, autotune.Budget(threads, 1.0, threads, 1))
 
@@ -137,10 +140,9 @@ def test_an_error_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ValueError("too small for a crop")
 
     source = _Clocked(monkeypatch, rate)
-    kept = source.decode_errors
     with pytest.raises(ValueError, match="too small"):
         chosen(source)
-    assert source.open == 0 and source.decode_errors is kept
+    assert source.open == 0 and not source.decode_errors.paused
 
 
 @pytest.mark.parametrize("engine", engines("folder", "ffcv", "dali"))
@@ -165,7 +167,7 @@ def test_trials_change_nothing_that_is_emitted(
                     epoch_of(tuned, epoch), epoch_of(fixed, epoch), strict=True
                 ):
                     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-            assert tuned.digest == fixed.digest and tuned.undecodable == 0
+            assert tuned.digest == fixed.digest and tuned.source.decode_errors.total == 0
 
 
 def test_a_short_epoch_is_not_worth_trials(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batch import IGNORE, Batch, check_batch
+from pipelines.batch import IGNORE, Batch
 from pipelines.sampling.crops import crop_boxes
 from pipelines.sampling.order import permutation
 from pipelines.spec import (
@@ -20,6 +20,7 @@ from pipelines.spec import (
     Resize,
     Shard,
 )
+from tests.support.batches import check_batch
 from tests.support.engines import ALL, REAL, engines, epoch_of, equal, served
 from tests.support.images import COUNT
 

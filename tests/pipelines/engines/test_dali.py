@@ -20,13 +20,12 @@ from pipelines.spec import (
     LoaderSpec,
     RandomResizedCrop,
 )
-from tests.support.engines import MISSING, epoch_of
+from tests.support.engines import epoch_of
 from tests.support.images import save_jpeg
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.dali, pytest.mark.timeout(120)]
 
 
-@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_is_given_what_a_crop_needs(open_engine, tmp_path: Path) -> None:
     """DALI decodes the same pixels from the part as from the whole image."""
     for i, image in enumerate(load_sample_images().images):
@@ -45,7 +44,6 @@ def test_dali_is_given_what_a_crop_needs(open_engine, tmp_path: Path) -> None:
         assert sum(map(len, given)) < 0.6 * beton.sizes.sum()
 
 
-@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_resizes_while_the_consumer_works(open_engine) -> None:
     source = open_engine("dali-beton").source
     crops = source.epoch(0)
@@ -57,7 +55,6 @@ def test_dali_resizes_while_the_consumer_works(open_engine) -> None:
     assert torch.equal(next(crops).images, done.images) and not torch.equal(done.images, before)
 
 
-@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_names_the_time_that_it_waited(open_engine, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, stuck = open_engine("dali-beton", timeout=0.6), threading.Event()
     monkeypatch.setattr("pipelines.engines.dali.source.splice_batch", lambda *_args: stuck.wait(60))
@@ -71,7 +68,6 @@ def test_dali_names_the_time_that_it_waited(open_engine, monkeypatch: pytest.Mon
         stuck.set()
 
 
-@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_that_is_stuck_is_left_behind(open_engine) -> None:
     loader, stuck, asked = (
         open_engine("dali-beton", timeout=0.6),
@@ -95,7 +91,6 @@ def test_dali_that_is_stuck_is_left_behind(open_engine) -> None:
         stuck.set()
 
 
-@pytest.mark.skipif("dali" in MISSING, reason=MISSING.get("dali", ""))
 def test_dali_cannot_mask_and_says_so(folder: Path) -> None:
     with pytest.raises(
         ValueError, match="cannot mask undecodable samples: max_undecodable must be 0"

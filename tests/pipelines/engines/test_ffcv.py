@@ -24,13 +24,11 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.resize import scratch_size
 from pipelines.spec import LoaderSpec, RandomCrop, RandomResizedCrop, Shard
+from tests.support.engines import engine_module
 from tests.support.resize import resize_into
 
-pytest.importorskip(
-    "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
-)
-from pipelines.engines.ffcv import kernels
-from pipelines.engines.ffcv import source as engine
+engine = engine_module("ffcv", "source")
+kernels = engine_module("ffcv", "kernels")
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -28,12 +28,10 @@ from pipelines.datasets.index import SampleIndex
 from pipelines.imaging.decode import ImageError
 from pipelines.loader import Loader, open_loader
 from pipelines.spec import CenterCrop, LoaderSpec, Normalize, RandomResizedCrop
+from tests.support.engines import engine_module
 from tests.support.images import save_jpeg, smooth_image
 
-pytest.importorskip(
-    "pipelines.engines.ffcv.source", reason="ffcv is not installed", exc_type=ImportError
-)
-from pipelines.engines.ffcv import source as engine
+engine = engine_module("ffcv", "source")
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -261,7 +259,7 @@ def test_a_damaged_image_is_blank_and_not_valid(
     with open_loader(spec_of(damaged_beton, max_undecodable=1)) as damaged:
         for epoch in (1, 2):
             batches = list(damaged.epoch(epoch))
-            assert damaged.undecodable == epoch
+            assert damaged.source.decode_errors.total == epoch
             images = torch.cat([b.images for b in batches])
             valid = torch.cat([b.valid for b in batches])
             targets = torch.cat([b.targets for b in batches])
@@ -289,7 +287,7 @@ def test_padding_does_not_count_as_undecodable(square_beton: Path) -> None:
     copy = zeroed(square_beton, COUNT - 1, "last.beton")
     with open_loader(spec_of(copy, max_undecodable=1, batch_size=35, drop_last=False)) as loader:
         (batch,) = loader.epoch(0)
-        assert loader.undecodable == 1 and batch.valid.sum() == COUNT - 1
+        assert loader.source.decode_errors.total == 1 and batch.valid.sum() == COUNT - 1
 
 
 def test_a_mere_warning_of_the_decoder_is_no_damage(
@@ -315,7 +313,7 @@ def test_a_mere_warning_of_the_decoder_is_no_damage(
     for name in ("ffcv", "folder"):
         with open_loader(spec_of(copy, engine=name)) as loader:
             served[name] = list(loader.epoch(0))
-            assert loader.undecodable == 0
+            assert loader.source.decode_errors.total == 0
     assert asked == [5]
     assert all(b.valid.all() for b in served["ffcv"])
     assert torch.equal(served["ffcv"][1].images[1], served["folder"][1].images[1])

@@ -11,26 +11,30 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 
+from pipelines import storage
 from pipelines.loader import open_loader
 from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.features import extract as extraction
-from rotpred.features import npy_writer
 from rotpred.features.base import AVGPOOL, Features
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
+from rotpred.protocols import knn, svm
 from rotpred.protocols.multilabel import labels_of, read_labels
+from rotpred.recipes.base import FeatureRun
+from rotpred.recipes.knn import Knn
+from rotpred.recipes.svm import LowShot, Svm
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 from tests.support import processes
-from tests.support.processes import torchrun
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -168,7 +172,7 @@ def test_a_second_job_waits_and_computes_nothing(
         raise AssertionError("the other job has computed them")
 
     monkeypatch.setattr(extraction, "_compute", fail)
-    monkeypatch.setattr(npy_writer.logger, "info", info)
+    monkeypatch.setattr(storage.logger, "info", info)
     with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 7 on elsewhere")
@@ -180,7 +184,7 @@ def test_a_second_job_waits_and_computes_nothing(
             shutil.copy(file, folder)
         fcntl.flock(lock, fcntl.LOCK_UN)
         found = second.result(60)
-    assert said == [f"{folder} is being written by process 7 on elsewhere: waiting for it"]
+    assert said == [f"{folder} is in use by process 7 on elsewhere: waiting for it"]
     np.testing.assert_array_equal(found.stages["res5"], np.load(entry / "res5.npy"))
     assert not left.exists()
 
@@ -218,7 +222,7 @@ def test_a_second_job_of_several_processes_is_refused(
         ends = processes.run(refuse, beton, folder, console=console, world=2)
     assert ends == [0, 0], console.read_text()
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert "is being written by another process" in said[0]["error"]
+    assert "is in use by another process" in said[0]["error"]
     assert said[0]["error"] == said[1]["error"]
     assert [one["looked"] for one in said] == [True, False]
 
@@ -313,44 +317,36 @@ def test_work_is_shared_without_gaps() -> None:
         assert [unit for part in parts for unit in part] == list(range(5))
 
 
-PROGRAM = """
-import pathlib, sys, torch
-from pipelines.spec import CenterCrop, LoaderSpec
-from rotpred import distributed
-from rotpred.recipes.base import FeatureRun
-from rotpred.recipes.knn import Knn
-from rotpred.recipes.svm import LowShot, Svm
-from rotpred.protocols import knn, svm
+def evaluate_features(folder: Path) -> int:
+    """One of one or two processes: SVMs, low-shot SVMs and neighbours on the same images."""
+    with distributed.process_group("cpu", timeout_seconds=60) as rank:
+        data = spec(folder / "data.beton")
 
-out = pathlib.Path(sys.argv[1])
-spec = LoaderSpec(
-    data=str(out / "data.beton"), batch_size=8, views="plain", crop=CenterCrop(32, 36), flip=False,
-    shuffle=False, drop_last=False, workers=1, engine="folder",
-)
-with distributed.process_group("cpu", timeout_seconds=60) as rank:
-    common = {"weights": "random", "backbone": "resnet18_tiny", "train": spec, "val": spec,
-              "cache": str(out / f"cache{rank.world}")}
-    def place(name):
-        return FeatureRun(str(out / f"{name}{rank.world}"), "cpu")
-    costs = (1.0, 0.01)
-    svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
-    few = LowShot(
-        run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
-    )
-    svm.run_low_shot(few, rank)
-    knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
-"""
+        def place(name: str) -> FeatureRun:
+            return FeatureRun(str(folder / f"{name}{rank.world}"), "cpu")
+
+        common: dict[str, Any] = {
+            "weights": "random", "backbone": "resnet18_tiny", "train": data, "val": data,
+            "cache": str(folder / f"cache{rank.world}"),
+        }  # fmt: skip
+        costs = (1.0, 0.01)
+        svm.run(Svm(run=place("svm"), stages=("res5", "avgpool"), costs=costs, **common), rank)
+        few = LowShot(
+            run=place("few"), stages=("avgpool",), costs=costs, shots=(1, 3), draws=3, **common
+        )
+        svm.run_low_shot(few, rank)
+        knn.run(Knn(run=place("knn"), neighbours=(3, 7), **common), rank)
+    return 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_get_what_one_gets(beton: Path, tmp_path: Path) -> None:
     """37 samples in batches of 2 x 8, so the last rank pads; arrays and results are equal."""
     (tmp_path / "data.beton").write_bytes(beton.read_bytes())
-    done = torchrun(tmp_path, PROGRAM, limit_seconds=200)
-    assert done.returncode == 0, done.stderr
-    alone = PROGRAM.replace("sys.argv[1]", repr(str(tmp_path)))
-    exec(compile(alone, "alone", "exec"), {})
+    console = tmp_path / "console"
+    for world in (1, 2):
+        status = processes.run(evaluate_features, tmp_path, console=console, world=world)
+        assert status == [0] * world, console.read_text()[-3000:]
     first, second = (sorted((tmp_path / f"cache{world}").rglob("*.npy")) for world in (1, 2))
     assert [p.name for p in first] == [p.name for p in second] and len(first) == 4
     for one, two in zip(first, second, strict=True):

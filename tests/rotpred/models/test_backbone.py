@@ -141,22 +141,19 @@ def test_parameter_counts() -> None:
     assert parameters(make_rotnet("alexnet").head) == head
 
 
-def test_specified_pools_give_the_dims_of_the_table() -> None:
+def test_resnet50s_pools_give_the_dims_of_the_table() -> None:
     net = build_backbone("resnet50")
-    for kind in ("specified", "auto"):
-        pools = stage_pools(net, 224, kind)
-        assert all(isinstance(pool, nn.AvgPool2d) for pool in pools)
-        assert pooled_dims(net, 224, pools) == [9216, 9216, 8192, 9216, 8192]
+    pools = stage_pools(net, 224)
+    assert all(isinstance(pool, nn.AvgPool2d) for pool in pools)
+    assert pooled_dims(net, 224, pools) == [9216, 9216, 8192, 9216, 8192]
     # nn.AvgPool2d includes padding in the mean: the corner window of the stem has 6x6 real values.
-    corner = stage_pools(net, 224, "specified")[0](torch.ones(1, 1, 112, 112))[0, 0, 0, 0]
+    corner = pools[0](torch.ones(1, 1, 112, 112))[0, 0, 0, 0]
     assert corner.item() == pytest.approx(36 / 100)
 
 
 def test_adaptive_pools_reproduce_the_published_sides() -> None:
-    resnet = stage_pools(build_backbone("resnet50"), 224, "adaptive")
-    assert [pool.output_size for pool in resnet] == [12, 6, 4, 3, 2]  # mmselfsup POOL_SIZES
     alexnet = build_backbone("alexnet")
-    pools = stage_pools(alexnet, 224, "auto")
+    pools = stage_pools(alexnet, 224)
     assert all(isinstance(pool, nn.AdaptiveMaxPool2d) for pool in pools)
     assert [pool.output_size for pool in pools] == [12, 7, 5, 6, 6]  # VISSL alexnet_rotnet.yaml
     assert pooled_dims(alexnet, 224, pools) == [9216, 9408, 9600, 9216, 9216]
@@ -176,9 +173,7 @@ def test_pools_never_enlarge_a_small_map(name: str) -> None:
         assert out[0].numel() == dim
 
 
-def test_pools_without_a_table_are_refused() -> None:
-    with pytest.raises(ValueError, match="resnet50 at 192"):
-        stage_pools(build_backbone("resnet50"), 192, "specified")
+def test_pools_of_too_small_an_image_are_refused() -> None:
     with pytest.raises(ValueError, match="too few"):
         stage_pools(build_backbone("alexnet"), 8)
 

@@ -13,8 +13,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from pipelines.dense.batch import Target
 from rotpred.models.backbone import build_backbone
-from rotpred.models.detection.rcnn import FPN, Rcnn, faster_rcnn_c4, mask_rcnn_fpn
-from rotpred.models.detection.rpn import Anchors, Proposals, Rpn, SeededSampler
+from rotpred.models.detection.rcnn import Rcnn, faster_rcnn_c4, mask_rcnn_fpn
+from rotpred.models.detection.rpn import Anchors, Rpn, SeededSampler
+from rotpred.models.detection.settings import FPN, Proposals
 from rotpred.training.optim import param_groups
 
 FEW = Proposals(anchors=(16, 32), before=(60, 40), after=(30, 20), rois=12)

@@ -73,9 +73,7 @@ def test_retrieval_and_projection_name_the_classes() -> None:
     labels = np.array([0, 0, 1, 1, 2, -1])
     features = np.eye(6) + 0.1
     features[1] = features[0] + 0.01
-    fig = feature_plots.retrieval(
-        images, features, labels, queries=[0], classes=("cat", "dog"), k=9
-    )
+    fig = feature_plots.retrieval(images, features, labels, queries=[0], classes=("cat", "dog"))
     titles = [ax.get_title() for ax in fig.axes]
     assert titles[0] == "cat" and titles[1] == "cat\n1.00" and len(titles) == 6
     assert {title.partition("\n")[0] for title in titles[2:]} == {"dog", "2", "no label"}

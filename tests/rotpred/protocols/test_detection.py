@@ -31,8 +31,8 @@ from rotpred.protocols.run import Run
 from rotpred.protocols.scoring import Validation
 from rotpred.recipes.detection import RECIPES, Detection, coco_det, voc0712_det
 from rotpred.report.results import read_runs
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
+from rotpred.training.settings import Optim
 from tests.support import processes
 from tests.support.dense_trees import coco, voc
 from tests.support.run_outputs import results, saved

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pipelines.engines.samples import open_samples
 from pipelines.loader import open_loader
+from pipelines.samples import open_samples
 from pipelines.sampling.order import draw_balanced
 from pipelines.spec import CenterCrop, LoaderSpec, RandomCrop, RandomResizedCrop
 from rotpred import cli

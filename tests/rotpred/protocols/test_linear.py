@@ -24,9 +24,8 @@ from rotpred.protocols import linear, run
 from rotpred.recipes.linear import RECIPES, Linear, cifar10_probes
 from rotpred.recipes.probe import Probe, ProbeKind
 from rotpred.training.checkpoint import CheckpointError
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps, lr_at
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.weights.load import save_backbone
 from tests.support.classification_trees import Tree, Trees, make_trees
 from tests.support.run_outputs import results, saved

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.dense.spec import ShortSide
 from rotpred.distributed import Rank
-from rotpred.models.detection.rpn import Proposals
+from rotpred.models.detection.settings import Proposals
 from rotpred.protocols import detection
 from rotpred.recipes.detection import RECIPES
 from rotpred.training.schedule import Steps

@@ -20,9 +20,10 @@ import torch
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.images import MemoryImages
 from rotpred.models.backbone import build_backbone
-from rotpred.training.checkpoint import load_latest
+from rotpred.training.checkpoint import CheckpointFolder
 from rotpred.weights.load import load_backbone
 from tests.support import processes
+from tests.support.engines import engines
 from tests.support.run_outputs import results, saved
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.slow]
@@ -149,7 +150,7 @@ def test_killed_run_resumes_bit_for_bit(
         processes.pretrain_and_signal, args, stop, signal.SIGKILL, console=console()
     )
     assert died == [-signal.SIGKILL]
-    latest = load_latest(out / "checkpoints")
+    latest = CheckpointFolder(out / "checkpoints").latest()
     assert latest is not None and stop - 2 <= latest.step <= stop
     pretrain(args, console())
     same_weights(whole, out)
@@ -171,7 +172,7 @@ def test_finished_run_is_left_alone(data: Path, whole: Path, console: Console) -
 
 def test_a_score_costs_no_second_checkpoint(whole: Path) -> None:
     """The validated checkpoint has its score and was written once; no older one has a score."""
-    latest = load_latest(whole / "checkpoints")
+    latest = CheckpointFolder(whole / "checkpoints").latest()
     assert latest is not None
     record = json.loads(latest.path.with_suffix(".json").read_text())
     value = results(whole)["accuracy"]["value"]
@@ -270,7 +271,7 @@ def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
     assert status != 0
     steps = set(re.findall(r"stopped by a signal after step (\d+)", text))
     assert len(steps) == 1, text[-3000:]
-    latest = load_latest(out / "checkpoints")
+    latest = CheckpointFolder(out / "checkpoints").latest()
     assert latest is not None and latest.step == int(steps.pop())
 
 
@@ -282,18 +283,16 @@ def test_accumulation_resumes_bit_for_bit(data: Path, tmp_path: Path, console: C
     args = options(data, out, *more)
     died = processes.run(processes.pretrain_and_signal, args, 6, signal.SIGKILL, console=console())
     assert died == [-signal.SIGKILL]
-    latest = load_latest(out / "checkpoints")
+    latest = CheckpointFolder(out / "checkpoints").latest()
     assert latest is not None and latest.step == 4
     pretrain(args, console())
     same_weights(calm, out)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "dali"])
+@pytest.mark.parametrize("engine", engines("ffcv", "dali"))
 def test_engines_meet_the_same_samples(
     data: Path, whole: Path, tmp_path: Path, console: Console, engine: str
 ) -> None:
-    if engine == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     out = tmp_path / "run"
     pretrain(options(data, out, *SMALL, "--train.engine", engine), console())
     assert digest(out) == digest(whole)
@@ -305,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(
     out = tmp_path / "run"
     text = pretrain(options(data, out, *PAIR, "--optim.lr", "1e30"), console(), status=2, world=2)
     assert text.count("was not finite") == 2
-    latest = load_latest(out / "checkpoints")
+    latest = CheckpointFolder(out / "checkpoints").latest()
     if latest is not None:
         assert all(t.isfinite().all() for t in latest.state["model"].values())
 

@@ -18,7 +18,7 @@ from rotpred.protocols import rotation
 from rotpred.recipes.base import FeatureRun
 from rotpred.recipes.rotation import RECIPES, Rotation
 from rotpred.report.results import TRAINED, read_runs
-from rotpred.training import checkpoint
+from rotpred.training.checkpoint import CheckpointFolder
 from tests.support import processes
 
 pytestmark = pytest.mark.timeout(120)
@@ -80,7 +80,7 @@ def written(net: RotNet, path: Path, layout: str) -> Path:
     """The same network as another project would save it."""
     backbone, head = net.backbone.state_dict(), net.head.state_dict()
     if layout == "ours":
-        return checkpoint.save(path, 3, {"model": net.state_dict(), "arch": ARCH})
+        return CheckpointFolder(path).save(3, {"model": net.state_dict(), "arch": ARCH})
     if layout == "VISSL":
         model = {
             "trunk": {f"_feature_blocks.{k}": v for k, v in backbone.items()},

@@ -133,16 +133,9 @@ def test_evaluate_runs_the_protocol_of_the_recipe(
     assert text is not None and "\nSource: " in text
     assert re.search(rf"scripts/evaluate\.py {name} (--grid )?--weights FILE", text)
     met: list[object] = []
-    for module, function in (
-        (cli.linear, "run"),
-        (cli.finetune, "run"),
-        (cli.svm, "run"),
-        (cli.svm, "run_low_shot"),
-        (cli.knn, "run"),
-    ):
-        place = f"{module.__name__}.{function}"
+    for place in ("linear.run", "finetune.run", "svm.run", "svm.run_low_shot", "knn.run"):
         monkeypatch.setattr(
-            module, function, lambda recipe, _rank, p=place: met.extend((p, recipe))
+            f"rotpred.protocols.{place}", lambda recipe, _rank, p=place: met.extend((p, recipe))
         )
     args = [name, "--weights", "x.safetensors", "--run.device", "cpu", "--train.seed", "7"]
     assert cli.evaluate_main(args) == 0
@@ -153,7 +146,7 @@ def test_evaluate_runs_the_protocol_of_the_recipe(
         svm.LowShot: "svm.run_low_shot",
         knn.Knn: "knn.run",
     }
-    assert met[0] == f"rotpred.protocols.{where[type(made)]}"
+    assert met[0] == where[type(made)]
     expected = replace(
         made,
         weights="x.safetensors",
@@ -172,7 +165,7 @@ def test_what_the_machine_lacks_is_one_line(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli.knn, "run", fails)
+    monkeypatch.setattr("rotpred.protocols.knn.run", fails)
     args = ["in1k_knn", "--weights", "x.safetensors", "--run.device", "cpu"]
     assert cli.evaluate_main(args) == 2
     assert capsys.readouterr().err == f"error: {error} (ROTPRED_DEBUG=1 shows where)\n"

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from rotpred.distributed import Rank
-from rotpred.files import plain
 from rotpred.recipes.every import EVALUATION, PRETRAINING
 from rotpred.records.folder import read_results, read_rows
 from rotpred.records.former_names import (
@@ -20,11 +19,11 @@ from rotpred.records.former_names import (
     translate_option,
     translate_row,
 )
+from rotpred.records.recipe_json import plain
 from rotpred.report.results import read_runs
 from rotpred.training.checkpoint import CheckpointError
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import OptimizedPart, TrainState
 
 KEPT = Path(__file__).parents[3] / "docs" / "results"
@@ -110,7 +109,7 @@ def test_checkpoints_resume(tmp_path: Path) -> None:
         "val": {"geometry": {"kind": "Within", "width": 8}, "max_bad": 2},
         "sides": [[0, 16]], "limit": None, "per_class": 5, "max_bad": 0, "head_mult": 10.0,
     }  # fmt: skip
-    state(old).save(keep=2)
+    state(old).save()
     present = {
         "val": {"geometry": {"kind": "FitWithin", "width": 8}, "max_invalid_annotations": 2},
         "resolution_schedule": [[0, 16]], "max_samples": None, "samples_per_class": 5,

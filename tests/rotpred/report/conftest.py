@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +10,12 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
+from pipelines.storage import write_json
 from rotpred.distributed import Rank
-from rotpred.files import write_json
 from rotpred.records.log import RunLog
 from rotpred.report.recipe_changes import PROCESSES
 from tests.support.report_pages import Rows
-
-SCRIPT = Path(__file__).parents[3] / "scripts" / "report.py"
+from tests.support.scripts import load_script
 
 
 class Named:
@@ -29,12 +27,7 @@ class Named:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("report")
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rotpred.distributed import Rank
-from rotpred.files import plain
 from rotpred.protocols import dense
 from rotpred.recipes.every import EVALUATION, PRETRAINING
+from rotpred.records.recipe_json import plain
 from rotpred.report.build import page
 from rotpred.report.page import markdown
 from rotpred.report.recipe_changes import PROCESSES, recipe_changes
@@ -85,11 +85,11 @@ def test_what_decides_is_told_and_the_rest_is_not() -> None:
         run=replace(made.run, out="here", device="cpu", precision="bf16", log_every_steps=1),
     )
     assert recipe_changes(kept(made), processes=None) == (
+        "run.precision bf16 (recipe: fp32)",
         "fraction 0.1 (recipe: 0.01)",
         "train.batch_size 32 (recipe: 64)",
         "val.max_samples 50 (recipe: none)",
         "optim.nesterov True (recipe: False)",
-        "run.precision bf16 (recipe: fp32)",
     )
 
 

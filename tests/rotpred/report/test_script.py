@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from rotpred.files import write_json
+from pipelines.storage import write_json
 from rotpred.report.page import NOT_RUN
 from tests.support.report_pages import rendered, rows, table
 

@@ -10,9 +10,9 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
 from rotpred.protocols import svm
-from rotpred.recipes.svm import Svm
+from rotpred.recipes.svm import COSTS, Svm
 from rotpred.svm import dual
-from rotpred.svm.dual import COSTS, gram, normalize_rows, solve
+from rotpred.svm.dual import gram, normalize_rows, solve
 from rotpred.svm.low_shot import aggregate, draw_samples, scores_of_draw
 from rotpred.svm.primal import compact, solve_compact
 from tests.support.references import EXACT_COSTS, exact_svc, reference_ap, unit_rows

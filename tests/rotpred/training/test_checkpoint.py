@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from rotpred import files
+from pipelines import storage
+from pipelines.storage import sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import CheckpointError, load, load_latest, save, set_score
-from rotpred.weights.load import load_backbone, sha256_file
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder, load
+from rotpred.weights.load import load_backbone
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -58,32 +59,33 @@ def test_round_trip_of_everything_a_run_saves(tmp_path: Path) -> None:
         "epoch": 3,
         "best": None,
     }
-    path = save(tmp_path / "new" / "folder", 123, saved)
+    path = CheckpointFolder(tmp_path / "new" / "folder").save(123, saved)
     assert path.name == "step_0000123.pt"
-    got = load_latest(path.parent)
+    got = CheckpointFolder(path.parent).latest()
     assert got is not None
-    assert (got.step, got.path, got.sha256) == (123, path, sha256_file(path))
+    assert (got.step, got.path) == (123, path)
     assert {k: got.state[k] for k in ("loader", "python_rng", "epoch", "best")} == {
         k: saved[k] for k in ("loader", "python_rng", "epoch", "best")
     }
     make_rotnet("nin3").load_state_dict(got.state["model"], strict=True)
     sgd.load_state_dict(got.state["optimizer"])
     assert all(torch.equal(v, got.state["model"][k]) for k, v in net.state_dict().items())
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == got.sha256
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sidecar["sha256"]
 
 
 def test_none_where_there_is_nothing(tmp_path: Path) -> None:
-    assert load_latest(tmp_path) is None
-    assert load_latest(tmp_path / "absent") is None
+    assert CheckpointFolder(tmp_path).latest() is None
+    assert CheckpointFolder(tmp_path / "absent").latest() is None
     (tmp_path / "other.pt").write_text("x")
-    assert load_latest(tmp_path) is None
+    assert CheckpointFolder(tmp_path).latest() is None
 
 
 def test_the_latest_is_chosen_by_number(tmp_path: Path) -> None:
     for step in (9_999_999, 10_000_000, 123_456_789):  # one digit more than the padded name
-        save(tmp_path, step, state(step))
+        CheckpointFolder(tmp_path).save(step, state(step))
     os.utime(tmp_path / "step_9999999.pt")  # not by time or name
-    got = load_latest(tmp_path)
+    got = CheckpointFolder(tmp_path).latest()
     assert got is not None and got.step == 123_456_789
 
 
@@ -99,46 +101,46 @@ def test_the_latest_is_chosen_by_number(tmp_path: Path) -> None:
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, bad: object, where: str) -> None:
     with pytest.raises(CheckpointError, match=where):
-        save(tmp_path, 1, bad)
+        CheckpointFolder(tmp_path).save(1, bad)
     assert names(tmp_path) == []
 
 
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
     for step, score in enumerate((0.1, 0.9, 0.3, 0.4, 0.5), start=1):
-        save(tmp_path, step, state(step), keep=2)
-        set_score(tmp_path, step, score, keep=2)
+        CheckpointFolder(tmp_path, keep=2).save(step, state(step))
+        CheckpointFolder(tmp_path, keep=2).set_score(step, score)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 4, 5)]
     assert len(list(tmp_path.glob("*.json"))) == 3
-    save(tmp_path, 6, state(6), keep=2)
+    CheckpointFolder(tmp_path, keep=2).save(6, state(6))
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (2, 5, 6)], "6 has no score yet"
     before = (tmp_path / "step_0000006.pt").stat()
-    set_score(tmp_path, 6, 0.95, keep=2)
+    CheckpointFolder(tmp_path, keep=2).set_score(6, 0.95)
     assert names(tmp_path) == [f"step_000000{k}.pt" for k in (5, 6)]
     after = (tmp_path / "step_0000006.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert load(tmp_path / "step_0000006.pt").step == 6
     with pytest.raises(ValueError, match="keep"):
-        save(tmp_path, 7, state(7), keep=1)
+        CheckpointFolder(tmp_path, keep=1).save(7, state(7))
     with pytest.raises(ValueError, match="score"):
-        set_score(tmp_path, 6, float("nan"))
+        CheckpointFolder(tmp_path).set_score(6, float("nan"))
     with pytest.raises(CheckpointError, match="step_0000009"):
-        set_score(tmp_path, 9, 0.5)
+        CheckpointFolder(tmp_path).set_score(9, 0.5)
 
 
 def test_a_damaged_file_does_not_take_the_place_of_a_valid_one(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, step, state(step), keep=3)
+        CheckpointFolder(tmp_path, keep=3).save(step, state(step))
     flip_bit(tmp_path / "step_0000003.pt")
-    save(tmp_path, 4, state(4), keep=2)
+    CheckpointFolder(tmp_path, keep=2).save(4, state(4))
     assert "step_0000002.pt" in names(tmp_path), "3 is damaged: 4 and 2 are the last two"
     assert "step_0000001.pt" not in names(tmp_path)
 
 
 def test_steps_of_an_abandoned_run_are_left_alone(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        save(tmp_path, step, state(step), keep=2)
+        CheckpointFolder(tmp_path, keep=2).save(step, state(step))
     for step in (5, 6, 7):
-        save(tmp_path, step, state(step), keep=2)
+        CheckpointFolder(tmp_path, keep=2).save(step, state(step))
     assert names(tmp_path) == [f"step_{k:07d}.pt" for k in (6, 7, 20, 30)]
 
 
@@ -146,14 +148,14 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
-        save(tmp_path, step, state(step))
+        CheckpointFolder(tmp_path).save(step, state(step))
     damaged = tmp_path / "step_0000002.pt"
     flip_bit(damaged)
     torch.load(
         damaged, weights_only=True
     )  # torch alone does not notice, which is why there is a digest
     with caplog.at_level(logging.WARNING):
-        got = load_latest(tmp_path)
+        got = CheckpointFolder(tmp_path).latest()
     assert got is not None and got.step == 1 and torch.equal(got.state["w"], torch.ones(1000))
     assert "skipping the checkpoint of step 2" in caplog.text
     assert "going back to the checkpoint of step 1" in caplog.text
@@ -162,7 +164,7 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_taken(
 @pytest.mark.parametrize("damage", ["truncate", "empty", "no sidecar", "sidecar cut"])
 def test_other_damage_is_noticed_too(tmp_path: Path, damage: str) -> None:
     for step in (1, 2):
-        save(tmp_path, step, state(step))
+        CheckpointFolder(tmp_path).save(step, state(step))
     path = tmp_path / "step_0000002.pt"
     if damage == "no sidecar":
         path.with_suffix(".json").unlink()
@@ -172,17 +174,17 @@ def test_other_damage_is_noticed_too(tmp_path: Path, damage: str) -> None:
         os.truncate(path, 0 if damage == "empty" else 700)
     with pytest.raises(CheckpointError):
         load(path)
-    got = load_latest(tmp_path)
+    got = CheckpointFolder(tmp_path).latest()
     assert got is not None and got.step == 1
-    save(tmp_path, 2, state(2))  # the damaged step can be written again
+    CheckpointFolder(tmp_path).save(2, state(2))  # the damaged step can be written again
     assert load(path).step == 2
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
-        flip_bit(save(tmp_path, step, state(step)))
+        flip_bit(CheckpointFolder(tmp_path).save(step, state(step)))
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
-        load_latest(tmp_path)
+        CheckpointFolder(tmp_path).latest()
 
 
 class Evil:
@@ -197,7 +199,7 @@ class Evil:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    path = save(tmp_path, 1, state(1))
+    path = CheckpointFolder(tmp_path).save(1, state(1))
     torch.save({"w": Evil(marker)}, path)
     record = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps({**record, "sha256": sha256_file(path)}))
@@ -217,7 +219,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 def test_killed_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, count: int
 ) -> None:
-    save(tmp_path, 1, state(1))
+    CheckpointFolder(tmp_path).save(1, state(1))
     calls = []
     real = os.replace
 
@@ -229,10 +231,10 @@ def test_killed_before_the_rename(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", die)
-        save(tmp_path, step, state(7))
-    got = load_latest(tmp_path)
+        CheckpointFolder(tmp_path).save(step, state(7))
+    got = CheckpointFolder(tmp_path).latest()
     assert got is not None and got.step == 1 and torch.equal(got.state["w"], torch.ones(1000))
-    save(tmp_path, 3, state(3))
+    CheckpointFolder(tmp_path).save(3, state(3))
     assert not list(tmp_path.glob(".*")), "strays are swept"
     assert len(list(tmp_path.glob("*.json"))) == len(names(tmp_path))
 
@@ -240,7 +242,7 @@ def test_killed_before_the_rename(
 KILLED = """
 import json, logging, os, pathlib, random, signal, sys, time
 import torch
-from rotpred.training.checkpoint import load_latest, save
+from rotpred.training.checkpoint import CheckpointFolder
 
 torch.set_num_threads(1)
 random.seed(0)
@@ -253,7 +255,7 @@ logging.getLogger("rotpred").addHandler(handler)
 def state(step):
     return {"step": step, "w": torch.full((500_000,), float(step))}
 
-save(folder, 1, state(1), keep=2)
+CheckpointFolder(folder, keep=2).save(1, state(1))
 strays, steps = 0, [1]
 for _ in range(20):
     child = os.fork()
@@ -261,12 +263,12 @@ for _ in range(20):
         step = steps[-1]
         while True:
             step += 1
-            save(folder, step, state(step), keep=2)
+            CheckpointFolder(folder, keep=2).save(step, state(step))
     time.sleep(random.uniform(0.005, 0.12))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     strays += bool(list(folder.glob(".*.tmp")))
-    found = load_latest(folder)
+    found = CheckpointFolder(folder).latest()
     assert found.state["step"] == found.step >= steps[-1], (found.step, steps)
     assert bool((found.state["w"] == found.step).all())
     steps.append(found.step)
@@ -288,26 +290,26 @@ def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, state(1))
+    CheckpointFolder(tmp_path).save(1, state(1))
     big = {"w": torch.zeros(200_000)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writes fail in the middle
     try:
         with pytest.raises(CheckpointError, match="cannot write"):
-            save(tmp_path, 2, big)
+            CheckpointFolder(tmp_path).save(2, big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="2 MB are free"):
-        save(tmp_path, 2, big)
+        CheckpointFolder(tmp_path).save(2, big)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000001.json", "step_0000001.pt"]
     assert load(tmp_path / "step_0000001.pt").state["w"][0] == 1
 
 
 def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, state(1))
-    monkeypatch.setattr(files, "sha256_file", lambda _: "0" * 64)
+    CheckpointFolder(tmp_path).save(1, state(1))
+    monkeypatch.setattr(storage, "sha256_file", lambda _: "0" * 64)
     with pytest.raises(CheckpointError, match="differs from what was written"):
-        save(tmp_path, 2, state(2))
+        CheckpointFolder(tmp_path).save(2, state(2))
     assert names(tmp_path) == ["step_0000001.pt"]

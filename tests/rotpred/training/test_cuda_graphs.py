@@ -24,14 +24,14 @@ from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.cuda_graphs import WARM_UP, FlatGradients, Graphs
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
 from rotpred.training.sync_bn import check_sync_bn
 from tests.support import processes
 
-pytestmark = pytest.mark.timeout(120)
+# One thread: on a busy machine, threads that wait for one another take minutes for these networks.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 T = TypeVar("T")
 

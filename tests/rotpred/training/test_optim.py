@@ -13,7 +13,8 @@ from torch import nn
 
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.optim import Lars, Optim, build_optimizer, fused_sgd, param_groups, set_lr
+from rotpred.training.optim import Lars, build_optimizer, fused_sgd, param_groups, set_lr
+from rotpred.training.settings import Optim
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -44,7 +44,7 @@ def test_a_table_scales_with_the_base_rate() -> None:
     assert lr_at(NIN, 0.2, 60, 200) == pytest.approx(0.04)
     with pytest.raises(ValueError, match="ascending"):
         Table(((30, 0.1), (10, 0.01)))
-    with pytest.raises(ValueError, match="ascending"):
+    with pytest.raises(ValueError, match="empty"):
         Table(())
 
 

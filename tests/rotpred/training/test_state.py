@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,72 +11,58 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pipelines.batch import Batch
 from pipelines.loader import open_loader
-from pipelines.spec import CenterCrop, LoaderSpec, RandomResizedCrop
-from rotpred.distributed import Rank
+from pipelines.spec import CenterCrop, LoaderSpec, RandomResizedCrop, Shard
+from rotpred.distributed import Rank, process_group
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.records.log import read_rows
 from rotpred.training.data import check_data
-from rotpred.training.optim import Optim
 from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
+from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, LossFn, OptimizedPart, TrainState
+from tests.support import processes
 
 pytestmark = pytest.mark.timeout(200)
 
-WORKER = """
-import sys
-import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
-from pipelines.loader import open_loader
-from pipelines.spec import LoaderSpec, RandomResizedCrop, Shard
-from rotpred.distributed import process_group
-from rotpred.training.optim import Optim
-from rotpred.training.schedule import Steps
-from rotpred.training.settings import RunSettings
-from rotpred.training.state import OptimizedPart, TrainState
 
-data, out = sys.argv[1:]
-with process_group("cpu", timeout_seconds=60) as rank:
-    torch.manual_seed(0)
-    spec = LoaderSpec(data=data, engine="folder", batch_size=8 // rank.world,
-                      crop=RandomResizedCrop(16), workers=1)
-    # No batch norm: its statistics are each process's own, and rightly differ.
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
-    state = TrainState(model, [OptimizedPart(model, Optim(lr=0.1), Steps())], rank=rank,
-                       run=RunSettings(epochs=1), folder=None, global_batch=8, identity={})
+def train_alike(data: Path, out: Path) -> int:
+    """One of one or two processes: an epoch in global batches of 8; the main one saves weights."""
+    with process_group("cpu", timeout_seconds=60) as rank:
+        torch.manual_seed(0)
+        spec = LoaderSpec(
+            data=str(data), engine="folder", batch_size=8 // rank.world,
+            crop=RandomResizedCrop(16), workers=1,
+        )  # fmt: skip
+        # No batch norm: its statistics are each process's own, and rightly differ.
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4)
+        )
+        state = TrainState(
+            model, [OptimizedPart(model, Optim(lr=0.1), Steps())], rank=rank,
+            run=RunSettings(epochs=1), folder=None, global_batch=8, identity={},
+        )  # fmt: skip
 
-    def objective(batch):
-        loss = cross_entropy(state.model(batch.images), batch.targets)
-        return loss, {"loss": loss}
+        def objective(batch: Batch) -> LossAndLogs:
+            loss = cross_entropy(state.model(batch.images), batch.targets)
+            return loss, {"loss": loss}
 
-    with open_loader(spec, shard=Shard(rank.rank, rank.world)) as loader:
-        for batch in loader.epoch(0):
-            state.begin_step(0.0)
-            state.train_step(objective, batch)
-    if rank.main:
-        torch.save(model.state_dict(), out)
-"""
+        with open_loader(spec, shard=Shard(rank.rank, rank.world)) as loader:
+            for batch in loader.epoch(0):
+                state.begin_step(0.0)
+                state.train_step(objective, batch)
+        if rank.main:
+            torch.save(model.state_dict(), out)
+    return 0
 
 
 def test_two_processes_train_as_one(beton: Path, tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
     weights = []
-    for world in ("1", "2"):
-        out = tmp_path / f"{world}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*command, "--nproc-per-node", world, str(script), str(beton), str(out)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for world in (1, 2):
+        out, console = tmp_path / f"{world}.pt", tmp_path / f"console{world}"
+        status = processes.run(train_alike, beton, out, console=console, world=world)
+        assert status == [0] * world, console.read_text()[-3000:]
         weights.append(torch.load(out, weights_only=True))
     one, two = weights
     torch.manual_seed(0)

@@ -25,12 +25,13 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import rotpred.weights.export
-from rotpred.files import CheckpointError, sha256_file
+from pipelines.storage import sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import save
-from rotpred.weights.export import SUFFIXES, ExportedFile, Format, export_backbone, reader_settings
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
+from rotpred.weights.export import ExportedFile, export_backbone
+from rotpred.weights.formats import SUFFIXES, Format, reader_settings
 from rotpred.weights.load import load_backbone, save_backbone
 from tests.support.networks import equal, stir
 
@@ -266,7 +267,9 @@ def test_the_command_converts_a_checkpoint_and_says_what_it_wrote(
     tmp_path: Path, command: Command
 ) -> None:
     net = make_rotnet("resnet18")
-    source = save(tmp_path / "run", 7, {"model": net.state_dict(), "arch": "resnet18"})
+    source = CheckpointFolder(tmp_path / "run").save(
+        7, {"model": net.state_dict(), "arch": "resnet18"}
+    )
     output = tmp_path / "new" / "r18.pth"
     done = command(source, "--format", "torchvision", "--output", output)
     assert (done.status, done.err) == (0, "")

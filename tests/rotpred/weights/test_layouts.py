@@ -19,7 +19,7 @@ import torchvision
 
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import make_rotnet
-from rotpred.training.checkpoint import CheckpointError, save
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
 from rotpred.weights.load import load_backbone, load_rotnet, read_backbone
 from tests.support.networks import equal, stir, with_prefix
 
@@ -132,7 +132,7 @@ def test_rotation_heads_count_counter_clockwise(
 
 def test_our_own_head_comes_back(tmp_path: Path) -> None:
     first, second = stir(make_rotnet("nin3")), make_rotnet("nin3")
-    path = save(tmp_path, 1, {"model": first.state_dict(), "arch": "nin3"})
+    path = CheckpointFolder(tmp_path).save(1, {"model": first.state_dict(), "arch": "nin3"})
     assert load_rotnet(second, path).layout == "rotpred checkpoint"
     assert equal(first.state_dict(), second.state_dict())
 

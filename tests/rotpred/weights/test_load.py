@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 import torchvision
 
+from pipelines.storage import sha256_file
 from rotpred.models.backbone import build_backbone
 from rotpred.models.heads import RotNet, make_rotnet
-from rotpred.training.checkpoint import CheckpointError, save
-from rotpred.weights.load import load_backbone, save_backbone, sha256_file
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
+from rotpred.weights.load import load_backbone, save_backbone
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,7 +60,9 @@ def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
 
 def test_our_training_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
     net = make_rotnet("nin4")
-    path = save(tmp_path, 5, {"model": net.state_dict(), "arch": "nin4", "epoch": 1})
+    path = CheckpointFolder(tmp_path).save(
+        5, {"model": net.state_dict(), "arch": "nin4", "epoch": 1}
+    )
     backbone = build_backbone("nin4")
     report = load_backbone(backbone, path)
     assert same(net.backbone, backbone)
