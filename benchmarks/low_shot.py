@@ -30,6 +30,7 @@ from rotpred.metrics.average_precision import average_precision
 from rotpred.recipes.svm import COSTS
 from rotpred.svm.dual import gram, normalize_rows
 from rotpred.svm.low_shot import draw_samples, scores_of_draw
+from rotpred.svm.primal import Kernels
 
 WEIGHT = 2.0
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -141,10 +142,10 @@ def _ours(
     train: LabelledFeatures, test: LabelledFeatures, args: Arguments, draws: int
 ) -> tuple[float, int]:
     cpu = torch.device("cpu")
-    kernel, rows = gram(train[0], train[0], cpu), gram(test[0], train[0], cpu)
+    kernels = Kernels(gram(train[0], train[0], cpu), gram(test[0], train[0], cpu))
     scores = [
         scores_of_draw(
-            kernel, rows, train[1], test[1], shots=args.shots, costs=COSTS,
+            kernels, train[1], test[1], shots=args.shots, costs=COSTS,
             positive_weight=WEIGHT, seed=(0, number), tick=lambda: None,
         )
         for number in range(draws)

@@ -27,7 +27,7 @@ from rotpred.recipes.pretrain import Pretrain
 from rotpred.recipes.rotation import Rotation
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.recipes.svm import LowShot, Svm
-from rotpred.records.console import configure_logging
+from rotpred.records.console import configure_logging, discard
 from rotpred.records.former_names import translate_option
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _parse(make: Callable[[], R], args: Sequence[str], *, program: str, first: b
         except SystemExit as stop:
             status = stop.code
         except BrokenPipeError:
-            _drop_stdout()
+            discard("stdout")
             status = 0
     # Print after the redirection ends: errors once per machine, help on rank 0.
     if status and captured.getvalue():
@@ -110,12 +110,7 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _drop_stdout()
-
-
-def _drop_stdout() -> None:
-    """Redirect stdout to /dev/null, because Python flushes it again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard("stdout")  # Python flushes it again at exit
 
 
 def table(recipes: Mapping[str, Callable[[], AnyRecipe]], about: str) -> str:

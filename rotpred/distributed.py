@@ -7,12 +7,14 @@ Without them the world size is 1: there is no process group and every function h
 from __future__ import annotations
 
 import inspect
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.spec import Shard
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+T = TypeVar("T")
+
+VARIABLES = {
+    "RANK": "rank",
+    "LOCAL_RANK": "local_rank",
+    "WORLD_SIZE": "world",
+    "LOCAL_WORLD_SIZE": "local_world",
+}
+"""Torchrun's environment variables, and the fields of `Rank` that they give."""
 
 
 @dataclass(frozen=True)
@@ -58,36 +68,48 @@ class Rank:
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
 
-def init(device: str = "auto", *, timeout_seconds: float = 600.0) -> Rank:
-    """Read torchrun's environment, choose the device, join the process group.
+@contextmanager
+def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> Iterator[Rank]:
+    """Read torchrun's environment, choose the device, join the process group for a block.
 
     With several processes the group uses gloo for CPU tensors. If the device is a GPU, it uses NCCL
     for CUDA tensors: flags and names are then exchanged without synchronising the GPU.
+
+    After an error on a GPU the group is not left: NCCL can wait for peers that are still in a
+    collective, and they are released only when this process ends.
 
     Args:
         device: "auto" (CUDA if available), "cpu", "cuda", or, for a world size of 1, "cuda:N".
         timeout_seconds: How long a collective waits for a peer before it raises.
 
-    Returns:
+    Yields:
         The rank of this process.
 
     Raises:
         ValueError: The environment is incomplete or contradictory, or the device does not exist.
     """
     fields = _environment()
-    rank = Rank(**fields, device=_device(device, fields["local_rank"], fields["world"]))
+    rank = Rank(
+        **fields, device=_device(device, fields.get("local_rank", 0), fields.get("world", 1))
+    )
     torch.set_num_threads(cpu_threads(rank.local_world))
-    if rank.device.type == "cuda":
+    on_gpu = rank.device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(rank.device)
         torch.backends.cudnn.benchmark = True  # shapes do not change within a run
     if rank.world > 1:
-        on_gpu = rank.device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             device_id=rank.device if on_gpu else None,
         )
-    return rank
+    completed = False
+    try:
+        yield rank
+        completed = True
+    finally:
+        if dist.is_initialized() and (completed or not on_gpu):
+            dist.destroy_process_group()
 
 
 def cpu_threads(local_world: int = 1) -> int:
@@ -106,29 +128,6 @@ def cpu_threads(local_world: int = 1) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world)
 
 
-@contextmanager
-def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> Iterator[Rank]:
-    """Run a block between `init` and `shutdown`. The arguments are those of `init`.
-
-    After an error on a GPU there is no shutdown: NCCL's can wait for peers that are still in a
-    collective, and they are released only when this process ends.
-    """
-    rank = init(device, timeout_seconds=timeout_seconds)
-    try:
-        yield rank
-    except BaseException:
-        if rank.device.type == "cpu":
-            shutdown()
-        raise
-    shutdown()
-
-
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
     """Return the sum of `tensor` (any shape and numeric dtype) over all ranks.
 
@@ -141,18 +140,16 @@ def all_sum(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
     return total
 
 
-def any_true(flag: bool | torch.Tensor, rank: Rank) -> bool:
+def any_true(flag: bool, rank: Rank) -> bool:
     """Return whether `flag` is true on any rank; every rank gets the same answer.
 
-    A bool (for example "a signal has arrived") costs no GPU synchronisation. A tensor of one
-    element on a GPU is reduced there and read back, which waits for the GPU.
+    Does not wait for a GPU.
     """
     if rank.world == 1:
-        return bool(flag)
-    state = flag.to(torch.int32) if isinstance(flag, torch.Tensor) else torch.tensor(int(flag))
-    state = state.clone()
+        return flag
+    state = torch.tensor(int(flag))
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    return bool(state.item())
+    return bool(state)
 
 
 def check_equal(value: int, rank: Rank, *, what: str) -> None:
@@ -172,20 +169,34 @@ def check_equal(value: int, rank: Rank, *, what: str) -> None:
         raise RuntimeError(f"ranks disagree about {what}: from {low} to {high}")
 
 
-def broadcast_str(text: str, rank: Rank) -> str:
-    """Return the text of rank 0 on every rank; the other ranks' texts are ignored."""
+def from_main(work: Callable[[], T], rank: Rank, *, error: type[ValueError] = ValueError) -> T:
+    """Call `work` on rank 0 alone, and return its result on every rank.
+
+    Args:
+        work: Returns JSON values, without tuples.
+        rank: All ranks call.
+        error: If the work raises it, all ranks raise it, with the same message.
+    """
     if rank.world == 1:
-        return text
+        return work()
+    message: dict[str, Any] = {}
+    if rank.main:
+        try:
+            message["result"] = work()
+        except error as problem:
+            message["error"] = str(problem)
     # Bytes in tensors: broadcast_object_list would unpickle what it receives.
-    data = text.encode()
+    data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
     size = torch.tensor(len(data))
     dist.broadcast(size, src=0)
-    buffer = torch.empty(int(size), dtype=torch.uint8)
-    if rank.main:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
-    if len(buffer):
-        dist.broadcast(buffer, src=0)
-    return bytes(buffer.tolist()).decode()
+    if not rank.main:
+        data = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    message = json.loads(bytes(data.tolist()))
+    if "error" in message:
+        raise error(message["error"])
+    result: T = message["result"]
+    return result
 
 
 def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
@@ -219,45 +230,36 @@ def data_parallel(module: nn.Module, rank: Rank) -> DistributedDataParallel:
 
 
 def _environment() -> dict[str, int]:
-    """Return the fields of `Rank` that torchrun sets, or those of a single process."""
-    names = ("rank", "local_rank", "world", "local_world")
-    found = [name for name in VARIABLES if name in os.environ]
+    """Return the fields of `Rank` that torchrun sets; none for a single process."""
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if not found:
-        return dict(zip(names, (0, 0, 1, 1), strict=True))
+        return {}
     if len(found) < len(VARIABLES):
-        lacking = ", ".join(name for name in VARIABLES if name not in os.environ)
+        lacking = ", ".join(name for name in VARIABLES if name not in found)
         raise ValueError(
             f"{', '.join(found)} set but not {lacking}: start with torchrun, which sets all four, "
             "or unset them to run as a single process"
         )
-    values = []
-    for name in VARIABLES:
-        text = os.environ[name]
+    for name, text in found.items():
         if not text.isdigit():
             raise ValueError(f"{name}={text!r} is not a whole number")
-        values.append(int(text))
-    return dict(zip(names, values, strict=True))
+    return {VARIABLES[name]: int(text) for name, text in found.items()}
 
 
 def _device(name: str, local_rank: int, world: int) -> torch.device:
     """Return the device of this process for a device name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    if name == "cuda":
-        index = local_rank
-    else:
-        if world > 1:
-            raise ValueError(f"device {name!r} names one GPU for {world} processes: use cuda")
-        if not name[5:].isdigit():
-            raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
-        index = int(name[5:])
+    if name != "cuda" and world > 1:
+        raise ValueError(f"device {name!r} names one GPU for {world} processes: use cuda")
+    index = local_rank if name == "cuda" else int(name[5:])
     if index >= count:
         raise ValueError(
             f"this process needs GPU {index}, but torch sees {count}: start at most {count} "

@@ -67,7 +67,7 @@ class Step:
         """
         self.device = torch.device(run.device)
         if self.device.type == "cuda":
-            # As in `rotpred.distributed.init`: shapes do not change.
+            # As in `rotpred.distributed.process_group`: shapes do not change.
             torch.backends.cudnn.benchmark = True
         self.module = channels_last(make_rotnet(backbone), self.device).train()
         self.state = TrainState(

@@ -23,7 +23,7 @@ from pipelines.checks import check
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from pipelines.storage import check_space, locked, write_json
-from rotpred.distributed import Rank, barrier, broadcast_str, check_equal, gather_rows
+from rotpred.distributed import Rank, barrier, check_equal, from_main, gather_rows
 from rotpred.features.base import AVGPOOL, Features, Store
 from rotpred.features.npy_writer import Append, npy_writer
 from rotpred.models.base import Backbone
@@ -144,8 +144,7 @@ def _description(
         }
     )
     # Arrays of version 0.1 are found again: up to 226 GB, and hours of work.
-    description = restore_names(result)
-    assert isinstance(description, dict)
+    description: dict[str, object] = restore_names(result)
     return description
 
 
@@ -166,8 +165,8 @@ def _missing(
     Raises:
         ValueError: The folder cannot be written, is locked, or has no space.
     """
-    answer: dict[str, list[str] | str] = {}
-    if rank.main:
+
+    def look() -> list[str]:
         try:
             missing = [name for name in names if not (folder / f"{name}.npy").exists()]
             if missing:
@@ -182,15 +181,11 @@ def _missing(
                 count = len(loader) * loader.spec.batch_size * rank.world
                 what = f"{', '.join(missing)} of {count:,} images as {store}"
                 check_space(folder, count * (width + 2 * np.dtype(np.int64).itemsize), what=what)
-            answer["missing"] = missing
         except OSError as error:
-            answer["error"] = f"cannot write features into {folder}: {error}"
-        except ValueError as error:
-            answer["error"] = str(error)
-    answer = json.loads(broadcast_str(json.dumps(answer), rank))
-    if isinstance(found := answer.get("missing"), list):
-        return found
-    raise ValueError(answer["error"])
+            raise ValueError(f"cannot write features into {folder}: {error}") from error
+        return missing
+
+    return from_main(look, rank)
 
 
 def _pooled(backbone: Backbone, size: int) -> tuple[dict[str, int], dict[str, nn.Module]]:

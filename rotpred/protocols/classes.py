@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from rotpred.training.loader_interface import LabelledLoader
 
 
-class LabelledData(NamedTuple):
-    """Classes and label range of a data set."""
-
-    data: str
-    """Name of the data set in messages."""
-    names: tuple[str, ...]
-    """Names by id. Empty if unknown (stock FFCV's betons); a list of files has ids as text."""
-    low: int
-    """Smallest label; -1 for a sample without one."""
-    high: int
-    """Largest label."""
-
-    @property
-    def unnamed(self) -> bool:
-        """Whether only the ids are known."""
-        return self.names == tuple(map(str, range(len(self.names))))
-
-
 def number_of_classes(train: LabelledLoader, val: LabelledLoader) -> int:
-    """Return `shared_classes` of two loaders; raises as it does."""
-    return shared_classes(
-        *(LabelledData(part.spec.data, part.classes, *part.label_range) for part in (train, val))
-    )
-
-
-def shared_classes(train: LabelledData, val: LabelledData) -> int:
     """Return the number of classes. Training and test data must have the same, in the same order.
 
     Data with ids only match any names, if there are enough of them.
@@ -42,23 +17,29 @@ def shared_classes(train: LabelledData, val: LabelledData) -> int:
         ValueError: A sample has no label, or the classes differ.
     """
     for part in (train, val):
-        if part.low < 0:
-            raise ValueError(f"{part.data} has samples without a label")
+        if part.label_range[0] < 0:
+            raise ValueError(f"{part.spec.data} has samples without a label")
     for one, other in ((train, val), (val, train)):
+        names, high = other.classes, one.label_range[1]
         # Folders 0, 1, 10, 2 are sorted as text: such names are not ids.
-        numbers = not other.unnamed and all(name.isdecimal() for name in other.names)
-        if one.unnamed and not numbers:
-            if not other.unnamed and one.high >= len(other.names):
+        numbers = not _only_ids(names) and all(name.isdecimal() for name in names)
+        if _only_ids(one.classes) and not numbers:
+            if not _only_ids(names) and high >= len(names):
                 raise ValueError(
-                    f"{one.data} has label {one.high}, but {other.data} has "
-                    f"{len(other.names)} classes, counted from 0"
+                    f"{one.spec.data} has label {high}, but {other.spec.data} has {len(names)} "
+                    "classes, counted from 0"
                 )
-            return max(one.high + 1, other.high + 1, len(one.names), len(other.names))
-    if train.names != val.names:
-        pairs = enumerate(itertools.zip_longest(train.names, val.names, fillvalue="missing"))
+            return max(high + 1, other.label_range[1] + 1, len(one.classes), len(names))
+    if train.classes != val.classes:
+        pairs = enumerate(itertools.zip_longest(train.classes, val.classes, fillvalue="missing"))
         i, (ours, theirs) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
         raise ValueError(
-            f"{train.data} and {val.data} have different classes ({len(train.names)} and "
-            f"{len(val.names)}): number {i} is {ours} in the first, {theirs} in the second"
+            f"{train.spec.data} and {val.spec.data} have different classes ({len(train.classes)} "
+            f"and {len(val.classes)}): number {i} is {ours} in the first, {theirs} in the second"
         )
-    return len(train.names)
+    return len(train.classes)
+
+
+def _only_ids(names: Sequence[str]) -> bool:
+    """Return whether there are no names (stock FFCV's betons), or ids as text (a list of files)."""
+    return list(names) == [str(i) for i in range(len(names))]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from pipelines.datasets.annotations import DenseSamples
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader, open_dense
 from pipelines.dense.spec import DenseSpec
+from pipelines.imaging.torchvision_decode import decode
 from pipelines.spec import Precision
 from rotpred.distributed import Rank
 from rotpred.models.base import Backbone
@@ -51,8 +55,24 @@ class Task(Protocol):
         All ranks call it, with the network in evaluation mode and without gradients.
         """
 
+    def score(self, val: DenseLoader, rank: Rank) -> Validation:
+        """Return exact metrics of the predictions in the files that the recipe names.
+
+        All ranks call it, and get the same.
+
+        Raises:
+            FileNotFoundError: There is no such file, or an image has none.
+            ValueError: A prediction is damaged or does not fit the data; the message names it.
+        """
+
     def identity(self) -> dict[str, object]:
         """Return, as JSON, what determines the weights besides data, optimiser and schedule."""
+
+
+def images_of(samples: DenseSamples, chosen: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
+    """Decode the stored images at some positions, for a figure: uint8 (h, w, 3) each."""
+    decoded = [decode(samples.path(i).read_bytes()) for i in chosen]
+    return [image.permute(1, 2, 0).numpy() for image in decoded]
 
 
 def validation(values: Mapping[str, float], n: int, figures: Mapping[str, Figure]) -> Validation:
@@ -60,13 +80,13 @@ def validation(values: Mapping[str, float], n: int, figures: Mapping[str, Figure
     return Validation(values, n, next(iter(values.values())), logged=values, figures=figures)
 
 
-def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
+def run(recipe: R, rank: Rank, task: Task) -> Path:
     """Train, validate and write the run folder. Resumes if the folder has checkpoints.
 
     Args:
         recipe: Detection or segmentation.
         rank: All ranks call.
-        make: Builds the task, given the recipe after `scaled`.
+        task: The part that depends on the recipe's type.
 
     Returns:
         The run folder.
@@ -79,7 +99,6 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     if recipe.run.cuda_graph:
         raise ValueError(f"{recipe.name} cannot use CUDA graphs: pass --run.no-cuda-graph")
     check_sync_bn(recipe.sync_bn, rank, recipe.run)
-    task = make(recipe)
     with open_run(recipe, rank, open_dense_data) as run:
         if run.train.classes != run.val.classes:
             raise ValueError("training and validation data have different classes")
@@ -112,7 +131,7 @@ def run(recipe: R, rank: Rank, make: Callable[[R], Task]) -> Path:
     return run.out
 
 
-def score_predictions(recipe: R, rank: Rank, count: Callable[[DenseLoader], Validation]) -> Path:
+def score_predictions(recipe: Detection | Segmentation, rank: Rank, task: Task) -> Path:
     """Score predictions in files on the validation data, and write the run folder.
 
     The results page lists them under trained weights, or under `recipe.weights` if that is
@@ -121,10 +140,14 @@ def score_predictions(recipe: R, rank: Rank, count: Callable[[DenseLoader], Vali
     Args:
         recipe: Names the validation data and the files.
         rank: All ranks call.
-        count: Reads and scores the files; returns the same on all ranks.
+        task: Reads and scores the files.
 
     Returns:
         The run folder.
+
+    Raises:
+        FileNotFoundError: As `Task.score`.
+        ValueError: As `Task.score`.
     """
     path = Path(recipe.predictions)
     out = recipe.run.out or f"runs/{recipe.name}_predictions"
@@ -132,7 +155,7 @@ def score_predictions(recipe: R, rank: Rank, count: Callable[[DenseLoader], Vali
         open_folder(recipe, rank, out=out) as run,
         open_dense_data(recipe.val, rank, recipe.run.precision) as val,
     ):
-        found = count(val)
+        found = task.score(val, rank)
         run.about = {"weights": Path(recipe.weights or path).name, "predictions": path.name}
         run.start(0, repeat=True)  # the files may have changed
         for metric, value in found.results.items():

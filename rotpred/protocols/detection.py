@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from torch import nn
 from pipelines.datasets.coco import import_pycocotools
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
-from pipelines.imaging.torchvision_decode import decode
-from rotpred.distributed import Rank, broadcast_str
+from rotpred.distributed import Rank, from_main
 from rotpred.metrics.coco_detection import coco_metrics
 from rotpred.metrics.detections import ImageDetections
 from rotpred.metrics.predictions import gather_detections, read_detections, write_detections
@@ -51,7 +49,7 @@ def run(recipe: Detection, rank: Rank) -> Path:
         Stopped: A signal ended the run after a checkpoint.
     """
     if recipe.predictions:
-        return score_predictions(recipe, rank)
+        return dense.score_predictions(recipe, rank, DetectionTask(recipe))
     if recipe.run.compile:
         raise ValueError(
             f"{recipe.name} has images of many sizes, and torch.compile would compile again for "
@@ -63,7 +61,7 @@ def run(recipe: Detection, rank: Rank) -> Path:
         logger.info("%s learns no masks, those of %s are skipped", recipe.model, recipe.train.data)
         recipe = replace(recipe, train=replace(recipe.train, masks=False))
     with dense.no_cudnn_benchmark():
-        return dense.run(recipe, rank, DetectionTask)
+        return dense.run(recipe, rank, DetectionTask(recipe))
 
 
 class DetectionTask:
@@ -115,8 +113,13 @@ class DetectionTask:
         found = gather_detections(mine, len(val.samples), state.rank)
         if state.rank.main:
             write_detections(state.folder.parent / PREDICTIONS, found, val.samples)
-        masks = has_masks(self.recipe)
-        return detection_result(val, found, masks=masks, rank=state.rank)
+        return detection_result(val, found, masks=has_masks(self.recipe), rank=state.rank)
+
+    def score(self, val: DenseLoader, rank: Rank) -> Validation:
+        """Return average precision of a file of detections."""
+        found = read_detections(Path(self.recipe.predictions), val.samples)
+        masks = any(one.masks for one in found)
+        return detection_result(val, found, masks=masks, rank=rank)
 
     def identity(self) -> dict[str, object]:
         """Return the fields that define the detector."""
@@ -180,48 +183,15 @@ def detection_result(
             return coco_metrics(found, samples, masks=masks)
         return voc_metrics(found, samples)
 
-    values = _on_main_rank(count, rank)
+    # Not on every rank: pycocotools takes gigabytes per process.
+    values = from_main(count, rank)
     figures = {}
     if rank.main:
         some = range(min(SHOWN, len(samples)))
-        images = [decode(samples.path(i).read_bytes()).permute(1, 2, 0).numpy() for i in some]
         figures["detections"] = boxes_figure(
-            images,
+            dense.images_of(samples, some),
             [found[i] for i in some],
             samples.classes,
             truth=[samples.objects(i) for i in some],
         )
     return dense.validation(values, len(samples), figures)
-
-
-def _on_main_rank(count: Callable[[], dict[str, float]], rank: Rank) -> dict[str, float]:
-    """Compute on the main rank only and send to all: pycocotools takes gigabytes per process."""
-    message: dict[str, dict[str, float] | str] = {}
-    if rank.main:
-        try:
-            message["values"] = count()
-        except ValueError as error:
-            message["error"] = str(error)
-    message = json.loads(broadcast_str(json.dumps(message), rank))
-    if isinstance(values := message.get("values"), dict):
-        return values
-    raise ValueError(message["error"])
-
-
-def score_predictions(recipe: Detection, rank: Rank) -> Path:
-    """Score a file of detections on the validation data, and write the run folder.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: An entry names an unknown image or class, or has impossible values.
-    """
-
-    def count(val: DenseLoader) -> Validation:
-        found = read_detections(Path(recipe.predictions), val.samples)
-        masks = any(one.masks for one in found)
-        return detection_result(val, found, masks=masks, rank=rank)
-
-    return dense.score_predictions(recipe, rank, count)

@@ -13,10 +13,9 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -42,9 +41,8 @@ from rotpred.weights.frozen_backbone import load_frozen_backbone
 logger = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=TrainingLoader[Any])
-L_co = TypeVar("L_co", bound=TrainingLoader[Any], covariant=True)
 
-Opener = Callable[[Any, Rank, Precision], AbstractContextManager[L_co]]
+Opener = Callable[[Any, Rank, Precision], contextlib.AbstractContextManager[L]]
 """Opens the data of a spec: `open_data`, `open_extraction_loader` or `open_dense_data`."""
 
 
@@ -110,14 +108,6 @@ class Run(Generic[L]):
         self._done = done
         return True
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[Self]:
-        """Mark a run that was started as finished after a block without error; close all."""
-        with self.loaders, self._log:
-            yield self
-            if self._done is not None and self.rank.main:
-                write_json(self.out / DONE, self._done())
-
     @property
     def total(self) -> int:
         """Number of training steps."""
@@ -157,11 +147,9 @@ class Run(Generic[L]):
             **({"weights": self.sha} if isinstance(self.recipe, FromWeights) else {}),
             **{name: _fields(name, value) for name, value in own.items()},
         }
-        identity = plain(fields)
-        assert isinstance(identity, dict)
         return TrainState(
             module, trained, rank=self.rank, run=run, folder=self.out / "checkpoints",
-            global_batch=global_batch, identity=identity,
+            global_batch=global_batch, identity=plain(fields),
         )  # fmt: skip
 
     def resume(self, state: TrainState) -> bool:
@@ -219,8 +207,6 @@ class Run(Generic[L]):
                 self.log.figure(name, figure)
             return found.score
 
-        if state.step > 0 or not self.rank.main:
-            first = None
         for batch in steps(
             state,
             self.train,
@@ -229,9 +215,8 @@ class Run(Generic[L]):
             evaluate=None if evaluate is None else validate,
             eval_every_epochs=eval_every_epochs,
         ):
-            if first is not None:
+            if first is not None and state.step == 0 and self.rank.main:
                 first(batch)
-                first = None
             state.train_step(objective, batch)
         if evaluate is not None and (last is None or last[0] != state.step):
             validate(0)  # max_steps ended the run within an epoch
@@ -257,8 +242,11 @@ def open_folder(recipe: Recipe, rank: Rank, *, out: str = "") -> Iterator[Run[An
     """
     path = Path(out or recipe.run.out or f"runs/{recipe.name}")
     with lock(path, recipe.name) if rank.main else contextlib.nullcontext():
-        with Run[Any](recipe, rank, path).closing() as run:
+        run = Run[Any](recipe, rank, path)
+        with run.loaders, run._log:
             yield run
+            if run._done is not None and rank.main:
+                write_json(path / DONE, run._done())
 
 
 @contextlib.contextmanager
@@ -302,8 +290,7 @@ def _fields(name: str, value: Any) -> object:
 
 def _numbers(done: Mapping[str, object]) -> dict[str, object]:
     """Return the fields of done.json that affect results: not where the cache lies, say."""
-    fields = translate_names(done)
-    assert isinstance(fields, dict)
+    fields: dict[str, object] = translate_names(done)
     if isinstance(recipe := fields.get("recipe"), dict):
         kept = {name: value for name, value in recipe.items() if name not in ("cache", "run")}
         fields["recipe"] = kept | {"precision": recipe["run"]["precision"]}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from pipelines.datasets.annotations import IGNORED
 from pipelines.dense.batch import DenseBatch
 from pipelines.dense.loader import DenseLoader
-from pipelines.imaging.torchvision_decode import decode
 from pipelines.storage import replaced
 from rotpred.distributed import Rank
-from rotpred.metrics.classification import Confusion, ConfusionResult
+from rotpred.metrics.classification import Confusion
 from rotpred.metrics.predictions import read_masks
 from rotpred.models.base import Backbone
 from rotpred.models.fcn import Fcn, pixel_loss, resize_logits
@@ -45,8 +43,8 @@ def run(recipe: Segmentation, rank: Rank) -> Path:
         Stopped: A signal ended the run after a checkpoint.
     """
     if recipe.predictions:
-        return score_predictions(recipe, rank)
-    return dense.run(recipe, rank, SegmentationTask)
+        return dense.score_predictions(recipe, rank, SegmentationTask(recipe))
+    return dense.run(recipe, rank, SegmentationTask(recipe))
 
 
 class SegmentationTask:
@@ -89,55 +87,59 @@ class SegmentationTask:
             "accuracy": 100 * right,
         }
 
+    @dense.no_cudnn_benchmark()
     def evaluate(self, state: TrainState, val: DenseLoader) -> Validation:
         """Return mean IoU over all pixels of all images, each in its stored size."""
-        with dense.no_cudnn_benchmark():
-            return self._evaluate(state, val)
+        return _scores(self._predictions(state, val), val, state.rank)
 
-    def _evaluate(self, state: TrainState, val: DenseLoader) -> Validation:
-        rank, samples = state.rank, val.samples
-        confusion = Confusion(len(val.classes), device=rank.device)
-        shown: list[tuple[int, Mask]] = []
-        folder = state.folder.parent / "predictions"
-        for i, logits in self._logits(state, val):
-            truth = torch.from_numpy(samples.mask(i)).to(rank.device)
-            size = (truth.shape[0], truth.shape[1])
-            upsampled = resize_logits(logits, size, align_corners=self.recipe.align_corners)
-            predicted = upsampled.argmax(1)[0]
-            confusion.update(predicted, truth, truth != IGNORED)
-            if self.recipe.save_predictions or (rank.main and len(shown) < SHOWN):
-                mask = predicted.to(torch.uint8).cpu().numpy()
-                if rank.main and len(shown) < SHOWN:
-                    shown.append((i, mask))
-                if self.recipe.save_predictions:
-                    save_mask(folder / f"{samples.names[i]}.png", mask, _palette(val))
-        return segmentation_result(confusion.compute(rank), val, shown if rank.main else [])
+    def score(self, val: DenseLoader, rank: Rank) -> Validation:
+        """Return mean IoU of a folder of predicted masks."""
+        folder = Path(self.recipe.predictions)
 
-    def _logits(self, state: TrainState, val: DenseLoader) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield index and float32 logits (1, classes, h, w) of each of this process's images.
+        def read(i: int) -> torch.Tensor:
+            mask = read_masks(folder, val.samples, i, label_ids=self.recipe.label_ids)
+            if ((mask == IGNORED) & (val.samples.mask(i) != IGNORED)).any():
+                raise ValueError(
+                    f"{folder}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that have "
+                    "a class"
+                )
+            return torch.from_numpy(mask)
+
+        mine = range(rank.rank, len(val.samples), rank.world)
+        return _scores(((i, read(i)) for i in mine), val, rank)
+
+    def _predictions(
+        self, state: TrainState, val: DenseLoader
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield index and classes (h, w) of each of this process's images; save them if asked to.
 
         The padding of the batch is cut off, so results do not depend on other images.
         """
+        recipe, folder = self.recipe, state.folder.parent / "predictions"
 
         def logits_of(image: torch.Tensor) -> torch.Tensor:
             with state.autocast():
                 logits: torch.Tensor = state.module(image)
-            return logits.float()
-
-        def window_of(image: torch.Tensor) -> torch.Tensor:
             size = (image.shape[2], image.shape[3])
-            return resize_logits(logits_of(image), size, align_corners=self.recipe.align_corners)
+            return resize_logits(logits.float(), size, align_corners=recipe.align_corners)
 
-        crop, stride = self.recipe.slide_crop, self.recipe.slide_stride
         for batch in val.epoch(0):
             for k in batch.valid.nonzero().flatten().tolist():
+                i = int(batch.indices[k])
                 height, width = batch.sizes[k].tolist()
                 image = batch.images[k : k + 1, :, :height, :width]
-                if self.recipe.test == "slide":
-                    yield int(batch.indices[k]), slide(window_of, image, crop, stride)
+                if recipe.test == "slide":
+                    logits = slide(logits_of, image, recipe.slide_crop, recipe.slide_stride)
                 else:
-                    # As published: upsample to the network's input here, to the stored image later.
-                    yield int(batch.indices[k]), window_of(image)
+                    logits = logits_of(image)
+                # As published: upsampled to the network's input above, to the stored image here.
+                height, width = val.samples.sizes[i].tolist()
+                logits = resize_logits(logits, (height, width), align_corners=recipe.align_corners)
+                classes = logits.argmax(1)[0]
+                if recipe.save_predictions:
+                    mask = classes.to(torch.uint8).cpu().numpy()
+                    save_mask(folder / f"{val.samples.names[i]}.png", mask, _palette(val))
+                yield i, classes
 
     def identity(self) -> dict[str, object]:
         """Return the fields that define head, loss and upsampling."""
@@ -183,54 +185,38 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def score_predictions(recipe: Segmentation, rank: Rank) -> Path:
-    """Score a folder of predicted masks on the validation data, and write the run folder.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        FileNotFoundError: An image has no predicted mask.
-        ValueError: A mask has another size or unknown classes; the message names it.
-    """
-    folder = Path(recipe.predictions)
-
-    def count(val: DenseLoader) -> Validation:
-        confusion = Confusion(len(val.classes))
-        shown: list[tuple[int, Mask]] = []
-        for i in range(rank.rank, len(val.samples), rank.world):
-            predicted = read_masks(folder, val.samples, i, label_ids=recipe.label_ids)
-            truth = val.samples.mask(i)
-            counted = truth != IGNORED
-            if (predicted[counted] == IGNORED).any():
-                raise ValueError(
-                    f"{folder}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that have "
-                    "a class"
-                )
-            confusion.update(*map(torch.from_numpy, (predicted, truth, counted)))
-            if rank.main and len(shown) < SHOWN:
-                shown.append((i, predicted))
-        return segmentation_result(confusion.compute(rank), val, shown)
-
-    return dense.score_predictions(recipe, rank, count)
-
-
-def segmentation_result(
-    result: ConfusionResult, val: DenseLoader, shown: list[tuple[int, Mask]]
+def _scores(
+    predictions: Iterable[tuple[int, torch.Tensor]], val: DenseLoader, rank: Rank
 ) -> Validation:
     """Return mean IoU (first), pixel accuracy, mean recall, and the IoU of each class that occurs.
 
     Args:
-        result: Confusion over all processes.
+        predictions: Index and classes (h, w) of each of this process's images.
         val: Classes, names, images and true masks.
-        shown: Indices and predicted masks, uint8 (h, w), of the images to draw.
+        rank: All ranks call.
     """
+    confusion = Confusion(len(val.classes), device=rank.device)
+    shown: dict[int, Mask] = {}
+    for i, predicted in predictions:
+        truth = torch.from_numpy(val.samples.mask(i)).to(rank.device)
+        confusion.update(predicted.to(rank.device), truth, truth != IGNORED)
+        if rank.main and len(shown) < SHOWN:
+            shown[i] = predicted.to(torch.uint8).cpu().numpy()
+    result = confusion.compute(rank)
     values = {"mIoU": result.mean_iou, "accuracy": result.accuracy}
     values["mean recall"] = result.mean_recall
     for name, iou in zip(val.classes, result.iou, strict=True):
         if iou is not None:
             values[f"IoU/{name}"] = iou
-    figures = {"masks": _figure(val, shown)} if shown else {}
+    figures = {}
+    if shown:
+        figures["masks"] = masks_figure(
+            dense.images_of(val.samples, shown),
+            list(shown.values()),
+            [val.samples.mask(i) for i in shown],
+            val.classes,
+            _palette(val),
+        )
     return dense.validation(values, len(val.samples), figures)
 
 
@@ -252,14 +238,3 @@ def save_mask(path: Path, mask: Mask, palette: Mask) -> None:
 def _palette(val: DenseLoader) -> Mask:
     cityscapes = val.spec.data.startswith("cityscapes:")
     return CITYSCAPES_PALETTE if cityscapes else voc_palette(len(val.classes))
-
-
-def _figure(val: DenseLoader, shown: list[tuple[int, Mask]]) -> Figure:
-    images = [decode(val.samples.path(i).read_bytes()) for i, _ in shown]
-    return masks_figure(
-        [image.permute(1, 2, 0).numpy() for image in images],
-        [mask for _, mask in shown],
-        [val.samples.mask(i) for i, _ in shown],
-        val.classes,
-        _palette(val),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,9 @@ from rotpred.protocols.features import extract_both, selectable
 from rotpred.protocols.multilabel import Labels, check_counts, labels_of, read_label_tables
 from rotpred.protocols.run import Run, open_run
 from rotpred.recipes.svm import LowShot, Svm
-from rotpred.records.log import RunLog
-from rotpred.svm.dual import gram, solve
+from rotpred.svm.dual import gram
 from rotpred.svm.low_shot import aggregate, scores_of_draw
-from rotpred.svm.primal import compact, solve_compact
+from rotpred.svm.primal import Kernels, compact
 
 MAX_SAMPLES = 20_000
 """Largest number of training samples. Their kernel, 8 bytes a pair, takes 3.2 GB of memory."""
@@ -38,7 +37,6 @@ def run(recipe: Svm, rank: Rank) -> Path:
     Raises:
         ValueError: The weights, data and recipe do not fit together.
     """
-    stages = recipe.stages
     with open_run(recipe, rank, open_extraction_loader) as run:
         parts, (labels, test_labels), class_names = _prepare(recipe, run)
         classes, n = labels.shape[1], len(test_labels)
@@ -47,20 +45,17 @@ def run(recipe: Svm, rank: Rank) -> Path:
         needed = recipe.folds
         check_counts(signs, class_names, "training data", positive=needed, negative=needed)
         check_counts(test_labels, class_names, "test data", positive=1, negative=0)
-        units = list(itertools.product(range(len(stages)), range(classes)))
-        if run.start(-(-len(units) // rank.world)):
-            # AP, 11-point AP, chosen cost; each rank fills in its own units.
-            found = torch.zeros(len(stages), classes, 3, dtype=torch.float64)
-            tick = Ticker(run.log)
-            for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
-                for c in numbers:
-                    found[stage, c] = torch.tensor(
-                        evaluate_class(kernel, test, labels[:, c], test_labels[:, c], recipe, rows),
-                        dtype=torch.float64,
-                    )
-                    tick()
-            found = all_sum(found, rank)
-            for name, (ap, eleven, cost) in zip(stages, found.mT.tolist(), strict=True):
+        if run.start(-(-len(recipe.stages) * classes // rank.world)):
+            done = itertools.count(1)
+
+            def evaluate(kernels: Kernels, c: int) -> tuple[float, float, float]:
+                found = evaluate_class(kernels, labels[:, c], test_labels[:, c], recipe)
+                run.log.tick(next(done))
+                return found
+
+            found = _every_stage(run, parts, classes, (3,), evaluate)
+            for name, values in found.items():
+                ap, eleven, cost = values.T.tolist()
                 run.result(
                     f"mAP/{name}",
                     float(np.mean(ap)),
@@ -70,19 +65,17 @@ def run(recipe: Svm, rank: Rank) -> Path:
                     costs=cost,
                 )
                 run.result(f"mAP11/{name}", float(np.mean(eleven)), n=n)
-            aps = dict(zip(stages, found[:, :, 0].numpy(), strict=True))
             if rank.main:
+                aps = {name: values[:, 0] for name, values in found.items()}
                 run.log.figure("per_class", svm.class_ap_figure(aps, class_names))
     return run.out
 
 
 def evaluate_class(
-    kernel: torch.Tensor,
-    test: torch.Tensor,
+    kernels: Kernels,
     labels: npt.NDArray[np.int8],
     test_labels: npt.NDArray[np.int8],
     recipe: Svm,
-    rows: torch.Tensor | None = None,
 ) -> tuple[float, float, float]:
     """Choose the cost of one class by cross-validation, train on all samples, test.
 
@@ -93,12 +86,10 @@ def evaluate_class(
     (`multilabel.check_counts`).
 
     Args:
-        kernel: float64 (N, N): `gram` of the training samples.
-        test: float64 (M, N): `gram` of test and training samples.
+        kernels: Of N training and M test samples.
         labels: int8 (N,).
         test_labels: int8 (M,).
         recipe: Costs, folds, weight of positives.
-        rows: float64 (N, d): `compact` of the training samples, or None.
 
     Returns:
         AP as published, 11-point AP, and the chosen cost.
@@ -107,22 +98,23 @@ def evaluate_class(
     from sklearn.metrics import average_precision_score
     from sklearn.model_selection import StratifiedKFold
 
-    signs = np.where(labels > 0, 1.0, -1.0)
-    costs = torch.tensor(recipe.costs, dtype=torch.float64, device=kernel.device)
+    kernel, weight = kernels.train, recipe.positive_weight
+    signs = torch.where(torch.from_numpy(labels) > 0, 1.0, -1.0).to(kernel)
+    costs = torch.tensor(recipe.costs, dtype=kernel.dtype, device=kernel.device)
     precision = np.zeros((recipe.folds, len(costs)))
     # As cross_val_score(cv=3): stratified, without shuffling.
-    folds = StratifiedKFold(recipe.folds).split(np.zeros(len(signs)), signs)
+    folds = StratifiedKFold(recipe.folds).split(np.zeros(len(labels)), labels > 0)
     for fold, (fit, held) in enumerate(folds):
-        beta = _fit(kernel, rows, fit, signs, costs, recipe.positive_weight)
+        chosen = torch.from_numpy(fit).to(kernel.device)
+        beta = kernels.fit(chosen[None], signs[None, chosen], costs, positive_weight=weight)[0]
         scores = kernel[held][:, fit] @ beta
         precision[fold] = [
-            average_precision_score(signs[held] > 0, s.numpy()) for s in scores.T.cpu()
+            average_precision_score(labels[held] > 0, s.numpy()) for s in scores.T.cpu()
         ]
     best = int(precision.mean(axis=0).argmax())
-    every = np.arange(len(signs))
-    beta = _fit(kernel, rows, every, signs, costs[best : best + 1], recipe.positive_weight)
+    beta = kernels.fit(None, signs[None], costs[best : best + 1], positive_weight=weight)[0]
     keep = test_labels != 0
-    scores = (test @ beta)[:, 0].cpu().numpy()[keep]
+    scores = (kernels.test @ beta)[:, 0].cpu().numpy()[keep]
     return (*average_precision(scores, test_labels[keep] > 0), recipe.costs[best])
 
 
@@ -136,38 +128,31 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
     Raises:
         ValueError: The weights, data and recipe do not fit together.
     """
-    stages, shots = recipe.stages, recipe.shots
-    units = list(itertools.product(range(len(stages)), range(recipe.draws)))
+    shots, draws = recipe.shots, recipe.draws
     with open_run(recipe, rank, open_extraction_loader) as run:
         parts, (labels, test_labels), class_names = _prepare(recipe, run)
         classes, most = labels.shape[1], max(shots)
         others = most * (classes - 1)
         check_counts(labels, class_names, "training data", positive=most, negative=others)
         check_counts(test_labels, class_names, "test data", positive=1, negative=0)
-        if run.start(-(-len(units) * len(shots) * classes // rank.world)):
-            shape = (len(stages), recipe.draws, len(shots), classes, len(recipe.costs))
-            scores = torch.zeros(shape, dtype=torch.float64)
-            tick = Ticker(run.log)
-            for stage, numbers, kernel, test, rows in _work(parts, rank, stages, units):
-                for number in numbers:
-                    part = scores_of_draw(
-                        kernel,
-                        test,
-                        labels,
-                        test_labels,
-                        shots=shots,
-                        costs=recipe.costs,
-                        positive_weight=recipe.positive_weight,
-                        seed=(recipe.seed, number),
-                        tick=tick,
-                        rows=rows,
-                    )
-                    scores[stage, number] = torch.from_numpy(part)
-            scores = all_sum(scores, rank)
-            results = {
-                name: aggregate(part.numpy(), recipe.costs)
-                for name, part in zip(stages, scores, strict=True)
-            }
+        if run.start(-(-len(recipe.stages) * draws * len(shots) * classes // rank.world)):
+            done = itertools.count(1)
+
+            def evaluate(kernels: Kernels, draw: int) -> npt.NDArray[np.float64]:
+                return scores_of_draw(
+                    kernels,
+                    labels,
+                    test_labels,
+                    shots=shots,
+                    costs=recipe.costs,
+                    positive_weight=recipe.positive_weight,
+                    seed=(recipe.seed, draw),
+                    tick=lambda: run.log.tick(next(done)),
+                )
+
+            shape = (len(shots), classes, len(recipe.costs))
+            scores = _every_stage(run, parts, draws, shape, evaluate)
+            results = {name: aggregate(part, recipe.costs) for name, part in scores.items()}
             for name, of_shots in results.items():
                 for k, row in zip(shots, of_shots, strict=True):
                     run.result(
@@ -178,39 +163,11 @@ def run_low_shot(recipe: LowShot, rank: Rank) -> Path:
                         lowest=100 * row.lowest,
                         highest=100 * row.highest,
                         cost=row.cost,
-                        draws=recipe.draws,
+                        draws=draws,
                     )
             if rank.main:
                 run.log.figure("low_shot", svm.low_shot_curve(results, shots))
     return run.out
-
-
-class Ticker:
-    """Counter of finished units that reports to the log."""
-
-    def __init__(self, log: RunLog) -> None:
-        self._log, self._done = log, 0
-
-    def __call__(self) -> None:
-        self._done += 1
-        self._log.tick(self._done)
-
-
-def _fit(
-    kernel: torch.Tensor,
-    rows: torch.Tensor | None,
-    chosen: npt.NDArray[np.int64],
-    signs: npt.NDArray[np.float64],
-    costs: torch.Tensor,
-    positive_weight: float,
-) -> torch.Tensor:
-    """Train on the chosen samples; returns beta, float64 (len(chosen), len(costs))."""
-    y = torch.from_numpy(signs[chosen]).to(kernel.device)
-    weights = torch.where(y > 0, positive_weight, 1.0)
-    if rows is not None and rows.shape[1] < len(chosen):
-        return solve_compact(rows[chosen], y, weights, costs)
-    part = kernel[chosen][:, chosen] if len(chosen) < len(kernel) else kernel
-    return solve(part[None], y[None], weights[None], costs)[0]
 
 
 def _prepare(
@@ -257,16 +214,35 @@ def _class_names(
     return next((names for names in given if len(names) == classes and names != numbers), numbers)
 
 
-def _work(
+def _every_stage(
+    run: Run[Loader],
     parts: tuple[Features, Features],
-    rank: Rank,
-    stages: Sequence[str],
-    units: Sequence[tuple[int, int]],
-) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Yield this rank's work: a stage, its classes or draws, its kernels and its compact rows."""
-    mine = units[rank.part_of(len(units))]
-    device = rank.device
+    count: int,
+    shape: tuple[int, ...],
+    evaluate: Callable[[Kernels, int], npt.ArrayLike],
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Evaluate `count` classes or draws of every stage, shared between the ranks.
+
+    Args:
+        run: Its recipe names the stages.
+        parts: Features of training and test data.
+        count: Number of classes or draws.
+        shape: Shape of the values of one of them.
+        evaluate: Returns these values for one stage and number.
+
+    Returns:
+        float64 (count, *shape) by stage, the same on all ranks.
+    """
+    stages = tuple(parts[0].stages)
+    units = list(itertools.product(range(len(stages)), range(count)))
+    found = torch.zeros(len(stages), count, *shape, dtype=torch.float64)
+    mine, device = units[run.rank.part_of(len(units))], run.rank.device
     for stage, group in itertools.groupby(mine, key=lambda unit: unit[0]):
-        train, val = (part.stages[stages[stage]] for part in parts)
-        kernel, test = gram(train, train, device), gram(val, train, device)
-        yield stage, [number for _, number in group], kernel, test, compact(train, device)
+        train, test = (part.stages[stages[stage]] for part in parts)
+        kernels = Kernels(
+            gram(train, train, device), gram(test, train, device), compact(train, device)
+        )
+        for _, number in group:
+            found[stage, number] = torch.as_tensor(evaluate(kernels, number))
+    found = all_sum(found, run.rank)
+    return dict(zip(stages, found.numpy(), strict=True))

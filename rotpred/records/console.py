@@ -53,14 +53,14 @@ class Console(logging.Handler):
             stream.flush()
         except (OSError, ValueError) as error:  # ValueError: the file object was closed
             self._closed_streams.add(name)
-            _discard(name)
+            discard(name)
             if name == "stdout":
                 logging.getLogger(__name__).warning(
                     "cannot write to standard output (%s): the run continues without it", error
                 )
 
 
-def _discard(name: str) -> None:
+def discard(name: str) -> None:
     """Redirect a stream to /dev/null, so that the flush at exit does not fail."""
     stream = getattr(sys, name)
     if stream is None or stream.closed:

@@ -7,6 +7,7 @@ are the same, so such a folder can be resumed and reported like any other.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 _FIELDS = {
     "colour": "color_jitter",
@@ -51,7 +52,7 @@ def translate_row(row: Mapping[str, object]) -> dict[str, object]:
     return {_COLUMNS.get(name, name): value for name, value in row.items()}
 
 
-def translate_names(value: object) -> object:
+def translate_names(value: object) -> Any:
     """Rename fields, and the recipe types under `type`, to the current names; `run.cache` moves up.
 
     Args:
@@ -76,7 +77,7 @@ def translate_names(value: object) -> object:
     return value
 
 
-def restore_names(value: object) -> object:
+def restore_names(value: object) -> Any:
     """Rename fields and types back to the names of 0.1; the inverse of `translate_names`.
 
     Cache keys are computed from the names of 0.1, so that features cached by 0.1 are still found.

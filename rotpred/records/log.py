@@ -71,12 +71,11 @@ class RunLog:
         self._rank = rank
         self._total_steps = total_steps
         self._step = start_step
-        self._resumed = start_step
         self._warned = False
         self._seconds_per_step: float | None = None
         self._results: list[dict[str, object]] = []
         self._rows = JsonlWriter(out / "log.jsonl", after=start_step)
-        self._scalars = TensorBoardWriter(out / "tensorboard")
+        self._scalars = TensorBoardWriter(out / "tensorboard", resumed=start_step)
         self._progress: Progress | None = None
         self._began = time.monotonic()
 
@@ -182,7 +181,7 @@ class RunLog:
         logger.info("%s", describe(row, values=values, total_steps=self._total_steps))
         with self._keeps_going():
             self._rows.append(row)
-            self._scalars.interval(row, values, step=step, resumed=self._resumed)
+            self._scalars.interval(row, values, step)
 
     def validation(self, *, step: int, values: Mapping[str, float]) -> None:
         """Record a validation in the middle of a run: a row, a console line, TensorBoard scalars.
@@ -201,7 +200,7 @@ class RunLog:
         )
         with self._keeps_going():
             self._rows.append({"step": step, **named, "time": round(time.time(), 3)})
-            self._scalars.add(named, step=step, resumed=self._resumed)
+            self._scalars.add(named, step)
 
     def result(
         self,
@@ -267,7 +266,7 @@ class RunLog:
         with self._keeps_going():
             with replaced(self.out / "figures" / f"{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-            self._scalars.image(name, image, step=self._step, resumed=self._resumed)
+            self._scalars.image(name, image, self._step)
 
     @contextmanager
     def _keeps_going(self) -> Iterator[None]:

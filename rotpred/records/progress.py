@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rotpred.records.console import duration
@@ -25,19 +24,16 @@ class Progress:
     Batch systems write output to files, where a bar is noise and silence looks like a hang.
     """
 
-    def __init__(
-        self, what: str, total: int, *, start: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, what: str, total: int, *, start: int = 0) -> None:
         """Start the clock, and the bar on a terminal.
 
         Args:
             what: Name of the work.
             total: Number of steps.
             start: Steps that were done earlier.
-            clock: Returns the time in seconds.
         """
-        self._what, self._total, self._start, self._clock = what, total, start, clock
-        self._began = self._logged = clock()
+        self._what, self._total, self._start = what, total, start
+        self._began = self._logged = time.monotonic()
         self._bar: tqdm | None = None
         if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm  # an import that most jobs do not need
@@ -57,7 +53,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             return
-        now = self._clock()
+        now = time.monotonic()
         if now - self._logged < LOG_EVERY_SECONDS or not self._start < done < self._total:
             return
         left = (now - self._began) / (done - self._start) * (self._total - done)
@@ -67,4 +63,4 @@ class Progress:
 
     def mark_logged(self) -> None:
         """Restart the minute: the caller has logged the progress itself."""
-        self._logged = self._clock()
+        self._logged = time.monotonic()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """Convert a recipe to JSON values; a dataclass becomes an object with its class as `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

@@ -31,36 +31,32 @@ class TensorBoardWriter:
     in the calling thread. The first `OSError` is raised; nothing is written after it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, resumed: int) -> None:
+        """Write nothing yet. `resumed` is the step that the run resumes from."""
+        self._folder, self._resumed = folder, resumed
         self._writer: SummaryWriter | None = None
         self._failed = False
 
-    def interval(
-        self, row: Mapping[str, object], values: Mapping[str, float], *, step: int, resumed: int
-    ) -> None:
+    def interval(self, row: Mapping[str, object], values: Mapping[str, float], step: int) -> None:
         """Add `values` as train/NAME, and the loader columns of `row` as loader/NAME."""
         scalars: dict[str, float] = {f"train/{name}": value for name, value in values.items()}
         for column, tag in LOADER.items():
             if isinstance(number := row.get(column), int | float):
                 scalars[f"loader/{tag}"] = number
-        self.add(scalars, step=step, resumed=resumed)
+        self.add(scalars, step)
 
-    def add(self, scalars: Mapping[str, float], *, step: int, resumed: int) -> None:
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
         """Add scalars under their full names."""
 
         def write(writer: SummaryWriter) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
 
-        self._write(write, resumed=resumed)
+        self._write(write)
 
-    def image(self, name: str, pixels_HWC: NDArray[np.uint8], *, step: int, resumed: int) -> None:
+    def image(self, name: str, pixels_HWC: NDArray[np.uint8], step: int) -> None:
         """Add an image, uint8 (H, W, 3)."""
-        self._write(
-            lambda writer: writer.add_image(name, pixels_HWC, step, dataformats="HWC"),
-            resumed=resumed,
-        )
+        self._write(lambda writer: writer.add_image(name, pixels_HWC, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Close the file. May be called twice, or without a file."""
@@ -68,7 +64,7 @@ class TensorBoardWriter:
             self._writer.close()
         self._writer = None
 
-    def _write(self, write: Callable[[SummaryWriter], Any], *, resumed: int) -> None:
+    def _write(self, write: Callable[[SummaryWriter], Any]) -> None:
         if self._failed:
             return
         try:
@@ -76,11 +72,8 @@ class TensorBoardWriter:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
                 # After a resume, TensorBoard hides the events of the steps that are repeated.
-                self._writer = SummaryWriter(
-                    str(self._folder),
-                    purge_step=resumed + 1 if resumed else None,
-                    flush_secs=10**6,
-                )
+                purge = self._resumed + 1 if self._resumed else None
+                self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=10**6)
             write(self._writer)
             self._writer.flush()
         except OSError:

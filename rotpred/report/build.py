@@ -10,18 +10,15 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from rotpred.report import published, sources
+from rotpred.report import published
 from rotpred.report.page import NOT_RUN, Block, Code, Grid, Heading, ImageBlock, Text
 from rotpred.report.recipe_changes import recipe_changes
-from rotpred.report.results import KINDS, RANDOM, SETTINGS, SUPERVISED, TRAINED, FinishedRun, Result
-from rotpred.report.sources import PublishedSource
-from rotpred.report.tables import BenchmarkTable, Cell
+from rotpred.report.results import KINDS, RANDOM, SETTINGS, TRAINED, FinishedRun, Result
+from rotpred.report.tables import WARNING, BenchmarkTable, Cell
 
 TITLE = "Rotation prediction: results"
 MARK = "†"
 """Marks results of a protocol that differs from the recipe's."""
-WEIGHTS = {TRAINED: "FILE", RANDOM: "random", SUPERVISED: "imagenet"}
-"""Argument of --weights for each kind."""
 NONE = "–"
 """Text of a cell without a published number or a difference."""
 
@@ -47,7 +44,7 @@ def page(
             "in the same network, their difference (trained minus random), and published numbers. "
             f"“{NOT_RUN}”: no run has that result."
         ),
-        Text(sources.WARNING, warning=True),
+        Text(WARNING, warning=True),
     ]
     if left_out:
         blocks.append(Text(f"Left out as broken: {', '.join(left_out)}.", warning=True))
@@ -62,8 +59,10 @@ def page(
     # Tables with results come first, otherwise in their own order.
     for table, part in sorted(filled, key=lambda pair: not pair[1]):
         blocks += _table(table, part)
+    used = dict.fromkeys(source for table in published.TABLES for source in table.sources)
     blocks += [
-        *_sources(),
+        Heading("Sources of the published numbers", 2),
+        Grid(("column", "source"), tuple((source.name, source.place) for source in used)),
         Heading("Other published numbers", 2),
         Text("Of other networks, or of layers that the source does not name."),
         Grid(("what", "number", "source"), published.OTHERS),
@@ -106,7 +105,8 @@ def _table(table: BenchmarkTable, results: Sequence[Result]) -> list[Block]:
         matching = [result for result in results if _fills(result, cell)]
         used.update(matching)
         best = {kind: _highest(matching, kind) for kind in kinds}
-        rows.append((cell.name, *_ours(best, cell), *_theirs(cell, table.sources)))
+        theirs = [cell.published.get(source, NONE) for source in table.sources]
+        rows.append((cell.name, *_ours(best, cell), *theirs))
     head = ("result", *kinds, "difference", *(source.name for source in table.sources))
     if rows:
         blocks.append(Grid(head, tuple(rows)))
@@ -140,8 +140,9 @@ def _ours(best: Mapping[str, Result | None], cell: Cell | None = None) -> list[s
     """Return the text of our result for each kind of weights, and of the difference."""
     texts = [NOT_RUN if result is None else _text(result, cell) for result in best.values()]
     trained, random = best[TRAINED], best[RANDOM]
-    both = trained is not None and random is not None
-    return [*texts, f"{trained.value - random.value:+.2f}" if both else NONE]  # type: ignore[union-attr]
+    if trained is None or random is None:
+        return [*texts, NONE]
+    return [*texts, f"{trained.value - random.value:+.2f}"]
 
 
 def _text(result: Result, cell: Cell | None) -> str:
@@ -162,10 +163,6 @@ def _text(result: Result, cell: Cell | None) -> str:
     if "chosen_from" in result.row:
         chosen.append(f"best of {result.row['chosen_from']}")
     return f"{text} ({', '.join(chosen)})" if chosen else text
-
-
-def _theirs(cell: Cell, sources: Sequence[PublishedSource]) -> list[str]:
-    return [cell.published.get(source, NONE) for source in sources]
 
 
 def _config(table: BenchmarkTable, results: Sequence[Result]) -> Text:
@@ -199,16 +196,9 @@ def _commands(table: BenchmarkTable, results: Sequence[Result], kinds: Sequence[
             lines += [f"# {kind}: {run.name}", run.command]
         if not runs:
             words = ["torchrun", "--standalone", "--nproc-per-node", str(table.processes)]
-            words += ["scripts/evaluate.py", recipe, *table.options, "--weights", WEIGHTS[kind]]
+            words += ["scripts/evaluate.py", recipe, *table.options, "--weights", KINDS[kind]]
             lines += [f"# {kind}: {NOT_RUN}", " ".join(words)]
     return "\n".join(lines)
-
-
-def _sources() -> list[Block]:
-    """Return the table of the sources of published numbers."""
-    used = dict.fromkeys(source for table in published.TABLES for source in table.sources)
-    rows = tuple((source.name, source.place) for source in used)
-    return [Heading("Sources of the published numbers", 2), Grid(("column", "source"), rows)]
 
 
 def _pretext(runs: Sequence[FinishedRun]) -> list[Block]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 
 from pipelines.loader import open_loader
@@ -37,7 +36,7 @@ def feature_gallery(
         FileNotFoundError: There are no such data or weights.
     """
     torch.manual_seed(0)  # for random weights
-    network, sha = load_frozen_backbone(backbone or _architecture(weights), weights, Rank())
+    network, sha = load_frozen_backbone(backbone, weights, Rank())
     stage = stage or network.stage_names[-1]
     if stage not in network.stage_names:
         raise ValueError(
@@ -92,20 +91,3 @@ def feature_gallery(
         Text(f"{about} ({network.arch}). Images: {Path(data).name}."),
         *(ImageBlock(title, png(pixels(figure))) for title, figure in figures.items()),
     ]
-
-
-def _architecture(weights: str) -> str:
-    """Return the architecture that a safetensors file of ours names.
-
-    Raises:
-        ValueError: The file does not name it, or is damaged.
-    """
-    if weights.endswith(".safetensors") and Path(weights).is_file():
-        try:
-            with safetensors.safe_open(weights, "pt") as file:
-                name = (file.metadata() or {}).get("arch")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{weights} is damaged: {error}") from error
-        if name:
-            return str(name)
-    raise ValueError(f"{weights} does not name its architecture: give --backbone")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rotpred.report.sources import (
+from rotpred.report.tables import (
     MM,
     OSS,
     OSS_C4,
@@ -18,9 +18,11 @@ from rotpred.report.sources import (
     OSS_SUPERVISED,
     PAPER,
     RERUN,
+    BenchmarkTable,
+    Cell,
     PublishedSource,
+    cells,
 )
-from rotpred.report.tables import BenchmarkTable, Cell, cells
 
 __all__ = ["OTHERS", "PRETEXT", "TABLES", "TITLES"]
 

@@ -13,32 +13,15 @@ from rotpred.report import published
 IGNORED_FIELDS = frozenset(
     (
         # Names and paths.
-        *("name", "weights", "data", "root", "out", "cache", "train_labels", "val_labels"),
-        # Hardware, speed and output.
-        *("engine", "workers", "decoder", "hw_decoder_load", "cpu_budget", "samples", "timeout"),
-        *(
-            "device",
-            "compile",
-            "cuda_graph",
-            "log_every_steps",
-            "save_every_steps",
-            "keep_checkpoints",
-            "profile",
-        ),
-        *(
-            "masks",
-            "class_names",
-            "predictions",
-            "save_predictions",
-            "eval_every_epochs",
-            "grid",
-            "seed",
-            "max_undecodable",
-            "max_invalid_annotations",
-        ),
+        "name weights data root out cache train_labels val_labels "
+        # Hardware, speed, output, selection and repetition.
+        "engine workers decoder hw_decoder_load cpu_budget samples timeout device compile "
+        "cuda_graph log_every_steps save_every_steps keep_checkpoints profile masks class_names "
+        "predictions save_predictions eval_every_epochs grid seed "
+        "max_undecodable max_invalid_annotations "
         # `cpu` and `device` give the same pixels except for rounding.
-        "resize",
-    )
+        "resize"
+    ).split()
 )
 """Fields, at any depth, that do not change the protocol."""
 

@@ -14,9 +14,9 @@ from pipelines.storage import read_json
 from rotpred.records.folder import DONE, read_results
 from rotpred.records.former_names import translate_names, translate_option
 
-TRAINED, RANDOM, SUPERVISED = "trained", "random", "supervised"
-KINDS = (TRAINED, RANDOM, SUPERVISED)
-"""Kinds of weights: a row of results.json names a file, "random", or "imagenet" (supervised)."""
+TRAINED, RANDOM = "trained", "random"
+KINDS = {TRAINED: "FILE", RANDOM: "random", "supervised": "imagenet"}
+"""Kinds of weights, and how --weights and a row of results.json name them."""
 
 SETTINGS = ("fraction", "lr", "head_lr_mult")
 """Fields that distinguish rows of one metric."""
@@ -163,9 +163,8 @@ def _read(path: Path, name: str, prefix: str, figures: Sequence[Path]) -> Finish
 
 
 def _object(path: Path) -> dict[str, object]:
-    value = translate_names(read_json(path, dict)) if path.exists() else {}
-    assert isinstance(value, dict)
-    return value
+    found: dict[str, object] = translate_names(read_json(path, dict)) if path.exists() else {}
+    return found
 
 
 def _result(run: FinishedRun, row: dict[str, object], file: Path) -> Result:
@@ -184,5 +183,5 @@ def _result(run: FinishedRun, row: dict[str, object], file: Path) -> Result:
     if row.get("benchmark") != "rotation":
         if not isinstance(weights, str) or not weights:
             raise ValueError(f"{file}: {recipe} {metric} does not name its weights")
-        kind = {"random": RANDOM, "imagenet": SUPERVISED}.get(weights, TRAINED)
+        kind = next((kind for kind, name in KINDS.items() if name == weights), TRAINED)
     return Result(run, recipe, metric, float(value), unit, n, kind, row)

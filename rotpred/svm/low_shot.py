@@ -16,8 +16,7 @@ import torch
 
 from pipelines.arrays import Float64, Int64
 from rotpred.metrics.average_precision import average_precision
-from rotpred.svm.dual import solve
-from rotpred.svm.primal import solve_compact
+from rotpred.svm.primal import Kernels
 
 _CHUNK = 1 << 25
 """Number of kernel values that are solved together: 256 MB of float64."""
@@ -52,8 +51,7 @@ def draw_samples(
 
 
 def scores_of_draw(
-    kernel: torch.Tensor,
-    test: torch.Tensor,
+    kernels: Kernels,
     labels: npt.NDArray[np.int8],
     test_labels: npt.NDArray[np.int8],
     *,
@@ -62,13 +60,11 @@ def scores_of_draw(
     positive_weight: float,
     seed: Sequence[int],
     tick: Callable[[], None],
-    rows: torch.Tensor | None = None,
 ) -> Float64:
     """Train and test every class for every number of shots and every cost, in one draw.
 
     Args:
-        kernel: float64 (N, N), `rotpred.svm.dual.gram` of the training samples.
-        test: float64 (M, N), `gram` of test samples and training samples.
+        kernels: Of N training and M test samples.
         labels: int8 (N, C).
         test_labels: int8 (M, C); difficult samples (0) are left out class by class.
         shots: Numbers of positives k.
@@ -76,8 +72,6 @@ def scores_of_draw(
         positive_weight: Factor on the cost of positives.
         seed: Seed of this draw.
         tick: Called after each class.
-        rows: float64 (N, d), `rotpred.svm.primal.compact` of the training samples. If given,
-            problems with fewer dimensions than samples use the primal solver.
 
     Returns:
         Average precision as published, float64 (len(shots), C, len(costs)).
@@ -87,35 +81,23 @@ def scores_of_draw(
         RuntimeError: The solver does not converge, or values are not finite.
     """
     classes = labels.shape[1]
-    device = kernel.device
+    device = kernels.train.device
     grid = torch.tensor(costs, dtype=torch.float64, device=device)
     result = np.zeros((len(shots), classes, len(costs)))
     for shot, k in enumerate(shots):
-        drawn = torch.from_numpy(
-            np.stack(
-                [
-                    draw_samples(labels[:, c], k, classes=classes, seed=(*seed, k, c))
-                    for c in range(classes)
-                ]
-            )
-        ).to(device)
-        n = classes * k
-        signs = torch.full((n,), -1.0, dtype=torch.float64, device=device)
-        signs[:k] = 1
-        weights = torch.where(signs > 0, positive_weight, 1.0)
-        together = max(1, _CHUNK // n**2)
+        rows = [
+            draw_samples(labels[:, c], k, classes=classes, seed=(*seed, k, c))
+            for c in range(classes)
+        ]
+        drawn = torch.from_numpy(np.stack(rows)).to(device)
+        signs = torch.full(drawn.shape, -1.0, dtype=torch.float64, device=device)
+        signs[:, :k] = 1
+        together = max(1, _CHUNK // drawn.shape[1] ** 2)
         for first in range(0, classes, together):
-            chunk = drawn[first : first + together]
-            if rows is not None and rows.shape[1] < n:
-                beta = torch.stack(
-                    [solve_compact(rows[chosen], signs, weights, grid) for chosen in chunk]
-                )
-            else:
-                parts = torch.stack([kernel[chosen][:, chosen] for chosen in chunk])
-                shape = (len(chunk), n)
-                beta = solve(parts, signs.expand(shape), weights.expand(shape), grid)
-            for c, (chosen, solution) in enumerate(zip(chunk, beta, strict=True), first):
-                decisions = (test[:, chosen] @ solution).cpu().numpy()
+            part = slice(first, first + together)
+            beta = kernels.fit(drawn[part], signs[part], grid, positive_weight=positive_weight)
+            for c, (chosen, solution) in enumerate(zip(drawn[part], beta, strict=True), first):
+                decisions = (kernels.test[:, chosen] @ solution).cpu().numpy()
                 keep = test_labels[:, c] != 0
                 positive = test_labels[keep, c] > 0
                 for j, column in enumerate(decisions[keep].T):
@@ -150,16 +132,8 @@ def aggregate(scores: Float64, costs: Sequence[float]) -> list[ShotResult]:
     """
     means = scores.mean(axis=2)
     results = []
-    for k in range(scores.shape[1]):
-        best = int(means[:, k].mean(axis=0).argmax())
+    for k, best in enumerate(means.mean(axis=0).argmax(axis=1)):
         draws = means[:, k, best]
-        results.append(
-            ShotResult(
-                float(draws.mean()),
-                float(draws.std()),
-                float(draws.min()),
-                float(draws.max()),
-                float(costs[best]),
-            )
-        )
+        numbers = (draws.mean(), draws.std(), draws.min(), draws.max(), costs[best])
+        results.append(ShotResult(*map(float, numbers)))
     return results

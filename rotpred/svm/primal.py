@@ -1,15 +1,18 @@
 """Exact primal solver for the linear SVM, for features with fewer dimensions than rows.
 
 Newton's method with exact steps in the D + 1 weights (Keerthi and DeCoste, JMLR 2005).
+`Kernels.fit` chooses between it and the dual solver.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from rotpred.svm.dual import NEWTON_STEPS, TOLERANCE, line_search, normalize_rows
+from rotpred.svm.dual import NEWTON_STEPS, TOLERANCE, line_search, normalize_rows, solve
 
 
 def compact(features: npt.NDArray[np.floating], device: torch.device) -> torch.Tensor | None:
@@ -73,3 +76,49 @@ def solve_compact(
             raise RuntimeError(f"the SVM did not converge within {NEWTON_STEPS} Newton steps")
         result.append(beta)
     return torch.cat(result, 1)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The features of N training and M test samples, as the solvers read them."""
+
+    train: torch.Tensor
+    """float64 (N, N): `gram` of the training samples."""
+    test: torch.Tensor
+    """float64 (M, N): `gram` of test and training samples."""
+    rows: torch.Tensor | None = None
+    """float64 (N, d): `compact` of the training samples. If given, problems with fewer dimensions
+    than samples use the primal solver."""
+
+    def fit(
+        self,
+        chosen: torch.Tensor | None,
+        signs: torch.Tensor,
+        costs: torch.Tensor,
+        *,
+        positive_weight: float,
+    ) -> torch.Tensor:
+        """Solve B problems of n training samples for m costs each.
+
+        Args:
+            chosen: int64 (B, n): samples of each problem; None for one problem with all of them.
+            signs: float64 (B, n), 1 or -1.
+            costs: float64 (m,), each positive.
+            positive_weight: Factor on the cost of positives.
+
+        Returns:
+            beta, float64 (B, n, m).
+
+        Raises:
+            RuntimeError: The solver does not converge, or values are not finite.
+        """
+        weights = torch.where(signs > 0, positive_weight, 1.0)
+        if self.rows is not None and self.rows.shape[1] < signs.shape[1]:
+            rows = self.rows[None] if chosen is None else self.rows[chosen]
+            problems = zip(rows, signs, weights, strict=True)
+            return torch.stack([solve_compact(*problem, costs) for problem in problems])
+        if chosen is None:
+            kernels = self.train[None]
+        else:
+            kernels = self.train[chosen[:, :, None], chosen[:, None, :]]
+        return solve(kernels, signs, weights, costs)

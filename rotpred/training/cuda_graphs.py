@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,23 +36,13 @@ WARM_UP = 3
 _ALIGN = 64  # elements: a fused optimiser loads four at a time from each tensor's start
 
 
-class Capture(Protocol):
-    """The device operations that `Graphs` needs."""
-
-    def eager(self, work: Callable[[], T]) -> T:
-        """Run the work now, so that it can be captured later."""
-
-    def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Capture the work without running it. Return a function that runs it.
-
-        Every call reads and writes the same memory and overwrites the previous result.
-        """
-
-
 class CudaCapture:
     """Captures CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
+        """Create the stream and the pool; raise `ValueError` on a CPU."""
+        if device.type != "cuda":
+            raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Shared: one graph's results are consumed before another one is replayed.
@@ -68,7 +58,11 @@ class CudaCapture:
         return result
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Capture the work. Waits for the device, once per shape."""
+        """Capture the work without running it; return a function that runs it.
+
+        Every call of that reads and writes the same memory and overwrites the previous result. The
+        capture waits for the device, once per shape.
+        """
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's threads pin memory and record events during the capture.
         with torch.cuda.graph(
@@ -95,7 +89,7 @@ class _Bucket(Generic[T]):
 class Graphs(Generic[T]):
     """Runs a function of tensors; from the fourth call with the same shapes, as a CUDA graph."""
 
-    def __init__(self, capture: Capture, work: Callable[..., T]) -> None:
+    def __init__(self, capture: CudaCapture, work: Callable[..., T]) -> None:
         """Store the function; nothing is captured yet.
 
         Args:

@@ -55,35 +55,29 @@ class NotFiniteError(ValueError):
     """A loss or a weight is infinite or NaN. No checkpoint holds such weights."""
 
 
-class _Signals:
-    """Signal handler: the first signal sets a flag, one that follows later ends the process.
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Handle signals in a block; the function that it yields returns whether one has arrived.
 
     Job schedulers signal every process and torchrun forwards signals, so one request may arrive
     twice in short succession. A user who signals again after a wait wants to stop at once.
     """
+    first: float | None = None
 
-    def __init__(self) -> None:
-        self._first: float | None = None
-
-    @property
-    def arrived(self) -> bool:
-        return self._first is not None
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > _PATIENCE_SECONDS:
+        if first is None:
+            first = now
+        elif now - first > _PATIENCE_SECONDS:
             raise KeyboardInterrupt(f"signal {number}, again")
 
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self) for s in _STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    before = {number: signal.signal(number, handle) for number in _STOPPING}
+    try:
+        yield lambda: first is not None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def steps(
@@ -115,7 +109,6 @@ def steps(
     per_epoch = len(loader)
     last = run.total_steps(per_epoch)
     meter = _Meter(state, loader, log, run)
-    signals = _Signals()
     # The checkpoint holds the sum over ranks: rank 0 continues it, the others start at 0.
     loader.digest = int(state.digest, 16) if state.rank.main else 0
     # On GPUs the hosts run ahead of the devices: fewer checks keep them from waiting.
@@ -133,13 +126,13 @@ def steps(
         saved = state.step
 
     def stop_if_asked() -> None:
-        if any_true(signals.arrived, state.rank):
+        if any_true(arrived(), state.rank):
             save()
             raise Stopped(state.step)
 
     traced = run.profile if state.rank.main else 0
     with (
-        signals.caught(),
+        _signals() as arrived,
         profiled(log.out / "profile", traced, state.rank.device) as profile_step,
     ):
         while state.step < last:

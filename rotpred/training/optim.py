@@ -21,11 +21,6 @@ NORMS: tuple[type[nn.Module], ...] = (
 """Module types whose parameters count as norm parameters. Names and shapes do not tell:
 downsample.1 is a norm, and a linear layer may have a single output."""
 
-APEX_INSTALL = (
-    'APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "apex @ '
-    'git+https://github.com/NVIDIA/apex"'
-)
-
 
 def param_groups(
     model: nn.Module, *, rule: DecayRule, weight_decay: float
@@ -85,11 +80,12 @@ def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Op
     if optim.kind == "lars":
         built = Lars(groups, lr=lr, momentum=optim.momentum, trust=optim.trust)
     elif optim.kind == "apex_sgd":
-        built = _apex_sgd()(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        built = from_apex("optimizers", "FusedSGD", "kind apex_sgd")(
+            groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov
+        )
     else:
         sgd = fused_sgd if on_cuda else functools.partial(torch.optim.SGD, foreach=True)
         built = sgd(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
-    set_lr(built, lr)
     return built
 
 
@@ -132,12 +128,8 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update all parameters without waiting for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             decay = group["weight_decay"]
             for p in group["params"]:
@@ -154,19 +146,25 @@ class Lars(torch.optim.Optimizer):
                 velocity = state["momentum_buffer"]
                 velocity.mul_(group["momentum"]).add_(update, alpha=group["lr"])
                 p.sub_(velocity)
-        return loss
 
 
-def _apex_sgd() -> Callable[..., torch.optim.Optimizer]:
-    """Return apex.optimizers.FusedSGD; raise with install instructions if it is missing."""
+def from_apex(module: str, name: str, option: str) -> Callable[..., Any]:
+    """Return a function or class of NVIDIA apex.
+
+    Args:
+        module: "parallel", say.
+        name: Its name in that module.
+        option: The setting that needs it, for the message.
+
+    Raises:
+        ValueError: It is not installed; the message says how to.
+    """
     try:
-        found: Callable[..., torch.optim.Optimizer] = importlib.import_module(
-            "apex.optimizers"
-        ).FusedSGD
+        found: Callable[..., Any] = getattr(importlib.import_module(f"apex.{module}"), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"kind apex_sgd needs NVIDIA apex ({error}). Build it from source: {APEX_INSTALL} "
-            "(the package apex on PyPI is something else). Or use kind sgd, which is also fused "
-            "on CUDA."
+            f"{option} needs NVIDIA apex ({error}). Build it from source: APEX_CPP_EXT=1 "
+            'APEX_CUDA_EXT=1 pip install --no-build-isolation "apex @ '
+            'git+https://github.com/NVIDIA/apex" (the package apex on PyPI is something else).'
         ) from error
     return found

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from rotpred.distributed import Rank, barrier, broadcast_str, data_parallel
+from rotpred.distributed import Rank, barrier, data_parallel, from_main
 from rotpred.records.former_names import translate_names
 from rotpred.training.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load
-from rotpred.training.cuda_graphs import Capture, CudaCapture, FlatGradients, Graphs
+from rotpred.training.cuda_graphs import CudaCapture, FlatGradients, Graphs
 from rotpred.training.optim import build_optimizer, set_lr
 from rotpred.training.precision import autocast
 from rotpred.training.schedule import Schedule, lr_at
@@ -57,7 +57,6 @@ class TrainState:
         folder: Path,
         global_batch: int,
         identity: dict[str, Any],
-        capture: Capture | None = None,
     ) -> None:
         """Wrap a network that is already on its device.
 
@@ -69,13 +68,10 @@ class TrainState:
             folder: Folder of the checkpoints.
             global_batch: Source images per step over all ranks, for scaled learning rates.
             identity: What must match for a checkpoint to be resumed, as JSON values.
-            capture: Replaces `CudaCapture` in tests.
 
         Raises:
             ValueError: run.cuda_graph is set on a CPU.
         """
-        if run.cuda_graph and capture is None and rank.device.type != "cuda":
-            raise ValueError("run.cuda_graph needs a GPU: on a CPU pass --run.no-cuda-graph")
         self.rank, self.module, self.folder = rank, module, folder
         self._checkpoints = CheckpointFolder(folder, keep=run.keep_checkpoints)
         self.step = 0
@@ -89,7 +85,8 @@ class TrainState:
         ]
         # A disabled scaler does nothing: one code path for all precisions.
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=run.precision == "fp16")
-        self._at_update = True
+        self.at_update = True
+        """Whether the last step ended an accumulation, so that no gradient is pending."""
         self._sums: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros((), device=rank.device)
         self._count = 0
@@ -99,8 +96,8 @@ class TrainState:
             self.model = torch.compile(module, dynamic=False)  # type: ignore[assignment]
         self._flat: FlatGradients | None = None
         if run.cuda_graph:
+            self._capture = CudaCapture(rank.device)
             self._flat = FlatGradients(module.parameters())
-            self._capture = capture or CudaCapture(rank.device)
             self._broadcast(list(module.parameters()))
         elif rank.world > 1:
             self.model = data_parallel(self.model, rank)
@@ -117,11 +114,6 @@ class TrainState:
         finite = [tensor.isfinite().all() for tensor in self.module.parameters()]
         return bool(self._loss_not_finite | ~torch.stack(finite).all())
 
-    @property
-    def at_update(self) -> bool:
-        """Whether the last step ended an accumulation, so that no gradient is pending."""
-        return self._at_update
-
     def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of the run's precision."""
         return autocast(self.rank.device, self._run.precision)
@@ -133,10 +125,10 @@ class TrainState:
             epoch: Epochs done, with fractions.
             final: Whether this is the last step of the run, which always updates the weights.
         """
-        self._at_update = final or (self.step + 1) % self._run.accumulate == 0
+        self.at_update = final or (self.step + 1) % self._run.accumulate == 0
         if isinstance(self.model, DistributedDataParallel):
             # Average gradients once per update; `no_sync` would have to wrap the protocol's code.
-            self.model.require_backward_grad_sync = self._at_update
+            self.model.require_backward_grad_sync = self.at_update
         for optimizer, (part, lr) in zip(self._optimizers, self._parts, strict=True):
             set_lr(optimizer, lr_at(part.schedule, lr, epoch, self._epochs))
 
@@ -160,8 +152,11 @@ class TrainState:
                 )
             loss, scalars = self._graphs[objective](*batch)
         self._loss_not_finite |= ~torch.isfinite(loss)
-        self._record(scalars)
-        if self._at_update:
+        for name, value in scalars.items():
+            # Out of place: the next step may overwrite the value itself.
+            self._sums[name] = self._sums.get(name, self._zero) + value.float()
+        self._count += 1
+        if self.at_update:
             with record_function("optimiser"):
                 self._update()
 
@@ -185,13 +180,6 @@ class TrainState:
             return
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-
-    def _record(self, values: dict[str, torch.Tensor]) -> None:
-        """Add scalars to the sums of the log interval, on the device."""
-        for name, value in values.items():
-            # Out of place: the next step may overwrite the value itself.
-            self._sums[name] = self._sums.get(name, self._zero) + value.float()
-        self._count += 1
 
     def means(self) -> dict[str, float]:
         """Return the means since the last call, on this rank. Waits for the device."""
@@ -272,23 +260,18 @@ class TrainState:
                 differences), or all checkpoints are damaged.
         """
         loaded: Checkpoint | None = None
-        failure = ""
-        if self.rank.main:
-            try:
-                loaded = self._checkpoints.latest()
-            except CheckpointError as error:
-                failure = str(error)
+
+        def newest() -> str:
+            nonlocal loaded
+            loaded = self._checkpoints.latest()
+            return "" if loaded is None else str(loaded.path)
+
         # Rank 0 chooses. All ranks load the same file, or fail with the same message.
-        failure = broadcast_str(failure, self.rank)
-        if failure:
-            raise CheckpointError(failure)
-        found = broadcast_str("" if loaded is None else str(loaded.path), self.rank)
+        found = from_main(newest, self.rank, error=CheckpointError)
         if not found:
             return False
         loaded = loaded or load(Path(found))
-        identity = translate_names(json.loads(loaded.state["identity"]))
-        assert isinstance(identity, dict)
-        self._check_identity(found, identity)
+        self._check_identity(found, translate_names(json.loads(loaded.state["identity"])))
         self.module.load_state_dict(loaded.state["model"])
         for optimizer, saved in zip(self._optimizers, loaded.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

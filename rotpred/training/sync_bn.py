@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from rotpred.distributed import Rank
-from rotpred.training.optim import APEX_INSTALL
+from rotpred.training.optim import from_apex
 from rotpred.training.settings import RunSettings, SyncBn
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,7 +25,8 @@ def convert_sync_bn(model: M, kind: SyncBn, rank: Rank, run: RunSettings) -> M:
     if kind == "off" or rank.world == 1:
         return model
     if kind == "apex":
-        return _apex(model)
+        convert = from_apex("parallel", "convert_syncbn_model", "sync_bn=apex")
+        return convert(model)  # type: ignore[no-any-return]
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -52,14 +53,3 @@ def check_sync_bn(kind: SyncBn, rank: Rank, run: RunSettings) -> None:
             f"run.compile cannot compile the layers of sync_bn={kind}: pass --sync-bn off or "
             "--run.no-compile"
         )
-
-
-def _apex(model: M) -> M:
-    try:
-        from apex.parallel import convert_syncbn_model
-    except ImportError as error:
-        raise ValueError(
-            "sync_bn=apex needs NVIDIA apex, which is not installed. Build it from source "
-            f"(the package apex on PyPI is something else): {APEX_INSTALL}"
-        ) from error
-    return convert_syncbn_model(model)  # type: ignore[no-any-return]

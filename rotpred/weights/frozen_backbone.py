@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
 
 from rotpred.distributed import Rank, any_true
 from rotpred.models.backbone import build_backbone
 from rotpred.models.base import Backbone
 from rotpred.models.memory_format import channels_last
-from rotpred.weights.load import imagenet_file, load_backbone
+from rotpred.weights.load import imagenet_file, read_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -21,27 +20,11 @@ IMAGENET = "imagenet"
 """Value of a recipe's `weights` for torchvision's, trained on ImageNet with labels."""
 
 
-class HasWeights(Protocol):
-    """Fields shared by all recipes that evaluate weights."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run in results and in the default run folder."""
-
-    @property
-    def weights(self) -> str:
-        """A file, or `RANDOM` or `IMAGENET`."""
-
-    @property
-    def backbone(self) -> str:
-        """The architecture of the weights."""
-
-
 def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
     """Return a frozen backbone in evaluation mode, and the SHA-256 of its weights ("" if random).
 
     Args:
-        name: Architecture, one of `BACKBONES`.
+        name: Architecture, one of `BACKBONES`; empty if the file names it.
         weights: A file of any layout that `load_backbone` knows, or `RANDOM` or `IMAGENET`.
         rank: Its device gets the backbone.
 
@@ -54,11 +37,13 @@ def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone,
             "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), "
             "--weights random for the untrained control, or --weights imagenet for supervised ones"
         )
-    network = build_backbone(name)
-    sha = ""
-    if weights != RANDOM:
+    if not name and weights in (RANDOM, IMAGENET):
+        raise ValueError(f"{weights} weights do not name their architecture: give --backbone")
+    if weights == RANDOM:
+        network, sha = build_backbone(name), ""
+    else:
         path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
-        report = load_backbone(network, path)
+        network, report = read_backbone(path, name or None)
         sha = report.sha256
         logger.info("%s: %s", weights, report.summary())
     network = channels_last(network, rank.device)

@@ -15,37 +15,34 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """A project's key names. Keys of tables are prefixes in the file; the longest match wins."""
+    """A project's key names."""
 
     name: str
-    backbone: Mapping[str, str]
-    """Prefix of a backbone key in the file -> ours."""
-    head: Mapping[str, str]
-    """Prefix of a rotation head key in the file -> our head's (without `head.`)."""
-    others: tuple[str, ...] = ()
-    """Prefixes of keys that neither backbone nor head needs."""
+    prefixes: Mapping[str, str | None]
+    """Prefix of a key in the file -> ours in `RotNet`, which starts with backbone. or head.; None
+    if neither needs the key. The longest prefix that matches a key decides."""
     clockwise: bool | None = False
     """Whether label 1 is a quarter turn clockwise; None: it depends on the project's version."""
 
 
-FLAT = KeyLayout("flat keys (torchvision, timm)", {"": ""}, {}, ("fc.", "head."), None)
+FLAT = KeyLayout(
+    "flat keys (torchvision, timm)", {"": "backbone.", "fc.": None, "head.": None}, None
+)
 """torchvision/models/resnet.py; timm/models/resnet.py names the same networks alike."""
 
-_OURS = KeyLayout("rotpred checkpoint", {"backbone.": ""}, {"head.": ""})
+_OURS = KeyLayout("rotpred checkpoint", {"backbone.": "backbone.", "head.": "head."})
 
 # mmselfsup: models/algorithms/base.py, models/heads/cls_head.py.
 _OPENMMLAB = KeyLayout(
     "backbone and head (mmselfsup)",
-    {"backbone.": ""},
-    {"head.fc_cls.": "fc."},
-    ("head.",),
+    {"backbone.": "backbone.", "head.fc_cls.": "head.fc.", "head.": None},
     None,
 )
 
 # moco/builder.py of MoCo and of MoCo v3, simsiam/builder.py: an encoder among other networks. Its
 # fc is a projection, not a rotation head.
 _ENCODERS = tuple(
-    KeyLayout(name, {stem: ""}, {}, (f"{stem}fc.", *others))
+    KeyLayout(name, {stem: "backbone.", **dict.fromkeys((f"{stem}fc.", *others))})
     for name, stem, *others in (
         ("MoCo", "encoder_q.", "encoder_k.", "queue"),
         ("MoCo v3", "base_encoder.", "momentum_encoder.", "predictor."),
@@ -59,18 +56,18 @@ def _alexnet(stem: str) -> KeyLayout:
     return KeyLayout(
         "RotNet authors' AlexNet",
         {
-            f"{stem}{block}.{k}.": f"{part}{stage}."
+            f"{stem}{block}.{k}.": f"backbone.{part}{stage}."
             for stage, block in enumerate((0, 2, 4, 5, 6), start=1)
             for k, part in enumerate(("conv", "bn"))
+        }
+        | {
+            f"{stem}8.1.": "head.fc6.",
+            f"{stem}8.2.": "head.bn6.",
+            f"{stem}8.4.": "head.fc7.",
+            f"{stem}8.5.": "head.bn7.",
+            f"{stem}9.0.": "head.fc.",
+            "heads.": None,
         },
-        {
-            f"{stem}8.1.": "fc6.",
-            f"{stem}8.2.": "bn6.",
-            f"{stem}8.4.": "fc7.",
-            f"{stem}8.5.": "bn7.",
-            f"{stem}9.0.": "fc.",
-        },
-        ("heads.",),
     )
 
 
@@ -83,18 +80,18 @@ def _nin(stem: str) -> KeyLayout:
     return KeyLayout(
         "RotNet authors' NIN",
         {
-            f"{stem}{k - 1}.Block{k}_ConvB{j}.layers.{theirs}.": f"block{k}.{part}{j}."
+            f"{stem}{k - 1}.Block{k}_ConvB{j}.layers.{theirs}.": f"backbone.block{k}.{part}{j}."
             for k in range(1, 6)
             for j in range(1, 4)
             for theirs, part in (("Conv", "conv"), ("BatchNorm", "bn"))
-        },
-        {f"{stem}{blocks}.Classifier.": "fc." for blocks in (3, 4, 5)},
+        }
+        | {f"{stem}{blocks}.Classifier.": "head.fc." for blocks in (3, 4, 5)},
     )
 
 
 def _vissl(stem: str) -> KeyLayout:
     """vissl/models/trunks/resnext.py; heads are named as `read._classy_tensors` names them."""
-    return KeyLayout("VISSL", {stem: ""}, {"heads.0.clf.0.": "fc."}, ("heads.",))
+    return KeyLayout("VISSL", {stem: "backbone.", "heads.0.clf.0.": "head.fc.", "heads.": None})
 
 
 def recognise_layout(tensors: Tensors, *, ours: bool) -> KeyLayout:
@@ -110,12 +107,8 @@ def recognise_layout(tensors: Tensors, *, ours: bool) -> KeyLayout:
     prefixed = [key for key in tensors if key.startswith("module.")]
     wrapper = "module." if 2 * len(prefixed) > len(tensors) else ""
     layout = _layout_of([key.removeprefix(wrapper) for key in tensors], ours=ours)
-    backbone, head = (
-        {wrapper + prefix: name for prefix, name in table.items()}
-        for table in (layout.backbone, layout.head)
-    )
-    others = tuple(wrapper + prefix for prefix in layout.others)
-    return replace(layout, backbone=backbone, head=head, others=others)
+    prefixes = {wrapper + prefix: name for prefix, name in layout.prefixes.items()}
+    return replace(layout, prefixes=prefixes)
 
 
 def _layout_of(keys: list[str], *, ours: bool) -> KeyLayout:
@@ -128,7 +121,8 @@ def _layout_of(keys: list[str], *, ours: bool) -> KeyLayout:
         if inner:
             return _vissl(stem)
     for layout in _ENCODERS:
-        if any(key.startswith(tuple(layout.backbone)) for key in keys):
+        stem = next(iter(layout.prefixes))
+        if any(key.startswith(stem) for key in keys):
             return layout
     if any(key.startswith("backbone.") for key in keys):
         return _OURS if ours else _OPENMMLAB

@@ -126,11 +126,13 @@ def read_backbone(
     """
     path = Path(path)
     found = read_state_dict(path)
-    if arch is None and found.arch is None:
+    arch = arch or found.arch
+    if arch is None:
         raise CheckpointError(
-            f"{path} does not name its architecture: pass it (--arch of export.py)"
+            f"{path} does not name its architecture: pass it (--arch of export.py, --backbone of "
+            "report.py)"
         )
-    backbone = build_backbone(arch or str(found.arch))
+    backbone = build_backbone(arch)
     return backbone, _fill_backbone(backbone, path, found)
 
 
@@ -190,7 +192,7 @@ def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> Lo
             unknown or contradicts `clockwise`. The network is then unchanged.
     """
     found = read_state_dict(path)
-    if not found.head:
+    if not found.head_keys:
         raise CheckpointError(f"{path} ({found.layout}) holds no rotation head")
     if found.clockwise is None and clockwise is None:
         raise CheckpointError(
@@ -202,28 +204,22 @@ def load_rotnet(net: RotNet, path: Path, *, clockwise: bool | None = None) -> Lo
             f"{path} ({found.layout}): its rotation labels are "
             f"{'' if found.clockwise else 'counter-'}clockwise, which contradicts --labels"
         )
-    head = dict(found.head)
+    given = dict(found.tensors)
     if found.clockwise or clockwise:
-        for key in ("fc.weight", "fc.bias"):
-            if key in head:
-                head[key] = _swap_directions(path, head[key])
-    given = {f"backbone.{k}": v for k, v in found.backbone.items()}
-    given |= {f"head.{k}": v for k, v in head.items()}
+        for key in {"head.fc.weight", "head.fc.bias"} & given.keys():
+            if (shape := given[key].shape[:1]) != (4,):
+                raise CheckpointError(f"{path}: expected 4 rotations in the head, found {shape}")
+            given[key] = given[key][[0, 3, 2, 1]]  # 90 and 270 degrees change places
     return _fill(net, net.backbone.arch, path, found, given, found.ignored)
 
 
-def _swap_directions(path: Path, classes: torch.Tensor) -> torch.Tensor:
-    """Swap the rows (4, ...) of 90 and 270 degrees."""
-    if classes.shape[:1] != (4,):
-        raise CheckpointError(
-            f"{path}: expected 4 rotations in the head, found {classes.shape[:1]}"
-        )
-    return classes[[0, 3, 2, 1]]
-
-
 def _fill_backbone(backbone: Backbone, path: Path, found: StateDictFile) -> LoadReport:
-    ignored = found.head_keys + found.ignored
-    return _fill(backbone, backbone.arch, path, found, found.backbone, ignored)
+    given = {
+        key.removeprefix("backbone."): tensor
+        for key, tensor in found.tensors.items()
+        if key.startswith("backbone.")
+    }
+    return _fill(backbone, backbone.arch, path, found, given, found.head_keys + found.ignored)
 
 
 def _fill(

@@ -59,12 +59,10 @@ class StateDictFile:
     """Name of its layout."""
     arch: str | None
     """Name of the backbone if the file is ours and has it, else None."""
-    backbone: Tensors
-    """By our keys, as far as the layout's table goes; not yet checked against a network."""
-    head: Tensors
-    """The rotation head by the keys of `RotNet.head`; empty without one."""
+    tensors: Tensors
+    """By the keys of `RotNet`, as far as the layout goes; not yet checked against a network."""
     head_keys: tuple[str, ...]
-    """Keys of the head in the file."""
+    """Keys of the rotation head in the file; empty without one."""
     ignored: tuple[str, ...]
     """Keys in the file that neither backbone nor head needs."""
     unknown: tuple[str, ...]
@@ -121,34 +119,29 @@ def first_few(keys: list[str] | tuple[str, ...]) -> str:
 def _split(
     layout: KeyLayout, tensors: Tensors, arch: str | None, *, clockwise: bool | None
 ) -> StateDictFile:
-    """Split tensors into backbone, head, ignored and unknown; the longest prefix decides.
+    """Translate the keys, and find those that are ignored or unknown.
 
     Raises:
         CheckpointError: Two keys translate to the same key of ours.
     """
-    kinds = dict.fromkeys(layout.others, ("others", ""))
-    kinds |= {prefix: ("head", name) for prefix, name in layout.head.items()}
-    kinds |= {prefix: ("backbone", name) for prefix, name in layout.backbone.items()}
-    longest_first = sorted(kinds, key=len, reverse=True)
-    parts: dict[str, Tensors] = {"backbone": {}, "head": {}, "others": {}, "unknown": {}}
-    keys: dict[str, list[str]] = {part: [] for part in parts}
+    longest_first = sorted(layout.prefixes, key=len, reverse=True)
+    found: Tensors = {}
+    head_keys, ignored, unknown = [], [], []
     for key, tensor in tensors.items():
         prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), None)
-        part, name = kinds[prefix] if prefix is not None else ("unknown", "")
-        name += key.removeprefix(prefix or "")
-        if name in parts[part] and part != "others":
-            raise CheckpointError(f"{key} is a second {name} of the {part}")
-        keys[part].append(key)
-        parts[part][name] = tensor
+        if prefix is None:
+            unknown.append(key)
+        elif (ours := layout.prefixes[prefix]) is None:
+            ignored.append(key)
+        else:
+            name = ours + key.removeprefix(prefix)
+            if name in found:
+                raise CheckpointError(f"{key} is a second {name}")
+            found[name] = tensor
+            if name.startswith("head."):
+                head_keys.append(key)
     return StateDictFile(
-        layout.name,
-        arch,
-        parts["backbone"],
-        parts["head"],
-        head_keys=tuple(keys["head"]),
-        ignored=tuple(keys["others"]),
-        unknown=tuple(keys["unknown"]),
-        clockwise=clockwise,
+        layout.name, arch, found, tuple(head_keys), tuple(ignored), tuple(unknown), clockwise
     )
 
 

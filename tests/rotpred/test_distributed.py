@@ -32,9 +32,9 @@ with d.process_group("cpu", timeout_seconds=30) as rank:
         "input": base.tolist(),
         "one": d.any_true(rank.rank == 1, rank),
         "none": d.any_true(False, rank),
-        "tensor": d.any_true(torch.tensor(rank.rank == 0), rank),
-        "text": d.broadcast_str(f"checkpoint é {rank.rank}", rank),
-        "empty": d.broadcast_str("" if rank.main else "x", rank),
+        "text": d.from_main(lambda: f"checkpoint é {rank.rank}", rank),
+        "list": d.from_main(lambda: [rank.rank, None], rank),
+        "empty": d.from_main(lambda: "" if rank.main else "x", rank),
         "rows": d.gather_rows(torch.full((2, 1), rank.rank), rank).flatten().tolist(),
     }
     d.check_equal(7, rank, what="steps")
@@ -42,6 +42,10 @@ with d.process_group("cpu", timeout_seconds=30) as rank:
         d.check_equal(7 + rank.rank, rank, what="steps")
     except RuntimeError as error:
         got["unequal"] = str(error)
+    try:
+        d.from_main(lambda: int("seven"), rank)
+    except ValueError as error:
+        got["failed"] = str(error)
     d.barrier(rank)
 got["after"] = torch.distributed.is_initialized()
 pathlib.Path(sys.argv[1], f"{rank.rank}.json").write_text(json.dumps(got))
@@ -56,8 +60,9 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         assert (got["rank"], got["world"], got["main"]) == (k, 2, k == 0)
         assert got["sum"] == [3.0, 30.0]
         assert got["input"] == [1.0 * (k + 1), 10.0 * (k + 1)], "all_sum changed its input"
-        assert (got["one"], got["none"], got["tensor"]) == (True, False, True)
-        assert (got["text"], got["empty"]) == ("checkpoint é 0", "")
+        assert (got["one"], got["none"]) == (True, False)
+        assert (got["text"], got["list"], got["empty"]) == ("checkpoint é 0", [0, None], "")
+        assert got["failed"] == "invalid literal for int() with base 10: 'seven'"
         assert got["rows"] == [0, 0, 1, 1]
         assert got["unequal"] == "ranks disagree about steps: from 7 to 8"
         # torchrun's own OMP_NUM_THREADS=1 must not hide the cores.
@@ -92,8 +97,8 @@ def test_world_of_one_needs_no_group() -> None:
             assert not torch.distributed.is_initialized()
             tensor = torch.ones(2)
             assert distributed.all_sum(tensor, rank) is tensor
-            assert distributed.any_true(torch.tensor(True), rank) is True
-            assert distributed.broadcast_str("a", rank) == "a"
+            assert distributed.any_true(True, rank) is True
+            assert distributed.from_main(lambda: "a", rank) == "a"
             assert distributed.gather_rows(tensor, rank) is tensor
             distributed.check_equal(1, rank, what="steps")
             distributed.barrier(rank)
@@ -113,6 +118,11 @@ def test_threads_share_the_allowed_cores(alone: pytest.MonkeyPatch) -> None:
     assert distributed.cpu_threads(1) == 1, "torchrun sets it for several processes only"
 
 
+def opened(device: str) -> Rank:
+    with distributed.process_group(device) as rank:
+        return rank
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -128,15 +138,15 @@ def test_broken_environments_are_refused(
     for name, value in zip(distributed.VARIABLES, values.split(), strict=False):
         alone.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        distributed.init("cpu")
+        opened("cpu")
 
 
 def test_devices_are_checked(alone: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected auto, cpu, cuda"):
-        distributed.init("gpu")
+        opened("gpu")
     alone.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="no CUDA device"):
-        distributed.init("cuda")
+        opened("cuda")
     alone.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="torch sees 2"):
-        distributed.init("cuda:2")
+        opened("cuda:2")

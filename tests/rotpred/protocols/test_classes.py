@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pipelines.spec import CenterCrop, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import finetune, knn, svm
-from rotpred.protocols.classes import LabelledData, shared_classes
+from rotpred.protocols.classes import number_of_classes
 from rotpred.recipes.every import EVALUATION
 from rotpred.recipes.finetune import RECIPES, in1k_semi
 from rotpred.training.settings import RunSettings
@@ -21,6 +22,13 @@ from tests.support.run_outputs import results
 
 IDS = ("0", "1", "2")
 NAMES = ("abbey", "bar", "yard")
+
+
+def labelled(data: str, names: tuple[str, ...], high: int) -> Any:
+    """What a loader has of names and labels; -1 as the highest is a sample without one."""
+    return SimpleNamespace(
+        spec=SimpleNamespace(data=data), classes=names, label_range=(min(0, high), high)
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,8 +43,7 @@ NAMES = ("abbey", "bar", "yard")
     ],
 )
 def test_ids_go_with_any_names(train: Any, val: Any, count: int) -> None:
-    one, other = LabelledData("a", train[0], 0, train[1]), LabelledData("b", val[0], 0, val[1])
-    assert shared_classes(one, other) == count
+    assert number_of_classes(labelled("a", *train), labelled("b", *val)) == count
 
 
 @pytest.mark.parametrize(
@@ -54,12 +61,8 @@ def test_ids_go_with_any_names(train: Any, val: Any, count: int) -> None:
     ],
 )
 def test_other_classes_are_refused(train: Any, val: Any, words: str) -> None:
-    one, other = (
-        LabelledData("a", train[0], 0, train[1]),
-        LabelledData("b", val[0], min(0, val[1]), val[1]),
-    )
     with pytest.raises(ValueError, match=words):
-        shared_classes(one, other)
+        number_of_classes(labelled("a", *train), labelled("b", *val))
 
 
 @pytest.mark.timeout(120)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,16 +21,18 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    return Clock()
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
 
 
 def test_a_file_gets_a_line_where_a_minute_was_silent(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = Progress("features of x.beton", 2000, start=1000, clock=clock)
+    work = Progress("features of x.beton", 2000, start=1000)
     clock.now += progress.LOG_EVERY_SECONDS - 1
     work.update(1100)
     assert not caplog.messages
@@ -57,7 +58,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    work = Progress("cifar10_svm", 60, start=30, clock=clock)
+    work = Progress("cifar10_svm", 60, start=30)
     clock.now += 10 * progress.LOG_EVERY_SECONDS
     work.update(45)
     work.close()
@@ -67,7 +68,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(
 
 
 def test_nothing_done_has_no_time_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    work = Progress("x", 10, clock=clock)
+    work = Progress("x", 10)
     clock.now += 2 * progress.LOG_EVERY_SECONDS
     work.update(0)
     assert not caplog.messages

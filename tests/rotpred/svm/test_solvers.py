@@ -14,7 +14,7 @@ from rotpred.recipes.svm import COSTS, Svm
 from rotpred.svm import dual
 from rotpred.svm.dual import gram, normalize_rows, solve
 from rotpred.svm.low_shot import aggregate, draw_samples, scores_of_draw
-from rotpred.svm.primal import compact, solve_compact
+from rotpred.svm.primal import Kernels, compact, solve_compact
 from tests.support.references import EXACT_COSTS, exact_svc, reference_ap, unit_rows
 
 pytestmark = pytest.mark.timeout(120)
@@ -147,11 +147,11 @@ def test_the_full_protocol_class_after_class() -> None:
     rows, labels = data(120, 64, 3, seed=6)
     others, truth = data(80, 64, 3, seed=7)
     recipe = Svm(costs=EXACT_COSTS)
-    kernel, test = gram(rows, rows, CPU), gram(others, rows, CPU)
+    kernels = Kernels(gram(rows, rows, CPU), gram(others, rows, CPU))
     assert (labels == 0).any() and (truth == 0).any()
     ours, theirs = [], []
     for c in range(3):
-        ap, _, cost = svm.evaluate_class(kernel, test, labels[:, c], truth[:, c], recipe)
+        ap, _, cost = svm.evaluate_class(kernels, labels[:, c], truth[:, c], recipe)
         ours.append(ap)
         # Difficult samples are negatives in training ...
         y = np.where(labels[:, c] == 1, 1, -1)
@@ -175,12 +175,12 @@ def test_low_shot_class_after_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for the low-shot protocol, with classes solved together and in chunks."""
     rows, labels = data(200, 64, 3, seed=8)
     others, truth = data(80, 64, 3, seed=9)
-    kernel, test = gram(rows, rows, CPU), gram(others, rows, CPU)
+    kernels = Kernels(gram(rows, rows, CPU), gram(others, rows, CPU))
     done: list[None] = []
 
     def scores() -> npt.NDArray[np.float64]:
         return scores_of_draw(
-            kernel, test, labels, truth, shots=(1, 6), costs=EXACT_COSTS, positive_weight=2.0,
+            kernels, labels, truth, shots=(1, 6), costs=EXACT_COSTS, positive_weight=2.0,
             seed=(5, 1), tick=lambda: done.append(None),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
-from rotpred.training.cuda_graphs import WARM_UP, FlatGradients, Graphs
+from rotpred.training.cuda_graphs import WARM_UP, CudaCapture, FlatGradients, Graphs
 from rotpred.training.schedule import Steps
 from rotpred.training.settings import Optim, RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
@@ -36,10 +37,10 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 T = TypeVar("T")
 
 
-class Tape:
+class Tape(CudaCapture):
     """Captures by storing the call; replays into the tensors of the first result."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # without a GPU
         self.eager_calls, self.replays, self.recorded = 0, 0, 0
 
     def eager(self, work: Callable[[], T]) -> T:
@@ -65,16 +66,16 @@ def state(folder: Path, tape: Tape | None, **run: object) -> TrainState:
     torch.manual_seed(0)
     rank = Rank()
     model = channels_last(make_rotnet("resnet18_tiny"), rank.device).train()
-    return TrainState(
-        model,
-        [OptimizedPart(model, Optim(lr=0.05, nesterov=True), Steps((0.5,)))],
-        rank=rank,
-        run=RunSettings(epochs=1, precision="fp32", cuda_graph=tape is not None, **run),  # type: ignore[arg-type]
-        folder=folder,
-        global_batch=8,
-        identity={"backbone": "resnet18_tiny"},
-        capture=tape,
-    )
+    with mock.patch("rotpred.training.state.CudaCapture", return_value=tape):
+        return TrainState(
+            model,
+            [OptimizedPart(model, Optim(lr=0.05, nesterov=True), Steps((0.5,)))],
+            rank=rank,
+            run=RunSettings(epochs=1, precision="fp32", cuda_graph=tape is not None, **run),  # type: ignore[arg-type]
+            folder=folder,
+            global_batch=8,
+            identity={"backbone": "resnet18_tiny"},
+        )
 
 
 def train(made: TrainState, batches: list[torch.Tensor]) -> list[float]:
@@ -168,16 +169,16 @@ def train_half(out: Path) -> int:
 
 def _train_half(rank: Rank) -> nn.Linear:
     net = nn.Linear(5, 4)
-    made = TrainState(
-        net,
-        [OptimizedPart(net, Optim(lr=0.1), Steps())],
-        rank=rank,
-        run=RunSettings(epochs=1, precision="fp32", cuda_graph=True),
-        folder=Path(),
-        global_batch=8,
-        identity={},
-        capture=Tape(),
-    )
+    with mock.patch("rotpred.training.state.CudaCapture", return_value=Tape()):
+        made = TrainState(
+            net,
+            [OptimizedPart(net, Optim(lr=0.1), Steps())],
+            rank=rank,
+            run=RunSettings(epochs=1, precision="fp32", cuda_graph=True),
+            folder=Path(),
+            global_batch=8,
+            identity={},
+        )
 
     def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> LossAndLogs:
         x, y = batch
