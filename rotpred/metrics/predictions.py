@@ -130,6 +130,8 @@ def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
         FileNotFoundError: There is no such file or folder.
         ValueError: An entry or line is invalid, or a class has no file. The message names it.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist")
     rows = (_read_text_files if path.is_dir() else _read_json)(path, samples)
     found = []
     for i, mine in enumerate(rows):

@@ -262,7 +262,7 @@ def test_mistakes_in_results_are_named(
 def test_results_that_are_none_are_refused(objects: coco.CocoSamples, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     for text, words in {
-        "{": "not valid JSON",
+        "{": "is not JSON",
         "{}": "expected a list",
         "[1]": "entry 0: TypeError",
         '[{"bbox": []}]': "entry 0: it has no 'image_id'",
