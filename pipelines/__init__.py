@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Shard,
     )  # fmt: skip
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "CIFAR10", "IMAGENET", "Batch", "CenterCrop", "ColorJitter", "DenseBatch", "DenseLoader",

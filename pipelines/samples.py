@@ -64,7 +64,7 @@ class Samples(Protocol):
         """Release files and locks."""
 
 
-def open_samples(data: str, root: str = "") -> Samples:
+def open_samples(data: str, root: str | None = None) -> Samples:
     """Open the data set of a spec: a .beton file, or image files (see `open_images`).
 
     Args:
@@ -76,9 +76,9 @@ def open_samples(data: str, root: str = "") -> Samples:
         ValueError: It is not a data set, or must be converted to a beton first.
     """
     if Path(data).suffix == ".beton":
-        if root:
+        if root is not None:
             raise ValueError(f"{data}: root is for list files, not for a beton")
         return Beton.open(Path(data))
     if data == "digits" or data.startswith("torchvision:"):
         raise ValueError(f"{data}: not stored as image files; convert it with scripts/to_beton.py")
-    return open_images(data, root=root or None)
+    return open_images(data, root=root)

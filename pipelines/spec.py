@@ -144,8 +144,8 @@ class LoaderSpec(Checked):
     """A .beton file, a folder of images, a list file, or "synthetic" (random images). With `root`
     also imagenet-val:TRUTH, imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT; see
     `pipelines.datasets.images.open_images`."""
-    root: str = ""
-    """Folder of the images, for a list file or KIND:NAME. Empty: the folder of the list file."""
+    root: str | None = None
+    """Folder of the images, for a list file or KIND:NAME. None: the folder of the list file."""
     engine: Engine = "auto"
     """auto chooses the fastest installed engine for the data (ffcv, dali, folder) and logs why."""
     batch_size: PositiveInt = 64

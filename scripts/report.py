@@ -33,10 +33,10 @@ class Arguments(Checked):
     """Weights whose features are shown on images (.html only): a file, or "random"."""
     data: str | None = None
     """Images for --gallery: a .beton file or a folder."""
-    backbone: str = ""
-    """Network of the --gallery weights; empty if the file names it."""
-    stage: str = ""
-    """Stage whose features are projected and compared; empty for the last."""
+    backbone: str | None = None
+    """Network of the --gallery weights; None if the file names it."""
+    stage: str | None = None
+    """Stage whose features are projected and compared; None for the last."""
     samples: PositiveInt = 500
     """Number of images drawn from --data."""
 

@@ -23,7 +23,7 @@ from pipelines.arrays import Uint8, Uint32
 from pipelines.beton.layout import HEADER, RAW, BetonError, Layout, check_layout
 from pipelines.beton.manifest import Manifest, load_manifest, manifest_path
 from pipelines.beton.segments import Segments, find_fault, open_segments, segments_path
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import ImageError, read_header
 from pipelines.storage import try_lock
 
 __all__ = ["Beton", "BetonError", "VerifyReport", "check_sums", "verify"]
@@ -179,7 +179,7 @@ def _check_jpeg(beton: Beton, i: int) -> None:
     data = beton.payload(i).tobytes()
     try:
         header = read_header(data, whole=True)
-    except JpegError as error:
+    except ImageError as error:
         raise BetonError(f"{place}: expected a JPEG stream, found: {error}") from error
     expected = (int(beton.heights[i]), int(beton.widths[i]))
     if (header.height, header.width) != expected:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipelines.arrays import Uint8
 from pipelines.checks import Checked, at_least, at_most
-from pipelines.imaging.decode import ImageError, check_size, decode_rgb, inspect
-from pipelines.jpeg.markers import JpegError, JpegHeader, read_header
+from pipelines.imaging.decode import ImageError, decode_rgb, inspect, jpeg_header
+from pipelines.jpeg.markers import JpegHeader, read_header
 from pipelines.jpeg.restart_markers import RestartLayout, insert_restart_markers
 from pipelines.jpeg.scan import Scan, walk_scan
 
@@ -104,17 +104,13 @@ def prepare(image: bytes | Uint8, *, options: Options) -> PreparedImage:
         if image.ndim == 3:
             return _encode(image, "array", options)
         image = image.tobytes()
-    if image[:2] != b"\xff\xd8":
+    header = jpeg_header(image)
+    if header is None:
         return _encode(decode_rgb(image), "format", options)
-    try:
-        header = read_header(image)
-        check_size(header.width, header.height)
-        walked = options.check == "scan" or options.restart_markers
-        scan = walk_scan(image, header) if walked else None
-        if scan is None:
-            header = read_header(image, whole=True)
-    except JpegError as error:
-        raise ImageError(str(error)) from error
+    walked = options.check == "scan" or options.restart_markers
+    scan = walk_scan(image, header) if walked else None
+    if scan is None:
+        header = read_header(image, whole=True)
     reason = _needs_encoding(header, scan, options)
     if reason is not None:
         return _encode(decode_rgb(image), reason, options)

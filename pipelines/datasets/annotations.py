@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -43,39 +43,103 @@ class Objects:
     """K polygons or run lengths, as COCO stores them; () if there are boxes only."""
 
 
-class DenseSamples(Protocol):
+class AnnotatedImage(NamedTuple):
+    """An image file and its size."""
+
+    name: str
+    path: str
+    height: int
+    """Of the upright image, in pixels."""
+    width: int
+    """Of the upright image, in pixels."""
+
+
+class DenseSamples:
     """A detection or segmentation data set of N images."""
 
-    classes: tuple[str, ...]
-    """Class names by id."""
-    names: tuple[str, ...]
-    """N unique names that predictions refer to (VOC: the stem; COCO: the id as text)."""
-    sizes: Int64
-    """int64 (N, 2): height and width of each upright image, in pixels."""
-    data_id: str
-    """Short hash of names, sizes and annotations."""
     kind: Literal["objects", "masks"]
     """Whether it has `objects` or masks (`mask`)."""
-    outlined: bool
+    outlined = False
     """Whether objects have outlines."""
-    least_side: int
+    least_side = 0
     """Smallest side of an image that is trained on, in pixels."""
+
+    def __init__(
+        self, classes: Sequence[str], images: Sequence[AnnotatedImage], content: Iterable[bytes]
+    ) -> None:
+        """
+        Args:
+            classes: Class names by id.
+            images: The N images.
+            content: Bytes that identify objects or masks.
+        """
+        self.classes = tuple(classes)
+        """Class names by id."""
+        self.category_ids = tuple(range(1, len(classes) + 1))
+        """The number of each class in files of predictions."""
+        self.names = tuple(image.name for image in images)
+        """N unique names that predictions refer to (VOC: the stem; COCO: the id as text)."""
+        sizes = [(image.height, image.width) for image in images]
+        self.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+        """int64 (N, 2): height and width of each upright image, in pixels."""
+        self._paths = [image.path for image in images]
+        total = hashlib.sha256(repr(self.classes).encode())
+        for image in images:
+            total.update(f"{image.name}\0{image.height} {image.width}\n".encode())
+        for part in content:
+            total.update(part)
+        self.data_id = total.hexdigest()[:16]
+        """Short hash of names, sizes and annotations."""
 
     def __len__(self) -> int:
         """Return N."""
+        return len(self.names)
 
     def path(self, i: int) -> Path:
         """Return the path of image i."""
+        return Path(self._paths[i])
 
     def objects(self, i: int) -> Objects:
         """Return the objects of image i. Raises `ValueError` if the data set has masks."""
+        raise ValueError(f"{self.names[i]} has a mask but no objects")
 
     def mask(self, i: int) -> Uint8:
         """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
 
         Raises:
+            ImageError: As for `read_mask`.
             ValueError: The data set has objects.
         """
+        raise ValueError(f"{self.names[i]} has objects but no mask")
+
+    def read_mask(self, i: int, path: str | os.PathLike[str], table: Int64) -> Uint8:
+        """Read a mask of image i: a PNG file with one number per pixel.
+
+        Args:
+            i: Position of the image.
+            path: The file.
+            table: int64 (256,), maps numbers in the file to class ids, `IGNORED`, or -1 (an error).
+
+        Returns:
+            uint8 (h, w): class ids and `IGNORED`.
+
+        Raises:
+            ImageError: The file is damaged, has another size than the image, or contains a number
+                without a class. The message starts with the path of the file.
+        """
+        numbers = read_label_png(path)
+        if numbers.shape != tuple(self.sizes[i]):
+            height, width = self.sizes[i]
+            raise ImageError(
+                f"{path}: {numbers.shape[1]}x{numbers.shape[0]} pixels, the image has "
+                f"{width}x{height}"
+            )
+        if (mistakes := (table < 0)[numbers]).any():
+            raise ImageError(
+                f"{path}: pixels of the number {numbers[mistakes][0]}, which is none of the "
+                f"{len(self.classes)} classes"
+            )
+        return table.astype(np.uint8)[numbers]
 
 
 @dataclass
@@ -108,47 +172,10 @@ class AnnotationErrors:
         log.warning("left out: %s: %s", where, what)
 
 
-class _ImageFiles:
-    """The images of a `DenseSamples`."""
+class ObjectSamples(DenseSamples):
+    """Images with the objects that a parser has found."""
 
-    outlined = False
-    least_side = 0
-
-    def __init__(
-        self, classes: Sequence[str], images: Sequence[AnnotatedImage], identity: Iterable[bytes]
-    ) -> None:
-        self.classes = tuple(classes)
-        self.names = tuple(image.name for image in images)
-        sizes = [(one.height, one.width) for one in images]
-        self.sizes = np.array(sizes, np.int64).reshape(-1, 2)
-        self._paths = [image.path for image in images]
-        total = hashlib.sha256(repr(self.classes).encode())
-        for one in images:
-            total.update(f"{one.name}\0{one.height} {one.width}\n".encode())
-        for part in identity:
-            total.update(part)
-        self.data_id = total.hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, i: int) -> Path:
-        """Return the path of image i."""
-        return Path(self._paths[i])
-
-    def objects(self, i: int) -> Objects:
-        """Raise `ValueError`: there are no objects."""
-        raise ValueError(f"{self.names[i]} has a mask but no objects")
-
-    def mask(self, i: int) -> Uint8:
-        """Raise `ValueError`: there are no masks."""
-        raise ValueError(f"{self.names[i]} has objects but no mask")
-
-
-class ObjectSamples(_ImageFiles):
-    """A `DenseSamples` with the objects that a parser has found."""
-
-    kind: Literal["objects", "masks"] = "objects"
+    kind = "objects"
 
     def __init__(
         self,
@@ -156,25 +183,29 @@ class ObjectSamples(_ImageFiles):
         images: Sequence[AnnotatedImage],
         objects: Sequence[Objects],
         *,
-        least_side: int = 0,
-        identity: Iterable[bytes] = (),
+        outlines: Iterable[bytes] = (),
     ) -> None:
+        """
+        Args:
+            classes: Class names by id.
+            images: The N images.
+            objects: Boxes and flags of each image.
+            outlines: Bytes that identify the outlines, if there are any.
+        """
+        self._objects = objects
         columns = [(one.boxes, one.labels, one.difficult, one.crowd) for one in objects]
         rows = (array.tobytes() for arrays in columns for array in arrays)
-        super().__init__(classes, images, itertools.chain(rows, identity))
-        self.least_side = least_side
-        """Smallest side of an image that is trained on, in pixels."""
-        self._objects = objects
+        super().__init__(classes, images, itertools.chain(rows, outlines))
 
     def objects(self, i: int) -> Objects:
         """Return the objects of image i."""
         return self._objects[i]
 
 
-class MaskSamples(_ImageFiles):
-    """A `DenseSamples` with one PNG mask per image."""
+class MaskSamples(DenseSamples):
+    """Images with one PNG mask each."""
 
-    kind: Literal["objects", "masks"] = "masks"
+    kind = "masks"
 
     def __init__(
         self,
@@ -185,48 +216,18 @@ class MaskSamples(_ImageFiles):
     ) -> None:
         """
         Args:
-            classes: Names by id.
+            classes: Class names by id.
             images: The N images.
-            masks: N paths of PNG files, with one number per pixel.
-            table: int64 (256,), maps numbers in the files to class ids, `IGNORED`, or -1 (an
-                error).
+            masks: N paths of PNG files.
+            table: As for `read_mask`.
         """
+        self._masks, self._table = masks, table
         lengths = (os.path.getsize(mask).to_bytes(8, "little") for mask in masks)
         super().__init__(classes, images, lengths)
-        self._masks, self._table, self._wrong = masks, table.astype(np.uint8), table < 0
 
     def mask(self, i: int) -> Uint8:
-        """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`.
-
-        Raises:
-            ImageError: The file is damaged, has another size than the image, or contains a number
-                without a class. The message starts with the path of the file.
-        """
-        numbers = read_label_png(self._masks[i])
-        if numbers.shape != tuple(self.sizes[i]):
-            height, width = self.sizes[i]
-            raise ImageError(
-                f"{self._masks[i]}: {numbers.shape[1]}x{numbers.shape[0]} pixels, the image has "
-                f"{width}x{height}"
-            )
-        if (mistakes := self._wrong[numbers]).any():
-            wrong = int(numbers[mistakes][0])
-            raise ImageError(
-                f"{self._masks[i]}: pixels of the number {wrong}, which is none of the "
-                f"{len(self.classes)} classes"
-            )
-        return self._table[numbers]
-
-
-class AnnotatedImage(NamedTuple):
-    """An image file and its size."""
-
-    name: str
-    path: str
-    height: int
-    """Of the upright image, in pixels."""
-    width: int
-    """Of the upright image, in pixels."""
+        """Return the mask of image i, uint8 (h, w): class ids and `IGNORED`."""
+        return self.read_mask(i, self._masks[i], self._table)
 
 
 def clip(
@@ -254,7 +255,10 @@ def _format_box(left: float, top: float, right: float, bottom: float) -> str:
     return f"{left:g},{top:g} to {right:g},{bottom:g}"
 
 
-def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool]]) -> Objects:
+def pack(
+    rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool]],
+    outlines: Sequence[object] = (),
+) -> Objects:
     """Build `Objects` from rows of box, label, difficult and crowd."""
     boxes, labels, difficult, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Objects(
@@ -262,4 +266,5 @@ def pack(rows: Sequence[tuple[tuple[float, float, float, float], int, bool, bool
         np.array(labels, np.int64),
         np.array(difficult, bool),
         np.array(crowd, bool),
+        tuple(outlines),
     )

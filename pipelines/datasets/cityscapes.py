@@ -44,8 +44,7 @@ def index_masks(
         FileNotFoundError: A folder is missing.
         ValueError: No image is left, or there are too many errors.
     """
-    base = require_folder(Path(root) / "leftImg8bit" / split)
-    truth = require_folder(Path(root) / "gtFine" / split)
+    base, truth = (require_folder(Path(root, name, split)) for name in ("leftImg8bit", "gtFine"))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
     for path in sorted(base.glob(f"*/*{_IMAGE}"))[:limit]:

@@ -23,8 +23,6 @@ from pipelines.datasets.annotations import (
 )
 from pipelines.datasets.files import IndexFormatError, read_json, require_folder
 
-_LEAST_SIDE = 32  # mmdetection's filter_cfg of training (configs/_base_/datasets/coco_instance.py)
-
 
 def import_pycocotools(module: str) -> Any:
     """Import a submodule of pycocotools.
@@ -42,6 +40,7 @@ class CocoSamples(ObjectSamples):
     """COCO images, sorted by id. Names are the ids as text."""
 
     outlined = True
+    least_side = 32  # mmdetection's filter_cfg (configs/_base_/datasets/coco_instance.py)
 
     def __init__(
         self,
@@ -55,16 +54,14 @@ class CocoSamples(ObjectSamples):
             images: The N images.
             objects: The objects of each image, with outlines.
         """
-        self.category_ids = tuple(categories)
-        """COCO's id of each of the C classes."""
         self._outlines = [_PackedOutlines(one.outlines) for one in objects]
         super().__init__(
             tuple(categories.values()),
             images,
             [replace(one, outlines=()) for one in objects],
-            least_side=_LEAST_SIDE,
-            identity=itertools.chain.from_iterable(one.hash_input() for one in self._outlines),
+            outlines=itertools.chain.from_iterable(one.hash_input() for one in self._outlines),
         )
+        self.category_ids = tuple(categories)
 
     def objects(self, i: int) -> Objects:
         """Return the objects of image i, including crowds."""
@@ -77,22 +74,15 @@ class _PackedOutlines:
     def __init__(self, outlines: Sequence[Any]) -> None:
         self._runs = {k: one for k, one in enumerate(outlines) if isinstance(one, dict)}
         polygons = [[] if k in self._runs else one for k, one in enumerate(outlines)]
-        lengths = [[len(polygon) for polygon in one] for one in polygons]
-        self._lengths = lengths
+        self._lengths = [[len(polygon) for polygon in one] for one in polygons]
         parts = itertools.chain.from_iterable(polygons)
         self._numbers = np.concatenate([np.empty(0, np.float64), *parts])
 
     def unpack(self) -> tuple[object, ...]:
         """Return the outlines as COCO stores them."""
-        found: list[object] = []
-        at = 0
-        for k, lengths in enumerate(self._lengths):
-            polygons = []
-            for length in lengths:
-                polygons.append(self._numbers[at : at + length].tolist())
-                at += length
-            found.append(self._runs.get(k, polygons))
-        return tuple(found)
+        numbers = iter(self._numbers.tolist())
+        polygons = [[[*itertools.islice(numbers, n)] for n in one] for one in self._lengths]
+        return tuple(self._runs.get(k, one) for k, one in enumerate(polygons))
 
     def hash_input(self) -> Iterable[bytes]:
         """Return bytes that identify the outlines."""
@@ -121,8 +111,8 @@ def index_objects(
         ValueError: The file is malformed, no image is left, there are too many errors, or
             pycocotools, which training and validation need, is not installed.
     """
-    source = Path(root) / "annotations" / f"instances_{name}.json"
-    folder = require_folder(Path(root) / name)
+    source, folder = Path(root) / "annotations" / f"instances_{name}.json", Path(root) / name
+    require_folder(folder)
     # Fail now if it is missing: reading takes minutes, and the threads need it only after that.
     import_pycocotools("mask")
     images, categories, annotations = _content(source)
@@ -147,19 +137,15 @@ def index_objects(
             if number not in annotated:
                 continue  # beyond the limit, or the missing image was already counted
             row, outline = _object(one, labels, annotated[number])
-        except KeyError as error:
-            errors.add(f"{source}: annotation id {one.get('id')}", f"it has no {error}")
-            continue
-        except (TypeError, ValueError) as error:
-            what = f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
+        except (KeyError, TypeError, ValueError) as error:
             where = one.get("id") if isinstance(one, dict) else repr(one)[:50]
-            errors.add(f"{source}: annotation id {where}", what)
+            errors.add(f"{source}: annotation id {where}", describe_json_error(error))
             continue
         rows[number].append(row)
         outlines[number].append(outline)
     if not annotated:
         raise IndexFormatError(f"{source}: no image is left in {str(folder)!r}")
-    found = [replace(pack(rows[n]), outlines=tuple(outlines[n])) for n in annotated]
+    found = [pack(rows[n], outlines[n]) for n in annotated]
     return CocoSamples(categories, list(annotated.values()), found)
 
 
@@ -179,19 +165,35 @@ def rasterize(outlines: Sequence[object], height: int, width: int) -> Uint8:
     """
     masks = np.empty((len(outlines), height, width), np.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
-        runs = outline if isinstance(outline, dict) else _run_lengths(outline, height, width)
-        counts = runs["counts"]
-        lengths = (
-            decode_run_lengths(counts) if isinstance(counts, str | bytes) else np.array(counts)
-        )
-        if lengths.sum() != height * width or lengths.min(initial=0) < 0:
-            raise ValueError(f"run lengths of {lengths.sum()} pixels for {width}x{height}")
+        runs = outline if isinstance(outline, dict) else merge_polygons(outline, height, width)
+        lengths = read_run_lengths(runs, height, width)
         values = np.arange(len(lengths), dtype=np.uint8) & 1
         mask[:] = np.repeat(values, lengths).reshape(width, height).T
     return masks
 
 
-def decode_run_lengths(counts: str | bytes) -> Int64:
+def read_run_lengths(runs: Mapping[str, Any], height: int, width: int) -> Int64:
+    """Return the run lengths of a mask, int64 (runs,), in pixels.
+
+    Args:
+        runs: {"size": [height, width], "counts": a list, or compressed as str or bytes}.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+
+    Raises:
+        ValueError: The size differs, or the run lengths are damaged, negative or do not add up to
+            it. pycocotools hangs on some of these and reads past the end of others.
+    """
+    if list(runs["size"]) != [height, width]:
+        raise ValueError(f"run lengths of size {runs['size']}, the image has {[height, width]}")
+    counts = runs["counts"]
+    lengths = np.array(counts) if isinstance(counts, list) else _decode_run_lengths(counts)
+    if lengths.min(initial=0) < 0 or lengths.sum() != height * width:
+        raise ValueError(f"run lengths of {lengths.sum()} pixels do not add up to {width}x{height}")
+    return lengths
+
+
+def _decode_run_lengths(counts: str | bytes) -> Int64:
     """Decode COCO's compressed run lengths.
 
     A number is stored in groups of five bits, lowest first, one group per character, offset by 48.
@@ -203,12 +205,15 @@ def decode_run_lengths(counts: str | bytes) -> Int64:
 
     Returns:
         int64 (runs,), the lengths in pixels.
+
+    Raises:
+        ValueError: There are none, or the last one lacks groups.
     """
     codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     bits = codes.astype(np.int64) - 48
-    starts = np.flatnonzero(np.r_[True, bits[:-1] & 32 == 0]) if len(bits) else np.empty(0, int)
-    if not len(starts):
-        return np.empty(0, np.int64)
+    if not len(bits) or bits[-1] & 32:
+        raise ValueError("run lengths that do not add up: they end within a number")
+    starts = np.flatnonzero(np.r_[True, bits[:-1] & 32 == 0])
     lengths = np.diff(np.r_[starts, len(bits)])
     shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
     numbers = np.add.reduceat((bits & 31) << shifts, starts)
@@ -219,11 +224,18 @@ def decode_run_lengths(counts: str | bytes) -> Int64:
     return numbers
 
 
-def _run_lengths(outline: object, height: int, width: int) -> dict[str, Any]:
-    """Convert the polygons of one object to run lengths of their union."""
+def merge_polygons(outline: object, height: int, width: int) -> dict[str, Any]:
+    """Convert the polygons of one object to compressed run lengths of their union."""
     tools = import_pycocotools("mask")
     runs: dict[str, Any] = tools.merge(tools.frPyObjects(outline, height, width))
     return runs
+
+
+def describe_json_error(error: Exception) -> str:
+    """Return what is wrong with an entry of a JSON file that raised this error."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
 
 
 def _content(source: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, str], list[Any]]:

@@ -47,8 +47,8 @@ class ListedImage(NamedTuple):
     """The folder that contains JPEGImages."""
     stem: str
     """File name of the image, without extension."""
-    masks: str
-    """Name of the folder of masks."""
+    label: Path
+    """Its annotation or its mask."""
 
 
 def index_boxes(
@@ -79,17 +79,16 @@ def index_boxes(
     names = tuple(classes) or VOC_CLASSES
     images: list[AnnotatedImage] = []
     found: list[Objects] = []
-    for one, image, entries in _readable(parts, root, "Main", errors, limit, _annotation):
-        annotation = f"{one.folder / 'Annotations' / one.stem}.xml"
+    for one, image, entries in _images(parts, Path(root), "Main", limit, errors, _annotation):
         if isinstance(entries, XmlError):
-            errors.add(f"{annotation}:{entries.line}", str(entries))
+            errors.add(f"{one.label}:{entries.line}", str(entries))
             continue
         rows = []
         for entry in entries:
             try:
                 rows.append(parse_object(entry, names, image.height, image.width))
             except XmlError as error:
-                errors.add(f"{annotation}:{error.line}", str(error))
+                errors.add(f"{one.label}:{error.line}", str(error))
         images.append(image)
         found.append(pack(rows))
     if not images:
@@ -111,25 +110,23 @@ def index_masks(
     those of VOC's own lists. For all other lists, they are read from SegmentationClass.
 
     Args:
-        parts: DIR/LIST+..., the part of `DenseSpec.data` after the colon.
-        root: The folder that contains DIR.
-        errors: Counts images that are unreadable or have no mask.
+        parts, root, errors, limit: As for `index_boxes`.
         classes: Class names without the background. Empty: VOC's.
-        limit: Number of lines to take. None: all.
 
     Raises:
-        FileNotFoundError: A folder or list is missing.
-        ValueError: A list is malformed, no image is left, or there are too many errors.
+        FileNotFoundError, ValueError: As `index_boxes`.
     """
     names = ("background", *(tuple(classes) or VOC_CLASSES))
     images: list[AnnotatedImage] = []
     paths: list[str] = []
-    for one, image, mask in _readable(parts, root, "Segmentation", errors, limit, _mask):
-        if not mask.is_file():
-            errors.add(one.location, f"{mask}: a file that does not exist")
-        else:
+    for one, image, present in _images(
+        parts, Path(root), "Segmentation", limit, errors, lambda one: one.label.is_file()
+    ):
+        if present:
             images.append(image)
-            paths.append(str(mask))
+            paths.append(str(one.label))
+        else:
+            errors.add(one.location, f"{one.label}: a file that does not exist")
     if not images:
         raise IndexFormatError(f"{parts}: no image is left below {os.fspath(root)!r}")
     table = np.full(256, -1, np.int64)
@@ -146,7 +143,10 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
         if not folder or not name:
             raise ValueError(f"expected DIR/LIST+..., as in 2007/trainval, found {part!r}")
         base = root / (f"VOC{folder}" if _YEAR.fullmatch(folder) else folder)
-        where = "SegmentationClassAug" if "aug" in name.lower() else "SegmentationClass"
+        labels, ending = "Annotations", ".xml"
+        if task == "Segmentation":
+            aug = "Aug" if "aug" in name.lower() else ""
+            labels, ending = f"SegmentationClass{aug}", ".png"
         for location, stem in read_lines(base / "ImageSets" / task / f"{name}.txt"):
             if not re.fullmatch(r"[^\s/\\\0]+", stem) or stem in (".", ".."):
                 raise IndexFormatError(
@@ -157,7 +157,7 @@ def _listed(parts: str, root: Path, task: str, limit: int | None) -> list[Listed
                     f"{location}: {stem!r} is listed twice, first in {seen[stem]}"
                 )
             seen[stem] = location
-            found.append(ListedImage(location, base, stem, where))
+            found.append(ListedImage(location, base, stem, base / labels / (stem + ending)))
     return found[:limit]
 
 
@@ -175,32 +175,27 @@ def _image_files(listed: Sequence[ListedImage]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _readable(
+def _images(
     parts: str,
-    root: str | os.PathLike[str],
+    root: Path,
     task: str,
-    errors: AnnotationErrors,
     limit: int | None,
+    errors: AnnotationErrors,
     read: Callable[[ListedImage], T],
 ) -> Iterator[tuple[ListedImage, AnnotatedImage, T]]:
-    """Yield the listed images that can be read, each with the result of `read`."""
-    listed = _listed(parts, Path(root), task, limit)
+    """Yield the readable images of lists, each with the result of `read`, in order."""
+    listed = _listed(parts, root, task, limit)
     files = _image_files(listed)
 
-    def work(one: ListedImage) -> tuple[tuple[int, int] | str, T]:
+    def load(one: ListedImage) -> tuple[tuple[int, int] | str, T]:
         return _size(files[one.folder].get(one.stem)), read(one)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="voc") as pool:
-        for one, (size, found) in zip(listed, pool.map(work, listed), strict=True):
+        for one, (size, found) in zip(listed, pool.map(load, listed), strict=True):
             if isinstance(size, str):
                 errors.add(one.location, f"{one.folder / 'JPEGImages' / one.stem}: {size}")
             else:
                 yield one, AnnotatedImage(one.stem, files[one.folder][one.stem], *size), found
-
-
-def _mask(one: ListedImage) -> Path:
-    """Return the path of the mask of an image."""
-    return one.folder / one.masks / f"{one.stem}.png"
 
 
 def _size(path: str | None) -> tuple[int, int] | str:
@@ -216,7 +211,7 @@ def _size(path: str | None) -> tuple[int, int] | str:
 def _annotation(one: ListedImage) -> list[Fields] | XmlError:
     """Return the objects of an image, or the error."""
     try:
-        return read_xml((one.folder / "Annotations" / f"{one.stem}.xml").read_bytes())
+        return read_xml(one.label.read_bytes())
     except XmlError as error:
         return error
     except OSError as error:

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Int8
 from pipelines.datasets.files import IndexFormatError, read_lines, require_folder
 from pipelines.datasets.index import SampleIndex
 
@@ -25,7 +25,7 @@ class MultiLabelIndex:
 
     images: SampleIndex
     """The images. `images.labels` is -1 for all of them."""
-    targets: npt.NDArray[np.int8]
+    targets: Int8
     """int8 (N, C): 1 present, -1 absent, 0 present but difficult."""
     classes: tuple[str, ...]
     """C names, one per column of `targets`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -18,14 +17,6 @@ class Target(TypedDict, total=False):
     masks: torch.Tensor
     """uint8 (K, h, w), 0 or 1, of the size of the image without padding. Present if the data set
     has masks of objects and the spec requests them."""
-
-
-def map_target(target: Target, function: Callable[[torch.Tensor], torch.Tensor]) -> Target:
-    """Return the target with a function applied to each of its tensors."""
-    mapped = Target(boxes=function(target["boxes"]), labels=function(target["labels"]))
-    if "masks" in target:
-        mapped["masks"] = function(target["masks"])
-    return mapped
 
 
 class DenseBatch(NamedTuple):

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pipelines.batch import DTYPES
 from pipelines.checks import check
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.dense import transforms
-from pipelines.dense.batch import DenseBatch, map_target
+from pipelines.dense.batch import DenseBatch, Target
 from pipelines.dense.order import BatchIndices, EndlessOrder, SinglePassOrder, by_shape
 from pipelines.dense.samples import (
     LoadedSample,
@@ -85,10 +85,10 @@ class DenseLoader:
         self._order: EndlessOrder | SinglePassOrder
         if spec.train:
             chosen = training_indices(samples, spec)
-            one_size = isinstance(spec.geometry, RatioCrop)
-            groups = by_shape(samples.sizes[chosen])
-            groups = (chosen,) if one_size else tuple(chosen[group] for group in groups)
-            self._order = EndlessOrder(groups, spec.batch_size, shard, spec.seed)
+            groups = [chosen]  # All crops have one shape.
+            if not isinstance(spec.geometry, RatioCrop):
+                groups = [chosen[group] for group in by_shape(samples.sizes[chosen])]
+            self._order = EndlessOrder(tuple(groups), spec.batch_size, shard, spec.seed)
             self._steps = spec.steps_per_epoch or max(
                 len(chosen) // (spec.batch_size * shard.world), 1
             )
@@ -230,7 +230,11 @@ class DenseLoader:
             torch.from_numpy(self.samples.sizes[indices]),
             torch.from_numpy(indices),
             torch.from_numpy(valid),
-            [map_target(one.target, self._move) for one in loaded if one.target is not None],
+            [
+                cast(Target, {key: self._move(x) for key, x in one.target.items()})
+                for one in loaded
+                if one.target is not None
+            ],
             None if work.masks is None else self._move(work.masks).long(),
         )
 

@@ -14,7 +14,6 @@ from pipelines.arrays import Float64, Int64
 from pipelines.datasets import cityscapes, coco, voc
 from pipelines.datasets.annotations import AnnotationErrors, DenseSamples, Objects
 from pipelines.dense import transforms
-from pipelines.dense.batch import Target, map_target
 from pipelines.dense.spec import DenseSpec, RatioCrop
 from pipelines.dense.transforms import ResizePlan, Scene
 from pipelines.imaging.decode import ImageError
@@ -39,8 +38,8 @@ class LoadedSample(NamedTuple):
     """Height and width of the image, without padding."""
     corner: tuple[int, int]
     """Top and left of the crop."""
-    target: Target | None
-    """When training on objects."""
+    target: dict[str, torch.Tensor] | None
+    """A `Target` on the CPU, when training on objects."""
 
 
 def load_sample(
@@ -65,11 +64,17 @@ def load_sample(
         ImageError: The image or its mask is damaged, or its size differs from its annotation.
     """
     scene = Scene(_image(samples, i))
+    height, width = scene.image.shape[1:]
     labels, top, left = None, 0, 0
     if spec.train and samples.kind == "objects":
         objects = training_objects(samples.objects(i), spec)
         labels = torch.from_numpy(objects.labels + 1)
-        scene = _with_objects(scene, objects, outlined=samples.outlined and spec.masks)
+        scene.boxes = tv_tensors.BoundingBoxes(
+            torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)
+        )
+        if samples.outlined and spec.masks:
+            pixels = coco.rasterize(objects.outlines, height, width)
+            scene.masks = tv_tensors.Mask(torch.from_numpy(pixels))
     elif spec.train:
         scene.masks = tv_tensors.Mask(torch.from_numpy(samples.mask(i))[None])
     scene = transforms.resize_scene(scene, plan)
@@ -85,18 +90,13 @@ def load_sample(
     if slot.mask is not None:
         assert scene.masks is not None
         np.copyto(slot.mask[:height, :width].numpy(), scene.masks[0].numpy())
-    pin = slot.image.is_pinned()
-    return LoadedSample(
-        plan.size, (top, left), None if labels is None else _target(scene, labels, pin)
-    )
-
-
-def _target(scene: Scene, labels: torch.Tensor, pin: bool) -> Target:
-    assert scene.boxes is not None
-    target = Target(boxes=scene.boxes.as_subclass(torch.Tensor), labels=labels)
-    if scene.masks is not None:
-        target["masks"] = scene.masks.as_subclass(torch.Tensor)
-    return map_target(target, torch.Tensor.pin_memory) if pin else target
+    target = None
+    if labels is not None:
+        parts = {"boxes": scene.boxes, "labels": labels, "masks": scene.masks}
+        target = {key: x.as_subclass(torch.Tensor) for key, x in parts.items() if x is not None}
+        if slot.image.is_pinned():
+            target = {key: x.pin_memory() for key, x in target.items()}
+    return LoadedSample(plan.size, (top, left), target)
 
 
 def open_dense_samples(spec: DenseSpec) -> DenseSamples:
@@ -179,16 +179,3 @@ def _image(samples: DenseSamples, i: int) -> tv_tensors.Image:
             f"{size[1]}x{size[0]}"
         )
     return tv_tensors.Image(pixels)
-
-
-def _with_objects(scene: Scene, objects: Objects, *, outlined: bool) -> Scene:
-    """Add boxes to a scene, and masks if `outlined`."""
-    height, width = scene.image.shape[1:]
-    boxes = tv_tensors.BoundingBoxes(
-        torch.from_numpy(objects.boxes), format="XYXY", canvas_size=(height, width)
-    )
-    masks = None
-    if outlined:
-        pixels = coco.rasterize(objects.outlines, height, width)
-        masks = tv_tensors.Mask(torch.from_numpy(pixels))
-    return Scene(scene.image, boxes, masks)

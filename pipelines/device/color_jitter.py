@@ -95,7 +95,7 @@ def jitter_views(
         ValueError: As `normalize_views`.
     """
     x = normalize_views(images, views=1, normalize=_UNIT, dtype=torch.float32)
-    x = add_lighting(jitter(x, params), params)
+    x = jitter(x, params) + _to_device(params.shifts, x).view(-1, 3, 1, 1)
     mean, scale = _statistics(normalize, x.device)
     return ((x - mean) * scale).to(dtype, memory_format=torch.channels_last)
 
@@ -122,7 +122,8 @@ def jitter(x: torch.Tensor, params: JitterParams) -> torch.Tensor:
         rows = np.arange(len(operations))
         factors = _to_device(params.factors[rows, operations], x)
         blended, hue_rows = operations != HUE, np.flatnonzero(operations == HUE)
-        grey = _grey(x)
+        red, green, blue = x.unbind(1)
+        grey = (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).floor_()[:, None]
         mean = grey.mean((1, 2, 3), keepdim=True)
         kind = _to_device(operations, x)
         toward = torch.where(kind == CONTRAST, mean, grey)
@@ -136,23 +137,12 @@ def jitter(x: torch.Tensor, params: JitterParams) -> torch.Tensor:
     return x
 
 
-def add_lighting(x: torch.Tensor, params: JitterParams) -> torch.Tensor:
-    """Add each sample's three lighting constants to float32 (B, 3, S, S), without clipping."""
-    return x + _to_device(params.shifts, x).view(-1, 3, 1, 1)
-
-
 def _to_device(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
     """Copy values to x's device as (..., 1, 1, 1). Pinned memory keeps the host from waiting."""
     tensor = torch.from_numpy(values)
     if x.is_cuda:
         tensor = tensor.pin_memory().to(x.device, non_blocking=True)
     return tensor.view(-1, 1, 1, 1)
-
-
-def _grey(x: torch.Tensor) -> torch.Tensor:
-    """Compute luma, rounded down: (B, 1, S, S)."""
-    red, green, blue = x.unbind(1)
-    return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).floor_()[:, None]
 
 
 def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,13 @@ def normalize_views(
     if isinstance(images, Regions):
         batch, side, device = len(images.offsets), images.side, images.pixels.device
     else:
-        _check_crops(images)
-        batch, side, device = images.shape[0], images.shape[1], images.device
-        images = images.contiguous()
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+            shape = tuple(images.shape)
+            raise ValueError(f"expected uint8 (B, S, S, 3), got {images.dtype} {shape}")
+        batch, side, width = images.shape[:3]
+        if side != width:
+            raise ValueError(f"crops must be square to be rotated, got {side}x{width}")
+        device, images = images.device, images.contiguous()
     shape = (views * batch, 3, side, side)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
@@ -84,30 +88,6 @@ def normalize_views(
     return out
 
 
-def _check_crops(x_NHWC: torch.Tensor) -> None:
-    if x_NHWC.dtype != torch.uint8 or x_NHWC.dim() != 4 or x_NHWC.shape[3] != 3:
-        raise ValueError(f"expected uint8 (B, S, S, 3), got {x_NHWC.dtype} {tuple(x_NHWC.shape)}")
-    if x_NHWC.shape[1] != x_NHWC.shape[2]:
-        height, width = x_NHWC.shape[1:3]
-        raise ValueError(f"crops must be square to be rotated, got {height}x{width}")
-
-
-def rotation_labels(batch: int, *, device: torch.device) -> torch.Tensor:
-    """Return the labels of rotation-major views.
-
-    The direction is that of the paper's code (gidariss/FeatureLearningRotNet, dataloader.py), of
-    `torch.rot90` and of PIL. mmselfsup 1.x rotates clockwise, which swaps labels 1 and 3.
-
-    Args:
-        batch: Number of crops.
-        device: Device of the result.
-
-    Returns:
-        int64 (4 * batch,), k for k * 90 degrees counter-clockwise.
-    """
-    return torch.arange(4, device=device).repeat_interleave(batch)
-
-
 def rotate4(
     images: torch.Tensor | Regions,
     *,
@@ -116,6 +96,9 @@ def rotate4(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the four views of each crop together with their labels.
+
+    The direction is that of the paper's code (gidariss/FeatureLearningRotNet, dataloader.py), of
+    `torch.rot90` and of PIL. mmselfsup 1.x rotates clockwise, which swaps labels 1 and 3.
 
     Args:
         images: uint8 (B, S, S, 3), RGB, or regions to be resized to S.
@@ -131,4 +114,5 @@ def rotate4(
         ValueError: As `normalize_views`.
     """
     rotated = normalize_views(images, views=4, normalize=normalize, dtype=dtype, out=out)
-    return rotated, rotation_labels(len(rotated) // 4, device=rotated.device)
+    labels = torch.arange(4, device=rotated.device).repeat_interleave(len(rotated) // 4)
+    return rotated, labels

@@ -88,9 +88,7 @@ _copy_one: Any = intrinsic(_copy_one_ir)
 
 
 @njit
-def _copy_row(
-    source: Any, step: Any, out: Any, count: Any, size: Any, word: Any
-) -> None:  # pragma: no cover - compiled
+def _copy_row(source: Any, step: Any, out: Any, count: Any, size: Any, word: Any) -> None:
     """Copy `count` pixels, `step` bytes apart, to contiguous memory."""
     for i in range(0, count - 3, 4):
         _copy_four((source + i * step, step, out + i * 3 * size, word))
@@ -99,7 +97,7 @@ def _copy_row(
 
 
 @njit
-def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: no cover - compiled
+def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:
     """Write the views of some crops.
 
     Args:
@@ -144,9 +142,7 @@ def _write_views(x: Any, out: Any, table: Any, buffer: Any) -> None:  # pragma: 
 
 
 @njit
-def _resize(
-    pixels: Any, offsets: Any, shapes: Any, flips: Any, out: Any, scratch: Any
-) -> None:  # pragma: no cover - compiled
+def _resize(pixels: Any, offsets: Any, shapes: Any, flips: Any, out: Any, scratch: Any) -> None:
     """Resize regions, given by the fields of `Regions`, into out, uint8 (B, S, S, 3)."""
     side = np.int64(out.shape[1])
     source, target = np.int64(pixels.ctypes.data), np.int64(out.ctypes.data)

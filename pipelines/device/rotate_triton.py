@@ -26,7 +26,7 @@ _WARPS = 4
 @triton.jit  # type: ignore[untyped-decorator]
 def _write_tile(  # type: ignore[no-untyped-def]
     pixels, y, x, out, constants, i, batch, side, VIEWS: tl.constexpr
-):  # pragma: no cover - compiled
+):
     """Normalise pixels (TILE, TILE, 4) of crop i at rows y and columns x; write its views."""
     c = tl.arange(0, 4)
     mean = tl.load(constants + c, mask=c < 3, other=0.0)
@@ -50,7 +50,7 @@ def _write_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile_position(side, TILE: tl.constexpr):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _tile_position(side, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return crop, rows and columns of this program's tile."""
     program, tiles = tl.program_id(0), tl.cdiv(side, TILE)
     y = program // tiles % tiles * TILE + tl.arange(0, TILE)
@@ -61,7 +61,7 @@ def _tile_position(side, TILE: tl.constexpr):  # type: ignore[no-untyped-def]  #
 @triton.jit(do_not_specialize=["batch"])  # type: ignore[untyped-decorator]
 def _rotate_crops(  # type: ignore[no-untyped-def]
     crops, out, constants, batch, side, VIEWS: tl.constexpr, TILE: tl.constexpr
-):  # pragma: no cover - compiled
+):
     """Write the views of one tile of a crop; crops are uint8 (B, S, S, 3)."""
     i, y, x = _tile_position(side, TILE)
     c = tl.arange(0, 4)[None, None, :]
@@ -73,7 +73,7 @@ def _rotate_crops(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _taps(output, extent, side):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _taps(output, extent, side):  # type: ignore[no-untyped-def]
     """Return the filter's first source pixel and centre per output, its half-width and its taps."""
     ratio = extent.to(tl.float32) / side
     support = tl.maximum(ratio, 1.0)
@@ -87,7 +87,7 @@ def _taps(output, extent, side):  # type: ignore[no-untyped-def]  # pragma: no c
 def _rotate_regions(  # type: ignore[no-untyped-def]
     source, offsets, shapes, flips, out, constants, batch, side,
     VIEWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip  # pragma: no cover - compiled
+):  # fmt: skip
     """Write the views of one tile of a region, resized as in `pipelines.imaging.resize`.
 
     Resized values are rounded to integers before normalisation.

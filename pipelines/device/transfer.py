@@ -9,7 +9,7 @@ launched, so the copy overlaps with that step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ class _Buffer:
     """A device buffer that is reused for every batch, so that steps allocate nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        event: Callable[..., Any] = torch.cuda.Event
-        self.read: Any = event()
+        self.read: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         """Event recorded on the consumer's stream after the buffer's last use."""
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -46,11 +45,10 @@ class Transfer:
         self._device = device
         self._stream: Any = None
         if device.type == "cuda":
-            stream: Callable[..., Any] = torch.cuda.Stream
-            event: Callable[..., Any] = torch.cuda.Event
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # Blocking: a host that runs ahead waits in every step. Spinning would take a core from
             # decoding.
-            self._stream, self._copied = stream(device), event(blocking=True)
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._buffers = [_Buffer(device), _Buffer(device)]
             self._pinned = torch.empty((0, 0), dtype=torch.int64)
 

@@ -11,11 +11,11 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipelines.arrays import Uint8
-from pipelines.jpeg.markers import MAX_PIXELS, JpegError, JpegHeader, read_header
+from pipelines.jpeg.markers import MAX_PIXELS, JpegHeader, read_header
+from pipelines.jpeg.markers import ImageError as ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """The only decoders that Pillow may use."""
@@ -50,10 +50,6 @@ _TURN = {
 }
 
 
-class ImageError(ValueError):
-    """The bytes are not a usable image; the message says why in one line."""
-
-
 def decode_rgb(data: bytes) -> Uint8:
     """Decode one image: the first frame, upright, alpha dropped, 16-bit grey scaled to 8 bits.
 
@@ -67,18 +63,26 @@ def decode_rgb(data: bytes) -> Uint8:
         ImageError: The format is unknown, the data are truncated or damaged, or the image has more
             than `MAX_PIXELS` pixels.
     """
-    header = _jpeg_header(data)
+    header = jpeg_header(data)
+    if not data:
+        raise ImageError("the file is empty")
     try:
-        with _open(data) as image:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            check_size(*image.size)
             image.load()
             upright = _upright(image, header)
-            if upright.mode.startswith("I;16"):
-                return _scale16(np.asarray(upright))
+            if upright.mode.startswith("I;16"):  # Grey of 0..65535, scaled to 0..255, rounded.
+                grey = (np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535
+                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
             if upright.mode in ("I", "F"):
                 raise ImageError(f"pixels of mode {upright.mode} have no fixed range")
             return np.array(upright.convert("RGB"))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: it begins with {data[:8]!r}"
+        ) from error
     except _PILLOW_ERRORS as error:
         raise ImageError(describe_error(error)) from error
 
@@ -92,38 +96,21 @@ def inspect(data: bytes, header: JpegHeader) -> str | None:
 
     Args:
         data: The JPEG stream.
-        header: Its header.
+        header: Its header, as from `jpeg_header`.
 
     Returns:
         The reason why the image is unusable, or None.
     """
     try:
-        check_size(header.width, header.height)
         with Image.open(BytesIO(data), formats=("JPEG",)) as image:
             if image.size != (header.width, header.height):
                 return f"header says {header.width} x {header.height}, decoder {image.size}"
             # Grey saves the work on chroma pixels, but chroma coefficients are still decoded.
             image.draft("L" if header.components == 3 else None, (1, 1))
             image.load()
-    except ImageError as error:
-        return str(error)
     except _PILLOW_ERRORS as error:
         return describe_error(error)
     return None
-
-
-def _open(data: bytes) -> Image.Image:
-    """Open without decoding; reject empty, unknown and too large files."""
-    if not data:
-        raise ImageError("the file is empty")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: it begins with {data[:8]!r}"
-        ) from error
-    check_size(*image.size)
-    return image
 
 
 def check_size(width: int, height: int) -> None:
@@ -138,14 +125,15 @@ def check_size(width: int, height: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
-def _jpeg_header(data: bytes) -> JpegHeader | None:
-    """Header of a JPEG within the size limit; None for other formats."""
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Read the header of a JPEG; None for other formats.
+
+    Raises:
+        ImageError: It is damaged, or the image has more than `MAX_PIXELS` pixels.
+    """
     if data[:2] != b"\xff\xd8":
         return None
-    try:
-        header = read_header(data)
-    except JpegError as error:
-        raise ImageError(str(error)) from error
+    header = read_header(data)
     check_size(header.width, header.height)
     return header
 
@@ -158,14 +146,7 @@ def _upright(image: Image.Image, header: JpegHeader | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _scale16(grey: npt.NDArray[np.uint16]) -> Uint8:
-    """Scale (H, W) of 0..65535 to (H, W, 3) of 0..255, rounded."""
-    scaled = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return np.repeat(scaled[:, :, None], 3, axis=2)
-
-
 _HEADER_BYTES = 1 << 16  # The start of a file; most headers lie within it.
-_ORIENTATION = 0x0112
 
 
 def read_label_png(path: str | os.PathLike[str]) -> Uint8:
@@ -184,7 +165,7 @@ def read_label_png(path: str | os.PathLike[str]) -> Uint8:
             if image.mode not in ("P", "L"):
                 raise ImageError(f"pixels of mode {image.mode}, expected a palette or 8-bit grey")
             return np.array(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _PILLOW_ERRORS as error:
         raise ImageError(f"{os.fspath(path)}: {describe_error(error)}") from error
 
 
@@ -203,22 +184,26 @@ def image_size(path: str) -> tuple[int, int]:
             if data[:2] == b"\xff\xd8":
                 try:
                     return read_header(data).upright
-                except JpegError:  # Long metadata precede the frame header.
+                except ImageError:  # Long metadata precede the frame header.
                     return read_header(data + file.read()).upright
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 # For PNG, asking for the orientation would decode the whole file.
-                turn = 1 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 1)
+                turn = (
+                    1
+                    if image.format == "PNG"
+                    else image.getexif().get(ExifTags.Base.Orientation, 1)
+                )
                 return (width, height) if turn >= 5 else (height, width)
-        except (JpegError, SyntaxError, ValueError, OSError) as error:
+        except _PILLOW_ERRORS as error:
             raise ImageError(describe_error(error)) from error
 
 
 def describe_error(error: BaseException) -> str:
     """Format an error as one line, without the file's name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more pixels than the limit of {MAX_PIXELS}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

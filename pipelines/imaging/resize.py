@@ -33,9 +33,7 @@ def scratch_size(height: int, width: int, side: int) -> int:
 
 
 @njit
-def _fill_taps(
-    extent: Any, side: Any, mirror: Any, taps: Any, starts: Any, weights: Any
-) -> None:  # pragma: no cover - compiled
+def _fill_taps(extent: Any, side: Any, mirror: Any, taps: Any, starts: Any, weights: Any) -> None:
     """Compute the first source pixel and the weights of each output.
 
     Outputs are in groups of four; the last group is moved back to end at the last output.
@@ -77,7 +75,7 @@ def _fill_taps(
 
 
 @njit
-def _entry(output: int, side: int) -> int:  # pragma: no cover - compiled
+def _entry(output: int, side: int) -> int:
     """Index of an output in the tables of `_fill_taps`."""
     last = (side - 1) // GROUP * GROUP
     return output if output < last else last + output - max(side - GROUP, 0)
@@ -87,7 +85,7 @@ def _entry(output: int, side: int) -> int:  # pragma: no cover - compiled
 def _resample_plain(
     source: Any, stride: Any, width: Any, out: Any, side: Any, row_taps: Any, column_taps: Any,
     rows: Any, row_weights: Any, columns: Any, column_weights: Any, line: Any,
-) -> None:  # pragma: no cover - compiled  # fmt: skip
+) -> None:  # fmt: skip
     """Resample pixel by pixel: for sizes too small for `_resample_blocks`, and as its reference."""
     for y in range(side):
         entry = _entry(y, side)
@@ -115,7 +113,7 @@ def _resample_plain(
 def _resample_blocks(
     source: Any, stride: Any, width: Any, out: Any, side: Any, row_taps: Any, column_taps: Any,
     rows: Any, row_weights: Any, columns: Any, column_weights: Any, line: Any,
-) -> None:  # pragma: no cover - compiled  # fmt: skip
+) -> None:  # fmt: skip
     """Resample as `_resample_plain`, in blocks of four outputs in four rows."""
     pitch, middle = 3 * side, np.int64(line.ctypes.data)
     starts, column_table = np.int64(columns.ctypes.data), np.int64(column_weights.ctypes.data)
@@ -147,7 +145,7 @@ def _resample_blocks(
 @njit
 def resize_region(
     source: Any, stride: Any, height: Any, width: Any, out: Any, side: Any, flip: Any, scratch: Any
-) -> None:  # pragma: no cover - compiled
+) -> None:
     """Resize a region of an image to a square; no byte outside the region is read.
 
     Takes int64 addresses, because numba would compile again for every array layout.

@@ -12,13 +12,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.arrays import Int32, Uint8
-from pipelines.imaging.decode import ImageError, decode_rgb
-from pipelines.jpeg.markers import MAX_PIXELS, JpegError, read_header
-
-Pixels = Uint8
+from pipelines.imaging.decode import ImageError, decode_rgb, jpeg_header
 
 
-def decode(data: bytes | Pixels) -> torch.Tensor:
+def decode(data: bytes | Uint8) -> torch.Tensor:
     """Decode an image to upright RGB pixels.
 
     Args:
@@ -30,18 +27,11 @@ def decode(data: bytes | Pixels) -> torch.Tensor:
     Raises:
         ImageError: The image cannot be decoded or is too large.
     """
-    head = bytes(data[:2])
-    if head != b"\xff\xd8":
-        return torch.from_numpy(decode_rgb(bytes(data))).permute(2, 0, 1)
-    try:
-        header = read_header(data if isinstance(data, bytes) else data.tobytes())
-    except JpegError as error:
-        raise ImageError(str(error)) from error
+    data = data if isinstance(data, bytes) else data.tobytes()
     # The decoder allocates what the header claims (13 GB for a false one of 80 KB): check first.
-    if header.height * header.width > MAX_PIXELS:
-        raise ImageError(f"{header.width}x{header.height} pixels are over the limit {MAX_PIXELS}")
-    if header.components not in (1, 3) or header.precision != 8:
-        return torch.from_numpy(decode_rgb(bytes(data))).permute(2, 0, 1)
+    header = jpeg_header(data)
+    if header is None or header.components not in (1, 3) or header.precision != 8:
+        return torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     # Deprecated since torchvision 0.29 in favour of TorchCodec, which this project does not depend
     # on; torchvision itself has no other decoder.

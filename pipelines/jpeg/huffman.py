@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Uint8
 from pipelines.jpeg.huffman_tables import (
     LOOK,
     SIZE,
@@ -108,7 +108,7 @@ def _unstuff(data: Any, start: int, clean: Any, starts: Any) -> Any:
 
 
 def walk(
-    data: npt.NDArray[np.uint8], start: int, bounds: Any, units: Any, slots: Any, mcus: int,
+    data: Uint8, start: int, bounds: Any, units: Any, slots: Any, mcus: int,
     restart: int, clean: Any, starts: Any, ends: Any, blocks: Any,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """Walk one interleaved scan of a sequential 8-bit frame.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,8 +18,8 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ORIENTATION = 0x0112
 
 
-class JpegError(ValueError):
-    """The bytes are not a complete JPEG stream; the message says what is wrong at which byte."""
+class ImageError(ValueError):
+    """The bytes are not a usable image; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ class JpegHeader:
     """Second byte of the start-of-frame marker, 0xC0 to 0xCF: the coding process."""
     orientation: int
     """Exif orientation, 1 to 8; 1 if the stream has no valid one."""
-    adobe_transform: int | None
-    """Color transform of the Adobe segment (0 none, 1 YCbCr, 2 YCCK); None if there is none."""
     frame_at: int
     """Offset of the start-of-frame marker."""
     tables: tuple[tuple[int, int], ...]
@@ -85,12 +83,10 @@ class _Walk:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.frame: tuple[int, int, int, int, int] | None = None
-        self.frame_at = 0
+        self.frame: dict[str, int] = {}
         self.tables: list[tuple[int, int]] = []
         self.quantizers: set[int] = set()
         self.orientation: int | None = None
-        self.adobe: int | None = None
         self.restart = 0
         self.warning: str | None = None
         self._markers: list[int] | None = None
@@ -113,17 +109,17 @@ class _Walk:
                 start = self.data.find(b"\xff", start + 2)
             else:
                 return code, start + 2
-        raise JpegError(f"the stream ends at byte {len(self.data)} where a marker was expected")
+        raise ImageError(f"the stream ends at byte {len(self.data)} where a marker was expected")
 
     def segment(self, code: int, pos: int) -> tuple[int, int]:
         """Return start and end of the body of the segment whose length field is at `pos`."""
         if pos + 2 > len(self.data):
-            raise JpegError(f"the stream ends inside marker FF{code:02X} at byte {pos - 2}")
+            raise ImageError(f"the stream ends inside marker FF{code:02X} at byte {pos - 2}")
         length = int.from_bytes(self.data[pos : pos + 2], "big")
         if length < 2:
-            raise JpegError(f"marker FF{code:02X} at byte {pos - 2} has length {length}")
+            raise ImageError(f"marker FF{code:02X} at byte {pos - 2} has length {length}")
         if pos + length > len(self.data):
-            raise JpegError(
+            raise ImageError(
                 f"marker FF{code:02X} at byte {pos - 2} wants {length} bytes, "
                 f"only {len(self.data) - pos} are left"
             )
@@ -140,9 +136,8 @@ class _Walk:
             if self.orientation is None:
                 self.orientation = _exif_orientation(self.data[start + 6 : stop])
         elif code == _APP14 and self.data[start : start + 5] == b"Adobe" and stop - start >= 12:
-            self.adobe = self.data[start + 11]
-            if self.adobe > 2:
-                self.warn(f"Adobe transform {self.adobe} at byte {start + 11}")
+            if self.data[start + 11] > 2:
+                self.warn(f"Adobe transform {self.data[start + 11]} at byte {start + 11}")
         elif code == _DHT:
             self.tables.append((start, stop))
         elif code == _DQT:
@@ -154,25 +149,31 @@ class _Walk:
 
     def _frame(self, code: int, start: int, stop: int) -> None:
         data = self.data
-        if self.frame is not None:
-            raise JpegError(f"a second frame header at byte {start - 4}")
+        if self.frame:
+            raise ImageError(f"a second frame header at byte {start - 4}")
         if stop - start < 6 or stop - start < 6 + 3 * data[start + 5]:
-            raise JpegError(f"the frame header at byte {start - 4} is too short")
+            raise ImageError(f"the frame header at byte {start - 4} is too short")
         precision, components = data[start], data[start + 5]
         height = int.from_bytes(data[start + 1 : start + 3], "big")
         width = int.from_bytes(data[start + 3 : start + 5], "big")
         if not height or not width:
-            raise JpegError(f"the frame header at byte {start - 4} says {height} x {width} pixels")
+            raise ImageError(f"the frame header at byte {start - 4} says {height} x {width} pixels")
         if components not in (1, 2, 3, 4):
-            raise JpegError(f"the frame header at byte {start - 4} has {components} components")
-        self.frame_at = start - 4
-        self.frame = (code, precision, height, width, components)
+            raise ImageError(f"the frame header at byte {start - 4} has {components} components")
+        self.frame = {
+            "height": height,
+            "width": width,
+            "components": components,
+            "precision": precision,
+            "frame": code,
+            "frame_at": start - 4,
+        }
 
     def check_scan(self, start: int, stop: int) -> None:
         """Record parameters that a sequential scan must not have."""
-        if self.frame is not None and self.frame[0] in (0xC0, 0xC1):
-            if self.data[stop - 3 : stop] != b"\x00\x3f\x00":
-                self.warn(f"a sequential scan with other parameters at byte {start}")
+        sequential = self.frame["frame"] in (0xC0, 0xC1)
+        if sequential and self.data[stop - 3 : stop] != b"\x00\x3f\x00":
+            self.warn(f"a sequential scan with other parameters at byte {start}")
 
     def entropy(self, pos: int) -> int:
         """Return the offset of the marker that ends the entropy-coded data at `pos`."""
@@ -191,7 +192,7 @@ class _Walk:
             if not self.restart or code != 0xD0 + expected:
                 self.warn(f"an unexpected restart marker FF{code:02X} at byte {found}")
             expected = (code - 0xD0 + 1) % 8
-        raise JpegError(f"truncated: no end marker in {len(self.data)} bytes")
+        raise ImageError(f"truncated: no end marker in {len(self.data)} bytes")
 
 
 def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
@@ -204,24 +205,21 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
         whole: Also find the end marker and check for oddities between and inside the scans.
 
     Raises:
-        JpegError: A marker is missing, cut short or contradicts another.
+        ImageError: A marker is missing, cut short or contradicts another.
     """
     if data[:2] != b"\xff\xd8":
-        raise JpegError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
-    walk, pos, end = _Walk(data), 2, None
-    scan: tuple[int, int] | None = None
-    tables: tuple[tuple[int, int], ...] = ()
-    quantizers, restart = frozenset[int](), 0
+        raise ImageError(f"no JPEG start marker: begins with {bytes(data[:4])!r}")
+    walk, pos = _Walk(data), 2
+    header: JpegHeader | None = None
     while True:
         code, pos = walk.marker(pos)
         if code == _EOI:
-            end = pos
             break
         if code in _ALONE:
             walk.warn(f"stray marker FF{code:02X} at byte {pos - 2}")
             continue
         if code == _SOI:
-            raise JpegError(f"a second start marker at byte {pos - 2}")
+            raise ImageError(f"a second start marker at byte {pos - 2}")
         if code == _DNL:
             walk.warn(f"a line-count segment at byte {pos - 2}")
         start, stop = walk.segment(code, pos)
@@ -229,35 +227,27 @@ def read_header(data: bytes, *, whole: bool = False) -> JpegHeader:
             walk.body(code, start, stop)
             pos = stop
             continue
-        if walk.frame is None:
-            raise JpegError(f"a scan at byte {pos - 2} before any frame header")
-        if scan is None:
-            scan, tables, restart = (pos - 2, stop), tuple(walk.tables), walk.restart
-            quantizers = frozenset(walk.quantizers)
+        if not walk.frame:
+            raise ImageError(f"a scan at byte {pos - 2} before any frame header")
+        header = header or JpegHeader(
+            **walk.frame,
+            orientation=walk.orientation or 1,
+            tables=tuple(walk.tables),
+            quantizers=frozenset(walk.quantizers),
+            restart=walk.restart,
+            scan=pos - 2,
+            coded=stop,
+            end=None,
+            warning=walk.warning,
+        )
         if not whole:
-            break
+            return header
         walk.check_scan(start, stop)
         pos = walk.entropy(stop)
-    if walk.frame is None or scan is None:
-        raise JpegError(f"the stream ends at byte {pos} without an image")
-    frame, precision, height, width, components = walk.frame
-    return JpegHeader(
-        height=height,
-        width=width,
-        components=components,
-        precision=precision,
-        frame=frame,
-        orientation=walk.orientation or 1,
-        adobe_transform=walk.adobe,
-        frame_at=walk.frame_at,
-        tables=tables,
-        quantizers=quantizers,
-        restart=restart,
-        scan=scan[0],
-        coded=scan[1],
-        end=end,
-        warning=walk.warning,
-    )
+    if header is None:
+        raise ImageError(f"the stream ends at byte {pos} without an image")
+    orientation = walk.orientation or 1
+    return replace(header, orientation=orientation, end=pos, warning=walk.warning)
 
 
 def _exif_orientation(tiff: bytes) -> int | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint16
 from pipelines.jpeg.huffman_tables import read_huffman_tables
 from pipelines.jpeg.scan import Scan, table_bounds
 from pipelines.native.jit import njit
@@ -47,7 +47,7 @@ class RestartLayout(NamedTuple):
     rows: int
     mcu_width: int
     mcu_height: int
-    lengths: npt.NDArray[np.uint16]
+    lengths: Uint16
     """(segments,), bytes of each segment without the marker after it."""
 
     @property
@@ -107,7 +107,7 @@ def _intervals(scan: Scan) -> list[int]:
     return [n for n in reversed(divisors) if n <= best]
 
 
-def _codes(data: bytes, scan: Scan, standard: bool) -> npt.NDArray[np.int64]:
+def _codes(data: bytes, scan: Scan, standard: bool) -> Int64:
     """(3, 16, 2), code and its length by component and size of a DC difference; length 0: none."""
     counts, symbols = np.zeros((8, 17), np.int64), np.zeros((8, 256), np.uint8)
     read_huffman_tables(np.frombuffer(data, np.uint8), table_bounds(scan.header), counts, symbols)

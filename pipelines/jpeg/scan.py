@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.arrays import Int64, Uint8
 from pipelines.jpeg.huffman import BAD_TABLE, BLOCK, OK, PAD, REASONS, walk
-from pipelines.jpeg.markers import JpegError, JpegHeader
+from pipelines.jpeg.markers import ImageError, JpegHeader
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,13 @@ class Scan:
     """Pixels."""
     mcu_height: int
     """Pixels."""
-    units: npt.NDArray[np.int64]
+    units: Int64
     """(U,), component of each block in an MCU."""
-    slots: npt.NDArray[np.int64]
+    slots: Int64
     """(3, 2), rows of each component's Huffman tables, as `huffman.walk` takes them."""
-    clean: npt.NDArray[np.uint8]
+    clean: Uint8
     """(bytes,), coded data without stuffing."""
-    ends: npt.NDArray[np.int64]
+    ends: Int64
     """(segments,), the bit after the last block of each restart segment of the input."""
     blocks: npt.NDArray[np.void]
     """(blocks,), of dtype `huffman.BLOCK`."""
@@ -52,7 +53,7 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
         or 3 components, sampling factors 1, 2 or 4, and a single scan of all components.
 
     Raises:
-        JpegError: The coded data are damaged; the message says how and where.
+        ImageError: The coded data are damaged; the message says how and where.
     """
     if header.frame not in (0xC0, 0xC1) or header.precision != 8:
         return None
@@ -66,7 +67,7 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     known = {data[at + 3 * c]: data[at + 3 * c + 1] for c in range(count)}
     for c in range(count):
         if data[at + 3 * c + 2] not in header.quantizers:
-            raise JpegError(f"no quantization table {data[at + 3 * c + 2]} before the scan")
+            raise ImageError(f"no quantization table {data[at + 3 * c + 2]} before the scan")
     chosen = [(body[1 + 2 * c], body[2 + 2 * c]) for c in range(count)]
     if len(known) != count or {name for name, _ in chosen} != set(known):
         return None
@@ -86,7 +87,7 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     slots = np.array([(t >> 4, 4 + (t & 3)) for _, t in chosen] * (3 // count), np.int64)
     # Every block has at least two codes of at least one bit each.
     if mcus * len(units) > 4 * len(data):
-        raise JpegError(f"{header.width} x {header.height} pixels in {len(data)} bytes of data")
+        raise ImageError(f"{header.width} x {header.height} pixels in {len(data)} bytes of data")
     segments = -(-mcus // header.restart) if header.restart else 1
     clean = np.empty(len(data) - header.coded + PAD, np.uint8)
     ends, blocks = np.empty(segments, np.int64), np.empty(mcus * len(units), BLOCK)
@@ -95,11 +96,11 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
         header.restart, clean, np.empty(segments + 1, np.int64), ends, blocks,
     )  # fmt: skip
     if end >= len(data):
-        raise JpegError(f"truncated: no end marker in {len(data)} bytes")
+        raise ImageError(f"truncated: no end marker in {len(data)} bytes")
     if status == BAD_TABLE:
         return None  # Some decoders supply default tables to streams that lack them.
     if status != OK:
-        raise JpegError(f"damaged: {REASONS[status]}, in MCU {mcu} of {mcus}")
+        raise ImageError(f"damaged: {REASONS[status]}, in MCU {mcu} of {mcus}")
     if data[end + 1] != 0xD9:
         return None
     return Scan(
@@ -108,6 +109,6 @@ def walk_scan(data: bytes, header: JpegHeader) -> Scan | None:
     )  # fmt: skip
 
 
-def table_bounds(header: JpegHeader) -> npt.NDArray[np.int64]:
+def table_bounds(header: JpegHeader) -> Int64:
     """(n, 2), start and end of each DHT segment's body."""
     return np.array(header.tables, np.int64).reshape(-1, 2)

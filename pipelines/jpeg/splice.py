@@ -28,9 +28,7 @@ _MARGIN = 2  # one chroma sample at half resolution; quarter resolution is not i
 
 
 @njit
-def segment_range(
-    record: Any, height: Any, width: Any, box: Any
-) -> tuple[Any, Any, Any, Any]:  # pragma: no cover - compiled
+def segment_range(record: Any, height: Any, width: Any, box: Any) -> tuple[Any, Any, Any, Any]:
     """Find the segments under a crop.
 
     Args:
@@ -56,7 +54,7 @@ def segment_range(
 def splice(
     data: Any, start: Any, size: Any, record: Any, lengths: Any, height: Any, width: Any, box: Any,
     out: Any,
-) -> tuple[Any, Any, Any, Any, Any]:  # pragma: no cover - compiled  # fmt: skip
+) -> tuple[Any, Any, Any, Any, Any]:  # fmt: skip
     """Write the small JPEG that contains a crop.
 
     Every length, marker and size is checked against the bytes before use. Damage is reported and
@@ -145,7 +143,7 @@ def splice(
 
 
 @njit
-def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma: no cover - compiled
+def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:
     """Whether the marker that ends at `end` is the right one for segment k of count."""
     if k < 0:
         return True
@@ -154,9 +152,7 @@ def _ends_segment(sample: Any, end: Any, k: Any, count: Any) -> bool:  # pragma:
 
 
 @njit
-def _head_fits(
-    sample: Any, record: Any, height: Any, width: Any
-) -> bool:  # pragma: no cover - compiled
+def _head_fits(sample: Any, record: Any, height: Any, width: Any) -> bool:
     """Whether the baseline frame has this size and MCU, and the scan header ends at `head`."""
     head, frame = np.int64(record.head), np.int64(record.frame)
     if head > len(sample) or frame < 7 or frame + 5 > head or sample[0] != 0xFF:

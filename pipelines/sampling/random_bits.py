@@ -23,9 +23,8 @@ def uniforms(seed: int, epoch: int, indices: Int64, *, stream: int = 0xC309, cou
         float64 (B, count). Rows of different samples are independent.
     """
     keys = mix64(indices.astype(np.uint64) + key64(seed, epoch, stream))
-    with np.errstate(over="ignore"):
-        counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-        words = mix64(keys[:, None] + counters[None, :])
+    counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    words = mix64(keys[:, None] + counters[None, :])
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -40,19 +39,17 @@ def digest64(epoch: int, indices: Int64, boxes: Int32) -> int:
         indices: int64 (B,), sample indices.
         boxes: int32 (B, 5), crop boxes as `pipelines.sampling.crops.crop_boxes` returns them.
     """
-    with np.errstate(over="ignore"):
-        words = mix64(indices.astype(np.uint64) + key64(epoch, 0xD16E))
-        for column in boxes.astype(np.int64).view(np.uint64).T:
-            words = mix64(words + _GOLDEN + column)
-        return int(words.sum(dtype=np.uint64))
+    words = mix64(indices.astype(np.uint64) + key64(epoch, 0xD16E))
+    for column in boxes.astype(np.int64).view(np.uint64).T:
+        words = mix64(words + _GOLDEN + column)
+    return int(words.sum(dtype=np.uint64))
 
 
 def mix64(x: Uint64) -> Uint64:
-    """Hash 64-bit words: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """Hash an array of words: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def key64(*words: int) -> np.uint64:
@@ -60,8 +57,7 @@ def key64(*words: int) -> np.uint64:
 
     Adding them would not do: with seed + epoch, seed 0 in epoch 1 would repeat seed 1 in epoch 0.
     """
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for word in words:
-            state = mix64(state + _GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
+    state = np.zeros(1, np.uint64)  # An array: NumPy warns of overflow in scalars only.
+    for word in words:
+        state = mix64(state + _GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
     return np.uint64(state[0])

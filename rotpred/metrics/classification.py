@@ -35,12 +35,7 @@ class TopK:
             ks: Each at least 1 and at most the number of classes.
             heads: Number of classifiers.
             device: Device of the logits.
-
-        Raises:
-            ValueError: `ks` is empty, or one of them or `heads` is below 1.
         """
-        if not ks or min(ks) < 1 or heads < 1:
-            raise ValueError(f"ks and heads must be at least 1, got {tuple(ks)} and {heads}")
         self.ks = tuple(ks)
         self.sums = torch.zeros(heads, len(self.ks) + 2, dtype=torch.int64, device=device)
 
@@ -74,16 +69,16 @@ class TopK:
             counts = [hit[:, :k].sum() for k in self.ks]
             self.sums[head] += torch.stack([*counts, valid.sum(), outside.sum()])
 
-    def compute(self, rank: Rank | None = None) -> list[dict[str, float]]:
+    def compute(self, rank: Rank) -> list[dict[str, float]]:
         """Return {"top1": share, ..., "n": valid samples} per head; shares are from 0 to 1.
 
         Args:
-            rank: If given, counts are summed over all ranks first, and every rank must call.
+            rank: This process. Counts are summed over all ranks first, and every rank must call.
 
         Raises:
             ValueError: No valid sample was counted, or a valid target is not a class.
         """
-        sums = (self.sums if rank is None else all_sum(self.sums, rank)).tolist()
+        sums = all_sum(self.sums, rank).tolist()
         results = []
         for *hits, n, outside in sums:
             if n == 0:
@@ -123,13 +118,7 @@ class Confusion:
     """
 
     def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
-        """Start at zero.
-
-        Raises:
-            ValueError: `n` is below 1.
-        """
-        if n < 1:
-            raise ValueError(f"a confusion matrix needs at least 1 class, got {n}")
+        """Start at zero."""
         self.n = n
         self.sums = torch.zeros(n * n + 1, dtype=torch.int64, device=device)
 
@@ -156,16 +145,16 @@ class Confusion:
         # Not bincount: on a GPU it reads back its maximum, even if minlength is given.
         self.sums.scatter_add_(0, cell.flatten(), valid.flatten().long())
 
-    def compute(self, rank: Rank | None = None) -> ConfusionResult:
+    def compute(self, rank: Rank) -> ConfusionResult:
         """Return the matrix and its ratios.
 
         Args:
-            rank: If given, counts are summed over all ranks first, and every rank must call.
+            rank: This process. Counts are summed over all ranks first, and every rank must call.
 
         Raises:
             ValueError: No valid sample was counted, or a valid target or prediction is not a class.
         """
-        sums = (self.sums if rank is None else all_sum(self.sums, rank)).cpu()
+        sums = all_sum(self.sums, rank).cpu()
         outside = int(sums[-1])
         matrix = sums[:-1].view(self.n, self.n)
         total = int(matrix.sum())

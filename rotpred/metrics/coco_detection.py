@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines.datasets.annotations import DenseSamples
-from pipelines.datasets.coco import decode_run_lengths, import_pycocotools
+from pipelines.datasets.coco import import_pycocotools, merge_polygons, read_run_lengths
 from rotpred.metrics.detections import ImageDetections
 
 _NAMES = ("AP", "AP50", "AP75", "AP-small", "AP-medium", "AP-large")
@@ -52,27 +52,6 @@ def coco_metrics(
     return values
 
 
-def check_runs(mask: Mapping[str, Any], height: int, width: int) -> None:
-    """Refuse compressed run lengths that do not fit an image; pycocotools hangs on some.
-
-    Args:
-        mask: {"size": [height, width], "counts": str or bytes}.
-        height: Of the image.
-        width: Of the image.
-
-    Raises:
-        ValueError: The size differs, or the run lengths do not add up to it.
-    """
-    if list(mask["size"]) != [height, width]:
-        raise ValueError(f"run lengths of size {mask['size']}, the image has {[height, width]}")
-    counts = mask["counts"].encode() if isinstance(mask["counts"], str) else mask["counts"]
-    runs = decode_run_lengths(counts)
-    # A sixth bit in the last character makes pycocotools read past the end.
-    unterminated = bool(counts) and (counts[-1] - 48) & 32 != 0
-    if unterminated or runs.min(initial=0) < 0 or runs.sum() != height * width:
-        raise ValueError(f"run lengths that do not add up to {width}x{height} pixels")
-
-
 def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
     """Return annotations in pycocotools' format; image and class numbers count from 1."""
     rows: list[dict[str, Any]] = []
@@ -102,12 +81,11 @@ def _truth(samples: DenseSamples, *, masks: bool) -> list[dict[str, Any]]:
 
 def _runs(outline: Any, height: int, width: int) -> Any:
     """Return the compressed run lengths of an outline."""
-    tools = import_pycocotools("mask")
     if isinstance(outline, list):
-        return tools.merge(tools.frPyObjects(outline, height, width))
+        return merge_polygons(outline, height, width)
+    read_run_lengths(outline, height, width)
     if isinstance(outline["counts"], list):
-        return tools.frPyObjects(outline, height, width)
-    check_runs(outline, height, width)
+        return import_pycocotools("mask").frPyObjects(outline, height, width)
     return outline
 
 
@@ -123,27 +101,18 @@ def _area(outline: Any, runs: Any) -> float:
 
 
 def _detections(found: Sequence[ImageDetections], kind: str) -> list[dict[str, Any]]:
+    """Return results in pycocotools' format. It computes areas from masks or else from boxes."""
     rows: list[dict[str, Any]] = []
-    for i, one in enumerate(found):
+    for i, one in enumerate(found, 1):
         boxes = one.boxes.astype(float).tolist()
-        areas = (
-            import_pycocotools("mask").area(list(one.masks)).tolist()
-            if kind == "mask" and one.masks
-            else []
-        )
         for k, (left, top, right, bottom) in enumerate(boxes):
-            row = {
-                "id": len(rows) + 1,
-                "image_id": i + 1,
-                "category_id": int(one.labels[k]) + 1,
-                "bbox": [left, top, right - left, bottom - top],
-                "score": float(one.scores[k]),
-                "area": areas[k] if areas else (right - left) * (bottom - top),
-                "iscrowd": 0,
-            }
-            if areas:
-                row["segmentation"] = one.masks[k]
-            rows.append(row)
+            shape = (
+                {"segmentation": one.masks[k]}
+                if kind == "mask"
+                else {"bbox": [left, top, right - left, bottom - top]}
+            )
+            label, score = int(one.labels[k]) + 1, float(one.scores[k])
+            rows.append({"image_id": i, "category_id": label, "score": score, **shape})
     return rows
 
 
@@ -151,28 +120,24 @@ def _evaluated(
     truth: list[dict[str, Any]], detections: list[dict[str, Any]], samples: DenseSamples, kind: str
 ) -> list[float]:
     """Return COCOeval's twelve numbers; -1 where nothing counts."""
-    frame = {
+    tools = import_pycocotools("coco")
+    ground_truth = tools.COCO()
+    ground_truth.dataset = {
+        "info": {},
         "images": [
             {"id": i, "height": height, "width": width}
             for i, (height, width) in enumerate(samples.sizes.tolist(), 1)
         ],
         "categories": [{"id": i, "name": name} for i, name in enumerate(samples.classes, 1)],
+        "annotations": [dict(row) for row in truth],  # Copies: COCOeval modifies them.
     }
-    evaluation = import_pycocotools("cocoeval").COCOeval(
-        iouType="bbox" if kind == "box" else "segm"
-    )
     # It prints each step.
     with contextlib.redirect_stdout(io.StringIO()):
-        sides = []
-        for rows in (truth, detections):
-            # It modifies the annotations, so it gets copies.
-            side = import_pycocotools("coco").COCO()
-            side.dataset = {**frame, "annotations": [dict(row) for row in rows]}
-            side.createIndex()
-            sides.append(side)
-        evaluation.cocoGt, evaluation.cocoDt = sides
-        evaluation.params.imgIds = sorted(sides[0].getImgIds())
-        evaluation.params.catIds = sorted(sides[0].getCatIds())
+        ground_truth.createIndex()
+        found = ground_truth.loadRes(detections) if detections else tools.COCO()
+        evaluation = import_pycocotools("cocoeval").COCOeval(
+            ground_truth, found, "bbox" if kind == "box" else "segm"
+        )
         prepare = evaluation._prepare
 
         def prepare_difficult() -> None:

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from pipelines.arrays import Float32, Int64
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDetections:
     """K detected objects of one image, in pixels of the stored, upright image."""
 
-    boxes: npt.NDArray[np.float32]
+    boxes: Float32
     """(K, 4): left, top, right, bottom; the width is right - left, as in `Objects`."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     """(K,): class numbers from 0."""
-    scores: npt.NDArray[np.float32]
+    scores: Float32
     """(K,): confidences, higher is more confident."""
     masks: tuple[Mapping[str, object], ...] = ()
     """K masks {"size": [height, width], "counts": str}, COCO's compressed run lengths (counts may

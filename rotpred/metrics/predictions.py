@@ -6,28 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from pipelines.arrays import Uint8
 from pipelines.datasets.annotations import IGNORED, DenseSamples
 from pipelines.datasets.cityscapes import LABEL_IDS
-from pipelines.imaging.decode import ImageError, read_label_png
+from pipelines.datasets.coco import describe_json_error, read_run_lengths
 from pipelines.storage import read_json, write_atomic
 from rotpred.distributed import Rank, gather_rows
-from rotpred.metrics.coco_detection import check_runs
 from rotpred.metrics.detections import ImageDetections
 
 _HIGHEST = float(np.finfo(np.float32).max)
-
-
-@runtime_checkable
-class _HasCategoryIds(Protocol):
-    """Data set whose classes have numbers of their own, like COCO's."""
-
-    category_ids: tuple[int, ...]
 
 
 def gather_detections(
@@ -48,31 +40,28 @@ def gather_detections(
     images = sorted(found)
     parts = [found[i] for i in images]
     counts = [[i, len(one.boxes), len(one.masks)] for i, one in zip(images, parts, strict=True)]
-    boxes = [np.zeros((0, 4), np.float32), *(one.boxes for one in parts)]
-    labels = [np.zeros(0, np.int64), *(one.labels for one in parts)]
-    scores = [np.zeros(0, np.float32), *(one.scores for one in parts)]
+    # Box, label and score: float64 holds all of them exactly.
+    rows = [np.column_stack([one.boxes, one.labels, one.scores]) for one in parts]
     masks = json.dumps([mask for one in parts for mask in one.masks]).encode()
-    gathered = zip(
-        _gather_ragged(torch.tensor(counts, dtype=torch.int64).reshape(-1, 3), rank),
-        *(
-            _gather_ragged(torch.from_numpy(np.concatenate(x)), rank)
-            for x in (boxes, labels, scores)
-        ),
-        _gather_ragged(torch.frombuffer(bytearray(masks), dtype=torch.uint8), rank),
-        strict=True,
+    columns = (
+        torch.tensor(counts, dtype=torch.int64).reshape(-1, 3),
+        torch.from_numpy(np.concatenate([np.zeros((0, 6)), *rows])),
+        torch.frombuffer(bytearray(masks), dtype=torch.uint8),
     )
+    gathered = zip(*(_gather_ragged(column, rank) for column in columns), strict=True)
     everything: dict[int, ImageDetections] = {}
     twice: set[int] = set()
-    for counts_of, boxes_of, labels_of, scores_of, masks_of in gathered:
+    for counts_of, rows_of, masks_of in gathered:
         every_mask = json.loads(masks_of.numpy().tobytes())
         at = at_mask = 0
         for i, k, k_masks in counts_of.tolist():
             if i in everything:
                 twice.add(i)
+            mine = rows_of[at : at + k].numpy()
             everything[i] = ImageDetections(
-                boxes=boxes_of[at : at + k].numpy(),
-                labels=labels_of[at : at + k].numpy(),
-                scores=scores_of[at : at + k].numpy(),
+                boxes=mine[:, :4].astype(np.float32),
+                labels=mine[:, 4].astype(np.int64),
+                scores=mine[:, 5].astype(np.float32),
                 masks=tuple(every_mask[at_mask : at_mask + k_masks]),
             )
             at, at_mask = at + k, at_mask + k_masks
@@ -109,7 +98,6 @@ def write_detections(path: Path, found: Sequence[ImageDetections], samples: Dens
     Raises:
         OSError: The file cannot be written; an existing file is unchanged.
     """
-    category_ids = _category_ids(samples)
     rows = []
     for i, one in enumerate(found):
         name = samples.names[i]
@@ -118,7 +106,7 @@ def write_detections(path: Path, found: Sequence[ImageDetections], samples: Dens
         for k, (left, top, right, bottom) in enumerate(boxes):
             row: dict[str, object] = {
                 "image_id": image,
-                "category_id": category_ids[labels[k]],
+                "category_id": samples.category_ids[labels[k]],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": scores[k],
             }
@@ -142,12 +130,9 @@ def read_detections(path: Path, samples: DenseSamples) -> list[ImageDetections]:
         FileNotFoundError: There is no such file or folder.
         ValueError: An entry or line is invalid, or a class has no file. The message names it.
     """
-    if path.is_dir():
-        rows = _read_text_files(path, samples)
-    elif path.is_file():
-        rows = _read_json(path, samples)
-    else:
+    if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
+    rows = (_read_text_files if path.is_dir() else _read_json)(path, samples)
     found = []
     for i, mine in enumerate(rows):
         masks = tuple(mask for *_, mask in mine if mask is not None)
@@ -168,17 +153,10 @@ _Row = tuple[tuple[float, float, float, float], int, float, Mapping[str, object]
 """Box, label, score and mask of a detection."""
 
 
-def _category_ids(samples: DenseSamples) -> tuple[int, ...]:
-    """Return the number of each class in a results file."""
-    if isinstance(samples, _HasCategoryIds):
-        return samples.category_ids
-    return tuple(range(1, len(samples.classes) + 1))
-
-
 def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
     entries: list[dict[str, Any]] = read_json(path, list)
     images = {name: i for i, name in enumerate(samples.names)}
-    labels = {number: label for label, number in enumerate(_category_ids(samples))}
+    labels = {number: label for label, number in enumerate(samples.category_ids)}
     rows: list[list[_Row]] = [[] for _ in images]
     for number, entry in enumerate(entries):
         try:
@@ -192,13 +170,12 @@ def _read_json(path: Path, samples: DenseSamples) -> list[list[_Row]]:
             if mask is not None:
                 if not isinstance(mask, dict) or not isinstance(mask["counts"], str):
                     raise ValueError("segmentation must be compressed run lengths")
-                check_runs(mask, *samples.sizes[i].tolist())
+                read_run_lengths(mask, *samples.sizes[i].tolist())
             _check_finite(left, top, left + width, top + height, score := float(entry["score"]))
             box = left, top, left + width, top + height
             rows[i].append((box, labels[entry["category_id"]], score, mask))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"{error}" if type(error) is ValueError else f"{type(error).__name__} {error}"
-            raise ValueError(f"{path}: entry {number}: {what}") from error
+            raise ValueError(f"{path}: entry {number}: {describe_json_error(error)}") from error
     return rows
 
 
@@ -242,9 +219,7 @@ def _check_finite(*values: float) -> None:
             raise ValueError(f"{value} is not finite")
 
 
-def read_masks(
-    folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False
-) -> npt.NDArray[np.uint8]:
+def read_masks(folder: Path, samples: DenseSamples, i: int, *, label_ids: bool = False) -> Uint8:
     """Read the predicted class of each pixel of an image from NAME.png or NAME_ANYTHING.png.
 
     The file is in the folder or, as for Cityscapes, in the subfolder named by NAME up to its first
@@ -272,20 +247,7 @@ def read_masks(
         raise FileNotFoundError(f"{folder}: no {name}.png or {name}_*.png")
     if len(files) > 1:
         raise ValueError(f"{files[0]} and {files[1]} are both of image {name}: keep one")
-    try:
-        mask = read_label_png(files[0])
-    except ImageError as error:
-        raise ValueError(str(error)) from error
-    height, width = samples.sizes[i].tolist()
-    if mask.shape != (height, width):
-        raise ValueError(f"{files[0]}: size {mask.shape[::-1]}, the image has {(width, height)}")
-    if label_ids:
-        table = np.full(256, IGNORED, np.uint8)
-        table[list(LABEL_IDS)] = np.arange(len(LABEL_IDS))
-        mask = table[mask]
-    invalid = mask[(mask >= len(samples.classes)) & (mask != IGNORED)]
-    if len(invalid):
-        raise ValueError(
-            f"{files[0]}: {invalid[0]} is not among the {len(samples.classes)} classes"
-        )
-    return mask
+    table = np.full(256, IGNORED if label_ids else -1, np.int64)
+    numbers = LABEL_IDS if label_ids else range(len(samples.classes))
+    table[list(numbers)], table[IGNORED] = np.arange(len(numbers)), IGNORED
+    return samples.read_mask(i, files[0], table)

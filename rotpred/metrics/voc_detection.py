@@ -39,11 +39,7 @@ def voc_metrics(found: Sequence[ImageDetections], samples: DenseSamples) -> dict
     Raises:
         ValueError: As for `class_aps`.
     """
-    return means(class_aps(found, samples))
-
-
-def means(aps: ClassAps) -> dict[str, float]:
-    """Return the metrics of `voc_metrics` from the APs of `class_aps`."""
+    aps = class_aps(found, samples)
     values = {}
     for ending, table in (("", aps.eleven), ("/area", aps.area)):
         known = table[~np.isnan(table).any(axis=1)]

@@ -55,8 +55,8 @@ class Task(Protocol):
         All ranks call it, with the network in evaluation mode and without gradients.
         """
 
-    def score(self, val: DenseLoader, rank: Rank) -> Validation:
-        """Return exact metrics of the predictions in the files that the recipe names.
+    def score(self, predictions: Path, val: DenseLoader, rank: Rank) -> Validation:
+        """Return exact metrics of the predictions in a file or folder.
 
         All ranks call it, and get the same.
 
@@ -149,13 +149,14 @@ def score_predictions(recipe: Detection | Segmentation, rank: Rank, task: Task) 
         FileNotFoundError: As `Task.score`.
         ValueError: As `Task.score`.
     """
+    assert recipe.predictions is not None
     path = Path(recipe.predictions)
     out = recipe.run.out or f"runs/{recipe.name}_predictions"
     with (
         open_folder(recipe, rank, out=out) as run,
         open_dense_data(recipe.val, rank, recipe.run.precision) as val,
     ):
-        found = task.score(val, rank)
+        found = task.score(path, val, rank)
         run.about = {"weights": Path(recipe.weights or path).name, "predictions": path.name}
         run.start(0, repeat=True)  # the files may have changed
         for metric, value in found.results.items():

@@ -115,9 +115,9 @@ class DetectionTask:
             write_detections(state.folder.parent / PREDICTIONS, found, val.samples)
         return detection_result(val, found, masks=has_masks(self.recipe), rank=state.rank)
 
-    def score(self, val: DenseLoader, rank: Rank) -> Validation:
+    def score(self, predictions: Path, val: DenseLoader, rank: Rank) -> Validation:
         """Return average precision of a file of detections."""
-        found = read_detections(Path(self.recipe.predictions), val.samples)
+        found = read_detections(predictions, val.samples)
         masks = any(one.masks for one in found)
         return detection_result(val, found, masks=masks, rank=rank)
 

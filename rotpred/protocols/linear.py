@@ -78,7 +78,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
     opener: Opener[LabelledLoader] = open_unaugmented if recipe.cache else open_data
     with open_run(recipe, rank, opener) as run:
         classes = number_of_classes(run.train, run.val)
-        names = _train_on_features(recipe, run) if recipe.cache else ()
+        names = _train_on_features(recipe, run, recipe.cache) if recipe.cache else ()
         parts = build_parts(recipe, run.backbone, classes, cached=names)
         heads = ProbeSet(probe for part in parts for probe in part.probes).to(rank.device)
         if len(set(heads.names)) < len(heads):
@@ -122,15 +122,15 @@ def run(recipe: Linear, rank: Rank) -> Path:
     return run.out
 
 
-def _train_on_features(recipe: Linear, run: Run[LabelledLoader]) -> tuple[str, ...]:
-    """Replace the run's images by their cached features; return the stages in their order."""
+def _train_on_features(recipe: Linear, run: Run[LabelledLoader], cache: str) -> tuple[str, ...]:
+    """Replace the run's images by their features in `cache`; return the stages in their order."""
     kinds = {probe.kind for probe in recipe.probes}
     names = run.backbone.stage_names if "stages" in kinds else ()
     names = (*names, AVGPOOL) if "avgpool" in kinds else names
     train, val = run.train.spec, run.val.spec
     size = recipe.train.batch_size
     specs = (replace(train, batch_size=size, shuffle=True, drop_last=True), val)
-    features = extract_both(run, names, cache=recipe.cache, store=recipe.store)
+    features = extract_both(run, names, cache=cache, store=recipe.store)
     run.train, run.val = (
         FeatureLoader(part, spec, names=names, rank=run.rank)
         for part, spec in zip(features, specs, strict=True)

@@ -16,7 +16,7 @@ from rotpred.protocols.classes import number_of_classes
 Labels = npt.NDArray[np.int8]
 
 
-def read_labels(path: str, *, total: int, root: str = "") -> Labels:
+def read_labels(path: str, *, total: int, root: str | None = None) -> Labels:
     """Read the labels of a data set: int8 (total, C).
 
     Args:
@@ -50,16 +50,16 @@ def read_labels(path: str, *, total: int, root: str = "") -> Labels:
 
 
 def read_label_tables(
-    paths: Sequence[str], data: Sequence[Loader]
+    paths: Sequence[str | None], data: Sequence[Loader]
 ) -> tuple[list[Labels | None], int]:
     """Read the label tables of training and test data, and the number of classes they share.
 
     Args:
-        paths: One per data set, as for `read_labels`; empty to use the data's class ids.
+        paths: One per data set, as for `read_labels`; None to use the data's class ids.
         data: Training and test data.
 
     Returns:
-        int8 (samples, C) per data set, None for an empty path; and the number of classes.
+        int8 (samples, C) per data set, None without a path; and the number of classes.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -232,7 +232,7 @@ class Run(Generic[L]):
 
 
 @contextlib.contextmanager
-def open_folder(recipe: Recipe, rank: Rank, *, out: str = "") -> Iterator[Run[Any]]:
+def open_folder(recipe: Recipe, rank: Rank, *, out: str | None = None) -> Iterator[Run[Any]]:
     """Lock the run folder; open no data. Other arguments and errors: `open_run`.
 
     Args:
@@ -273,7 +273,10 @@ def open_run(
         torch.manual_seed(next(spec.seed for spec in specs.values() if spec is not None))
         if backbone and isinstance(recipe, FromWeights):
             run.backbone, run.sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-            run.about = {"checkpoint_sha256": run.sha or None, "weights": Path(recipe.weights).name}
+            run.about = {
+                "checkpoint_sha256": run.sha or None,
+                "weights": Path(recipe.weights or "").name,
+            }
         for name, spec in specs.items():
             if spec is not None:
                 loader = opener(spec, rank, recipe.run.precision)

@@ -92,16 +92,15 @@ class SegmentationTask:
         """Return mean IoU over all pixels of all images, each in its stored size."""
         return _scores(self._predictions(state, val), val, state.rank)
 
-    def score(self, val: DenseLoader, rank: Rank) -> Validation:
+    def score(self, predictions: Path, val: DenseLoader, rank: Rank) -> Validation:
         """Return mean IoU of a folder of predicted masks."""
-        folder = Path(self.recipe.predictions)
 
         def read(i: int) -> torch.Tensor:
-            mask = read_masks(folder, val.samples, i, label_ids=self.recipe.label_ids)
+            mask = read_masks(predictions, val.samples, i, label_ids=self.recipe.label_ids)
             if ((mask == IGNORED) & (val.samples.mask(i) != IGNORED)).any():
                 raise ValueError(
-                    f"{folder}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that have "
-                    "a class"
+                    f"{predictions}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that "
+                    "have a class"
                 )
             return torch.from_numpy(mask)
 

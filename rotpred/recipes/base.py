@@ -20,8 +20,8 @@ PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, 
 class FeatureRun(Checked):
     """Run folder, device and precision of an evaluation that trains no network."""
 
-    out: str = ""
-    """Run folder; empty for runs/NAME."""
+    out: str | None = None
+    """Run folder; None for runs/NAME."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
     precision: Precision = "fp32"
@@ -58,7 +58,7 @@ class Named(Checked):
 class FromWeights(Named):
     """Fields of recipes that start from pretrained weights."""
 
-    weights: str = ""
+    weights: str | None = None
     """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
     "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"

@@ -55,7 +55,7 @@ class Detection(Trained, FromWeights):
     )
     """Learning rate over time."""
     sync_bn: SyncBn = "torch"
-    predictions: str = ""
+    predictions: str | None = None
     """Instead of training, score these detections on the validation data: a file in COCO's JSON
     results format or, for VOC, a folder of the devkit's text files."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=12, precision="fp32"))

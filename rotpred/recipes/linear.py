@@ -34,12 +34,12 @@ class Linear(Trained, FromWeights):
     """Labelled validation data."""
     probes: Annotated[tuple[Probe, ...], NOT_EMPTY] = (Probe(),)
     """Sets of classifiers. All are trained in the same pass, each set with its own optimiser."""
-    cache: str = ""
+    cache: str | None = None
     """Folder for cached features, e.g. runs/features. Features of the training images, with the
     validation crop, are extracted once; avgpool and stages probes are trained on them. Training
     takes seconds if they stay in memory (small data sets). Larger ones are read from disk in every
     epoch (in1k_mhead: 226 GB as float32). There is no augmentation, so results differ from the
-    published protocol's. Empty: augmented images go through the backbone in every epoch."""
+    published protocol's. None: augmented images go through the backbone in every epoch."""
     store: Store = "float32"
     """Type of the cached features. float16 halves the space and keeps 11 bits of each value; the
     results mention it. Probes compute in float32."""

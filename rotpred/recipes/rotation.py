@@ -15,7 +15,7 @@ class Rotation(FromWeights):
     """Accuracy of a checkpoint's own rotation head; nothing is trained."""
 
     name: str = "rotation_head"
-    weights: str = ""
+    weights: str | None = None
     """A checkpoint that includes its rotation head: checkpoints/step_N.pt of a run, or a file of
     mmselfsup, VISSL or the RotNet authors; or "random"."""
     labels: Literal["file", "clockwise", "counter-clockwise"] = "file"

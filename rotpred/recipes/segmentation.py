@@ -54,7 +54,7 @@ class Segmentation(Trained, FromWeights):
     save_predictions: bool = False
     """Write the predictions of the last validation to OUT/predictions: one NAME.png of class ids
     with a palette per image, which `predictions` can read."""
-    predictions: str = ""
+    predictions: str | None = None
     """Instead of training, score this folder on the validation data: PNG files of class ids, named
     NAME.png or NAME_ANYTHING.png, in the size of the images."""
     label_ids: bool = False

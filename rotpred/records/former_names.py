@@ -37,6 +37,9 @@ _TYPES = {
     "Within": "FitWithin",
 }
 
+_TEXTS = frozenset(("root", "out", "predictions", "cache", "train_labels", "val_labels"))
+"""Fields in which an empty text stood for "not given" up to 0.2."""
+
 _OPTIONS = {"cache-store": "store", "run.cache": "cache"}
 """Options of 0.2, in which evaluations named their caches differently."""
 
@@ -53,7 +56,7 @@ def translate_row(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def translate_names(value: object) -> Any:
-    """Rename fields, and the recipe types under `type`, to the current names; `run.cache` moves up.
+    """Rename fields, and the recipe types under `type`, to the current names; None if not given.
 
     Args:
         value: Decoded JSON. Current names are kept.
@@ -71,6 +74,8 @@ def translate_names(value: object) -> Any:
                 renamed[key] = _TYPES.get(kind, kind)
         if isinstance(run := renamed.get("run"), dict) and "cache" in run:
             renamed["cache"] = run.pop("cache")
+        for name in _TEXTS.intersection(renamed):
+            renamed[name] = renamed[name] or None
         return renamed
     if isinstance(value, list):
         return [translate_names(item) for item in value]

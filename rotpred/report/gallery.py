@@ -19,15 +19,20 @@ from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 
 def feature_gallery(
-    weights: str, data: str, *, backbone: str = "", stage: str = "", samples: int = 500
+    weights: str,
+    data: str,
+    *,
+    backbone: str | None = None,
+    stage: str | None = None,
+    samples: int = 500,
 ) -> list[Block]:
     """Plot features: attention of every stage, a projection, nearest neighbours. Runs on the CPU.
 
     Args:
         weights: A file, or "random".
         data: A beton or a folder of images, with or without labels.
-        backbone: The architecture; empty if the file names it.
-        stage: Its averaged feature map is projected and compared; empty for the last stage.
+        backbone: The architecture; None if the file names it.
+        stage: Its averaged feature map is projected and compared; None for the last stage.
         samples: Number of images drawn from the data; always the same ones.
 
     Raises:

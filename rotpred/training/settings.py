@@ -26,8 +26,8 @@ SyncBn = Literal["off", "torch", "apex"]
 class RunSettings(Checked):
     """Run folder, length, device, precision and checkpoints of a run."""
 
-    out: str = ""
-    """Run folder; empty for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
+    out: str | None = None
+    """Run folder; None for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
     epochs: PositiveInt = 70
     """Passes over the training data. Learning-rate schedules span them or count them."""
     max_steps: PositiveInt | None = None

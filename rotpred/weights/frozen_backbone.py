@@ -20,11 +20,11 @@ IMAGENET = "imagenet"
 """Value of a recipe's `weights` for torchvision's, trained on ImageNet with labels."""
 
 
-def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone, str]:
+def load_frozen_backbone(name: str | None, weights: str | None, rank: Rank) -> tuple[Backbone, str]:
     """Return a frozen backbone in evaluation mode, and the SHA-256 of its weights ("" if random).
 
     Args:
-        name: Architecture, one of `BACKBONES`; empty if the file names it.
+        name: Architecture, one of `BACKBONES`; None if the file names it.
         weights: A file of any layout that `load_backbone` knows, or `RANDOM` or `IMAGENET`.
         rank: Its device gets the backbone.
 
@@ -37,13 +37,14 @@ def load_frozen_backbone(name: str, weights: str, rank: Rank) -> tuple[Backbone,
             "name the weights to evaluate: --weights FILE (backbone.safetensors of a run), "
             "--weights random for the untrained control, or --weights imagenet for supervised ones"
         )
-    if not name and weights in (RANDOM, IMAGENET):
-        raise ValueError(f"{weights} weights do not name their architecture: give --backbone")
-    if weights == RANDOM:
-        network, sha = build_backbone(name), ""
-    else:
-        path = _supervised(name, rank) if weights == IMAGENET else Path(weights)
-        network, report = read_backbone(path, name or None)
+    path, sha = Path(weights), ""
+    if weights in (RANDOM, IMAGENET):
+        if name is None:
+            raise ValueError(f"{weights} weights do not name their architecture: give --backbone")
+        path = _supervised(name, rank) if weights == IMAGENET else path
+        network = build_backbone(name)
+    if weights != RANDOM:
+        network, report = read_backbone(path, name)
         sha = report.sha256
         logger.info("%s: %s", weights, report.summary())
     network = channels_last(network, rank.device)

@@ -30,7 +30,7 @@ from pipelines.engines.dali.graph import IN_FLIGHT, PREFETCH, STUCK_SECONDS, Cro
 from pipelines.engines.source import DecodeErrorBudget
 from pipelines.imaging.decode import ImageError
 from pipelines.imaging.torchvision_decode import decode
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import read_header
 from pipelines.native.threads import DaemonWorker
 from pipelines.samples import Samples
 from pipelines.sampling.crops import crop_boxes
@@ -113,7 +113,7 @@ class _Feed:
                 height, width = read_header(data).upright
             else:
                 _, height, width = decode(data).shape
-        except (JpegError, ImageError) as error:
+        except ImageError as error:
             raise ImageError(f"{self._samples.location(i)}: {error}") from error
         return np.frombuffer(data, np.uint8), (height, width)
 

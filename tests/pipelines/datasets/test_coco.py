@@ -63,7 +63,7 @@ def test_run_lengths_and_polygons_are_pycocotools_own() -> None:
         polygons = (draw.random((2, 12)) * [*(width, height) * 6]).round(2).tolist()
         whole = tools.decode(tools.frPyObjects(polygons, height, width)).max(axis=2)
         assert np.array_equal(coco.rasterize([polygons], height, width)[0], whole)
-    with pytest.raises(ValueError, match="run lengths of 7 pixels for 4x2"):
+    with pytest.raises(ValueError, match="run lengths of 7 pixels do not add up to 4x2"):
         coco.rasterize([{"size": [2, 4], "counts": [3, 4]}], 2, 4)
 
 

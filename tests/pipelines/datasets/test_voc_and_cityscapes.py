@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipelines.datasets.annotations import AnnotationErrors
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.dense.samples import open_dense_samples
 from pipelines.dense.spec import DenseSpec
-from pipelines.imaging.decode import ImageError, image_size
+from pipelines.imaging.decode import ImageError, image_size, read_label_png
 from tests.support import dense_trees
 from tests.support.dense_trees import VOC_USED, check_box, colored
 from tests.support.images import save_jpeg, smooth_image
@@ -185,6 +186,17 @@ def test_sizes_of_headers_are_those_of_upright_images(tmp_path: Path) -> None:
     (tmp_path / "f.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ImageError):
         image_size(str(tmp_path / "f.jpg"))
+
+
+@pytest.mark.parametrize("read", [image_size, read_label_png])
+def test_pixels_beyond_pillows_limit_are_an_image_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object]
+) -> None:
+    """Pillow warns above its limit, and the warning is an error."""
+    Image.new("L", (15, 10)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="more pixels than the limit"):
+        read(str(tmp_path / "a.png"))
 
 
 def test_voc_masks(base: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.batch import Regions
-from pipelines.device.rotate import normalize_views, rotate4, rotation_labels
+from pipelines.device.rotate import normalize_views, rotate4
 from pipelines.imaging.resize import scratch_size
 from pipelines.spec import CIFAR10, IMAGENET, Normalize
 from tests.support.resize import resize_into
@@ -187,7 +187,7 @@ def test_regions_are_resized_then_turned() -> None:
     regions, crops = some_regions()
     images, labels = rotate4(regions, normalize=IMAGENET, dtype=torch.float16)
     assert torch.equal(images, plain(crops, torch.float16))
-    assert torch.equal(labels, rotation_labels(5, device=torch.device("cpu")))
+    assert torch.equal(labels, torch.arange(4).repeat_interleave(5))
 
 
 @pytest.mark.parametrize("place", [0, 4])
@@ -223,7 +223,7 @@ def test_the_first_rows_are_the_plain_batch() -> None:
     images, labels = rotate4(crops, normalize=IMAGENET)
     plain = normalize_views(crops, views=1, normalize=IMAGENET, dtype=torch.float32)
     assert torch.equal(images[:5], plain) and not labels[:5].any()
-    assert torch.equal(labels, rotation_labels(5, device=torch.device("cpu")))
+    assert torch.equal(labels, torch.arange(4).repeat_interleave(5))
 
 
 def test_flip_then_rotate_keeps_the_label_and_the_reverse_does_not() -> None:

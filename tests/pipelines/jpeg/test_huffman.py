@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.conversion.encode import Options, PreparedImage, prepare
 from pipelines.imaging.decode import inspect
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import ImageError, read_header
 from pipelines.jpeg.scan import Scan, walk_scan
 from tests.support.encoded_images import encode
 from tests.support.images import gradient_image, noise_image, photographs
@@ -95,7 +95,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_found_and_named(name: str) -> None:
     data, words = DAMAGE[name]
-    with pytest.raises(JpegError, match=words):
+    with pytest.raises(ImageError, match=words):
         walk(data)
 
 
@@ -117,7 +117,7 @@ def test_bit_flips_never_crash_the_walk(base: bytes) -> None:
         try:
             made = walk_scan(bytes(data), read_header(bytes(data)))
             found += made is None or made.spare > 0
-        except JpegError:
+        except ImageError:
             found += 1
     assert found > 30
     for _ in range(300):
@@ -126,7 +126,7 @@ def test_bit_flips_never_crash_the_walk(base: bytes) -> None:
             data[at] = draw.integers(256)
         try:
             walk_scan(bytes(data), read_header(bytes(data)))
-        except JpegError:
+        except ImageError:
             pass
 
 

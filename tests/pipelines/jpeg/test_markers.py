@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipelines.imaging.decode import ImageError, decode_rgb, inspect
-from pipelines.jpeg.markers import JpegError, read_header
+from pipelines.jpeg.markers import read_header
 from tests.support.encoded_images import encode, exif, frame_at, png_of, with_size
 from tests.support.images import gradient_image
 
@@ -26,7 +26,6 @@ def test_header_is_what_pillow_reads(mode: str, components: int, progressive: bo
     assert header.precision == 8 and not header.arithmetic and not header.lossless
     assert header.end == len(data)
     assert header.warning is None
-    assert header.adobe_transform == (None if mode != "CMYK" else header.adobe_transform)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -51,7 +50,7 @@ def test_big_endian_exif_and_nonsense_in_it() -> None:
 def test_every_truncation_is_found() -> None:
     data = encode(gradient_image())
     for length in range(len(data)):
-        with pytest.raises(JpegError):
+        with pytest.raises(ImageError):
             read_header(data[:length], whole=True)
 
 
@@ -93,7 +92,7 @@ def test_restart_markers_are_not_odd() -> None:
     ],
 )
 def test_broken_streams_are_refused_with_a_message(data: bytes, words: str) -> None:
-    with pytest.raises(JpegError, match=words):
+    with pytest.raises(ImageError, match=words):
         read_header(data, whole=True)
 
 
@@ -107,7 +106,7 @@ def test_random_damage_never_raises_anything_else() -> None:
         for read in (read_header, decode_rgb):
             try:
                 read(bytes(data))
-            except (JpegError, ImageError):
+            except ImageError:
                 pass
 
 

@@ -38,7 +38,7 @@ def test_top_k_of_several_heads_follows_sklearn() -> None:
         metric.update([x[part] for x in logits], targets[part], valid[part])
     labels = np.arange(classes)
     truth = targets[valid].numpy()
-    for head, got in enumerate(metric.compute()):
+    for head, got in enumerate(metric.compute(Rank())):
         scores = logits[head][valid].numpy()
         for k in (1, 5):
             expected = top_k_accuracy_score(truth, scores, k=k, labels=labels)
@@ -53,7 +53,7 @@ def test_invalid_samples_count_neither_as_hits_nor_as_samples() -> None:
     targets[2] = 0
     metric = TopK(ks=(1,))
     metric.update(logits, targets, valid)  # the masked rows would both be hits
-    assert metric.compute() == [{"top1": 0.5, "n": 2.0}]
+    assert metric.compute(Rank()) == [{"top1": 0.5, "n": 2.0}]
 
 
 def test_splitting_over_ranks_changes_nothing() -> None:
@@ -64,12 +64,12 @@ def test_splitting_over_ranks_changes_nothing() -> None:
     for rank, part in enumerate(parts):
         part.update(logits[0][rank::2], targets[rank::2], valid[rank::2])
     parts[0].sums += parts[1].sums
-    assert parts[0].compute() == whole.compute(Rank()) == whole.compute(Rank())
+    assert parts[0].compute(Rank()) == whole.compute(Rank()) == whole.compute(Rank())
 
 
 def test_top_k_refuses_what_it_cannot_count() -> None:
     with pytest.raises(ValueError, match="no valid sample"):
-        TopK().compute()
+        TopK().compute(Rank())
     with pytest.raises(ValueError, match="more than 4 classes"):
         TopK().update(torch.zeros(2, 4), torch.zeros(2).long(), torch.ones(2).bool())
     with pytest.raises(ValueError, match="for 2 heads"):
@@ -77,7 +77,7 @@ def test_top_k_refuses_what_it_cannot_count() -> None:
     unlabelled = TopK(ks=(1,))
     unlabelled.update(torch.zeros(2, 4), torch.tensor([0, -1]), torch.ones(2).bool())
     with pytest.raises(ValueError, match="1 of 2 valid targets"):
-        unlabelled.compute()
+        unlabelled.compute(Rank())
 
 
 def test_an_undecided_network_is_not_right() -> None:
@@ -86,7 +86,7 @@ def test_an_undecided_network_is_not_right() -> None:
     for value in (0.0, float("nan")):
         metric = TopK(ks=(1,))
         metric.update(torch.full((100, 4), value), targets, torch.ones(100).bool())
-        assert metric.compute()[0]["top1"] <= 0.5
+        assert metric.compute(Rank())[0]["top1"] <= 0.5
 
 
 def test_confusion_follows_sklearn_on_pixels() -> None:
@@ -98,7 +98,7 @@ def test_confusion_follows_sklearn_on_pixels() -> None:
     metric = Confusion(n)
     for k in range(3):
         metric.update(predictions[k], targets[k], valid[k])
-    got = metric.compute()
+    got = metric.compute(Rank())
     t, p = targets[valid].numpy(), predictions[valid].numpy()
     assert got.matrix == confusion_matrix(t, p, labels=range(n)).tolist()
     present = list(range(n - 1))
@@ -114,7 +114,7 @@ def test_confusion_follows_sklearn_on_pixels() -> None:
 def test_a_class_that_is_only_predicted_lowers_the_mean_iou() -> None:
     metric = Confusion(3)
     metric.update(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.ones(2).bool())
-    got = metric.compute()
+    got = metric.compute(Rank())
     assert got.iou == [0.5, 0.0, None]
     assert got.mean_iou == 0.25
     assert got.mean_recall == 0.5
@@ -122,11 +122,11 @@ def test_a_class_that_is_only_predicted_lowers_the_mean_iou() -> None:
 
 def test_confusion_refuses_what_it_cannot_count() -> None:
     with pytest.raises(ValueError, match="no valid sample"):
-        Confusion(2).compute()
+        Confusion(2).compute(Rank())
     with pytest.raises(ValueError, match="shapes differ"):
         Confusion(2).update(torch.zeros(2).long(), torch.zeros(3).long(), torch.ones(2).bool())
     for target, prediction in ((255, 0), (0, 2), (-1, 1)):
         metric = Confusion(2)
         metric.update(torch.tensor([prediction]), torch.tensor([target]), torch.ones(1).bool())
         with pytest.raises(ValueError, match="not among the classes"):
-            metric.compute()
+            metric.compute(Rank())

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.datasets import coco
 from pipelines.datasets.annotations import AnnotationErrors, Objects
-from rotpred.metrics.coco_detection import check_runs, coco_metrics
+from rotpred.metrics.coco_detection import coco_metrics
 from rotpred.metrics.detections import ImageDetections
 
 tools: Any = pytest.importorskip("pycocotools.mask")
@@ -223,11 +223,11 @@ def test_run_lengths_that_would_hang_are_refused() -> None:
     mask = np.zeros((10, 12), np.uint8, order="F")
     mask[2:5, 3:7] = 1
     good = tools.encode(mask)
-    check_runs(good, 10, 12)
-    check_runs({"size": [10, 12], "counts": good["counts"].decode()}, 10, 12)
+    coco.read_run_lengths(good, 10, 12)
+    coco.read_run_lengths({"size": [10, 12], "counts": good["counts"].decode()}, 10, 12)
     with pytest.raises(ValueError, match="size"):
-        check_runs(good, 12, 10)
+        coco.read_run_lengths(good, 12, 10)
     text = good["counts"].decode()
     for counts in ("", text[:-1], text + "1", "PPPPPP", "0", text[:-1] + chr(ord(text[-1]) + 32)):
         with pytest.raises(ValueError, match="add up"):
-            check_runs({"size": [10, 12], "counts": counts}, 10, 12)
+            coco.read_run_lengths({"size": [10, 12], "counts": counts}, 10, 12)

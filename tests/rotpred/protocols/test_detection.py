@@ -282,7 +282,7 @@ def test_the_predictions_of_a_run_score_as_the_run(finished: Detection, tmp_path
     path = tmp_path / "mine.json"
     shutil.copy(Path(finished.run.out) / "predictions.json", path)
     run = replace(finished.run, out=str(tmp_path / "run"))
-    detection.run(replace(finished, predictions=str(path), weights="", run=run), Rank())
+    detection.run(replace(finished, predictions=str(path), weights=None, run=run), Rank())
     before, after = results(Path(finished.run.out)), results(tmp_path / "run")
     (kept,) = read_runs(tmp_path / "run")  # as the report does
     assert {(r.kind, r.weights) for r in kept.results} == {("trained", "mine.json")}

@@ -282,7 +282,7 @@ def test_every_recipe(name: str) -> None:
         ({"lrs": ()}, "lrs"),
         ({"head_lr_mults": (1.0, 1.0)}, "head_lr_mults"),
         ({"fraction": 0}, "fraction"),
-        ({"head_lr_mult": -1.0}, "positive"),
+        ({"head_lr_mult": -1.0}, "head_lr_mult must be above 0"),
     ],
 )
 def test_senseless_values_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -298,7 +298,7 @@ def test_features_of_half_the_size(
     with pytest.raises(CheckpointError, match="store"):
         linear.run(replace(half, store="float32"), Rank())
     with pytest.raises(ValueError, match="store float16 needs a cache: pass --cache FOLDER"):
-        linear.run(replace(half, cache=""), Rank())
+        linear.run(replace(half, cache=None), Rank())
 
 
 def test_rates_side_by_side_are_what_each_is_alone(

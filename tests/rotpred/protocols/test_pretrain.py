@@ -349,7 +349,6 @@ def test_linear_evaluation(data: Path, whole: Path, tmp_path: Path, console: Con
         ("pretrain", ["quickstart", "--run.epoch", "3"], ["epochs"]),
         ("pretrain", ["quickstar"], ["quickstart"]),
         ("pretrain", ["quickstart", "--train.data", "nowhere.beton"], ["nowhere.beton"]),
-        ("pretrain", ["quickstart", "--sync-bn", "torch"], ["sync_bn", "GPU"]),
         ("pretrain", ["quickstart", "--run.cuda-graph"], ["cuda_graph", "GPU"]),
         ("pretrain", ["quickstart", "--train.batch-size", "4000"], ["batch"]),
         ("evaluate", ["quickstart_linear"], ["--weights"]),
