@@ -1,10 +1,10 @@
 """How every protocol opens a run, trains, reports results and marks the run as finished.
 
-with open_run(recipe, rank, open_data) as run:
-    state = run.train_state(network, parts)
-    if run.resume(state):
-        found = run.fit(state, objective, lambda: evaluate(state, run.val))
-        run.result("accuracy", found.results["accuracy"], n=found.n)
+    with open_run(recipe, rank, open_data) as run:
+        state = run.train_state(network, parts)
+        if run.resume(state):
+            found = run.fit(state, objective, lambda: evaluate(state, run.val))
+            run.result("accuracy", found.results["accuracy"], n=found.n)
 """
 
 from __future__ import annotations
