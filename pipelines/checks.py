@@ -56,6 +56,7 @@ EVEN = Must("be even", lambda value: value % 2 == 0)
 DISTINCT = Must("not repeat a value", lambda values: len(set(values)) == len(values))
 ORDERED = Must("be in ascending order", lambda values: sorted(values) == list(values))
 
+NonEmptyStr = Annotated[str, NOT_EMPTY]
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
 PositiveFloat = Annotated[float, above(0)]

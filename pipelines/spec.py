@@ -9,6 +9,7 @@ from pipelines.checks import (
     ORDERED,
     Checked,
     Fraction,
+    NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -140,11 +141,11 @@ class LoaderSpec(Checked):
     Paths may be given as `os.PathLike`; the fields are strings.
     """
 
-    data: str = "synthetic"
+    data: NonEmptyStr = "synthetic"
     """A .beton file, a folder of images, a list file, or "synthetic" (random images). With `root`
     also imagenet-val:TRUTH, imagenet-subset:LIST, inaturalist:JSON and voc2007:SPLIT; see
     `pipelines.datasets.images.open_images`."""
-    root: str | None = None
+    root: NonEmptyStr | None = None
     """Folder of the images, for a list file or KIND:NAME. None: the folder of the list file."""
     engine: Engine = "auto"
     """auto chooses the fastest installed engine for the data (ffcv, dali, folder) and logs why."""

@@ -5,6 +5,8 @@
         if run.resume(state):
             found = run.fit(state, objective, lambda: evaluate(state, run.val))
             run.result("accuracy", found.results["accuracy"], n=found.n)
+
+An evaluation that trains nothing calls `run.start` in place of `resume` and `fit`.
 """
 
 from __future__ import annotations
@@ -273,10 +275,8 @@ def open_run(
         torch.manual_seed(next(spec.seed for spec in specs.values() if spec is not None))
         if backbone and isinstance(recipe, FromWeights):
             run.backbone, run.sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-            run.about = {
-                "checkpoint_sha256": run.sha or None,
-                "weights": Path(recipe.weights or "").name,
-            }
+            file = Path(recipe.weights or "").name
+            run.about = {"checkpoint_sha256": run.sha or None, "weights": file}
         for name, spec in specs.items():
             if spec is not None:
                 loader = opener(spec, rank, recipe.run.precision)

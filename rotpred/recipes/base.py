@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from pipelines.checks import Checked, PositiveFloat, PositiveInt
+from pipelines.checks import Checked, NonEmptyStr, PositiveFloat, PositiveInt
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision
 from rotpred.features.base import AVGPOOL, Store
 from rotpred.training.settings import RunSettings, SyncBn
@@ -20,7 +20,7 @@ PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, 
 class FeatureRun(Checked):
     """Run folder, device and precision of an evaluation that trains no network."""
 
-    out: str | None = None
+    out: NonEmptyStr | None = None
     """Run folder; None for runs/NAME."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
@@ -58,7 +58,7 @@ class Named(Checked):
 class FromWeights(Named):
     """Fields of recipes that start from pretrained weights."""
 
-    weights: str | None = None
+    weights: NonEmptyStr | None = None
     """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
     "imagenet" (torchvision's, trained with labels)."""
     backbone: str = "resnet50"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pipelines.checks import NonEmptyStr
 from pipelines.dense.spec import DenseSpec, ShortSide
 from rotpred.models.detection.settings import C4, FPN, BoxHead, Proposals
 from rotpred.recipes.base import FromWeights, Trained
@@ -55,7 +56,7 @@ class Detection(Trained, FromWeights):
     )
     """Learning rate over time."""
     sync_bn: SyncBn = "torch"
-    predictions: str | None = None
+    predictions: NonEmptyStr | None = None
     """Instead of training, score these detections on the validation data: a file in COCO's JSON
     results format or, for VOC, a folder of the devkit's text files."""
     run: RunSettings = field(default_factory=lambda: RunSettings(epochs=12, precision="fp32"))

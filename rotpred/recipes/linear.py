@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from pipelines.checks import NOT_EMPTY, PositiveInt
+from pipelines.checks import NOT_EMPTY, NonEmptyStr, PositiveInt
 from pipelines.spec import (
     NO_COLOR_JITTER,
     CenterCrop,
@@ -34,7 +34,7 @@ class Linear(Trained, FromWeights):
     """Labelled validation data."""
     probes: Annotated[tuple[Probe, ...], NOT_EMPTY] = (Probe(),)
     """Sets of classifiers. All are trained in the same pass, each set with its own optimiser."""
-    cache: str | None = None
+    cache: NonEmptyStr | None = None
     """Folder for cached features, e.g. runs/features. Features of the training images, with the
     validation crop, are extracted once; avgpool and stages probes are trained on them. Training
     takes seconds if they stay in memory (small data sets). Larger ones are read from disk in every

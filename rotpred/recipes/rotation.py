@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.checks import NonEmptyStr
 from pipelines.spec import LoaderSpec
 from rotpred.recipes.base import FeatureRun, FromWeights
 from rotpred.recipes.pretrain import rotnet_cifar10_nin, rotnet_in1k_r50
@@ -15,7 +16,7 @@ class Rotation(FromWeights):
     """Accuracy of a checkpoint's own rotation head; nothing is trained."""
 
     name: str = "rotation_head"
-    weights: str | None = None
+    weights: NonEmptyStr | None = None
     """A checkpoint that includes its rotation head: checkpoints/step_N.pt of a run, or a file of
     mmselfsup, VISSL or the RotNet authors; or "random"."""
     labels: Literal["file", "clockwise", "counter-clockwise"] = "file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from pipelines.checks import NonNegativeFloat, PositiveInt, at_least, below
+from pipelines.checks import NonEmptyStr, NonNegativeFloat, PositiveInt, at_least, below
 from pipelines.dense.spec import DenseSpec, FitWithin, RatioCrop
 from rotpred.recipes.base import FromWeights, Trained
 from rotpred.training.schedule import Poly, Schedule
@@ -54,7 +54,7 @@ class Segmentation(Trained, FromWeights):
     save_predictions: bool = False
     """Write the predictions of the last validation to OUT/predictions: one NAME.png of class ids
     with a palette per image, which `predictions` can read."""
-    predictions: str | None = None
+    predictions: NonEmptyStr | None = None
     """Instead of training, score this folder on the validation data: PNG files of class ids, named
     NAME.png or NAME_ANYTHING.png, in the size of the images."""
     label_ids: bool = False

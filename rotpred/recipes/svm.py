@@ -8,6 +8,7 @@ from typing import Annotated
 from pipelines.checks import (
     DISTINCT,
     NOT_EMPTY,
+    NonEmptyStr,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -30,11 +31,11 @@ Costs = Annotated[tuple[PositiveFloat, ...], NOT_EMPTY]
 class _SvmFields(OnFeatures):
     """Fields that `Svm` and `LowShot` share."""
 
-    train_labels: str | None = None
+    train_labels: NonEmptyStr | None = None
     """Labels of the training data: an .npy file of int8 (N, C), a row per sample (1 present, -1
     absent, 0 difficult; to_beton writes it), or voc2007:SPLIT, read from the data's root. None:
     the class ids of the data, each class against the rest."""
-    val_labels: str | None = None
+    val_labels: NonEmptyStr | None = None
     """Labels of the test data, in the same form."""
     class_names: tuple[str, ...] = ()
     """Names of the label columns, for results and figures. Empty: the data's own class names, or

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pipelines.checks import (
     Checked,
+    NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -26,7 +27,7 @@ SyncBn = Literal["off", "torch", "apex"]
 class RunSettings(Checked):
     """Run folder, length, device, precision and checkpoints of a run."""
 
-    out: str | None = None
+    out: NonEmptyStr | None = None
     """Run folder; None for runs/NAME. If it holds checkpoints, the run resumes from the newest."""
     epochs: PositiveInt = 70
     """Passes over the training data. Learning-rate schedules span them or count them."""

@@ -17,7 +17,7 @@ class Tree(NamedTuple):
     """Data options of a recipe, and the true classes of its validation images."""
 
     train: str
-    train_root: str
+    train_root: str | None
     val: str
     val_root: str
     truth: list[int]
@@ -70,7 +70,7 @@ def _imagenet(base: Path, truth: list[int]) -> tuple[Tree, Tree]:
     train, val = str(base / "train"), str(base / "val")
     pairs = [f"{name} {label}" for name, label in zip(names, truth, strict=True)]
     return (
-        Tree(train, "", f"imagenet-val:{synsets}", val, truth),
+        Tree(train, None, f"imagenet-val:{synsets}", val, truth),
         Tree(
             *(_write(base / "meta/train.txt", listed), train),
             *(_write(base / "meta/val.txt", pairs), val),

@@ -81,7 +81,7 @@ def test_not_one_tensor_of_the_backbone_moves(
 
 def test_weights_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--weights random"):
-        linear.run(recipe(tmp_path, ""), Rank())
+        linear.run(replace(recipe(tmp_path, "random"), weights=None), Rank())
 
 
 def test_resnet50_stage_probes_have_the_published_lengths() -> None:
