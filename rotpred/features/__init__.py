@@ -1,6 +1,6 @@
 """Features of a frozen backbone over whole data sets, cached on disk.
 
-Public: `base` (`AVGPOOL`, `Features`, `Store`), `extract` (`extract`, `open_extraction_loader`) and
+Public: `base` (`Features`, `Store`), `extract` (`extract`, `open_extraction_loader`) and
 `loader` (`FeatureLoader`).
 Imports: `pipelines`, and of `rotpred` weights, plots, training, svm, program, records, metrics,
 models and distributed.

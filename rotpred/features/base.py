@@ -8,9 +8,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-AVGPOOL = "avgpool"
-"""Name of the global average of the last feature map, used like the name of a stage."""
-
 Store = Literal["float32", "float16"]
 """Dtype of feature arrays on disk."""
 

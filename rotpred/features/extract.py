@@ -24,10 +24,11 @@ from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from pipelines.storage import check_space, locked, write_json
 from rotpred.distributed import Rank, barrier, check_equal, from_main, gather_rows
-from rotpred.features.base import AVGPOOL, Features, Store
+from rotpred.features.base import Features, Store
 from rotpred.features.npy_writer import Append, npy_writer
 from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
+from rotpred.models.names import AVGPOOL
 from rotpred.records.former_names import restore_names
 from rotpred.records.progress import Progress
 from rotpred.records.recipe_json import plain

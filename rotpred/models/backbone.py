@@ -6,23 +6,17 @@ of the probes are in `heads.py`.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from rotpred.models.alexnet import AlexNet
 from rotpred.models.base import Backbone
+from rotpred.models.names import BackboneName
 from rotpred.models.nin import NIN
 from rotpred.models.resnet import ResNet
 
-BACKBONES = (
-    "resnet18",
-    "resnet50",
-    "resnet18_small",
-    "resnet18_tiny",
-    "alexnet",
-    "nin3",
-    "nin4",
-    "nin5",
-)
+BACKBONES: tuple[str, ...] = get_args(BackboneName)
 """Names that `build_backbone` accepts."""
 
 

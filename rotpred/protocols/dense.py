@@ -156,7 +156,7 @@ def score_predictions(recipe: Detection | Segmentation, rank: Rank, task: Task) 
         open_folder(recipe, rank, out=out) as run,
         open_dense_data(recipe.val, rank, recipe.run.precision) as val,
     ):
-        found = task.score(path, val, rank)
+        run.val, found = val, task.score(path, val, rank)
         run.about = {"weights": Path(recipe.weights or path).name, "predictions": path.name}
         run.start(0, repeat=True)  # the files may have changed
         for metric, value in found.results.items():

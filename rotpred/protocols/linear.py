@@ -16,9 +16,9 @@ from pipelines.batch import Batch
 from pipelines.loader import Loader
 from pipelines.spec import LoaderSpec, Precision
 from rotpred.distributed import Rank
-from rotpred.features.base import AVGPOOL
 from rotpred.features.extract import open_extraction_loader
 from rotpred.features.loader import FeatureLoader
+from rotpred.models.names import AVGPOOL
 from rotpred.models.probes import ProbeSet
 from rotpred.protocols.classes import number_of_classes
 from rotpred.protocols.features import extract_both
@@ -27,10 +27,10 @@ from rotpred.protocols.run import Opener, Run, open_run
 from rotpred.protocols.scoring import TOPS, Validation, score
 from rotpred.recipes.linear import Linear
 from rotpred.training.data import check_views, open_data
-from rotpred.training.loader_interface import LabelledLoader, TrainingLoader
+from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
-from rotpred.training.state import LossAndLogs, TrainState
-from rotpred.training.sync_bn import convert_sync_bn
+from rotpred.training.state import LossAndLogs
+from rotpred.training.sync_bn import check_sync_bn, convert_sync_bn
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def run(recipe: Linear, rank: Rank) -> Path:
         Stopped: A signal ended the run after a checkpoint.
     """
     check_views("plain", recipe.train, recipe.val)
+    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     if recipe.cache and not {probe.kind for probe in recipe.probes} <= {"avgpool", "stages"}:
         raise ValueError("cache works with probes of kind avgpool and stages only")
     if recipe.store != "float32" and not recipe.cache:
@@ -91,7 +92,6 @@ def run(recipe: Linear, rank: Rank) -> Path:
             probes=[asdict(probe) for probe in recipe.probes],
             **({"features": names} if names else {}),
             **({"store": recipe.store} if recipe.store != "float32" else {}),
-            **({"sync_bn": recipe.sync_bn} if recipe.sync_bn != "off" else {}),
         )
         if run.resume(state):
             logger.info(
@@ -111,10 +111,13 @@ def run(recipe: Linear, rank: Rank) -> Path:
                 loss = torch.stack(losses)
                 return loss.sum(), {"loss": loss.mean()}
 
+            def evaluate() -> Validation:
+                return score(run.val, rank, heads.names, lambda images: heads(read_val(images)))
+
             found = run.fit(
                 state,
                 objective,
-                lambda: evaluate(state, run.val, read_val),
+                evaluate,
                 eval_every_epochs=recipe.eval_every_epochs,
             )
             assert found is not None
@@ -154,13 +157,6 @@ def _reader(
             return stages(images)
 
     return read
-
-
-def evaluate(state: TrainState, val: TrainingLoader[Batch], read: Reader) -> Validation:
-    """Return top-1, and top-5 if there are more than five classes, of every probe by name."""
-    heads = state.module
-    assert isinstance(heads, ProbeSet)
-    return score(val, state.rank, heads.names, lambda images: heads(read(images)))
 
 
 def _write_results(

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rotpred.features.base import AVGPOOL
 from rotpred.models import probes
 from rotpred.models.base import Backbone
 from rotpred.models.heads import pooled_dims, stage_pools
+from rotpred.models.names import AVGPOOL
 from rotpred.models.probes import ProbeSet, StageProbe
 from rotpred.recipes.linear import Linear
 from rotpred.recipes.probe import Probe

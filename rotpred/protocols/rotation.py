@@ -11,7 +11,7 @@ from rotpred.distributed import Rank, check_equal
 from rotpred.models.heads import make_rotnet
 from rotpred.models.memory_format import channels_last
 from rotpred.plots.training import confusion
-from rotpred.protocols.run import open_run
+from rotpred.protocols.run import open_folder
 from rotpred.protocols.scoring import ROTATIONS, score_rotations
 from rotpred.recipes.rotation import Rotation
 from rotpred.training.data import open_data
@@ -38,17 +38,16 @@ def run(recipe: Rotation, rank: Rank) -> Path:
         raise ValueError("name the weights to score: --weights FILE, with its rotation head")
     if recipe.val.views != "rotate4" or recipe.val.drop_last:
         raise ValueError("all four views of every image are needed: views rotate4, no drop_last")
-    with open_run(recipe, rank, open_data, backbone=False) as run:
-        net = make_rotnet(recipe.backbone)
+    with open_folder(recipe, rank) as run:
+        torch.manual_seed(recipe.val.seed)  # for random weights
+        net, sha = make_rotnet(recipe.backbone), ""
         if recipe.weights != RANDOM:
             report = load_rotnet(net, Path(recipe.weights), clockwise=_CLOCKWISE[recipe.labels])
-            run.sha = report.sha256
+            sha = report.sha256
             logger.info("%s: %s", recipe.weights, report.summary())
-        run.about = {
-            "checkpoint_sha256": run.sha or None,
-            "weights": Path(recipe.weights).name,
-        }
+        run.name_weights(recipe.weights, sha)
         net = channels_last(net, rank.device).eval()
+        run.val = run.loaders.enter_context(open_data(recipe.val, rank, recipe.run.precision))
         check_equal(len(run.val), rank, what="steps in an epoch")
 
         def logits_of(images: torch.Tensor) -> torch.Tensor:

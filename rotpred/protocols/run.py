@@ -12,7 +12,6 @@ An evaluation that trains nothing calls `run.start` in place of `resume` and `fi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
@@ -23,8 +22,8 @@ import torch
 from torch import nn
 
 from pipelines.spec import Precision
-from pipelines.storage import write_json
-from rotpred.distributed import Rank, any_true
+from pipelines.storage import read_json, write_json
+from rotpred.distributed import Rank, from_main
 from rotpred.models.base import Backbone
 from rotpred.plots.training import curves
 from rotpred.protocols.scoring import Validation
@@ -72,6 +71,11 @@ class Run(Generic[L]):
         self._log = contextlib.ExitStack()
         self._done: Callable[[], Mapping[str, object]] | None = None
 
+    def name_weights(self, weights: str | None, sha: str) -> None:
+        """Set name and checksum of the weights for all results; `sha` is "" for random ones."""
+        self.sha = sha
+        self.about = {"checkpoint_sha256": sha or None, "weights": Path(weights or "").name}
+
     def start(self, total_steps: int, *, repeat: bool = False) -> bool:
         """Open the log of an evaluation, unless it is finished already.
 
@@ -86,7 +90,7 @@ class Run(Generic[L]):
         for key, part in (("data", "train"), ("val", "val")):
             if hasattr(self, part):
                 done[key] = getattr(self, part).data_id
-        return self._start(total_steps, lambda: done, complete=not repeat)
+        return self._start(total_steps, lambda: done, may_be_finished=not repeat)
 
     def _start(
         self,
@@ -94,14 +98,15 @@ class Run(Generic[L]):
         done: Callable[[], Mapping[str, object]],
         *,
         start_step: int = 0,
-        complete: bool,
+        may_be_finished: bool,
     ) -> bool:
-        """Open the log, unless `complete` and done.json has the content that `done` returns."""
+        """Open the log, unless `may_be_finished` and done.json has the content of `done`."""
         path = self.out / DONE
-        finished = False
-        if complete and self.rank.main and path.exists():
-            finished = _numbers(json.loads(path.read_bytes())) == _numbers(done())
-        if any_true(finished, self.rank):
+
+        def finished() -> bool:
+            return path.exists() and _numbers(read_json(path, dict)) == _numbers(done())
+
+        if may_be_finished and from_main(finished, self.rank):
             logger.info("%s is finished already", self.out)
             return False
         self.log = self._log.enter_context(
@@ -166,7 +171,7 @@ class Run(Generic[L]):
             self.total,
             lambda: {"step": state.step, "stream_digest": state.digest, "val": val},
             start_step=state.step,
-            complete=state.step >= self.total,
+            may_be_finished=state.step >= self.total,
         )
 
     def fit(
@@ -196,6 +201,7 @@ class Run(Generic[L]):
             Stopped: A signal ended the run after a checkpoint.
         """
         last: tuple[int, Validation] | None = None  # only the last: figures are large
+        start = state.step
 
         def validate(_epoch: int) -> float:
             nonlocal last
@@ -203,8 +209,9 @@ class Run(Generic[L]):
             with state.evaluation():
                 found = evaluate()
             last = state.step, found
-            percent = {name: 100 * value for name, value in found.logged.items()}
-            self.log.validation(step=state.step, values=percent)
+            if state.step > start:  # else the log has it from before
+                percent = {name: 100 * value for name, value in found.logged.items()}
+                self.log.validation(step=state.step, values=percent)
             for name, figure in found.figures.items():
                 self.log.figure(name, figure)
             return found.score
@@ -221,7 +228,9 @@ class Run(Generic[L]):
                 first(batch)
             state.train_step(objective, batch)
         if evaluate is not None and (last is None or last[0] != state.step):
-            validate(0)  # max_steps ended the run within an epoch
+            validate(
+                0
+            )  # max_steps ended the run within an epoch, or it was cut after its last step
         logger.info("digest of all sample ids and crop boxes: %s", state.digest)
         if self.rank.main:
             self.log.figure("curves", curves(read_rows(self.out / "log.jsonl")))
@@ -252,9 +261,7 @@ def open_folder(recipe: Recipe, rank: Rank, *, out: str | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def open_run(
-    recipe: Recipe, rank: Rank, opener: Opener[L], *, backbone: bool = True
-) -> Iterator[Run[L]]:
+def open_run(recipe: Recipe, rank: Rank, opener: Opener[L]) -> Iterator[Run[L]]:
     """Lock the run folder, seed torch, load the backbone, open the data.
 
     If the block ends without an error, a run that was started is marked as finished.
@@ -263,7 +270,6 @@ def open_run(
         recipe: Data, weights if it has any, run folder.
         rank: All ranks call.
         opener: Opens `recipe.train` and `recipe.val`, where the recipe has them.
-        backbone: Whether to load the weights of a recipe that has some.
 
     Raises:
         ValueError: Another job has the folder, or weights, data and recipe do not fit together.
@@ -273,10 +279,9 @@ def open_run(
     with open_folder(recipe, rank) as run:
         # For random weights, new heads and dropout.
         torch.manual_seed(next(spec.seed for spec in specs.values() if spec is not None))
-        if backbone and isinstance(recipe, FromWeights):
-            run.backbone, run.sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
-            file = Path(recipe.weights or "").name
-            run.about = {"checkpoint_sha256": run.sha or None, "weights": file}
+        if isinstance(recipe, FromWeights):
+            run.backbone, sha = load_frozen_backbone(recipe.backbone, recipe.weights, rank)
+            run.name_weights(recipe.weights, sha)
         for name, spec in specs.items():
             if spec is not None:
                 loader = opener(spec, rank, recipe.run.precision)
@@ -296,5 +301,6 @@ def _numbers(done: Mapping[str, object]) -> dict[str, object]:
     fields: dict[str, object] = translate_names(done)
     if isinstance(recipe := fields.get("recipe"), dict):
         kept = {name: value for name, value in recipe.items() if name not in ("cache", "run")}
-        fields["recipe"] = kept | {"precision": recipe["run"]["precision"]}
+        # SVMs had no choice of `store` up to 0.2.
+        fields["recipe"] = {"store": "float32", **kept, "precision": recipe["run"]["precision"]}
     return fields

@@ -97,15 +97,10 @@ class SegmentationTask:
 
         def read(i: int) -> torch.Tensor:
             mask = read_masks(predictions, val.samples, i, label_ids=self.recipe.label_ids)
-            if ((mask == IGNORED) & (val.samples.mask(i) != IGNORED)).any():
-                raise ValueError(
-                    f"{predictions}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that "
-                    "have a class"
-                )
             return torch.from_numpy(mask)
 
         mine = range(rank.rank, len(val.samples), rank.world)
-        return _scores(((i, read(i)) for i in mine), val, rank)
+        return _scores(((i, read(i)) for i in mine), val, rank, source=predictions)
 
     def _predictions(
         self, state: TrainState, val: DenseLoader
@@ -185,7 +180,11 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def _scores(
-    predictions: Iterable[tuple[int, torch.Tensor]], val: DenseLoader, rank: Rank
+    predictions: Iterable[tuple[int, torch.Tensor]],
+    val: DenseLoader,
+    rank: Rank,
+    *,
+    source: Path | None = None,
 ) -> Validation:
     """Return mean IoU (first), pixel accuracy, mean recall, and the IoU of each class that occurs.
 
@@ -193,12 +192,23 @@ def _scores(
         predictions: Index and classes (h, w) of each of this process's images.
         val: Classes, names, images and true masks.
         rank: All ranks call.
+        source: Folder of predictions in files, which may mark pixels as ignored.
+
+    Raises:
+        ValueError: A pixel that has a class is ignored in the predictions.
     """
     confusion = Confusion(len(val.classes), device=rank.device)
     shown: dict[int, Mask] = {}
     for i, predicted in predictions:
         truth = torch.from_numpy(val.samples.mask(i)).to(rank.device)
-        confusion.update(predicted.to(rank.device), truth, truth != IGNORED)
+        counted = truth != IGNORED
+        predicted = predicted.to(rank.device)
+        if source is not None and ((predicted == IGNORED) & counted).any():
+            raise ValueError(
+                f"{source}: {val.samples.names[i]} has {IGNORED} (ignored) at pixels that have a "
+                "class"
+            )
+        confusion.update(predicted, truth, counted)
         if rank.main and len(shown) < SHOWN:
             shown[i] = predicted.to(torch.uint8).cpu().numpy()
     result = confusion.compute(rank)

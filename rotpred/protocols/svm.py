@@ -243,6 +243,7 @@ def _every_stage(
             gram(train, train, device), gram(test, train, device), compact(train, device)
         )
         for _, number in group:
-            found[stage, number] = torch.as_tensor(evaluate(kernels, number))
+            values = torch.as_tensor(evaluate(kernels, number), dtype=torch.float64)
+            found[stage, number] = values
     found = all_sum(found, run.rank)
     return dict(zip(stages, found.numpy(), strict=True))

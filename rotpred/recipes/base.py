@@ -7,10 +7,11 @@ from typing import Protocol
 
 from pipelines.checks import Checked, NonEmptyStr, PositiveFloat, PositiveInt
 from pipelines.spec import CIFAR10, CenterCrop, LoaderSpec, Precision
-from rotpred.features.base import AVGPOOL, Store
-from rotpred.training.settings import RunSettings, SyncBn
+from rotpred.features.base import Store
+from rotpred.models.names import AVGPOOL, BackboneName, StageName
+from rotpred.training.settings import Device, RunSettings, SyncBn
 
-RESNET_STAGES = ("stem", "res2", "res3", "res4", "res5", AVGPOOL)
+RESNET_STAGES: tuple[StageName, ...] = ("stem", "res2", "res3", "res4", "res5", AVGPOOL)
 
 PLAIN = LoaderSpec(views="plain", crop=CenterCrop(), flip=False, shuffle=False, drop_last=False)
 """Every image once and in order: center crop, no flip."""
@@ -22,7 +23,7 @@ class FeatureRun(Checked):
 
     out: NonEmptyStr | None = None
     """Run folder; None for runs/NAME."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
     precision: Precision = "fp32"
     """Autocast type of the network: fp32 (no autocast), bf16 or fp16."""
@@ -50,7 +51,7 @@ class Recipe(Protocol):
 class Named(Checked):
     """The field that all recipes share."""
 
-    name: str = "run"
+    name: NonEmptyStr = "run"
     """Name of the run in results and in the default run folder."""
 
 
@@ -61,7 +62,7 @@ class FromWeights(Named):
     weights: NonEmptyStr | None = None
     """backbone.safetensors, a checkpoint, or another project's file; or "random" (untrained), or
     "imagenet" (torchvision's, trained with labels)."""
-    backbone: str = "resnet50"
+    backbone: BackboneName = "resnet50"
     """Architecture of the weights. Detection and segmentation need a ResNet."""
 
 
@@ -86,7 +87,7 @@ class OnFeatures(FromWeights):
     """Labelled training data. Classes must match the test data's."""
     val: LoaderSpec = PLAIN
     """Labelled test data."""
-    cache: str = "runs/features"
+    cache: NonEmptyStr = "runs/features"
     """Folder of extracted features. Evaluations of the same weights and data share them."""
     store: Store = "float32"
     """Type of the features on disk. float16 halves the space and keeps 11 bits of each value."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pipelines.checks import NOT_EMPTY, PositiveFloat, PositiveInt
 from pipelines.spec import CenterCrop
-from rotpred.features.base import AVGPOOL
+from rotpred.models.names import AVGPOOL, StageName
 from rotpred.recipes.base import PLAIN, OnFeatures, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 
@@ -17,7 +17,7 @@ class Knn(OnFeatures):
     """Weighted k-nearest-neighbour classification on the features of one stage."""
 
     name: str = "knn"
-    stage: str = AVGPOOL
+    stage: StageName = AVGPOOL
     """Stage of the backbone, or avgpool."""
     neighbours: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
     """Values of k, the number of neighbours that vote. Each is reported."""

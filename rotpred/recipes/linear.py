@@ -16,6 +16,7 @@ from pipelines.spec import (
     RandomResizedCrop,
 )
 from rotpred.features.base import Store
+from rotpred.models.names import BackboneName
 from rotpred.recipes.base import PLAIN, FromWeights, Trained, cifar10_data
 from rotpred.recipes.pretrain import quickstart, rotnet_cifar10_nin, rotnet_cifar10_r18
 from rotpred.recipes.probe import Probe
@@ -183,7 +184,7 @@ def places205_mhead_vissl() -> Linear:
     )
 
 
-def _cifar10(name: str, backbone: str, batch_size: int) -> Linear:
+def _cifar10(name: str, backbone: BackboneName, batch_size: int) -> Linear:
     """CIFAR-10 with padded random crops; the caller sets probes and length."""
     plain, val = cifar10_data()
     train = replace(

@@ -11,6 +11,7 @@ from pipelines.spec import (
     RandomCrop,
     RandomResizedCrop,
 )
+from rotpred.models.names import BackboneName
 from rotpred.recipes.base import PLAIN, Trained, cifar10_data
 from rotpred.training.schedule import Schedule, Steps, Table, Triangle
 from rotpred.training.settings import Optim, RunSettings
@@ -108,7 +109,7 @@ def rotnet_in1k_alexnet() -> Pretrain:
     )
 
 
-def _cifar10(name: str, backbone: str, *, batch_size: int) -> Pretrain:
+def _cifar10(name: str, backbone: BackboneName, *, batch_size: int) -> Pretrain:
     """CIFAR-10 with padded random crops; the caller sets optimiser and length."""
     data = "data/cifar10/{}.beton"
     return Pretrain(
@@ -124,8 +125,8 @@ def _cifar10(name: str, backbone: str, *, batch_size: int) -> Pretrain:
     )
 
 
-def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
-    """Network in Network with 4 blocks (or 3, 5) on CIFAR-10: the paper's own experiment.
+def rotnet_cifar10_nin() -> Pretrain:
+    """Network in Network with 4 blocks on CIFAR-10: the paper's own experiment.
 
     Source: gidariss/FeatureLearningRotNet, config/CIFAR10_RotNet_NIN4blocks.py: 128 images on one
     GPU, 200 epochs, 0.1 / 0.02 / 0.004 / 0.0008 with changes at 60, 120 and 160.
@@ -134,7 +135,7 @@ def rotnet_cifar10_nin(blocks: int = 4) -> Pretrain:
     Published: rotation accuracy 93.65 (a rerun of the code); probes of conv2 89.06 and 91.16.
     """
     return replace(
-        _cifar10("rotnet_cifar10_nin", f"nin{blocks}", batch_size=128),
+        _cifar10("rotnet_cifar10_nin", "nin4", batch_size=128),
         optim=Optim(lr=0.1, nesterov=True, weight_decay=5e-4),
         schedule=Table(((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008))),
         eval_every_epochs=5,
@@ -208,7 +209,7 @@ class Pretrain(Trained):
     """Pretraining by rotation prediction."""
 
     name: str = "pretrain"
-    backbone: str = "resnet50"
+    backbone: BackboneName = "resnet50"
     """resnet50, resnet18, resnet18_small, resnet18_tiny, alexnet, nin3, nin4 or nin5."""
     train: LoaderSpec = field(default_factory=LoaderSpec)
     """Training data."""

@@ -16,6 +16,7 @@ from pipelines.checks import (
 )
 from pipelines.datasets.voc_classification import VOC_CLASSES
 from pipelines.spec import LoaderSpec, Resize
+from rotpred.models.names import StageName
 from rotpred.recipes.base import PLAIN, RESNET_STAGES, OnFeatures, cifar10_data
 from rotpred.recipes.pretrain import rotnet_cifar10_r18
 
@@ -40,7 +41,7 @@ class _SvmFields(OnFeatures):
     class_names: tuple[str, ...] = ()
     """Names of the label columns, for results and figures. Empty: the data's own class names, or
     numbers if their count does not match."""
-    stages: Annotated[tuple[str, ...], NOT_EMPTY, DISTINCT] = RESNET_STAGES
+    stages: Annotated[tuple[StageName, ...], NOT_EMPTY, DISTINCT] = RESNET_STAGES
     """Stages of the backbone, each pooled to about 9,000 values, or avgpool."""
     costs: Costs = COSTS
     """Costs C to train with."""

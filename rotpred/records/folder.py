@@ -69,12 +69,12 @@ DONE = "done.json"
 
 
 @contextmanager
-def lock(out: Path, recipe: str = "") -> Iterator[None]:
+def lock(out: Path, recipe: str) -> Iterator[None]:
     """Lock the run folder for this job; create it if missing. Take it in the main process only.
 
     Args:
         out: The run folder.
-        recipe: Name of the recipe that will write to it; empty for any.
+        recipe: Name of the recipe that will write to it.
 
     Raises:
         ValueError: The folder is locked by another job or holds the run of another recipe. The
@@ -87,7 +87,7 @@ def lock(out: Path, recipe: str = "") -> Iterator[None]:
     )
     with locked(out, hint=hint):
         kept = out / "recipe.json"
-        if recipe and kept.exists():
+        if kept.exists():
             name = read_json(kept, dict).get("name")
             if name not in (None, recipe):
                 raise ValueError(

@@ -1,7 +1,8 @@
 """Translation of field and type names from older run folders, on reading.
 
-Version 0.1 wrote other names into recipe.json, log.jsonl, results.json and checkpoints. The values
-are the same, so such a folder can be resumed and reported like any other.
+Version 0.1 wrote other names into recipe.json, log.jsonl, results.json and checkpoints, 0.2 some
+into recipe.json and done.json. The values are the same, so such a folder can be resumed and
+reported like any other.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def translate_names(value: object) -> Any:
                 renamed[key] = _TYPES.get(kind, kind)
         if isinstance(run := renamed.get("run"), dict) and "cache" in run:
             renamed["cache"] = run.pop("cache")
+        if "cache_store" in renamed:
+            renamed["store"] = renamed.pop("cache_store")
         for name in _TEXTS.intersection(renamed):
             renamed[name] = renamed[name] or None
         return renamed

@@ -1,6 +1,6 @@
 """The log of a run: recipe, log rows, results and figures in the run folder.
 
-    with lock(out), RunLog(out, recipe, Rank(), total_steps=900) as log:
+    with lock(out, recipe.name), RunLog(out, recipe, Rank(), total_steps=900) as log:
         log.interval(step=50, epoch=0, values={"loss": 1.2}, images=3200, views=12800,
                      wait_seconds=0.4, seconds=9.1)
         log.result("rotation", metric="accuracy", value=68.4, unit="%", n=40000)

@@ -124,7 +124,7 @@ def read_runs(path: Path) -> list[FinishedRun]:
     name = path.resolve().name
     if (path / "results.json").is_file():
         run = _read(path, name, "", sorted((path / "figures").glob("*.png")))
-        # A grid search has no DONE file of its own; its last row names the best point.
+        # Up to 0.2 a grid search had no DONE file; its last row names the best point.
         ended = run.recipe.get("grid") is True and "chosen_from" in run.results[-1].row
         if not ended and not (path / DONE).is_file():
             raise ValueError(f"{path} is unfinished: it has no {DONE}")

@@ -23,18 +23,14 @@ TRACE, TABLE = "train.pt.trace.json", "operators.txt"
 
 
 @contextlib.contextmanager
-def profiled(
-    folder: Path, steps: int, device: torch.device, *, wait: int = WAIT, warm_up: int = WARM_UP
-) -> Iterator[Callable[[], None]]:
+def profiled(folder: Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
     """Profile `steps` training steps of the block and write the result to `folder`.
 
     Args:
         folder: Created if missing.
-        steps: Steps to trace, after wait + warm_up others; 0 for none. If the block ends earlier,
+        steps: Steps to trace, after WAIT + WARM_UP others; 0 for none. If the block ends earlier,
             the steps traced so far are written, or a warning is logged if there are none.
         device: If it is a GPU, its kernels are traced as well.
-        wait: Steps before the tracing starts.
-        warm_up: Steps that are traced and discarded.
 
     Yields:
         A function to call at the end of each step.
@@ -45,7 +41,7 @@ def profiled(
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    plan = schedule(wait=wait, warmup=warm_up, active=steps, repeat=1)
+    plan = schedule(wait=WAIT, warmup=WARM_UP, active=steps, repeat=1)
     write = functools.partial(_write, folder, device)
     count = 0
     # There is one cycle, so nothing accumulates. Without acc_events torch 2.11 warns while it
@@ -60,8 +56,8 @@ def profiled(
             profiler.step()
 
         yield step
-    if count <= wait + warm_up:
-        logger.warning("no profile: the run ended within its first %d steps", wait + warm_up)
+    if count <= WAIT + WARM_UP:
+        logger.warning("no profile: the run ended within its first %d steps", WAIT + WARM_UP)
 
 
 def _write(folder: Path, device: torch.device, profiler: profile) -> None:

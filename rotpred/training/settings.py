@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pipelines.checks import (
     Checked,
+    Must,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,6 +25,16 @@ SyncBn = Literal["off", "torch", "apex"]
 """Batch norm statistics: of each process alone, or over all processes by torch or apex."""
 
 
+Device = Annotated[
+    str,
+    Must(
+        "be auto, cpu, cuda or cuda:N",
+        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
+    ),
+]
+"""Device of a run: auto for a GPU if there is one."""
+
+
 @dataclass(frozen=True)
 class RunSettings(Checked):
     """Run folder, length, device, precision and checkpoints of a run."""
@@ -33,7 +45,7 @@ class RunSettings(Checked):
     """Passes over the training data. Learning-rate schedules span them or count them."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps, with the schedule of the full run (smoke tests, benchmarks)."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto (a GPU if there is one), cpu, or cuda."""
     precision: Precision = "bf16"
     """Autocast type: bf16, fp16 (with a gradient scaler) or fp32 (no autocast)."""

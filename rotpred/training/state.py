@@ -249,11 +249,8 @@ class TrainState:
             self._checkpoints.set_score(self.step, value)
         barrier(self.rank)
 
-    def resume(self) -> bool:
+    def resume(self) -> None:
         """Resume from the newest valid checkpoint in the folder, if there is one.
-
-        Returns:
-            Whether there was one.
 
         Raises:
             CheckpointError: The checkpoint belongs to another run (the message lists the
@@ -269,7 +266,7 @@ class TrainState:
         # Rank 0 chooses. All ranks load the same file, or fail with the same message.
         found = from_main(newest, self.rank, error=CheckpointError)
         if not found:
-            return False
+            return
         loaded = loaded or load(Path(found))
         self._check_identity(found, translate_names(json.loads(loaded.state["identity"])))
         self.module.load_state_dict(loaded.state["model"])
@@ -279,7 +276,6 @@ class TrainState:
         torch.set_rng_state(loaded.state["rng"])
         self.step, self.digest = loaded.step, loaded.state["digest"]
         logger.info("resuming from %s, after step %d", found, loaded.step)
-        return True
 
     def _check_identity(self, path: str, saved: dict[str, Any]) -> None:
         """Raise `CheckpointError` if the identity of a checkpoint is not that of this run."""

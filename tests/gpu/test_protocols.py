@@ -111,8 +111,8 @@ def test_colors_are_those_of_a_cpu() -> None:
     assert apart.max() < 0.05 and apart.mean() < 1e-4
 
 
-def test_batch_norm_over_a_group_of_one(beton: Path, tmp_path: Path) -> None:
-    """NCCL and SyncBN under torchrun, on one GPU."""
+def test_the_imagenet_recipe_under_torchrun(beton: Path, tmp_path: Path) -> None:
+    """On one GPU; its SyncBN has nothing to synchronise there."""
     words = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
         *(str(Path(__file__).parents[2] / "scripts/pretrain.py"), "rotnet_in1k_r50"),

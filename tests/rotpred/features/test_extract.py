@@ -24,10 +24,11 @@ from pipelines.spec import CenterCrop, LoaderSpec
 from rotpred import distributed
 from rotpred.distributed import Rank
 from rotpred.features import extract as extraction
-from rotpred.features.base import AVGPOOL, Features
+from rotpred.features.base import Features
 from rotpred.features.extract import extract, open_extraction_loader
 from rotpred.models.base import Backbone
 from rotpred.models.heads import stage_pools
+from rotpred.models.names import AVGPOOL
 from rotpred.protocols import knn, svm
 from rotpred.protocols.multilabel import labels_of, read_labels
 from rotpred.recipes.base import FeatureRun

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torchvision
@@ -17,6 +19,7 @@ from rotpred.models.heads import (
     stage_pools,
     stage_shapes,
 )
+from rotpred.models.names import AVGPOOL, StageName
 from rotpred.models.resnet import ResNet
 
 pytestmark = pytest.mark.timeout(120)
@@ -209,6 +212,11 @@ def test_every_rotnet_trains_one_step(name: str) -> None:
     assert net.backbone.arch == name
     prefixes = {key.split(".")[0] for key in net.state_dict()}
     assert prefixes == {"backbone", "head"}
+
+
+def test_every_stage_has_a_name_that_recipes_take() -> None:
+    found = {name for arch in BACKBONES for name in build_backbone(arch).stage_names}
+    assert found | {AVGPOOL} == set(get_args(StageName))
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

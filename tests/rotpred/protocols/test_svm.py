@@ -45,6 +45,7 @@ def test_run_folders(tmp_path: Path) -> None:
         "val_labels": str(tmp_path / "labels.npy"), "stages": ("res5", "avgpool"),
         "costs": EXACT_COSTS, "cache": str(tmp_path / "cache"),
     }  # fmt: skip
+    common["costs"] = (*EXACT_COSTS, 0.1)  # 0.1 is another number in float32
     full = Svm(run=place, class_names=("ox", "ass", "goose"), **common)  # type: ignore[arg-type]
     out = svm.run(full, Rank())
     rows = {row["metric"]: row for row in json.loads((out / "results.json").read_text())}
@@ -52,6 +53,7 @@ def test_run_folders(tmp_path: Path) -> None:
     row = rows["mAP/res5"]
     assert row["value"] == pytest.approx(100 * np.mean(row["per_class"])) and row["n"] == 24
     assert row["classes"] == ["ox", "ass", "goose"] and len(row["per_class"]) == 3
+    assert set(row["costs"]) <= set(common["costs"])
     assert (out / "figures" / "per_class.png").exists() and (out / "done.json").exists()
     written = (out / "results.json").stat().st_mtime_ns
     svm.run(full, Rank())

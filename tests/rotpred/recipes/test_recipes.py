@@ -97,11 +97,6 @@ def test_every_recipe(name: str) -> None:
     assert ("cifar10" in name or name == "quickstart") == (recipe.train.normalize == CIFAR10)
 
 
-@pytest.mark.parametrize("blocks", [3, 4, 5])
-def test_nin_has_as_many_blocks_as_asked(blocks: int) -> None:
-    assert rotnet_cifar10_nin(blocks).backbone == f"nin{blocks}"
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -109,12 +109,16 @@ def test_checkpoints_resume(tmp_path: Path) -> None:
         "val": {"geometry": {"kind": "Within", "width": 8}, "max_bad": 2},
         "sides": [[0, 16]], "limit": None, "per_class": 5, "max_bad": 0, "head_mult": 10.0,
     }  # fmt: skip
-    state(old).save()
+    first = state(old)
+    first.step = 3
+    first.save()
     present = {
         "val": {"geometry": {"kind": "FitWithin", "width": 8}, "max_invalid_annotations": 2},
         "resolution_schedule": [[0, 16]], "max_samples": None, "samples_per_class": 5,
         "max_undecodable": 0, "head_lr_mult": 10.0,
     }  # fmt: skip
-    assert state(present).resume()
+    resumed = state(present)
+    resumed.resume()
+    assert resumed.step == 3
     with pytest.raises(CheckpointError, match=r"head_lr_mult: 10\.0 there, 1\.0 now"):
         state({**present, "head_lr_mult": 1.0}).resume()

@@ -412,19 +412,22 @@ def test_logging_of_other_ranks_is_warnings_with_their_number(
 
 def test_lock_refuses_a_second_job(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with lock(out):
-        with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on"), lock(out):
+    with lock(out, "tiny"):
+        with (
+            pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on"),
+            lock(out, "tiny"),
+        ):
             pass
         done = run_child(
             f"""
             from pathlib import Path
             from rotpred.records.log import lock
-            with lock(Path({str(out)!r})):
+            with lock(Path({str(out)!r}), "tiny"):
                 pass
             """
         )
         assert done.returncode == 1 and "two jobs in one run folder" in done.stderr
-    with lock(out):
+    with lock(out, "tiny"):
         pass
 
 

@@ -13,6 +13,7 @@ from pipelines.spec import LoaderSpec, RandomResizedCrop
 from rotpred.distributed import Rank
 from rotpred.protocols import pretrain
 from rotpred.recipes.pretrain import Pretrain
+from rotpred.training import profiler
 from rotpred.training.profiler import TABLE, TRACE, WAIT, WARM_UP, profiled
 from rotpred.training.settings import RunSettings
 
@@ -40,6 +41,13 @@ def test_a_profiled_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in (out / "profile").iterdir()) == sorted([TRACE, TABLE])
 
 
+@pytest.fixture
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace from the second step on."""
+    monkeypatch.setattr(profiler, "WAIT", 0)
+    monkeypatch.setattr(profiler, "WARM_UP", 1)
+
+
 def test_no_profile_unless_asked_for(tmp_path: Path) -> None:
     with profiled(tmp_path / "profile", 0, CPU) as step:
         step()
@@ -47,16 +55,14 @@ def test_no_profile_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_too_short_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), profiled(tmp_path, 3, CPU, wait=2) as step:
+    with caplog.at_level(logging.WARNING), profiled(tmp_path, 3, CPU) as step:
         step()
     assert "no profile" in caplog.text and not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_wait")
 def test_a_run_that_stops_within_its_profile_leaves_what_it_has(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyError),
-        profiled(tmp_path / "profile", 50, CPU, wait=1, warm_up=1) as step,
-    ):
+    with pytest.raises(KeyError), profiled(tmp_path / "profile", 50, CPU) as step:
         for _ in range(4):
             torch.ones(3).add(1)
             step()
@@ -65,19 +71,21 @@ def test_a_run_that_stops_within_its_profile_leaves_what_it_has(tmp_path: Path) 
     assert "aten::add" in text and json.loads(text)["traceEvents"]
 
 
+@pytest.mark.usefixtures("no_wait")
 def test_a_profile_that_cannot_be_written_costs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "profile").write_text("a file")
     with (
         caplog.at_level(logging.WARNING),
-        profiled(tmp_path / "profile", 1, CPU, wait=0, warm_up=1) as step,
+        profiled(tmp_path / "profile", 1, CPU) as step,
     ):
         step()
         step()
     assert "cannot write the profile" in caplog.text
 
 
+@pytest.mark.usefixtures("no_wait")
 @pytest.mark.parametrize("part", ["key_averages", "export_chrome_trace"])
 def test_a_profile_that_the_tracer_refuses_costs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, part: str
@@ -88,7 +96,7 @@ def test_a_profile_that_the_tracer_refuses_costs_a_warning(
     monkeypatch.setattr(torch.profiler.profile, part, refuse)
     with (
         caplog.at_level(logging.WARNING),
-        profiled(tmp_path / "profile", 1, CPU, wait=0, warm_up=1) as step,
+        profiled(tmp_path / "profile", 1, CPU) as step,
     ):
         step()
         step()
