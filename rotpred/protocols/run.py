@@ -28,8 +28,7 @@ from rotpred.models.base import Backbone
 from rotpred.plots.training import curves
 from rotpred.protocols.scoring import Validation
 from rotpred.recipes.base import FromWeights, Recipe
-from rotpred.records.folder import DONE
-from rotpred.records.former_names import translate_names
+from rotpred.records.folder import DONE, what_counts
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.records.recipe_json import plain
 from rotpred.training.data import check_data
@@ -104,7 +103,7 @@ class Run(Generic[L]):
         path = self.out / DONE
 
         def finished() -> bool:
-            return path.exists() and _numbers(read_json(path, dict)) == _numbers(done())
+            return path.exists() and what_counts(read_json(path, dict)) == what_counts(done())
 
         if may_be_finished and from_main(finished, self.rank):
             logger.info("%s is finished already", self.out)
@@ -209,7 +208,7 @@ class Run(Generic[L]):
             with state.evaluation():
                 found = evaluate()
             last = state.step, found
-            if state.step > start:  # else the log has it from before
+            if state.step > start or not self.log.has_validation(start):
                 percent = {name: 100 * value for name, value in found.logged.items()}
                 self.log.validation(step=state.step, values=percent)
             for name, figure in found.figures.items():
@@ -294,13 +293,3 @@ def _fields(name: str, value: Any) -> object:
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return asdict(value) | ({"kind": type(value).__name__} if name == "schedule" else {})
-
-
-def _numbers(done: Mapping[str, object]) -> dict[str, object]:
-    """Return the fields of done.json that affect results: not where the cache lies, say."""
-    fields: dict[str, object] = translate_names(done)
-    if isinstance(recipe := fields.get("recipe"), dict):
-        kept = {name: value for name, value in recipe.items() if name not in ("cache", "run")}
-        # SVMs had no choice of `store` up to 0.2.
-        fields["recipe"] = {"store": "float32", **kept, "precision": recipe["run"]["precision"]}
-    return fields

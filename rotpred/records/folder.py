@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import __version__
 from pipelines.storage import locked, read_json
-from rotpred.records.former_names import translate_row
+from rotpred.records.former_names import translate_names, translate_row
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,16 @@ def read_results(path: Path) -> list[dict[str, object]]:
 
 DONE = "done.json"
 """Name of the file that marks a run as finished, including results and figures."""
+
+
+def what_counts(done: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields of done.json that affect results: not where the cache lies, say."""
+    fields: dict[str, object] = translate_names(done)
+    if isinstance(recipe := fields.get("recipe"), dict):
+        kept = {name: value for name, value in recipe.items() if name not in ("cache", "run")}
+        # SVMs had no choice of `store` up to 0.2.
+        fields["recipe"] = {"store": "float32", **kept, "precision": recipe["run"]["precision"]}
+    return fields
 
 
 @contextmanager

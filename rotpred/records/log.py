@@ -183,6 +183,14 @@ class RunLog:
             self._rows.append(row)
             self._scalars.interval(row, values, step)
 
+    def has_validation(self, step: int) -> bool:
+        """Return whether log.jsonl has a validation of this step, from a run that was cut then."""
+        path = self.out / "log.jsonl"
+        rows = read_rows(path) if path.exists() else []
+        return any(
+            row.get("step") == step and any(k.startswith("val/") for k in row) for row in rows
+        )
+
     def validation(self, *, step: int, values: Mapping[str, float]) -> None:
         """Record a validation in the middle of a run: a row, a console line, TensorBoard scalars.
 

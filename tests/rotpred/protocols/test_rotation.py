@@ -157,9 +157,9 @@ def test_from_the_command_line_on_two_processes(
 def test_the_control_and_what_is_refused(beton: Path, tmp_path: Path) -> None:
     found = row(rotation.run(recipe(beton, tmp_path, "random"), Rank()))
     assert found["checkpoint_sha256"] is None and found["chance"] == 25.0
-    with pytest.raises(ValueError, match="name the weights to score"):
-        rotation.run(recipe(beton, tmp_path, ""), Rank())
     plain = recipe(beton, tmp_path, "random")
+    with pytest.raises(ValueError, match="name the weights to score"):
+        rotation.run(replace(plain, weights=None), Rank())
     with pytest.raises(ValueError, match="all four views"):
         rotation.run(replace(plain, val=replace(plain.val, views="plain")), Rank())
 

@@ -436,9 +436,9 @@ def test_lock_ends_with_a_killed_process(tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from rotpred.records.log import lock
-with lock(Path({str(tmp_path)!r})):
+with lock(Path({str(tmp_path)!r}), "tiny"):
     os.kill(os.getpid(), 9)
 """
     assert run_child(code).returncode in (-9, 137)
-    with lock(tmp_path):
+    with lock(tmp_path, "tiny"):
         pass
