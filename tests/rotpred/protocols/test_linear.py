@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rotpred.models.heads import stage_pools
 from rotpred.protocols import linear, run
 from rotpred.recipes.linear import RECIPES, Linear, cifar10_probes
 from rotpred.recipes.probe import Probe, ProbeKind
-from rotpred.training.checkpoint import CheckpointError
+from rotpred.training.checkpoint import CheckpointError, CheckpointFolder
 from rotpred.training.schedule import Steps, lr_at
 from rotpred.training.settings import Optim, RunSettings
 from rotpred.weights.load import save_backbone
@@ -77,6 +78,14 @@ def test_not_one_tensor_of_the_backbone_moves(
     assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
     assert not any(m.training for m in backbone.modules())
     assert (out / "results.json").exists()
+
+
+def test_a_checkpoint_of_0_2_resumes_with_sync_bn(tmp_path: Path) -> None:
+    """Its identity has no `sync_bn`: up to 0.2 there was no choice."""
+    made = replace(recipe(tmp_path, "random"), sync_bn="torch", probes=(Probe("avgpool"),))
+    linear.run(replace(made, run=replace(made.run, max_steps=1)), Rank())
+    latest = CheckpointFolder(tmp_path / "checkpoints").latest()
+    assert latest is not None and "sync_bn" not in json.loads(latest.state["identity"])
 
 
 def test_weights_must_be_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,22 @@ def test_finished_run_is_left_alone(data: Path, whole: Path, console: Console) -
     text = pretrain(options(data, whole, *SMALL), console())
     assert "finished already" in text
     assert (whole / "backbone.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_cut_after_its_last_step_is_completed(
+    data: Path, whole: Path, tmp_path: Path, console: Console
+) -> None:
+    """Results and done.json are written again, and the validation stands once in the log."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "done.json").unlink()
+    (out / "results.json").unlink()
+    pretrain(options(data, out, *SMALL), console())
+    assert results(out)["accuracy"]["value"] == results(whole)["accuracy"]["value"]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "val/accuracy" in row]
+    assert len(steps) == len(set(steps)) > 0
+    assert (out / "done.json").read_bytes() == (whole / "done.json").read_bytes()
 
 
 def test_a_score_costs_no_second_checkpoint(whole: Path) -> None:

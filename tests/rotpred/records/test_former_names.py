@@ -12,7 +12,7 @@ from torch import nn
 
 from rotpred.distributed import Rank
 from rotpred.recipes.every import EVALUATION, PRETRAINING
-from rotpred.records.folder import read_results, read_rows
+from rotpred.records.folder import read_results, read_rows, what_counts
 from rotpred.records.former_names import (
     restore_names,
     translate_names,
@@ -52,6 +52,28 @@ def test_kept_recipes_have_the_present_names_after_translation(path: Path) -> No
         unknown
     )
     assert translate_names(translate_names(old)) == translate_names(old)
+
+
+@pytest.mark.parametrize("name", ["cifar10_svm", "cifar10_lowshot", "cifar10_knn"])
+def test_evaluations_that_0_2_finished_are_finished(name: str) -> None:
+    """As 0.2 wrote them: the cache within `run`, no `store` of SVMs, "" for what is not given."""
+    present: Any = {"recipe": plain(EVALUATION[name]()), "weights": "ab", "data": "c", "val": "d"}
+    former = json.loads(json.dumps(present))
+    recipe = former["recipe"]
+    recipe["run"] |= {"cache": recipe.pop("cache"), "out": "runs/x", "type": "CachedFeatureRun"}
+    for part in ("train", "val"):
+        recipe[part]["root"] = ""
+    if name != "cifar10_knn":
+        del recipe["store"]
+        recipe |= {"train_labels": "", "val_labels": ""}
+    former["recipe"]["weights"] = present["recipe"]["weights"] = "w.safetensors"
+    assert what_counts(former) == what_counts(present)
+    recipe["train"]["seed"] = 1
+    assert what_counts(former) != what_counts(present)
+
+
+def test_the_type_of_cached_features_has_its_present_name() -> None:
+    assert translate_names({"cache_store": "float16"}) == {"store": "float16"}
 
 
 def test_rows_have_the_present_columns(tmp_path: Path) -> None:
