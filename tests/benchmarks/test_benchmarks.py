@@ -20,8 +20,7 @@ import torch
 from contestants import stages
 from contestants.stages import Stage, StageOptions
 from data.photographs import Containers, containers
-from harness import timing
-from harness.results import against, row
+from harness import results, timing
 from harness.runner import ContestantError, ContestantProcess
 from tests.support import processes
 
@@ -375,13 +374,15 @@ def test_abba_goes_there_and_back() -> None:
 
 def test_a_row_keeps_its_target_also_if_another_value_meets_it() -> None:
     def made(**more: Any) -> dict[str, Any]:
-        found = row("b", "n", "", [1.0, 2.0, 9.0], unit="x", device=torch.device("cpu"), **more)
+        found = results.row(
+            "b", "n", "", [1.0, 2.0, 9.0], unit="x", device=torch.device("cpu"), **more
+        )
         return {name: found[name] for name in ("target", "met") if name in found}
 
     assert made() == {}
     assert made(target=1.5, better="higher") == {"target": 1.5, "met": True}
     assert made(target=None, better="lower") == {"target": None, "met": None}
-    assert made(**against(9.0, 5.0, "lower")) == {"target": 5.0, "met": False}
+    assert made(**results.against(9.0, 5.0, "lower")) == {"target": 5.0, "met": False}
 
 
 def test_programs_start_outside_of_tests() -> None:

@@ -275,5 +275,5 @@ def test_a_writer_that_cannot_create_both_files_leaves_none_open(
     (tmp_path / taken).mkdir()
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match=taken):
-        BetonWriter(tmp_path / "x.beton", capacity=1, page_size=1 << 16, segments=True)
+        BetonWriter(tmp_path / "x.beton", capacity=1, page_size=1 << 21, segments=True)
     assert os.listdir("/proc/self/fd") == before
