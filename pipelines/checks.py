@@ -11,6 +11,7 @@ also for a wrong type: programs print it as one line.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -59,6 +60,7 @@ ORDERED = Must("be in ascending order", lambda values: sorted(values) == list(va
 NonEmptyStr = Annotated[str, NOT_EMPTY]
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
+Seed = Annotated[int, at_least(0), at_most(2**63 - 1)]
 PositiveFloat = Annotated[float, above(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 Fraction = Annotated[float, above(0), at_most(1)]
@@ -123,8 +125,9 @@ def check(name: str, value: object, hint: Any) -> Any:
         if not isinstance(value, bool) and isinstance(value, Integral):
             return int(value)
     elif kind is float:
-        if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
-            return int(value) if isinstance(value, Integral) else float(value)
+        with contextlib.suppress(OverflowError):  # Of a whole number beyond the largest float.
+            if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
+                return int(value) if isinstance(value, Integral) else float(value)
     elif kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     elif isinstance(value, kind):

@@ -31,7 +31,11 @@ class Samples(Protocol):
 
     @property
     def beton(self) -> Beton | None:
-        """The beton, for engines that read its tables and its bytes in place; None for others."""
+        """The beton, for engines that read its tables and its bytes in place; None for others.
+
+        An interface that names one implementation: two engines need the mapped file itself, and
+        would else ask for its type.
+        """
 
     def __len__(self) -> int:
         """Return N."""

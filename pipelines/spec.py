@@ -14,6 +14,7 @@ from pipelines.checks import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     at_least,
     at_most,
 )
@@ -169,7 +170,7 @@ class LoaderSpec(Checked):
     """Use a random subset of this many samples. The same for equal seeds, with any engine."""
     samples_per_class: PositiveInt | None = None
     """Use a random subset of this many samples per class. Excludes `max_samples`."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of all random choices. Order, crops and flips depend on seed, epoch and sample index."""
     workers: NonNegativeInt = 0
     """Decoding threads per process. 0: divide the available cores among the local processes."""

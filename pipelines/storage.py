@@ -58,8 +58,13 @@ def temporary_of(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left of `name`, or of any file. The caller holds the lock."""
-    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.\d+\.tmp")
+    """Remove what killed processes left of `name`, or of any file. The caller holds the lock.
+
+    For a name, this includes what versions before 0.3 left: NAME.tmp.PID and its side file.
+    """
+    known = re.escape(name)
+    old = rf"|{known}\.tmp\.\d+(\.segments)?" if name else ""
+    pattern = re.compile(rf"\.{known or '.+'}\.\d+\.tmp{old}")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name):
             if path.is_dir():
@@ -122,7 +127,8 @@ def replaced_together(target: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                 place.unlink(missing_ok=True)
         _sync(target.parent)
     finally:
-        shutil.rmtree(folder)
+        # On NFS a file that is still mapped keeps its folder: the next holder of the lock sweeps.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _HashingFile(io.FileIO):
@@ -202,34 +208,13 @@ def read_json(path: Path, kind: type[T]) -> T:
     return value
 
 
-def try_lock(file: int, kind: int) -> OSError | None:
-    """Lock an open file without waiting; return the error if its file system cannot lock.
-
-    The kernel releases the lock when the process ends for any reason.
-
-    Args:
-        file: A file descriptor.
-        kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise BlockingIOError(error.errno, error.strerror) from error
-        return error
-    return None
-
-
 @contextlib.contextmanager
 def locked(target: Path, *, hint: str, wait: bool = False) -> Iterator[None]:
     """Hold the write lock of a folder or file, and remove temporary files of writers that died.
 
     An existing folder is locked by FOLDER/.lock, which stays; any other path by PATH.lock, which is
     removed at the end. Lock files name their holder. Reading needs no lock: files are renamed into
-    place when complete.
+    place when complete. The kernel releases the lock when the process ends for any reason.
 
     Args:
         target: What to lock.
@@ -246,16 +231,19 @@ def locked(target: Path, *, hint: str, wait: bool = False) -> Iterator[None]:
         while True:
             # Unbuffered: on a full disk, closing the file must not write again.
             file = files.enter_context(path.open("a+b", buffering=0))
+            error = None
             try:
-                error = try_lock(file.fileno(), fcntl.LOCK_EX)
-            except BlockingIOError:
-                holder = os.pread(file.fileno(), 200, 0).decode(errors="replace").strip()
-                message = f"{target} is in use by {holder or 'another process'}"
-                if not wait:
-                    raise LockedError(f"{message}: {hint}") from None
-                logger.info("%s: waiting for it", message)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                error = None
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as refusal:
+                if refusal.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    holder = os.pread(file.fileno(), 200, 0).decode(errors="replace").strip()
+                    message = f"{target} is in use by {holder or 'another process'}"
+                    if not wait:
+                        raise LockedError(f"{message}: {hint}") from None
+                    logger.info("%s: waiting for it", message)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                else:
+                    error = refusal
             if is_folder:
                 break
             if error is not None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipelines.beton.reader import verify
 from pipelines.checks import Checked, NonNegativeInt
 from pipelines.conversion.inputs import open_input
-from pipelines.storage import replaced
+from pipelines.storage import locked, replaced
 from rotpred.program import drive, leave_if_terminated
 
 
@@ -88,7 +88,9 @@ def main(args: Arguments) -> str:
     )
     with contextlib.ExitStack() as stack:
         if given.labels is not None:  # renamed to its place once the beton is complete
-            labels = stack.enter_context(replaced(args.output.with_suffix(".labels.npy")))
+            place = args.output.with_suffix(".labels.npy")
+            stack.enter_context(locked(place, hint="two conversions cannot write one file"))
+            labels = stack.enter_context(replaced(place))
             with labels.open("wb") as file:
                 np.save(file, given.labels)
         bar = stack.enter_context(

@@ -11,18 +11,17 @@ import torch
 
 from pipelines.conversion.convert import write_beton
 from pipelines.datasets.index import SampleIndex
-from tests.support.engines import MARKED, missing
+from tests.support.engines import MARKED, need
 from tests.support.images import COUNT, save_jpeg, smooth_image
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            reason = "needs a CUDA device: torch.cuda.is_available() is False"
-            item.add_marker(pytest.mark.skip(reason=reason))
-        for engine in MARKED:
-            if item.get_closest_marker(engine) and (missed := missing(engine)) is not None:
-                item.add_marker(pytest.mark.skip(reason=missed))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Not while collecting: this imports the engines' packages.
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+    for engine in MARKED:
+        if item.get_closest_marker(engine):
+            need(engine)
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,9 @@ def row(
         device: Device that did the work.
         digits: Decimals of the rounded values.
         order: Order in which contestants alternated; empty if they did not.
-        target: For the median; None if there is none on this machine.
-        better: Which medians meet the target; None for a row without these two fields.
+        target: None if there is none on this machine.
+        better: Which medians meet the target; None if it is for another value than the median:
+            then `more` gives the field `met`.
         more: Further fields.
     """
     return {
@@ -104,6 +105,7 @@ def row(
         "unit": unit,
         **spread(values, digits),
         "order": order,
+        **({} if target is None else {"target": target}),
         **({} if better is None else against(median(values), target, better)),
         **more,
         **_machine(str(device)),

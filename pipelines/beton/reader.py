@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -24,7 +25,6 @@ from pipelines.beton.layout import HEADER, RAW, BetonError, Layout, check_layout
 from pipelines.beton.manifest import Manifest, load_manifest, manifest_path
 from pipelines.beton.segments import Segments, find_fault, open_segments, segments_path
 from pipelines.jpeg.markers import ImageError, read_header
-from pipelines.storage import try_lock
 
 __all__ = ["Beton", "BetonError", "VerifyReport", "check_sums", "verify"]
 
@@ -235,7 +235,7 @@ def _open(path: Path) -> Beton:
     except OSError as error:
         raise BetonError(f"{path}: cannot be opened: {error.strerror}") from error
     try:
-        try_lock(handle, fcntl.LOCK_SH)  # nothing is lost where the file system cannot lock
+        _lock(handle, path)
         data = _map(handle, path)
         layout = check_layout(path, data, manifest)
         if manifest is not None and manifest.fingerprint != layout.fingerprint:
@@ -251,14 +251,21 @@ def _open(path: Path) -> Beton:
             manifest=manifest,
             segments=_segments(path, layout, manifest),
         )
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BetonError(f"{path}: another process is writing it") from error
     except BaseException:
         os.close(handle)
         raise
     beton._closer.append(weakref.finalize(beton, os.close, handle))
     return beton
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BetonError(f"{path}: another process is writing it") from error
+    except OSError as error:  # Nothing is lost where the file system cannot lock.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise BetonError(f"{path}: cannot be locked: {error.strerror}") from error
 
 
 def _map(handle: int, path: Path) -> Uint8:

@@ -73,10 +73,14 @@ class BetonWriter:
         self._next = -(-head // page_size) * page_size
         self._used = 0  # Bytes used in the page that starts at `_next`.
         self._segments: SegmentsWriter | None = None
-        if segments:
-            self._segments = SegmentsWriter(segments_path(path), capacity=capacity)
         self._file = open(path, "xb", buffering=_BUFFER)
-        self._file.seek(self._next)
+        try:
+            self._file.seek(self._next)
+            if segments:
+                self._segments = SegmentsWriter(segments_path(path), capacity=capacity)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> BetonWriter:
         return self

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,9 @@ from pipelines.conversion.workers import RejectedFile, WorkerError, prepare_imag
 from pipelines.samples import Samples
 from pipelines.storage import (
     LockedError,
+    check_space,
     locked,
+    remove_leftovers,
     replaced_together,
     write_atomic,
     write_verified,
@@ -114,6 +115,8 @@ def write_beton(
     run = _Conversion(source, target, options, workers, budget, progress)
     try:
         with locked(target, hint="two conversions cannot write one file"):
+            for suffix in (".json", QUARANTINE, FAILED):
+                remove_leftovers(target.parent, f"{target.name}{suffix}")
             return run.convert()
     except (BetonError, LockedError, WorkerError) as error:
         raise ConversionError(str(error)) from error
@@ -158,12 +161,10 @@ class _Conversion:
 
     def _check_space(self, total: int) -> None:
         needed = int(1.1 * total) + 2 * _PAGE + 64 * len(self.source)
-        free = shutil.disk_usage(self.target.parent).free
-        if free < needed:
-            raise ConversionError(
-                f"{str(self.target.parent)!r} has {free / 1e9:.2f} GB free, about "
-                f"{needed / 1e9:.2f} GB are needed"
-            )
+        try:
+            check_space(self.target.parent, needed, what=self.target.name)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
 
     def _attempt(self, page: int, chunk: int) -> Manifest:
         self.kinds.clear()

@@ -66,27 +66,29 @@ class MemoryImages:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of labels and images. Reads every image."""
-        digest = hashlib.sha256(self.labels.tobytes())
+        """Short hash of class names, labels, and images with their sizes. Reads every image."""
+        digest = hashlib.sha256(str((len(self), self.classes)).encode() + self.labels.tobytes())
         for i in range(len(self)):
-            digest.update(bytes(self.read(i)))
+            image = self.read(i)
+            size = len(image) if isinstance(image, bytes) else image.shape
+            digest.update(f"{size};".encode() + bytes(image))
         return digest.hexdigest()[:16]
 
     def read(self, i: int) -> bytes | Uint8:
         """Read sample `i`: the encoded image, or uint8 (H, W, 3).
 
         Raises:
-            ImageError: The other library cannot read its file.
+            ImageError: The other library cannot read its file, or Pillow cannot decode it.
             ValueError: The pixels have another type or shape.
         """
         try:
             image = self.get(i)
+            if isinstance(image, Image.Image):  # Pillow may read the file only now.
+                return np.asarray(image.convert("RGB"))
         except OSError as error:
             raise ImageError(describe_error(error)) from error
         if isinstance(image, bytes):
             return image
-        if isinstance(image, Image.Image):
-            return np.asarray(image.convert("RGB"))
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"pixels are {image.dtype} {image.shape}, not uint8 (H, W, 3)")
         if image.ndim == 2:

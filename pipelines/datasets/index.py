@@ -195,6 +195,8 @@ class SampleIndex:
             IndexFormatError: A line is malformed. The message starts with file:line.
         """
         source = Path(file)
+        if not source.is_file():
+            raise FileNotFoundError(f"list file {str(source)!r} does not exist")
         base = require_folder(source.parent if root is None else root)
         labels = array("q")
         blob, offsets = _pack(parse_list(source, labels))

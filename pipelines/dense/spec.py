@@ -16,6 +16,7 @@ from pipelines.checks import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
 )
 from pipelines.spec import IMAGENET, Normalize
 
@@ -108,7 +109,7 @@ class DenseSpec(Checked):
     """Steps per epoch of training. None: as many as one pass over the data takes."""
     max_samples: PositiveInt | None = None
     """Use only the first images, this many."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of order and augmentation."""
     max_invalid_annotations: NonNegativeInt = 0
     """Invalid annotations to tolerate (no area, outside the image, unknown class, missing image).

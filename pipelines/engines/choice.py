@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 
@@ -107,41 +108,41 @@ def open_engine(
         Name of the engine; the engine, which closes the data set; the data set, None if synthetic.
     """
     shard = shard or Shard()
-    # Check the options first: a beton opens at once, a folder of a million files does not.
-    samples = None
-    if spec.engine != "synthetic" and spec.data.endswith(".beton"):
-        samples = open_samples(spec.data, spec.root)
-    beton = None if samples is None else samples.beton
-    engine = choose_engine(spec, raw=beton is not None and beton.raw)
-    check_options(spec, engine, on_gpu=device.type == "cuda")
-    if engine == "synthetic":
-        from pipelines.engines.synthetic import SyntheticSource
+    with contextlib.ExitStack() as opened:  # Closes what is open after an error.
+        # Check the options first: a beton opens at once, a folder of a million files does not.
+        samples = None
+        if spec.engine != "synthetic" and spec.data.endswith(".beton"):
+            samples = open_samples(spec.data, spec.root)
+            opened.callback(samples.close)
+        beton = None if samples is None else samples.beton
+        engine = choose_engine(spec, raw=beton is not None and beton.raw)
+        check_options(spec, engine, on_gpu=device.type == "cuda")
+        if engine == "synthetic":
+            from pipelines.engines.synthetic import SyntheticSource
 
-        return engine, SyntheticSource(spec, shard=shard, device=device), None
-    if samples is None:
-        samples = open_samples(spec.data, spec.root)
-    limit = thread_budget(spec, shard, device)
-    workers = spec.workers or limit.threads
-    source: Source
-    match engine:
-        case "ffcv":
-            from pipelines.engines.ffcv.source import FfcvSource
+            return engine, SyntheticSource(spec, shard=shard, device=device), None
+        if samples is None:
+            samples = open_samples(spec.data, spec.root)
+        limit = thread_budget(spec, shard, device)
+        workers = spec.workers or limit.threads
+        source: Source
+        match engine:
+            case "ffcv":
+                from pipelines.engines.ffcv.source import FfcvSource
 
-            assert beton is not None
-            source = FfcvSource(beton, spec, shard=shard, workers=workers)
-        case "dali":
-            from pipelines.engines.dali.source import DaliSource
+                assert beton is not None
+                source = FfcvSource(beton, spec, shard=shard, workers=workers)
+            case "dali":
+                from pipelines.engines.dali.source import DaliSource
 
-            source = DaliSource(samples, spec, shard=shard, workers=workers, device=device)
-        case _:
-            from pipelines.engines.folder import FolderSource
+                source = DaliSource(samples, spec, shard=shard, workers=workers, device=device)
+            case _:
+                from pipelines.engines.folder import FolderSource
 
-            pin = device.type == "cuda"
-            source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
-    if spec.workers == 0:
-        try:
+                pin = device.type == "cuda"
+                source = FolderSource(samples, spec, shard=shard, workers=workers, pin=pin)
+        opened.callback(source.close)
+        if spec.workers == 0:
             autotune(source, spec, limit)
-        except BaseException:
-            source.close()
-            raise
-    return engine, source, samples
+        opened.pop_all()
+        return engine, source, samples

@@ -9,9 +9,9 @@ from pipelines.checks import (
     DISTINCT,
     NOT_EMPTY,
     NonEmptyStr,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     at_least,
 )
 from pipelines.datasets.voc_classification import VOC_CLASSES
@@ -71,7 +71,7 @@ class LowShot(_SvmFields):
     """Numbers of positives per class. Each has (classes - 1) times as many negatives."""
     draws: PositiveInt = 5
     """Independent draws per number of shots."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the draws."""
 
 

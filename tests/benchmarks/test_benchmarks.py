@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ from typing import Any
 import doctor
 import pytest
 import run_all
+import torch
 
 from contestants import stages
 from contestants.stages import Stage, StageOptions
 from data.photographs import Containers, containers
-from harness import timing
+from harness import results, timing
 from harness.runner import ContestantError, ContestantProcess
 from tests.support import processes
 
@@ -368,3 +370,30 @@ def test_a_program_that_hangs_or_fails_stops_no_other(
 
 def test_abba_goes_there_and_back() -> None:
     assert timing.abba("abc", 3) == list("abccbaabc")
+
+
+def test_a_row_keeps_its_target_also_if_another_value_meets_it() -> None:
+    def made(**more: Any) -> dict[str, Any]:
+        found = results.row(
+            "b", "n", "", [1.0, 2.0, 9.0], unit="x", device=torch.device("cpu"), **more
+        )
+        return {name: found[name] for name in ("target", "met") if name in found}
+
+    assert made() == {}
+    assert made(target=1.5, better="higher") == {"target": 1.5, "met": True}
+    assert made(target=None, better="lower") == {"target": None, "met": None}
+    assert made(**results.against(9.0, 5.0, "lower")) == {"target": 5.0, "met": False}
+
+
+def test_programs_start_outside_of_tests() -> None:
+    """Without the import paths of pytest and what its process has imported."""
+    names = sorted(path.stem for path in HERE.glob("*.py"))
+    assert len(names) == 13
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    for command in (["-c", f"import {', '.join(names)}"], [str(HERE / "doctor.py"), "--help"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=HERE, env=environment, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "--backbone" in done.stdout

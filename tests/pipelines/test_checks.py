@@ -97,6 +97,13 @@ def test_arguments_of_functions_are_checked_with_the_same_words() -> None:
         open_images("digits", split="test")  # type: ignore[arg-type]
 
 
+def test_the_largest_seed_is_usable(folder: Path) -> None:
+    spec = LoaderSpec(data=str(folder), engine="folder", crop=RandomCrop(8), seed=2**63 - 1)
+    for data in (spec, replace(spec, data="synthetic", engine="synthetic")):
+        with open_loader(replace(data, batch_size=2, max_samples=4)) as loader:
+            next(loader.epoch(0))
+
+
 def test_a_value_without_error_is_returned_unchanged() -> None:
     crop = RandomResizedCrop(size=32)
     assert check("crop", crop, RandomResizedCrop | RandomCrop) is crop

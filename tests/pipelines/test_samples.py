@@ -102,13 +102,17 @@ def test_a_beton_can_be_converted_again(kinds: dict[str, Samples], tmp_path: Pat
                     assert torch.equal(decode(second.read(i)), decode(first.read(i)))
 
 
-def test_a_fingerprint_in_memory_covers_pixels_and_labels() -> None:
+def test_a_fingerprint_in_memory_covers_pixels_sizes_labels_and_classes() -> None:
     others = [
         replace(in_memory(), labels=LABELS + 1),
         replace(in_memory(), get=lambda _: PIXELS[0]),
+        replace(in_memory(), get=lambda i: PIXELS[i].reshape(12, -1, 3)),
+        replace(in_memory(), classes=("a", "b", "d")),
+        replace(in_memory(), get=lambda i: (b"1", b"12", b"", b"", b"")[i]),
+        replace(in_memory(), get=lambda i: (b"11", b"2", b"", b"", b"")[i]),
     ]
     found = {data.fingerprint for data in (in_memory(), in_memory(), *others)}
-    assert len(found) == 3
+    assert len(found) == 7
 
 
 def test_what_another_library_cannot_read_is_an_image_error() -> None:

@@ -15,9 +15,9 @@ from pipelines.storage import (
     read_json,
     remove_leftovers,
     replaced,
+    replaced_together,
     sha256_file,
     temporary_of,
-    try_lock,
     write_atomic,
     write_json,
 )
@@ -29,15 +29,16 @@ def listing(folder: Path) -> list[str]:
 
 def test_leftovers_of_one_file_are_told_from_those_of_others(tmp_path: Path) -> None:
     """The names of two outputs may begin alike, and a temporary name holds a process id."""
-    others = [".a.7.b.7.tmp", ".ab.7.tmp", ".a.x.tmp", ".a.7.tmp.x", "a.7.tmp"]
-    for name in (*others, ".a.7.tmp"):
+    foreign = [".a.x.tmp", ".a.7.tmp.x", "a.7.tmp", "ab.tmp.7", "a.tmp.x", "a.tmp.7.json"]
+    others = [".a.7.b.7.tmp", ".ab.7.tmp", *foreign]
+    for name in (*others, ".a.7.tmp", "a.tmp.7", "a.tmp.7.segments"):
         (tmp_path / name).touch()
     (tmp_path / ".a.12.tmp").mkdir()
     (tmp_path / ".a.12.tmp/part").touch()
     remove_leftovers(tmp_path, "a")
     assert listing(tmp_path) == sorted(others)
     remove_leftovers(tmp_path)
-    assert listing(tmp_path) == sorted([".a.x.tmp", ".a.7.tmp.x", "a.7.tmp"])
+    assert listing(tmp_path) == sorted(foreign)
 
 
 def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +125,20 @@ def test_a_file_system_without_locks(
     assert "No locks available" in caplog.text
     with pytest.raises(OSError, match="No locks available"), locked(tmp_path / "out", hint=""):
         pytest.fail("not locked")
-    with (tmp_path / "array").open("w") as file:
-        assert try_lock(file.fileno(), fcntl.LOCK_SH) is not None
+
+
+def test_a_folder_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a file that is open stays in its folder, as .nfsXXXX."""
+
+    def busy(_path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "rmdir", lambda path, **_: busy(path))
+    with pytest.raises(KeyError), replaced_together(tmp_path / "x", ("",)):
+        raise KeyError
+    monkeypatch.undo()
+    assert listing(tmp_path) == [temporary_of(tmp_path / "x").name]
+    with locked(tmp_path / "x", hint=""):
+        assert listing(tmp_path) == ["x.lock"]

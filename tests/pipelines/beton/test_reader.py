@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -121,6 +123,27 @@ def test_manifest_reads_back(good: Path) -> None:
     assert found.dumps() == manifest_path(good).read_text()
     assert found.reencoded == {"array": COUNT} and found.passed == 0
     assert str(good.parent) not in found.dumps()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_readable(
+    good: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: refuse(code))
+    Beton.open(good).close()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_lock_that_fails_for_another_reason_is_an_error(
+    good: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: refuse(code))
+    with pytest.raises(BetonError, match=f"cannot be locked: {os.strerror(code)}"):
+        Beton.open(good)
+
+
+def refuse(code: int) -> None:
+    raise OSError(code, os.strerror(code))
 
 
 def test_lock_is_shared_and_released(good: Path) -> None:

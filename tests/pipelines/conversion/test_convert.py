@@ -228,7 +228,7 @@ def test_failed_rebuilds_leave_the_old_file(
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(ConversionError, match="GB free"):
+        with pytest.raises(ConversionError, match=r"no space for out\.beton in .* MB are free"):
             convert(tmp_path, {}, overwrite=True)
     assert_nothing_left(tmp_path, but=names)
     assert [(tmp_path / name).read_bytes() for name in names] == old
@@ -249,3 +249,31 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match=holder):
             convert(tmp_path, {"a.jpg": JPEG})
     convert(tmp_path, {"a.jpg": JPEG})
+
+
+def test_leftovers_of_killed_conversions_are_swept(tmp_path: Path) -> None:
+    """Also those of versions before 0.3, and none of another output."""
+    stale = [
+        f".out.beton{suffix}.4194305.tmp"
+        for suffix in ("", ".json", ".quarantine.jsonl", ".failed.jsonl")
+    ]
+    stale += ["out.beton.tmp.4194305", "out.beton.tmp.4194305.segments"]
+    stale += [f"out.beton{kind}.tmp.4194305" for kind in (".json", ".failed.jsonl")]
+    others = [name.replace("out", "out2") for name in stale]
+    others += [name.replace("beton", "beton2") for name in stale]
+    for name in (*stale, *others):
+        (tmp_path / name).touch()
+    convert(tmp_path, {"a.jpg": JPEG})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"data", "out.beton", "out.beton.json", *others}
+
+
+@pytest.mark.parametrize("taken", ["x.beton", "x.beton.segments"])
+def test_a_writer_that_cannot_create_both_files_leaves_none_open(
+    tmp_path: Path, taken: str
+) -> None:
+    (tmp_path / taken).mkdir()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=taken):
+        BetonWriter(tmp_path / "x.beton", capacity=1, page_size=1 << 21, segments=True)
+    assert os.listdir("/proc/self/fd") == before

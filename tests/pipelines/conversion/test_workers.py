@@ -9,17 +9,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from pipelines.beton.manifest import manifest_path
 from pipelines.conversion import workers as worker_processes
 from pipelines.conversion.convert import ConversionError, write_beton
 from pipelines.datasets.images import MemoryImages
-from tests.support.betons import assert_nothing_left
+from tests.support.betons import assert_nothing_left, rejected
+from tests.support.encoded_images import encode
+from tests.support.images import gradient_image
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -120,3 +124,17 @@ def test_a_failing_source_ends_the_run_with_its_traceback(tmp_path: Path) -> Non
     with pytest.raises(ConversionError, match="no such thing"):
         write_beton(in_memory(100, broken), tmp_path / "out.beton", workers=2)
     assert_nothing_left(tmp_path)
+
+
+def test_a_truncated_image_that_pillow_reads_late_is_quarantined(tmp_path: Path) -> None:
+    """As other libraries return it: opened, but not yet decoded."""
+    whole = encode(gradient_image())
+
+    def get(i: int) -> Image.Image:
+        return Image.open(BytesIO(whole[:-100] if i == 7 else whole))
+
+    source = MemoryImages(get, np.zeros(30, np.int64), ("c",))
+    made = write_beton(source, tmp_path / "out.beton", workers=1)
+    assert (made.samples, made.quarantined) == (29, 1)
+    assert list(rejected(tmp_path)) == ["#7"] and "is truncated" in rejected(tmp_path)["#7"]
+    assert source.size(7) == 0

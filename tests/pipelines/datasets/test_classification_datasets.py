@@ -292,7 +292,11 @@ def test_voc2007_is_converted_with_its_labels(tmp_path: Path) -> None:
     base, out = voc(tmp_path), tmp_path / "trainval.beton"
     script = Path(__file__).parents[3] / "scripts/to_beton.py"
     command = [sys.executable, script, "--input", "voc2007:trainval", "--root", base]
+    (tmp_path / ".trainval.labels.npy.4194305.tmp").touch()  # of a conversion that was killed
     subprocess.run([*command, "--output", out, "--workers", "1"], check=True, timeout=100)
+    left = {path.name for path in tmp_path.iterdir() if "trainval." in path.name}
+    names = ("trainval.beton", "trainval.beton.json", "trainval.beton.segments")
+    assert left == {*names, "trainval.labels.npy"}
     targets = np.load(tmp_path / "trainval.labels.npy")
     assert np.array_equal(targets, voc2007(base, split="trainval").targets)
     total = len(targets)

@@ -239,3 +239,9 @@ def test_open_images_resolves_or_says_why(tmp_path: Path) -> None:
         open_images("torchvision:os")
     with pytest.raises(FileNotFoundError, match="cannot be opened"):
         from_torchvision("CIFAR10", root=tmp_path)
+
+
+def test_a_list_in_a_folder_that_is_missing_too_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "list.txt"
+    with pytest.raises(FileNotFoundError, match=rf"^list file '{missing}' does not exist$"):
+        SampleIndex.from_list(missing)

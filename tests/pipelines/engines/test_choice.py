@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -102,8 +103,11 @@ def test_an_option_that_would_not_be_read_is_refused(
     beton: Path, options: dict[str, object], words: str
 ) -> None:
     spec = LoaderSpec(data=str(beton), engine="folder", batch_size=4, crop=Resize(8))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refused:
         open_loader(replace(spec, **options))
+    assert refused.tb is not None  # Its frames keep the beton alive: closed, not collected.
+    with beton.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("name", engines("folder-beton", "dali-beton", "synthetic-none"))

@@ -155,6 +155,10 @@ def test_resnet50s_pools_give_the_dims_of_the_table() -> None:
 
 
 def test_adaptive_pools_reproduce_the_published_sides() -> None:
+    # ResNet-50 at 224 pixels has the pools above; other sizes have the sides of the adaptive ones.
+    resnet = stage_pools(build_backbone("resnet50"), 256)
+    assert all(isinstance(pool, nn.AdaptiveAvgPool2d) for pool in resnet)
+    assert [pool.output_size for pool in resnet] == [12, 6, 4, 3, 2]  # mmselfsup POOL_SIZES
     alexnet = build_backbone("alexnet")
     pools = stage_pools(alexnet, 224)
     assert all(isinstance(pool, nn.AdaptiveMaxPool2d) for pool in pools)
