@@ -27,7 +27,6 @@ from harness.timing import Window, abba
 from pipelines.beton.reader import Beton
 from pipelines.beton.splicing import splice_batch
 from pipelines.engines.ffcv import kernels
-from pipelines.engines.ffcv.loader import RingLoader, Step
 from pipelines.sampling.crops import crop_boxes
 from pipelines.spec import LoaderSpec, RandomResizedCrop
 
@@ -72,6 +71,9 @@ def main(args: Arguments) -> None:
 
 
 def _measure(beton: Beton, data: str, args: Arguments) -> list[Row]:
+    # --help must work without FFCV.
+    from pipelines.engines.ffcv.loader import RingLoader, Step
+
     batch = min(_BATCH, len(beton), args.images)
     spec = LoaderSpec(
         data=data,
