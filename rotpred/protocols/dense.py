@@ -30,7 +30,7 @@ from rotpred.recipes.detection import Detection
 from rotpred.recipes.segmentation import Segmentation
 from rotpred.records.log import read_rows
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import check_sync_bn, convert_sync_bn
+from rotpred.training.sync_bn import convert_sync_bn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +98,6 @@ def run(recipe: R, rank: Rank, task: Task) -> Path:
     recipe = scaled(recipe, rank)
     if recipe.run.cuda_graph:
         raise ValueError(f"{recipe.name} cannot use CUDA graphs: pass --run.no-cuda-graph")
-    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     with open_run(recipe, rank, open_dense_data) as run:
         if run.train.classes != run.val.classes:
             raise ValueError("training and validation data have different classes")
@@ -124,7 +123,6 @@ def run(recipe: R, rank: Rank, task: Task) -> Path:
                 state,
                 lambda batch: task.objective(state, batch),
                 lambda: task.evaluate(state, run.val),
-                eval_every_epochs=recipe.eval_every_epochs,
             )
             assert found is not None
             _write_results(run, found)
@@ -159,8 +157,7 @@ def score_predictions(recipe: Detection | Segmentation, rank: Rank, task: Task) 
         run.val, found = val, task.score(path, val, rank)
         run.about = {"weights": Path(recipe.weights or path).name, "predictions": path.name}
         run.start(0, repeat=True)  # the files may have changed
-        for metric, value in found.results.items():
-            run.result(metric, value, n=found.n)
+        run.results(found)
         for name, figure in found.figures.items():
             run.log.figure(name, figure)
     return run.out
@@ -205,8 +202,7 @@ def open_dense_data(spec: DenseSpec, rank: Rank, precision: Precision) -> DenseL
 
 
 def _write_results(run: Run[DenseLoader], found: Validation) -> None:
-    for metric, value in found.results.items():
-        run.result(metric, value, n=found.n)
+    run.results(found)
     if not run.rank.main:
         return
     rows = read_rows(run.out / "log.jsonl")

@@ -29,7 +29,7 @@ from rotpred.records.log import RunLog
 from rotpred.training.data import check_views, open_data
 from rotpred.training.loop import NotFiniteError
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import check_sync_bn, convert_sync_bn
+from rotpred.training.sync_bn import convert_sync_bn
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,6 @@ def deterministic() -> Iterator[None]:
 def _point(recipe: FineTuning, rank: Rank) -> Path:
     """Train one pair of learning rate and head multiple."""
     check_views("plain", recipe.train, recipe.val)
-    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     with open_run(recipe, rank, open_data) as run:
         model = _network(recipe, number_of_classes(run.train, run.val), run)
         head = replace(recipe.optim, lr=recipe.optim.lr * recipe.head_lr_mult)
@@ -124,7 +123,6 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
                 state,
                 objective,
                 lambda: evaluate(state, run.val),
-                eval_every_epochs=recipe.eval_every_epochs,
             )
             assert found is not None
             settings = {
@@ -132,8 +130,7 @@ def _point(recipe: FineTuning, rank: Rank) -> Path:
                 "lr": recipe.optim.lr,
                 "head_lr_mult": recipe.head_lr_mult,
             }
-            for metric, value in found.results.items():
-                run.result(metric, value, n=found.n, **settings)
+            run.results(found, **settings)
     return run.out
 
 

@@ -30,7 +30,7 @@ from rotpred.training.data import check_views, open_data
 from rotpred.training.loader_interface import LabelledLoader
 from rotpred.training.precision import autocast
 from rotpred.training.state import LossAndLogs
-from rotpred.training.sync_bn import check_sync_bn, convert_sync_bn
+from rotpred.training.sync_bn import convert_sync_bn
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ def run(recipe: Linear, rank: Rank) -> Path:
         Stopped: A signal ended the run after a checkpoint.
     """
     check_views("plain", recipe.train, recipe.val)
-    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     if recipe.cache and not {probe.kind for probe in recipe.probes} <= {"avgpool", "stages"}:
         raise ValueError("cache works with probes of kind avgpool and stages only")
     if recipe.store != "float32" and not recipe.cache:
@@ -118,7 +117,6 @@ def run(recipe: Linear, rank: Rank) -> Path:
                 state,
                 objective,
                 evaluate,
-                eval_every_epochs=recipe.eval_every_epochs,
             )
             assert found is not None
             _write_results(recipe, run, parts, found)

@@ -21,7 +21,7 @@ from rotpred.protocols.scoring import ROTATIONS, Validation, score_rotations
 from rotpred.recipes.pretrain import Pretrain
 from rotpred.training.data import check_views, open_data
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
-from rotpred.training.sync_bn import check_sync_bn, convert_sync_bn
+from rotpred.training.sync_bn import convert_sync_bn
 from rotpred.weights.load import save_backbone
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
         Stopped: A signal ended the run after a checkpoint.
     """
     check_views("rotate4", recipe.train, recipe.val)
-    check_sync_bn(recipe.sync_bn, rank, recipe.run)
     with open_run(recipe, rank, open_data) as run:
         model = convert_sync_bn(make_rotnet(recipe.backbone), recipe.sync_bn, rank, recipe.run)
         model = channels_last(model, rank.device).train()
@@ -66,7 +65,6 @@ def run(recipe: Pretrain, rank: Rank) -> Path:
                 state,
                 rotation_objective(state),
                 None if recipe.val is None else lambda: evaluate(state, run.val),
-                eval_every_epochs=recipe.eval_every_epochs,
                 first=draw_views,
             )
             if rank.main:

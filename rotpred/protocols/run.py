@@ -27,15 +27,15 @@ from rotpred.distributed import Rank, from_main
 from rotpred.models.base import Backbone
 from rotpred.plots.training import curves
 from rotpred.protocols.scoring import Validation
-from rotpred.recipes.base import FromWeights, Recipe
+from rotpred.recipes.base import FromWeights, Recipe, Trained
 from rotpred.records.folder import DONE, what_counts
 from rotpred.records.log import RunLog, lock, read_rows
 from rotpred.records.recipe_json import plain
 from rotpred.training.data import check_data
 from rotpred.training.loader_interface import TrainingLoader
 from rotpred.training.loop import steps
-from rotpred.training.settings import RunSettings
 from rotpred.training.state import LossAndLogs, OptimizedPart, TrainState
+from rotpred.training.sync_bn import check_sync_bn
 from rotpred.weights.frozen_backbone import load_frozen_backbone
 
 logger = logging.getLogger(__name__)
@@ -117,12 +117,12 @@ class Run(Generic[L]):
     @property
     def total(self) -> int:
         """Number of training steps."""
-        return self._settings.total_steps(len(self.train))
+        return self._trained.run.total_steps(len(self.train))
 
     @property
-    def _settings(self) -> RunSettings:
-        assert isinstance(self.recipe.run, RunSettings)
-        return self.recipe.run
+    def _trained(self) -> Trained:
+        assert isinstance(self.recipe, Trained)
+        return self.recipe
 
     def train_state(
         self, module: nn.Module, trained: list[OptimizedPart], **own: object
@@ -140,7 +140,7 @@ class Run(Generic[L]):
             RuntimeError: The data of the ranks differ in length or content.
         """
         check_data(self.train, self.rank)
-        run, spec = self._settings, self.train.spec
+        run, spec = self._trained.run, self.train.spec
         global_batch = spec.batch_size * self.rank.world
         fields = {
             "data": self.train.data_id,
@@ -179,7 +179,6 @@ class Run(Generic[L]):
         objective: Callable[[Any], LossAndLogs],
         evaluate: Callable[[], Validation] | None,
         *,
-        eval_every_epochs: int,
         first: Callable[[Any], object] | None = None,
     ) -> Validation | None:
         """Train to the end.
@@ -189,7 +188,6 @@ class Run(Generic[L]):
             objective: Returns loss and logged scalars of a batch.
             evaluate: Validates the current weights; called in evaluation mode, on all ranks. None:
                 no validation.
-            eval_every_epochs: Epochs between validations. The final weights are always validated.
             first: Called with the first batch of a new run, on the main rank.
 
         Returns:
@@ -218,10 +216,10 @@ class Run(Generic[L]):
         for batch in steps(
             state,
             self.train,
-            self._settings,
+            self._trained.run,
             log=self.log,
             evaluate=None if evaluate is None else validate,
-            eval_every_epochs=eval_every_epochs,
+            eval_every_epochs=self._trained.eval_every_epochs,
         ):
             if first is not None and state.step == 0 and self.rank.main:
                 first(batch)
@@ -239,6 +237,11 @@ class Run(Generic[L]):
         """Add a value from 0 to 1, as percent, to results.json; `n` counts the samples."""
         extra = self.about | extra
         self.log.result(self.recipe.name, metric=metric, value=100 * value, unit="%", n=n, **extra)
+
+    def results(self, found: Validation, **extra: Any) -> None:
+        """Add all results of a validation, as `result`."""
+        for metric, value in found.results.items():
+            self.result(metric, value, n=found.n, **extra)
 
 
 @contextlib.contextmanager
@@ -274,6 +277,8 @@ def open_run(recipe: Recipe, rank: Rank, opener: Opener[L]) -> Iterator[Run[L]]:
         ValueError: Another job has the folder, or weights, data and recipe do not fit together.
         FileNotFoundError: There are no such data or weights.
     """
+    if isinstance(recipe, Trained):
+        check_sync_bn(recipe.sync_bn, rank, recipe.run)
     specs = {name: getattr(recipe, name, None) for name in ("train", "val")}
     with open_folder(recipe, rank) as run:
         # For random weights, new heads and dropout.

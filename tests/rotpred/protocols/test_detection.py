@@ -162,7 +162,7 @@ def test_of_many_validations_the_last_is_kept(
     opened: Run[Any] = Run(voc0712_det(), Rank(rank=1, world=2), Path())
     opened.train = None
     opened.log = types.SimpleNamespace(validation=lambda **_: None)  # type: ignore[assignment]
-    found = opened.fit(state, lambda _: pytest.fail(), validated, eval_every_epochs=1)
+    found = opened.fit(state, lambda _: pytest.fail(), validated)
     assert (
         found is not None
         and found.results == {"AP": last_step}
